@@ -1,0 +1,87 @@
+"""The lowering for eager tensors without a compiled kernel: torch operators, as few buffers as exactness allows.
+
+On a CPU every fresh large buffer costs its page faults, so the band test and the activation work in place of
+one scratch tensor. Runs below autograd, on inputs it must not change.
+
+Floor 0: torch and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .reference import ACTIVATIONS, inside_band, per_channel, smooth_gate, smooth_gate_derivative
+
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def _widened(x: Tensor, *vectors: Tensor | None, channel_dim: int) -> tuple[Tensor, ...]:
+    """Return x in its computing dtype and the per-channel vectors shaped to broadcast against it."""
+    wide = x.float() if x.dtype in _LOW_PRECISION else x
+    shaped = (None if v is None else per_channel(v.to(wide.dtype), x.dim(), channel_dim) for v in vectors)
+    return wide, *shaped
+
+
+def _sparsify(x: Tensor, centre: Tensor, threshold: Tensor, variant: str, steepness: float) -> tuple[Tensor, Tensor]:
+    """Return s(x) in a fresh tensor, and the mask of the band."""
+    if variant == "smooth":
+        return smooth_gate(x, centre, threshold, steepness), inside_band(x, centre, threshold)
+    scratch = x - centre
+    inside = scratch.abs_() <= threshold
+    if variant == "edge":
+        centre = torch.where(x < centre, centre - threshold, centre + threshold)
+    return torch.where(inside, centre, x, out=scratch), inside
+
+
+def forward(
+    x: Tensor,
+    centre: Tensor,
+    threshold: Tensor,
+    weight: Tensor | None,
+    channel_dim: int,
+    activation: str,
+    constants: Sequence[float],
+    variant: str,
+    steepness: float,
+) -> Tensor:
+    """Return act(s(x)) in the dtype and memory format of x; arguments as in `reference.mean_sparse`."""
+    wide, centre, threshold, weight = _widened(x, centre, threshold, weight, channel_dim=channel_dim)
+    s, _ = _sparsify(wide, centre, threshold, variant, steepness)
+    row = ACTIVATIONS[activation]
+    return (row.overwrite or row.forward)(s, weight, *constants).to(x.dtype)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    centre: Tensor,
+    threshold: Tensor,
+    weight: Tensor | None,
+    channel_dim: int,
+    activation: str,
+    constants: Sequence[float],
+    variant: str,
+    backward: str,
+    steepness: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of the weight (empty without one), recomputing s(x) from x."""
+    wide, centre, threshold, slope = _widened(x, centre, threshold, weight, channel_dim=channel_dim)
+    grad = grad.to(wide.dtype)
+    s, inside = _sparsify(wide, centre, threshold, variant, steepness)
+    row = ACTIVATIONS[activation]
+    grad_s = row.backward(grad, s, slope, *constants)
+    if backward == "smooth" or (backward == "exact" and variant == "smooth"):
+        grad_x = grad_s * smooth_gate_derivative(wide, centre, threshold, steepness)
+    elif backward == "exact":
+        grad_x = grad_s.masked_fill(inside, 0) if grad_s is grad else grad_s.masked_fill_(inside, 0)
+    else:
+        grad_x = grad_s.clone() if grad_s is grad else grad_s
+    if weight is None:
+        return grad_x.to(x.dtype), x.new_empty(0)
+    per_element = row.weight_backward(grad, s)
+    kept = [channel_dim] if weight.numel() > 1 else []
+    grad_weight = per_element.sum([d for d in range(x.dim()) if d not in kept])
+    return grad_x.to(x.dtype), grad_weight.view(weight.shape).to(weight.dtype)

@@ -1,0 +1,102 @@
+"""The operators as torch sees them: schema, devices, fake tensors and autograd of ``torch.ops.meansparse``.
+
+`mean_sparse` is the entry point: one node in eager execution, the composition of `reference` under
+torch.compile and torch.export, where Inductor fuses it with what stands around it.
+
+Floor 0: torch and, lazily through the CUDA lowering, triton.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import eager, reference
+
+_TAIL = "int channel_dim, str activation, float[] constants, str variant"
+
+_library = torch.library.Library("meansparse", "DEF")
+_library.define(
+    f"mean_sparse(Tensor x, Tensor centre, Tensor threshold, Tensor? weight, {_TAIL}, str backward, float steepness)"
+    " -> Tensor"
+)
+_library.define(
+    "mean_sparse_backward(Tensor grad, Tensor x, Tensor centre, Tensor threshold, Tensor? weight, "
+    f"{_TAIL}, str backward, float steepness) -> (Tensor, Tensor)"
+)
+
+
+def lowering() -> str:
+    """Return the lowering asked for by MEANSPARSE_FX_LOWERING: ``auto`` (default), ``triton`` or ``eager``."""
+    choice = os.environ.get("MEANSPARSE_FX_LOWERING", "auto")
+    if choice not in ("auto", "triton", "eager"):
+        raise ValueError(f"MEANSPARSE_FX_LOWERING={choice!r}: expected auto, triton or eager")
+    return choice
+
+
+def _forward(x, centre, threshold, weight, channel_dim, activation, constants, variant, backward, steepness):
+    return eager.forward(x, centre, threshold, weight, channel_dim, activation, constants, variant, steepness)
+
+
+def _backward(grad, x, centre, threshold, weight, channel_dim, activation, constants, variant, backward, steepness):
+    return eager.backward(
+        grad, x, centre, threshold, weight, channel_dim, activation, constants, variant, backward, steepness
+    )
+
+
+_library.impl("mean_sparse", _forward, "CompositeExplicitAutograd")
+_library.impl("mean_sparse_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("meansparse::mean_sparse", lib=_library)
+def _(x, centre, threshold, weight, *_args):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("meansparse::mean_sparse_backward", lib=_library)
+def _(grad, x, centre, threshold, weight, *_args):
+    return torch.empty_like(x), x.new_empty(0) if weight is None else torch.empty_like(weight)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _vjp(ctx, grad):
+    x, centre, threshold, weight = ctx.saved_tensors
+    grad_x, grad_weight = torch.ops.meansparse.mean_sparse_backward(
+        grad, x, centre, threshold, weight, *ctx.options
+    )
+    return grad_x, None, None, None if weight is None else grad_weight, *[None] * len(ctx.options)
+
+
+torch.library.register_autograd("meansparse::mean_sparse", _vjp, setup_context=_setup_context, lib=_library)
+
+
+def mean_sparse(
+    x: Tensor,
+    centre: Tensor,
+    threshold: Tensor,
+    channel_dim: int,
+    activation: str = "identity",
+    constants: Sequence[float] = (),
+    weight: Tensor | None = None,
+    variant: str = "mean",
+    backward: str = "exact",
+    steepness: float = 10.0,
+) -> Tensor:
+    """Return act(s(x)); arguments, shapes and semantics as in `reference.mean_sparse`.
+
+    Only x, the per-channel vectors and the weight are kept for backward.
+    """
+    if torch.compiler.is_compiling():
+        return reference.mean_sparse(
+            x, centre, threshold, channel_dim, activation, constants, weight, variant, backward, steepness
+        )
+    return torch.ops.meansparse.mean_sparse(
+        x, centre, threshold, weight, channel_dim, activation, list(constants), variant, backward, steepness
+    )

@@ -1,0 +1,32 @@
+"""MeanSparse as a torch.fx compiler pass: find the activations, measure, rewrite, tune, and attack honestly."""
+
+from .alpha import AlphaSearch, select_alpha
+from .calibrate import calibrate
+from .errors import MeanSparseError
+from .evaluate import Evaluation, evaluate
+from .operators import get_alpha, operators, set_alpha, set_backward, set_statistics, set_variant
+from .sites import Placement, Site, SitePlan
+from .statistics import Statistics
+from .transform import inspect, restore, transform
+
+__all__ = [
+    "AlphaSearch",
+    "Evaluation",
+    "MeanSparseError",
+    "Placement",
+    "Site",
+    "SitePlan",
+    "Statistics",
+    "calibrate",
+    "evaluate",
+    "get_alpha",
+    "inspect",
+    "operators",
+    "restore",
+    "select_alpha",
+    "set_alpha",
+    "set_backward",
+    "set_statistics",
+    "set_variant",
+    "transform",
+]

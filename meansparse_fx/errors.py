@@ -1,0 +1,38 @@
+"""Floor 1: the error types. Every message says what, where (the site's name) and what to do.
+
+Imports nothing of this package.
+"""
+
+from __future__ import annotations
+
+
+class MeanSparseError(Exception):
+    """Base of every error this package raises about a model, a file or an argument."""
+
+
+class CaptureError(MeanSparseError):
+    """The model could not be turned into a graph that computes the same thing."""
+
+
+class SiteError(MeanSparseError):
+    """A site is missing, ambiguous or unsafe to rewrite: none found, unknown channel axis, live view."""
+
+
+class StateError(MeanSparseError):
+    """The model is in the wrong state: train mode, already transformed, not transformed, not calibrated."""
+
+
+class StatisticsError(MeanSparseError):
+    """Statistics do not fit: another model's, missing or extra sites, wrong channel counts, non-finite values."""
+
+
+class CalibrationError(MeanSparseError):
+    """Calibration cannot go on: empty loader, NaN or inf in a site's input."""
+
+
+class ArtifactError(MeanSparseError):
+    """A file is truncated, foreign, or of a format version this release does not read."""
+
+
+class EvaluationError(MeanSparseError):
+    """An attack or an evaluation cannot be run as asked, or its result failed a sanity check."""

@@ -1,0 +1,194 @@
+"""Floor 3: the two modules the passes put into graphs: the operator and the observer.
+
+Knows one site each; nothing of graphs. Imports kernels, and statistics for the moments' type.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .activations import ActivationCall
+from .errors import SiteError, StateError
+from .kernels.ops import mean_sparse
+from .kernels.reference import BACKWARDS, VARIANTS
+from .rewrite import RecordedCall
+from .statistics import ChannelStatistics
+
+CENTRES = ("channel", "zero", "layer")
+
+
+class MeanSparse(nn.Module):
+    """The operator at one site, with the site's activation fused behind it (paper, section 3.2).
+
+    Values within ``alpha * std`` of the channel's centre become the centre, then the activation is applied.
+    At alpha = 0 it is the activation alone.
+
+    Args:
+        name: The site's name, for messages.
+        channels: Number of channels C.
+        channel_dim: Dimension of the input that holds them, not negative.
+        activation: The activation to fuse; None for the bare operator.
+
+    Attributes:
+        mean, std: ``[C]``, the site's statistics; std is NaN until calibrated.
+        alpha: Scalar. Change it with `set_alpha`, which also renews the threshold.
+        centre, threshold: ``[C]``, what the kernel reads: derived from the above, so not in the state_dict.
+            Always float32, or float64 in a float64 model. A negative threshold switches a channel off.
+        replaces: The call this operator took the place of, activation included; None for a bare operator.
+        variant, backward, steepness: See `kernels.reference.mean_sparse`.
+    """
+
+    def __init__(self, name: str, channels: int, channel_dim: int, activation: ActivationCall | None = None):
+        super().__init__()
+        self.name = name
+        self.channels = channels
+        self.channel_dim = channel_dim
+        self.activation = activation
+        self.replaces: RecordedCall | None = None
+        self.variant = "mean"
+        self.centre_mode = "channel"
+        self.backward = "exact"
+        self.steepness = 10.0
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.full((channels,), math.nan))
+        self.register_buffer("alpha", torch.zeros(()))
+        self.register_buffer("centre", torch.zeros(channels), persistent=False)
+        self.register_buffer("threshold", torch.full((channels,), -1.0), persistent=False)
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return act(s(x)), shaped like x; weight is the activation's learned slope, if it has one."""
+        return mean_sparse(
+            x,
+            self.centre,
+            self.threshold,
+            self.channel_dim,
+            self.activation.name if self.activation else "identity",
+            self.activation.constants if self.activation else (),
+            weight,
+            self.variant,
+            self.backward,
+            self.steepness,
+        )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the site has statistics."""
+        return bool(self.std.isfinite().all())
+
+    def set_statistics(self, statistics: ChannelStatistics) -> None:
+        """Take over mean and std (population) of a calibration."""
+        self.mean.copy_(statistics.mean)
+        self.std.copy_(statistics.std)
+        self._refresh()
+
+    def set_alpha(self, alpha: float) -> None:
+        """Set the width of the band in standard deviations; 0 switches the operator off."""
+        if not (math.isfinite(alpha) and alpha >= 0):
+            raise ValueError(f"{self.name}: alpha must be finite and not negative, got {alpha}")
+        if alpha > 0 and not self.calibrated:
+            raise StateError(f"{self.name}: alpha {alpha} asked for, but the site has no statistics: calibrate first")
+        self.alpha.fill_(alpha)
+        self._refresh()
+
+    def set_backward(self, mode: str, steepness: float) -> None:
+        """Choose the gradient: ``exact``, ``identity`` or ``smooth``; forward values do not change."""
+        if mode not in BACKWARDS:
+            raise ValueError(f"backward must be one of {', '.join(BACKWARDS)}, got {mode!r}")
+        self.backward, self.steepness = mode, _positive("steepness", steepness)
+
+    def set_variant(self, variant: str, centre: str, steepness: float) -> None:
+        """Choose what the band becomes (``mean``, ``edge``, ``smooth``) and its centre (paper, Table 8)."""
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        if centre not in CENTRES:
+            raise ValueError(f"centre must be one of {', '.join(CENTRES)}, got {centre!r}")
+        self.variant, self.centre_mode, self.steepness = variant, centre, _positive("steepness", steepness)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        with torch.no_grad():
+            band = self.alpha * self.std
+            self.threshold.copy_(torch.where(band > 0, band, -torch.ones_like(band)))
+            match self.centre_mode:
+                case "channel":
+                    self.centre.copy_(self.mean)
+                case "zero":
+                    self.centre.zero_()
+                case "layer":
+                    self.centre.copy_(self.mean.mean())
+
+    def _apply(self, fn, recurse: bool = True):
+        # model.half() must not round the statistics: buffers follow the device, and float64 only.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for key, old in before.items():
+            new = self._buffers[key]
+            dtype = torch.float64 if new.dtype == torch.float64 else torch.float32
+            if new.dtype != dtype:
+                self._buffers[key] = old.to(device=new.device, dtype=dtype)
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._refresh()
+
+    def extra_repr(self) -> str:
+        fused = self.activation.name if self.activation else "identity"
+        return (
+            f"{self.channels} channels @ dim {self.channel_dim}, activation={fused}, "
+            f"variant={self.variant}, centre={self.centre_mode}, backward={self.backward}"
+        )
+
+
+class ChannelMoments(nn.Module):
+    """An observer: returns its input unchanged and accumulates the exact moments of each channel.
+
+    Batches are reduced in float64 and merged by Chan's formula, so that how the data was split changes
+    nothing beyond float64 rounding. No host synchronisation.
+
+    Args:
+        name: The site's name, for messages.
+        channels: Number of channels C.
+        channel_dim: Dimension of the input that holds them.
+    """
+
+    def __init__(self, name: str, channels: int, channel_dim: int):
+        super().__init__()
+        self.name = name
+        self.channels = channels
+        self.channel_dim = channel_dim
+        self.count = 0
+        self.register_buffer("mean", torch.zeros(channels, dtype=torch.float64), persistent=False)
+        self.register_buffer("m2", torch.zeros(channels, dtype=torch.float64), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x ``[..., C, ...]``, having counted it."""
+        if x.shape[self.channel_dim] != self.channels:
+            raise SiteError(
+                f"{self.name}: input has {x.shape[self.channel_dim]} channels at dim {self.channel_dim}, "
+                f"the site was planned with {self.channels}"
+            )
+        values = x.numel() // self.channels
+        if values == 0:
+            return x
+        others = [d for d in range(x.dim()) if d != self.channel_dim]
+        variance, mean = torch.var_mean(x.double(), dim=others, correction=0)
+        merged = self.moments().merge(ChannelStatistics(values, mean, variance * values))
+        self.count = merged.count
+        self.mean.copy_(merged.mean)
+        self.m2.copy_(merged.m2)
+        return x
+
+    def moments(self) -> ChannelStatistics:
+        """Return what was accumulated so far."""
+        return ChannelStatistics(self.count, self.mean, self.m2)
+
+
+def _positive(name: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and positive, got {value}")
+    return value

@@ -1,0 +1,113 @@
+"""Floor 4: the operators of a transformed model: finding them, and the switches that act on all of them.
+
+Changes buffers and attributes of `MeanSparse` modules, never a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from .errors import StateError
+from .nn import MeanSparse
+from .statistics import Statistics, fingerprint
+
+
+def operators(model: nn.Module) -> dict[str, MeanSparse]:
+    """Return the operators of a transformed model by site name, in graph order.
+
+    Raises:
+        StateError: The model has none.
+    """
+    found = {m.name: m for m in model.modules() if isinstance(m, MeanSparse)}
+    if not found:
+        raise StateError("this model has no MeanSparse operators: call meansparse_fx.transform(model, images) first")
+    return found
+
+
+def get_alpha(model: nn.Module) -> float | dict[str, float]:
+    """Return alpha: one number if all sites share it, otherwise a mapping from site name."""
+    alphas = {name: float(m.alpha) for name, m in operators(model).items()}
+    values = set(alphas.values())
+    return values.pop() if len(values) == 1 else alphas
+
+
+def set_alpha(model: nn.Module, alpha: float | Mapping[str, float]) -> None:
+    """Set the width of the band, in standard deviations of each channel; 0 gives the base model.
+
+    Recompiles nothing.
+
+    Args:
+        model: A transformed model.
+        alpha: One value for all sites, or one for each site name given (others keep theirs).
+
+    Raises:
+        ValueError: alpha is negative, NaN or infinite.
+        StateError: The model is not transformed, or a site has no statistics yet.
+    """
+    found = operators(model)
+    if not isinstance(alpha, Mapping):
+        alpha = dict.fromkeys(found, float(alpha))
+    if unknown := alpha.keys() - found.keys():
+        raise StateError(f"no such site: {', '.join(sorted(unknown)[:3])}; sites are {', '.join(list(found)[:3])}, ...")
+    for name, value in alpha.items():
+        found[name].set_alpha(value)
+
+
+def set_backward(model: nn.Module, mode: str, steepness: float = 10.0) -> None:
+    """Choose the gradient an attacker sees; forward values never depend on it.
+
+    Args:
+        model: A transformed model.
+        mode: ``exact`` (zero inside the band), ``identity`` (straight through: BPDA) or ``smooth`` (of a sigmoid gate).
+        steepness: Of the smooth gate, per relative distance to the band's edge.
+    """
+    for operator in operators(model).values():
+        operator.set_backward(mode, steepness)
+
+
+def set_variant(model: nn.Module, variant: str = "mean", centre: str = "channel", steepness: float = 10.0) -> None:
+    """Choose what values inside the band become.
+
+    Args:
+        model: A transformed model.
+        variant: ``mean`` (the paper's), ``edge`` (the nearer edge of the band) or ``smooth`` (a sigmoid gate).
+        centre: ``channel`` (the paper's), ``zero`` or ``layer``: the band's centre (paper, Table 8).
+        steepness: Of the smooth gate.
+    """
+    for operator in operators(model).values():
+        operator.set_variant(variant, centre, steepness)
+
+
+def set_statistics(model: nn.Module, statistics: Statistics | str | Path, check_weights: bool = True) -> None:
+    """Give every operator its site's mean and std; alpha stays.
+
+    Args:
+        model: A transformed model.
+        statistics: Of the same base model, or the path of a file of them.
+        check_weights: Refuse statistics measured on other weights.
+
+    Raises:
+        StatisticsError: They do not fit; nothing was changed.
+    """
+    if not isinstance(statistics, Statistics):
+        statistics = Statistics.load(statistics)
+    found = operators(model)
+    statistics.check({n: m.channels for n, m in found.items()}, fingerprint(model) if check_weights else None)
+    for name, operator in found.items():
+        operator.set_statistics(statistics[name])
+
+
+@contextmanager
+def switched(model: nn.Module) -> Iterator[None]:
+    """Put alpha and the backward mode of every site back as they were on leaving the block."""
+    before = {m: (float(m.alpha), m.backward, m.steepness) for m in operators(model).values()}
+    try:
+        yield
+    finally:
+        for operator, (alpha, mode, steepness) in before.items():
+            operator.set_alpha(alpha)
+            operator.set_backward(mode, steepness)

@@ -1,0 +1,40 @@
+"""Floor 4: take the operators out again.
+
+Requires: a GraphModule made by `sparsify`. Ensures: a new GraphModule that makes the base model's own calls,
+shares its parameters, and holds nothing under ``meansparse.``.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..nn import MeanSparse
+from ..rewrite import bypass, replay_call, sharing_copy
+from ..statistics import PREFIX
+
+
+def restore(sparse: fx.GraphModule) -> fx.GraphModule:
+    """Return the base model of ``sparse``; parameters and buffers are shared, not copied."""
+    base = sharing_copy(sparse)
+    for node in list(base.graph.nodes):
+        if node.op == "call_module" and isinstance(operator := base.get_submodule(node.target), MeanSparse):
+            take_out(node, operator)
+    del base._modules[PREFIX]
+    base.meta.pop("plan", None)
+    base.graph.lint()
+    base.recompile()
+    return base
+
+
+def take_out(node: fx.Node, operator: MeanSparse) -> fx.Node:
+    """Put the original call back in the place of an operator's node; return the node that now makes its value."""
+    if operator.replaces is None:
+        source = node.args[0]
+        bypass(node)
+        return source
+    weights = node.args[1:]
+    original = replay_call(node, operator.replaces)
+    for weight in weights:  # the get_attr that sparsify added, if it did
+        if weight.op == "get_attr" and not weight.users:
+            weight.graph.erase_node(weight)
+    return original

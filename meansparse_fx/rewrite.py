@@ -1,0 +1,129 @@
+"""Floor 2: node surgery. The few moves by which passes change a graph, each leaving it consistent.
+
+Knows nodes; nothing of sites or of statistics. Nothing here removes a node it did not replace.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Stands for the i-th input of the operator inside a recorded call."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedCall:
+    """A call taken out of a graph, with slots where the operator's inputs were; enough to put it back.
+
+    Attributes:
+        op: ``call_module``, ``call_function`` or ``call_method``.
+        target: Module path, function or method name.
+        args, kwargs: The call's arguments.
+        name: The node's name.
+    """
+
+    op: str
+    target: Any
+    args: tuple
+    kwargs: dict
+    name: str
+
+    @classmethod
+    def of(cls, node: fx.Node, inputs: list[fx.Node]) -> RecordedCall:
+        """Return the record of ``node``, which reads the nodes ``inputs`` and no others."""
+        slots = {n: Slot(i) for i, n in enumerate(inputs)}
+        args, kwargs = (map_arg(a, slots.__getitem__) for a in (node.args, node.kwargs))
+        return cls(node.op, node.target, tuple(args), dict(kwargs), node.name)
+
+
+def replace_call(node: fx.Node, target: str, inputs: list[fx.Node]) -> fx.Node:
+    """Replace a call by a call of module ``target`` on ``inputs``; return the new node."""
+    graph = node.graph
+    with graph.inserting_before(node):
+        new = graph.call_module(target, tuple(inputs))
+    return _take_over(node, new)
+
+
+def replay_call(node: fx.Node, call: RecordedCall) -> fx.Node:
+    """Replace ``node``, whose arguments fill the slots, by the recorded call; return the new node."""
+    graph, inputs = node.graph, node.args
+    args, kwargs = (_fill(a, inputs) for a in (call.args, call.kwargs))
+    with graph.inserting_before(node):
+        new = graph.create_node(call.op, call.target, args, kwargs)
+    return _take_over(node, new)
+
+
+def bypass(node: fx.Node) -> None:
+    """Remove ``node``, letting its readers read its first argument."""
+    node.replace_all_uses_with(node.args[0])
+    node.graph.erase_node(node)
+
+
+def insert_module_before(node: fx.Node, source: fx.Node, target: str) -> fx.Node:
+    """Make ``node`` read ``target(source)`` where it read ``source``; return the new node."""
+    with node.graph.inserting_before(node):
+        new = node.graph.call_module(target, (source,))
+    new.meta = dict(source.meta)
+    node.replace_input_with(source, new)
+    return new
+
+
+def redirect_later_readers(source: fx.Node, after: fx.Node) -> None:
+    """Let every reader of ``source`` that stands after node ``after`` read ``after`` instead.
+
+    That is what an in-place call meant to its input's later readers.
+    """
+    for reader in list(source.users):
+        if reader is not after and after < reader:
+            reader.replace_input_with(source, after)
+
+
+def adopt(graph_module: fx.GraphModule, root: nn.Module) -> fx.GraphModule:
+    """Give ``graph_module`` every child, parameter and buffer of ``root``, used by its graph or not; return it.
+
+    A GraphModule by itself keeps only what its graph calls, and plain containers in place of typed ones.
+    """
+    graph_module._modules = dict(root._modules)
+    graph_module._parameters = dict(root._parameters)
+    graph_module._buffers = dict(graph_module._buffers) | dict(root._buffers)
+    graph_module._non_persistent_buffers_set = set(root._non_persistent_buffers_set)
+    return graph_module
+
+
+def sharing_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Return a GraphModule with a graph of its own over the same submodules, parameters and buffers."""
+    clone = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph), graph_module._get_name())
+    clone.meta = dict(graph_module.meta)
+    clone.training = graph_module.training
+    return adopt(clone, graph_module)
+
+
+def _take_over(old: fx.Node, new: fx.Node) -> fx.Node:
+    new.meta = dict(old.meta)
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+    return new
+
+
+def _fill(argument: Any, inputs: tuple) -> Any:
+    return _map(argument, lambda a: inputs[a.index] if isinstance(a, Slot) else a)
+
+
+def _map(argument: Any, f: Callable[[Any], Any]) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(_map(a, f) for a in argument)
+    if isinstance(argument, list):
+        return [_map(a, f) for a in argument]
+    if isinstance(argument, dict):
+        return {k: _map(a, f) for k, a in argument.items()}
+    return f(argument)

@@ -1,0 +1,120 @@
+"""Floor 2: the words for what was found: `Site`, `SitePlan`, and the `Placement` that chooses among sites.
+
+Pure data; imports floor 1 only.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.table import Table
+
+from ..activations import ActivationCall
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One call in the graph where the operator belongs, or would if it were not skipped.
+
+    Attributes:
+        name: Qualified path with a counter for repeats, the same from every capture route.
+        kind: ``activation``, ``residual_sum`` or ``residual_branch``.
+        activation: The activation the call makes; None for the residual kinds.
+        channel_dim: Dimension that holds the channels, not negative; None if unknown.
+        channels: Number of channels; None if unknown.
+        shape: Shape of the operator's input for the example images, batch included.
+        producer: What makes the input, in a word: ``conv``, ``batch_norm``, ``linear``, ``add``, ...
+        node: Name of the call's node in the captured graph.
+        skipped: None, or why this site is left alone, in words.
+    """
+
+    name: str
+    kind: str
+    activation: ActivationCall | None
+    channel_dim: int | None
+    channels: int | None
+    shape: tuple[int, ...]
+    producer: str
+    node: str
+    skipped: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Which of the candidate sites to rewrite.
+
+    Attributes:
+        kinds: Kinds of site to take.
+        include: Regular expressions; a site is taken if any of them is found in its name. Empty takes all.
+        exclude: Regular expressions; a site is left if any of them is found in its name.
+        channel_dims: Channel dimension by site name, for sites whose axis the data flow does not tell.
+        predicate: A last word: called with the `Site`, returns whether to take it.
+    """
+
+    kinds: tuple[str, ...] = ("activation",)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    channel_dims: dict[str, int] = field(default_factory=dict)
+    predicate: Callable[[Site], bool] | None = None
+
+    def refusal(self, site: Site) -> str | None:
+        """Return why this placement leaves ``site`` alone, or None if it takes it."""
+        if site.kind not in self.kinds:
+            return f"placement: kind {site.kind} not asked for"
+        if self.include and not any(re.search(p, site.name) for p in self.include):
+            return "placement: not included"
+        if any(re.search(p, site.name) for p in self.exclude):
+            return "placement: excluded"
+        if self.predicate is not None and not self.predicate(site):
+            return "placement: predicate said no"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class SitePlan:
+    """Every candidate site of one captured model, in graph order; iterable, and printing it gives the table.
+
+    Attributes:
+        sites: All candidates, skipped ones included.
+        route: How the graph was captured.
+    """
+
+    sites: tuple[Site, ...]
+    route: str
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    @property
+    def active(self) -> tuple[Site, ...]:
+        """The sites that are rewritten."""
+        return tuple(s for s in self.sites if s.skipped is None)
+
+    def table(self) -> Table:
+        """Return the plan as a rich table, one row a site."""
+        skipped = Counter(s.skipped.split(":")[0] for s in self.sites if s.skipped)
+        summary = f"{len(self.active)} of {len(self.sites)} sites rewritten, captured by {self.route}"
+        if skipped:
+            summary += "; skipped: " + ", ".join(f"{n} {reason}" for reason, n in skipped.items())
+        table = Table(caption=summary, caption_justify="left", show_edge=False, pad_edge=False)
+        for column in ("site", "activation", "input", "channels", "after", "status"):
+            table.add_column(column, overflow="fold", justify="right" if column == "channels" else "left")
+        for s in self.sites:
+            what = s.activation.name if s.activation else s.kind
+            axis = "?" if s.channel_dim is None else f"{s.channels} @ dim {s.channel_dim}"
+            shape = "x".join(["N", *map(str, s.shape[1:])])
+            table.add_row(s.name, what, shape, axis, s.producer, s.skipped or "rewritten")
+        return table
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        Console(file=out, width=120).print(self.table())
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())

@@ -1,0 +1,89 @@
+"""Floor 5: the verbs that make and unmake a transformed model. Each reads as its description."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, fx, nn
+
+from .capture import capture
+from .errors import SiteError
+from .operators import set_alpha, set_backward, set_statistics
+from .passes import restore, sparsify
+from .sites import Placement, SitePlan, find_sites
+from .statistics import Statistics
+
+__all__ = ["inspect", "restore", "transform"]
+
+
+def inspect(model: nn.Module, images: Tensor | None = None, placement: Placement | None = None) -> SitePlan:
+    """Return every candidate site of a model: whether it would be rewritten, and why not.
+
+    Args:
+        model: In eval mode; not changed. Of a transformed model the plan it was made by is returned.
+        images: ``[N, ...]``, a few example inputs; values do not matter, shape and device do.
+        placement: Which sites to take; by default every activation.
+
+    Example:
+        >>> import torch, meansparse_fx as msfx
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.GELU()).eval()
+        >>> [(s.name, s.activation.name, s.channels) for s in msfx.inspect(net, torch.rand(2, 1, 8, 8))]
+        [('1', 'gelu', 4)]
+    """
+    if isinstance(model, fx.GraphModule) and "plan" in model.meta:
+        return model.meta["plan"]
+    captured = capture(model, images)
+    return find_sites(captured.graph_module, captured.route, images, placement or Placement())
+
+
+def transform(
+    model: nn.Module,
+    images: Tensor | None = None,
+    *,
+    placement: Placement | None = None,
+    statistics: Statistics | str | Path | None = None,
+    alpha: float = 0.0,
+    backward: str = "exact",
+) -> fx.GraphModule:
+    """Return a copy of ``model`` with a MeanSparse operator at every site (paper, section 3.3).
+
+    The copy's state_dict has the model's keys, and the operators' under ``meansparse.``. At alpha = 0 it
+    computes what the model computes.
+
+    Args:
+        model: A trained network in eval mode; not changed.
+        images: ``[N, ...]``, a few example inputs on the model's device.
+        placement: Which sites to take; by default every activation.
+        statistics: Of an earlier `calibrate`, or the path of their file; without them calibrate the result.
+        alpha: Width of the band in standard deviations; needs statistics unless 0.
+        backward: ``exact``, ``identity`` or ``smooth``; see `set_backward`.
+
+    Raises:
+        StateError: The model is in train mode or already transformed, or alpha lacks statistics.
+        CaptureError: The model cannot be captured as a graph.
+        SiteError: No site found, or one that cannot be rewritten safely.
+        StatisticsError: The statistics do not fit.
+
+    Example:
+        >>> import torch, meansparse_fx as msfx
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.GELU()).eval()
+        >>> images = torch.rand(8, 1, 8, 8)
+        >>> sparse = msfx.transform(net, images)
+        >>> stats = msfx.calibrate(sparse, [images], progress=False)
+        >>> msfx.set_alpha(sparse, 0.2)
+        >>> bool((sparse(images) == net(images)).all())
+        False
+    """
+    captured = capture(model, images)
+    plan = find_sites(captured.graph_module, captured.route, images, placement or Placement())
+    if not plan.active:
+        reasons = "; ".join(f"{s.name}: {s.skipped}" for s in list(plan)[:3])
+        raise SiteError(f"none of the {len(plan)} candidate sites can be rewritten ({reasons}); see inspect()")
+    sparse = captured.graph_module
+    sparsify(sparse, plan)
+    sparse.meta["plan"] = plan
+    set_backward(sparse, backward)
+    if statistics is not None:
+        set_statistics(sparse, statistics)
+    set_alpha(sparse, alpha)
+    return sparse
