@@ -38,7 +38,9 @@ def train(x: Tensor, y: Tensor, args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(args.seed)
     model = FashionResNet().to(memory_format=torch.channels_last)
     compiled = torch.compile(model) if args.compile else model
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
+    )
     batches = len(x) // args.batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * batches)
     for epoch in range(args.epochs):
@@ -47,7 +49,7 @@ def train(x: Tensor, y: Tensor, args: argparse.Namespace) -> nn.Module:
         for i in range(batches):
             index = order[i * args.batch_size : (i + 1) * args.batch_size]
             images, labels = x[index], y[index]
-            model.eval()  # batch statistics are those of training batches only
+            model.train(args.attack_in_train_mode)
             adv = pgd(compiled, images, labels, args.eps, args.steps, args.step_size)
             model.train()
             logits = compiled(adv)
@@ -76,6 +78,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--weight-decay", type=float, default=5e-4)
+    parser.add_argument(
+        "--attack-in-train-mode", action="store_true", help="attack through batch statistics, not the running ones"
+    )
     parser.add_argument("--eps", type=float, default=0.1)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--step-size", type=float, default=0.04)

@@ -68,9 +68,7 @@ def _setup_context(ctx, inputs, output):
 
 def _vjp(ctx, grad):
     x, centre, threshold, weight = ctx.saved_tensors
-    grad_x, grad_weight = torch.ops.meansparse.mean_sparse_backward(
-        grad, x, centre, threshold, weight, *ctx.options
-    )
+    grad_x, grad_weight = torch.ops.meansparse.mean_sparse_backward(grad, x, centre, threshold, weight, *ctx.options)
     return grad_x, None, None, None if weight is None else grad_weight, *[None] * len(ctx.options)
 
 

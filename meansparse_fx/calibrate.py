@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .errors import CalibrationError, StateError
-from .operators import operators, set_statistics
+from .errors import CalibrationError
+from .operators import operators, require_transformed, set_statistics
 from .passes import observe
 from .progress import track
 from .statistics import Statistics, fingerprint
@@ -37,14 +37,9 @@ def calibrate(
         StateError: The model is not transformed, or in train mode.
         CalibrationError: The loader is empty, or a site saw NaN or inf.
     """
-    if not isinstance(sparse, fx.GraphModule):
-        operators(sparse)  # says what to do if it is not transformed at all
-        raise StateError("calibrate needs the GraphModule that transform returned, not a wrapper around it")
-    own = operators(sparse)
-    if sparse.training:
-        raise StateError("the model is in train mode: call .eval() before calibrating")
+    require_transformed(sparse, "calibrate")
     observed, observers = observe(sparse)
-    device = next(iter(own.values())).mean.device
+    device = next(iter(operators(sparse).values())).mean.device
     images = 0
     total = len(loader) if isinstance(loader, Sized) else None
     with torch.inference_mode():

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import nn
+from torch import fx, nn
 
 from .errors import StateError
 from .nn import MeanSparse
@@ -22,10 +22,19 @@ def operators(model: nn.Module) -> dict[str, MeanSparse]:
     Raises:
         StateError: The model has none.
     """
-    found = {m.name: m for m in model.modules() if isinstance(m, MeanSparse)}
+    found = _find(model)
     if not found:
         raise StateError("this model has no MeanSparse operators: call meansparse_fx.transform(model, images) first")
     return found
+
+
+def require_transformed(model: nn.Module, verb: str) -> None:
+    """Raise StateError unless ``model`` is the GraphModule that `transform` returned, in eval mode."""
+    operators(model)
+    if not isinstance(model, fx.GraphModule):
+        raise StateError(f"{verb} needs the GraphModule that transform returned, not a wrapper around it")
+    if model.training:
+        raise StateError(f"the model is in train mode: call .eval() before {verb}")
 
 
 def get_alpha(model: nn.Module) -> float | dict[str, float]:
@@ -103,11 +112,15 @@ def set_statistics(model: nn.Module, statistics: Statistics | str | Path, check_
 
 @contextmanager
 def switched(model: nn.Module) -> Iterator[None]:
-    """Put alpha and the backward mode of every site back as they were on leaving the block."""
-    before = {m: (float(m.alpha), m.backward, m.steepness) for m in operators(model).values()}
+    """Put alpha and the backward mode of every site back as they were on leaving the block; a base has none."""
+    before = {m: (float(m.alpha), m.backward, m.steepness) for m in _find(model).values()}
     try:
         yield
     finally:
         for operator, (alpha, mode, steepness) in before.items():
             operator.set_alpha(alpha)
             operator.set_backward(mode, steepness)
+
+
+def _find(model: nn.Module) -> dict[str, MeanSparse]:
+    return {m.name: m for m in model.modules() if isinstance(m, MeanSparse)}

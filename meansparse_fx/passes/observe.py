@@ -17,20 +17,17 @@ from .restore import take_out
 def observe(sparse: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, ChannelMoments]]:
     """Return the instrumented graph of ``sparse`` and its observers by site name."""
     observed = sharing_copy(sparse)
-    del observed._modules[PREFIX]
+    operators = {n: m for n, m in sparse.named_modules() if isinstance(m, MeanSparse)}
     observers: dict[str, ChannelMoments] = {}
-    for node in list(observed.graph.nodes):
-        if node.op != "call_module" or not node.target.startswith(f"{PREFIX}."):
-            continue
-        operator = sparse.get_submodule(node.target)
-        if isinstance(operator, MeanSparse):
-            observer = ChannelMoments(operator.name, operator.channels, operator.channel_dim)
-            observers[operator.name] = observer.to(operator.mean.device)
-            insert_module_before(node, node.args[0], node.target)
-            take_out(node, operator)
     observed._modules[PREFIX] = nn.Module()
-    for name, observer in observers.items():
-        observed.add_submodule(f"{PREFIX}.{name}", observer)
+    for target, operator in operators.items():
+        observer = ChannelMoments(operator.name, operator.channels, operator.channel_dim).to(operator.mean.device)
+        observed.add_submodule(target, observer)
+        observers[operator.name] = observer
+    for node in list(observed.graph.nodes):
+        if node.op == "call_module" and node.target in operators:
+            insert_module_before(node, node.args[0], node.target)
+            take_out(node, operators[node.target])
     observed.graph.lint()
     observed.recompile()
     return observed, observers

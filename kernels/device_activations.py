@@ -1,0 +1,233 @@
+"""Triton device functions of the activations: value and derivative, one table row each.
+
+Everything works on float32 tiles in registers. The forms hold in the interpreter, in PTX and on AMD alike (no
+libdevice), stay finite where the function is, and pass NaN as torch does: a ReLU written with `tl.maximum` or
+with `tl.where(s > 0, s, 0)` would turn NaN into 0, so comparisons ask for what is to be changed.
+
+Floor 0, imported only where a kernel is launched: importing this module imports triton.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Row(NamedTuple):
+    """The device functions of one activation; names and constants as in `reference.ACTIVATIONS`.
+
+    Attributes:
+        value: ``(s, weight, A, B) -> y``; A and B are the activation's constants, compile-time values.
+        gradient: ``(grad, s, weight, A, B) -> grad_s``.
+        weight_gradient: ``(grad, s, weight, A, B) -> grad_weight`` per element, where a slope is learned.
+    """
+
+    value: Any
+    gradient: Any
+    weight_gradient: Any = None
+
+
+@triton.jit
+def identity(s, weight, A: tl.constexpr, B: tl.constexpr):
+    return s
+
+
+@triton.jit
+def identity_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    return grad
+
+
+@triton.jit
+def relu(s, weight, A: tl.constexpr, B: tl.constexpr):
+    return tl.where(s < 0, 0.0, s)
+
+
+@triton.jit
+def relu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    return tl.where(s <= 0, 0.0, grad)
+
+
+@triton.jit
+def relu6(s, weight, A: tl.constexpr, B: tl.constexpr):
+    return tl.where(s < 0, 0.0, tl.where(s > 6, 6.0, s))
+
+
+@triton.jit
+def relu6_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    return tl.where((s <= 0) | (s >= 6), 0.0, grad)
+
+
+@triton.jit
+def leaky_relu(s, weight, A: tl.constexpr, B: tl.constexpr):
+    return tl.where(s > 0, s, s * A)
+
+
+@triton.jit
+def leaky_relu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    return tl.where(s > 0, grad, grad * A)
+
+
+@triton.jit
+def prelu(s, weight, A: tl.constexpr, B: tl.constexpr):
+    return tl.where(s > 0, s, s * weight)
+
+
+@triton.jit
+def prelu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    return tl.where(s > 0, grad, grad * weight)
+
+
+@triton.jit
+def prelu_weight_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    return tl.where(s > 0, 0.0, grad * s)
+
+
+@triton.jit
+def elu(s, weight, A: tl.constexpr, B: tl.constexpr):
+    # expm1 by its series near 0, where exp(s) - 1 would cancel; at -0.3 both are within 3e-7 of it, relatively.
+    series = s * (1 + s * (1 / 2 + s * (1 / 6 + s * (1 / 24 + s * (1 / 120 + s * (1 / 720))))))
+    return tl.where(s > 0, s, A * tl.where(s > -0.3, series, tl.exp(s) - 1))
+
+
+@triton.jit
+def elu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    # d/ds A (exp(s) - 1) = A exp(s)
+    return tl.where(s <= 0, grad * (A * tl.exp(s)), grad)
+
+
+@triton.jit
+def gelu(s, weight, A: tl.constexpr, B: tl.constexpr):
+    return s * (0.5 + 0.5 * tl.erf(s * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    # d/ds s Phi(s) = Phi(s) + s phi(s),   phi(s) = exp(-s^2 / 2) / sqrt(2 pi)
+    cdf = 0.5 + 0.5 * tl.erf(s * 0.7071067811865476)
+    return grad * (cdf + s * (0.3989422804014327 * tl.exp(-0.5 * s * s)))
+
+
+@triton.jit
+def gelu_tanh(s, weight, A: tl.constexpr, B: tl.constexpr):
+    # (1 + tanh z) / 2 = sigmoid(2 z),   2 z = 2 sqrt(2 / pi) (s + 0.044715 s^3)
+    return s * tl.sigmoid(s * (1.5957691216057308 + 0.07135481282553487 * s * s))
+
+
+@triton.jit
+def gelu_tanh_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    # d/ds s sigmoid(v) = sigmoid(v) + s v' sigmoid(v) (1 - sigmoid(v)),   v = 2 z as above
+    square = s * s
+    gate = tl.sigmoid(s * (1.5957691216057308 + 0.07135481282553487 * square))
+    return grad * (gate + s * (1.5957691216057308 + 0.2140644384766046 * square) * (gate * (1 - gate)))
+
+
+@triton.jit
+def silu(s, weight, A: tl.constexpr, B: tl.constexpr):
+    return s * tl.sigmoid(s)
+
+
+@triton.jit
+def silu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    # d/ds s sigmoid(s) = sigmoid(s) (1 + s (1 - sigmoid(s)))
+    gate = tl.sigmoid(s)
+    return grad * (gate * (1 + s * (1 - gate)))
+
+
+@triton.jit
+def hardswish(s, weight, A: tl.constexpr, B: tl.constexpr):
+    return s * tl.minimum(tl.maximum(s + 3, 0.0), 6.0) * (1 / 6)
+
+
+@triton.jit
+def hardswish_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    # d/ds s (s + 3) / 6 = s / 3 + 1 / 2 between -3 and 3
+    return tl.where(s <= -3, 0.0, tl.where(s < 3, grad * (s * (1 / 3) + 0.5), grad))
+
+
+@triton.jit
+def mish(s, weight, A: tl.constexpr, B: tl.constexpr):
+    # tanh(log(1 + e)) = n / (n + 2),   e = exp(s), n = e (e + 2); it is 1 in float32 from s = 9 on
+    e = tl.exp(tl.where(s > 20, 20.0, s))
+    n = e * (e + 2)
+    return s * (n / (n + 2))
+
+
+@triton.jit
+def mish_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    # d/ds s t = t + s (1 - t^2) sigmoid(s),   t = n / (n + 2),   1 - t^2 = 4 (1 + e)^2 / (n + 2)^2
+    clamped = tl.where(s > 20, 20.0, s)
+    e = tl.exp(clamped)
+    n = e * (e + 2)
+    inverse = 1 / (n + 2)
+    return grad * (n * inverse + clamped * (4 * e * (1 + e) * inverse) * inverse)
+
+
+@triton.jit
+def softplus(s, weight, A: tl.constexpr, B: tl.constexpr):
+    # log1p(e) = log(w) + (e - (w - 1)), w = 1 + e: the last term is what rounding took from e.
+    z = s * A
+    e = tl.exp(-tl.abs(z))
+    w = 1 + e
+    return tl.where(z > B, s, (tl.maximum(z, 0.0) + (tl.log(w) + (e - (w - 1)))) * (1 / A))
+
+
+@triton.jit
+def softplus_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    # d/ds log(1 + exp(A s)) / A = sigmoid(A s)
+    return tl.where(s * A > B, grad, grad * tl.sigmoid(s * A))
+
+
+@triton.jit
+def psilu(s, weight, A: tl.constexpr, B: tl.constexpr):
+    return s * tl.sigmoid(s * weight)
+
+
+@triton.jit
+def psilu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    # d/ds s sigmoid(w s) = sigmoid(w s) (1 + w s (1 - sigmoid(w s)))
+    gate = tl.sigmoid(s * weight)
+    return grad * (gate * (1 + s * weight * (1 - gate)))
+
+
+@triton.jit
+def psilu_weight_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    # d/dw s sigmoid(w s) = s^2 sigmoid(w s) (1 - sigmoid(w s))
+    gate = tl.sigmoid(s * weight)
+    return grad * (s * gate) * (s * (1 - gate))
+
+
+@triton.jit
+def pssilu(s, weight, A: tl.constexpr, B: tl.constexpr):
+    return s * (tl.sigmoid(s * weight) - A) * (1 / (1 - A))
+
+
+@triton.jit
+def pssilu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    # d/ds s (g - A) / (1 - A) = (g - A + w s g (1 - g)) / (1 - A),   g = sigmoid(w s)
+    gate = tl.sigmoid(s * weight)
+    return grad * (gate - A + s * weight * gate * (1 - gate)) * (1 / (1 - A))
+
+
+@triton.jit
+def pssilu_weight_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    return psilu_weight_gradient(grad, s, weight, A, B) * (1 / (1 - A))
+
+
+ACTIVATIONS: dict[str, Row] = {
+    "identity": Row(identity, identity_gradient),
+    "relu": Row(relu, relu_gradient),
+    "relu6": Row(relu6, relu6_gradient),
+    "leaky_relu": Row(leaky_relu, leaky_relu_gradient),
+    "prelu": Row(prelu, prelu_gradient, prelu_weight_gradient),
+    "elu": Row(elu, elu_gradient),
+    "gelu": Row(gelu, gelu_gradient),
+    "gelu_tanh": Row(gelu_tanh, gelu_tanh_gradient),
+    "silu": Row(silu, silu_gradient),
+    "hardswish": Row(hardswish, hardswish_gradient),
+    "mish": Row(mish, mish_gradient),
+    "softplus": Row(softplus, softplus_gradient),
+    "psilu": Row(psilu, psilu_gradient, psilu_weight_gradient),
+    "pssilu": Row(pssilu, pssilu_gradient, pssilu_weight_gradient),
+}

@@ -1,0 +1,301 @@
+"""The fused operator, forward and backward: one kernel each for every activation, layout and prologue.
+
+    u = (x * scale[c] + shift[c]) * layer_scale[c] + residual,   y = act(s(u))
+
+Each factor of u is off unless given (a None pointer is a compile-time constant). The backward kernel recomputes u
+and s from x: it reads x and the output's gradient and writes the input's gradient, nothing else is kept.
+
+Floor 0, imported only where a kernel is launched: importing this module imports triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import (
+    elements,
+    load_channel,
+    pre_activation,
+    program_tile,
+    sparsify,
+    sparsify_gradient,
+    tile_offsets,
+)
+from .device_activations import ACTIVATIONS
+from .layout import WARPS, laid_out_like, planned, vector_of_channels
+
+# Sizes and strides stay unspecialised: VECTOR already says what divides them, so a new shape compiles nothing.
+_SIZES = ["rows", "cols", "outer_stride", "row_stride", "steepness"]
+# fp fusion: said aloud, because Triton 3.10 turns its default off and 3.9 warns of it.
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def mean_sparse_forward_kernel(
+    x_ptr, y_ptr, sum_ptr, residual_ptr,  # [outer, rows, cols]
+    centre_ptr, threshold_ptr, weight_ptr, scale_ptr, shift_ptr, layer_scale_ptr,  # [C]
+    rows, cols, outer_stride, row_stride, steepness,
+    VALUE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, VARIANT: tl.constexpr, WEIGHT_STRIDE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """y = act(s(u)), and u itself where ``sum_ptr`` is given."""
+    rows, cols = elements(rows, 1, WIDE), elements(cols, VECTOR, WIDE)
+    outer_stride, row_stride = elements(outer_stride, VECTOR, WIDE), elements(row_stride, VECTOR, WIDE)
+    outer, row_block, col_block = program_tile(rows, cols, BLOCK_ROWS, BLOCK_COLS)
+    row_offsets, col_offsets, offsets, dense_offsets, mask = tile_offsets(
+        outer, row_block, col_block, rows, cols, outer_stride, row_stride, BLOCK_ROWS, BLOCK_COLS
+    )
+    channels = col_offsets if CHANNELS_LAST else row_offsets
+    channel_mask = (col_offsets < cols) if CHANNELS_LAST else (row_offsets < rows)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+    centre = load_channel(centre_ptr, channels, channel_mask)
+    threshold = load_channel(threshold_ptr, channels, channel_mask)
+    weight = None
+    if weight_ptr is not None:
+        weight = load_channel(weight_ptr, channels * WEIGHT_STRIDE, channel_mask)
+    u = pre_activation(
+        x, residual_ptr, scale_ptr, shift_ptr, layer_scale_ptr, channels, channel_mask, dense_offsets, mask
+    )
+    if sum_ptr is not None:
+        # The caller sees u in its own dtype, so y is the function of exactly that.
+        rounded = u.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + dense_offsets, rounded, mask=mask)
+        u = rounded.to(tl.float32)
+    y = VALUE(sparsify(u, centre, threshold, steepness, VARIANT), weight, A, B)
+    tl.store(y_ptr + dense_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def mean_sparse_backward_kernel(
+    x_ptr, grad_ptr, grad_sum_ptr, residual_ptr, grad_x_ptr, grad_u_ptr,  # [outer, rows, cols]
+    centre_ptr, threshold_ptr, weight_ptr, scale_ptr, shift_ptr, layer_scale_ptr,  # [C]
+    grad_weight_ptr,  # [tiles per channel, C], one partial sum a tile
+    rows, cols, outer_stride, row_stride, steepness,
+    GRADIENT: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    VARIANT: tl.constexpr, BACKWARD: tl.constexpr, WEIGHT_STRIDE: tl.constexpr, FROM_SUM: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """grad_u = grad_y * act'(s(u)) * s'(u) + grad_sum,   grad_x = grad_u * layer_scale * scale."""
+    rows, cols = elements(rows, 1, WIDE), elements(cols, VECTOR, WIDE)
+    outer_stride, row_stride = elements(outer_stride, VECTOR, WIDE), elements(row_stride, VECTOR, WIDE)
+    outer, row_block, col_block = program_tile(rows, cols, BLOCK_ROWS, BLOCK_COLS)
+    row_offsets, col_offsets, offsets, dense_offsets, mask = tile_offsets(
+        outer, row_block, col_block, rows, cols, outer_stride, row_stride, BLOCK_ROWS, BLOCK_COLS
+    )
+    channels = col_offsets if CHANNELS_LAST else row_offsets
+    channel_mask = (col_offsets < cols) if CHANNELS_LAST else (row_offsets < rows)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+    grad = tl.load(grad_ptr + dense_offsets, mask=mask, other=0.0).to(tl.float32)
+    centre = load_channel(centre_ptr, channels, channel_mask)
+    threshold = load_channel(threshold_ptr, channels, channel_mask)
+    weight = None
+    if weight_ptr is not None:
+        weight = load_channel(weight_ptr, channels * WEIGHT_STRIDE, channel_mask)
+    u = x.to(tl.float32)
+    if not FROM_SUM:
+        u = pre_activation(
+            x, residual_ptr, scale_ptr, shift_ptr, layer_scale_ptr, channels, channel_mask, dense_offsets, mask
+        )
+    s = sparsify(u, centre, threshold, steepness, VARIANT)
+    if grad_weight_ptr is not None:
+        contribution = tl.where(mask, WEIGHT_GRADIENT(grad, s, weight, A, B), 0.0)
+        if CHANNELS_LAST:
+            part = outer * tl.cdiv(rows, BLOCK_ROWS) + row_block
+            sums = tl.sum(contribution, axis=0)[None, :]
+            tl.store(grad_weight_ptr + part * cols + channels, sums, mask=channel_mask)
+        else:
+            part = outer * tl.cdiv(cols, BLOCK_COLS) + col_block
+            sums = tl.sum(contribution, axis=1)[:, None]
+            tl.store(grad_weight_ptr + part * rows + channels, sums, mask=channel_mask)
+    grad_s = GRADIENT(grad, s, weight, A, B)
+    grad_u = sparsify_gradient(grad_s, u, centre, threshold, steepness, VARIANT, BACKWARD)
+    if grad_sum_ptr is not None:
+        grad_u += tl.load(grad_sum_ptr + dense_offsets, mask=mask, other=0.0).to(tl.float32)
+    if grad_u_ptr is not None:
+        tl.store(grad_u_ptr + dense_offsets, grad_u.to(grad_u_ptr.dtype.element_ty), mask=mask)
+    if layer_scale_ptr is not None:
+        grad_u = grad_u * load_channel(layer_scale_ptr, channels, channel_mask)
+    if scale_ptr is not None:
+        grad_u = grad_u * load_channel(scale_ptr, channels, channel_mask)
+    tl.store(grad_x_ptr + dense_offsets, grad_u.to(grad_x_ptr.dtype.element_ty), mask=mask)
+
+
+class Vectors(NamedTuple):
+    """The per-channel arguments, contiguous and checked, in the order of the kernels' parameters."""
+
+    centre: Tensor
+    threshold: Tensor
+    weight: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    layer_scale: Tensor | None
+
+
+def _vectors(channels: int, weight: Tensor | None, **vectors: Tensor | None) -> Vectors:
+    if weight is not None and weight.numel() != 1:
+        weight = vector_of_channels(weight, channels, "weight")
+    return Vectors(weight=weight, **{name: vector_of_channels(v, channels, name) for name, v in vectors.items()})
+
+
+def compile_time_constants(constants: Sequence[float]) -> dict[str, float]:
+    """Return an activation's constants as the kernels' A and B."""
+    first, second = (*map(float, constants), 0.0, 0.0)[:2]
+    return {"A": first, "B": second}
+
+
+def weight_stride(weight: Tensor | None) -> int:
+    """Return 1 for a slope per channel, 0 for one that all channels share."""
+    return 0 if weight is None or weight.numel() == 1 else 1
+
+
+def mean_sparse_forward(
+    x: Tensor,
+    centre: Tensor,
+    threshold: Tensor,
+    channel_dim: int,
+    activation: str = "identity",
+    constants: Sequence[float] = (),
+    weight: Tensor | None = None,
+    variant: str = "mean",
+    steepness: float = 10.0,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    want_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return act(s(u)), and u with ``want_sum``, in the dtype and memory format of x.
+
+    Args:
+        x: float32, float16 or bfloat16, of any layout; copied at most once.
+        centre: ``[C]``, float32.
+        threshold: ``[C]``, float32; negative means the identity.
+        channel_dim: Dimension of x that holds the channels, not negative.
+        activation: A name in `device_activations.ACTIVATIONS`.
+        constants: Scalar arguments of the activation.
+        weight: ``[C]`` or ``[1]``, a learned slope.
+        variant: ``mean``, ``edge`` or ``smooth``.
+        steepness: Of the smooth gate.
+        scale: ``[C]``, of a frozen batch norm: weight / sqrt(variance + eps).
+        shift: ``[C]``, of a frozen batch norm: bias - mean * scale.
+        residual: Of x's shape, added last.
+        layer_scale: ``[C]``, multiplied before the residual is added.
+        want_sum: Also return u. It is rounded to x's dtype first, and y is the function of the rounded u.
+    """
+    channels = x.shape[channel_dim]
+    vectors = _vectors(
+        channels, weight, centre=centre, threshold=threshold, scale=scale, shift=shift, layer_scale=layer_scale
+    )
+    if x.numel() == 0:
+        return (torch.empty_like(x), torch.empty_like(x)) if want_sum else torch.empty_like(x)
+    x, y, plan = planned(x, channel_dim)
+    u = torch.empty_like(y) if want_sum else None
+    residual = None if residual is None else laid_out_like(residual, y)
+    with torch.cuda.device_of(x):
+        mean_sparse_forward_kernel[(plan.programs,)](
+            x, y, u, residual, *vectors, *plan.arguments(), float(steepness),
+            VALUE=ACTIVATIONS[activation].value, **compile_time_constants(constants), VARIANT=variant,
+            WEIGHT_STRIDE=weight_stride(weight), **plan.constexprs(), **OPTIONS,
+        )  # fmt: skip
+    return y if u is None else (y, u)
+
+
+class Gradients(NamedTuple):
+    """What the backward kernel wrote.
+
+    Attributes:
+        x: Gradient of x.
+        u: Gradient of the pre-activation sum, which is the residual's; the same tensor as ``x`` where neither scale
+            nor layer_scale stands between them. None unless asked for.
+        weight: Gradient of the learned slope, None without one.
+    """
+
+    x: Tensor
+    u: Tensor | None
+    weight: Tensor | None
+
+
+def mean_sparse_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    centre: Tensor,
+    threshold: Tensor,
+    channel_dim: int,
+    activation: str = "identity",
+    constants: Sequence[float] = (),
+    weight: Tensor | None = None,
+    variant: str = "mean",
+    backward: str = "exact",
+    steepness: float = 10.0,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    grad_sum: Tensor | None = None,
+    from_sum: bool = False,
+    want_grad_sum: bool = False,
+) -> Gradients:
+    """Return the gradients of x, of the pre-activation sum and of the learned slope.
+
+    Args:
+        grad_y: Gradient of y, of x's shape; brought to x's layout if it has another.
+        x: As in `mean_sparse_forward`, or the u that it returned, with ``from_sum``.
+        centre: As in `mean_sparse_forward`, like every argument not named here.
+        threshold: As above.
+        channel_dim: As above.
+        activation: As above.
+        constants: As above.
+        weight: As above.
+        variant: As above.
+        backward: ``exact``, ``identity`` or ``smooth``.
+        steepness: As above.
+        scale: As above.
+        shift: As above.
+        residual: As above; not read with ``from_sum``.
+        layer_scale: As above.
+        grad_sum: Gradient of the second output u, where it has one.
+        from_sum: x is u already. A forward with ``want_sum`` needs it, since that one rounded u.
+        want_grad_sum: Also return the gradient of u.
+    """
+    channels = x.shape[channel_dim]
+    row = ACTIVATIONS[activation]
+    vectors = _vectors(
+        channels, weight, centre=centre, threshold=threshold, scale=scale, shift=shift, layer_scale=layer_scale
+    )
+    if x.numel() == 0:
+        grad_x = torch.empty_like(x)
+        return Gradients(
+            grad_x, grad_x if want_grad_sum else None, None if weight is None else torch.zeros_like(weight)
+        )
+    x, grad_x, plan = planned(x, channel_dim)
+    scaled = scale is not None or layer_scale is not None
+    grad_u = torch.empty_like(grad_x) if want_grad_sum and scaled else None
+    parts = None
+    if weight is not None:
+        parts = torch.empty(plan.tiles_per_channel, channels, dtype=torch.float32, device=x.device)
+    grad_y, grad_sum, residual = (
+        None if t is None else laid_out_like(t, grad_x) for t in (grad_y, grad_sum, None if from_sum else residual)
+    )
+    with torch.cuda.device_of(x):
+        mean_sparse_backward_kernel[(plan.programs,)](
+            x, grad_y, grad_sum, residual, grad_x, grad_u, *vectors, parts, *plan.arguments(), float(steepness),
+            GRADIENT=row.gradient, WEIGHT_GRADIENT=row.weight_gradient, **compile_time_constants(constants),
+            VARIANT=variant, BACKWARD=backward, WEIGHT_STRIDE=weight_stride(weight),
+            FROM_SUM=from_sum, **plan.constexprs(), **OPTIONS,
+        )  # fmt: skip
+    grad_weight = None
+    if parts is not None:
+        # The second stage, in float64: deterministic, and parts are thousands of times fewer than elements.
+        sums = parts.sum(None if weight.numel() == 1 else 0, dtype=torch.float64)
+        grad_weight = sums.to(weight.dtype).view(weight.shape)
+    return Gradients(grad_x, (grad_x if grad_u is None else grad_u) if want_grad_sum else None, grad_weight)

@@ -1,0 +1,51 @@
+"""Floor 2: whether an in-place activation may become one that returns a new tensor.
+
+In place, it changes its input for everyone who holds it. Readers of the input node itself are no problem: a pass
+lets them read the result. A view made before, and read after, would keep the old values: that is an error.
+Imports `ops`, `shapes` and floor 1 only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from ..errors import SiteError
+from .ops import Operators
+from .shapes import Flow
+
+
+def check_inplace(graph: fx.Graph, operators: Operators, flow: Flow, sites: Iterable[tuple[str, fx.Node]]) -> None:
+    """Raise SiteError if a site's in-place activation changes a tensor that is read later under another name.
+
+    Args:
+        sites: Name and node of each in-place activation.
+    """
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    holders: dict[int, list[fx.Node]] = {}
+    memory: dict[fx.Node, frozenset[int]] = {}
+    for node in graph.nodes:
+        memory[node] = flow.memory.get(node, frozenset())
+        if operators.op(node).may_alias:
+            # What was a copy for these images may be a view for others, or in another memory format.
+            memory[node] |= frozenset().union(*(memory[n] for n in node.all_input_nodes[:1]))
+        for key in memory[node]:
+            holders.setdefault(key, []).append(node)
+    for name, node in sites:
+        source = node.args[0] if node.args else node.kwargs["input"]
+        for holder in dict.fromkeys(h for key in memory[source] for h in holders[key]):
+            if holder is source or order[holder] >= order[node]:
+                continue
+            reader = next((r for r in holder.users if order[r] > order[node] and _reads(r, flow)), None)
+            if reader is not None:
+                raise SiteError(
+                    f"{name}: the activation works in place, and {operators.label(reader)} later reads "
+                    f"{operators.label(holder)}, which shares its input's memory. Give the activation inplace=False "
+                    f"if that is what the model means, or leave the site out: Placement(exclude=({name!r},))"
+                )
+
+
+def _reads(reader: fx.Node, flow: Flow) -> bool:
+    """Return whether a reader looks at the values: x.shape does not."""
+    return reader.op == "output" or flow.shape(reader) is not None

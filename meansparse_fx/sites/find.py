@@ -1,0 +1,133 @@
+"""Floor 2: from a captured graph to the plan of its sites.
+
+Every call of a known activation is a candidate. Each gets a name, a channel dimension, and a reason if it is to be
+left alone. Imports this folder and floor 1 only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import Tensor, fx
+
+from ..errors import SiteError
+from .aliases import check_inplace
+from .flow import channel_axes, expected_axes
+from .gates import gated, reachable
+from .ops import Operators
+from .plan import Placement, Site, SitePlan
+from .shapes import Flow, propagate
+
+_INDEPENDENT = "input-independent: computed from parameters alone, the same for every image"
+_UNKNOWN_AXIS = (
+    "channel axis unknown: no layer around it tells; give it by hand, Placement(channel_dims={{{!r}: dimension}})"
+)
+
+
+def find_sites(
+    graph_module: fx.GraphModule, route: str, images: Tensor | None, placement: Placement | None = None
+) -> SitePlan:
+    """Return the plan of a captured model's sites: all candidates, with what is done to each and why.
+
+    Args:
+        graph_module: As `capture` returns it, in eval mode; its graph is not changed.
+        route: How it was captured, for the plan.
+        images: ``[N, ...]``, example inputs on the model's device; only their shape matters.
+        placement: Which sites to take; by default every activation.
+
+    Raises:
+        SiteError: No example images, no activation in the graph, channel dimensions given for no site or out of
+            range, or an in-place activation whose input is read later through a view.
+    """
+    placement = placement or Placement()
+    if images is None:
+        raise SiteError("finding sites needs example images, for their shape: pass images=, a tensor [N, C, H, W]")
+    graph = graph_module.graph
+    operators = Operators.of(graph_module)
+    calls = {node: call for node in graph.nodes if (call := operators.activation(node)) is not None}
+    if not calls:
+        raise SiteError(
+            f"no activation found in {type(graph_module).__name__} ({len(graph.nodes)} graph nodes): activations "
+            "are known by the table in meansparse_fx/activations.py"
+        )
+    flow = propagate(graph_module, images)
+    names = _names(calls, operators)
+    axes = _Axes(graph, operators, flow)
+    data = reachable(graph, flow)
+    gates = gated(graph, operators, flow, data)
+
+    unmatched = placement.channel_dims.keys() - set(names.values())
+    if unmatched:
+        raise SiteError(f"placement gives channel_dims for {min(unmatched)!r}, which is no site; see inspect()")
+    sites = []
+    for node, call in calls.items():
+        name, source = names[node], data_input(node)
+        shape = tuple(flow.shape(source) or ())
+        axis = _given(placement, name, shape) if name in placement.channel_dims else axes.of(node, source)
+        site = Site(
+            name=name,
+            kind="activation",
+            activation=call,
+            channel_dim=axis,
+            channels=None if axis is None else shape[axis],
+            shape=shape,
+            producer=_producer(source, operators),
+            node=node.name,
+            skipped=_INDEPENDENT if node not in data else gates.get(node),
+        )
+        if site.skipped is None and axis is None:
+            site = replace(site, skipped=_UNKNOWN_AXIS.format(name))
+        sites.append(replace(site, skipped=site.skipped or placement.refusal(site)))
+    by_name = {name: node for node, name in names.items()}
+    inplace = [s for s in sites if s.skipped is None and s.activation and s.activation.inplace]
+    check_inplace(graph, operators, flow, [(s.name, by_name[s.name]) for s in inplace])
+    return SitePlan(tuple(sites), route)
+
+
+def data_input(node: fx.Node) -> fx.Node:
+    """Return the tensor that an activation's node reads."""
+    return node.args[0] if node.args else node.kwargs["input"]
+
+
+def _names(nodes: Iterable[fx.Node], operators: Operators) -> dict[fx.Node, str]:
+    """Return a name for each node: its path, with a counter where one path is called again."""
+    paths = {node: operators.label(node) for node in nodes}
+    taken = set(paths.values())  # relu_1 may be a module of its own: no repeat of relu takes its name
+    names: dict[fx.Node, str] = {}
+    calls: dict[str, int] = {}
+    for node, path in paths.items():
+        count = calls.get(path, -1) + 1
+        while count and f"{path}_{count}" in taken:
+            count += 1
+        calls[path] = count
+        names[node] = f"{path}_{count}" if count else path
+    return names
+
+
+class _Axes:
+    """The channel dimension of sites: what came before tells, else what comes after. The latter is worked out late."""
+
+    def __init__(self, graph: fx.Graph, operators: Operators, flow: Flow) -> None:
+        self._known = channel_axes(graph, operators, flow)
+        self._expected: dict[fx.Node, int | None] | None = None
+        self._later = lambda: expected_axes(graph, operators, flow)
+
+    def of(self, node: fx.Node, source: fx.Node) -> int | None:
+        if self._known[source] is None and self._expected is None:
+            self._expected = self._later()
+        return self._known[source] if self._known[source] is not None else self._expected[node]
+
+
+def _given(placement: Placement, name: str, shape: tuple[int, ...]) -> int:
+    dim = placement.channel_dims[name]
+    if not -len(shape) <= dim < len(shape):
+        raise SiteError(f"{name}: placement gives channel dimension {dim}, its input has shape {list(shape)}")
+    return dim % len(shape)
+
+
+def _producer(node: fx.Node, operators: Operators) -> str:
+    """Return the word for what makes a site's input, looking through what changes nothing in eval mode."""
+    while operators.op(node).passes and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return operators.word(node)

@@ -1,0 +1,49 @@
+"""Floor 2: the channel dimension of every tensor in a graph, by data flow.
+
+Forward from what states it (convolutions, norms, linear layers) through everything that carries it; where that
+says nothing, backward from the next layer that expects it. Imports `axis`, `ops` and `shapes`.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+from torch.fx.node import map_arg
+
+from . import axis as rules
+from .axis import Call
+from .ops import Operators
+from .shapes import Flow
+
+# Rules of operators whose result has the same dimensions in the same order.
+_KEEPING = (rules.same, rules.elementwise, rules.joined, rules.resized)
+
+
+def channel_axes(graph: fx.Graph, operators: Operators, flow: Flow) -> dict[fx.Node, int | None]:
+    """Return the channel dimension by node, as far as the layers before it tell; None is unknown."""
+    axes: dict[fx.Node, int | None] = {}
+    for node in graph.nodes:
+        shape = flow.shape(node)
+        if shape is None or node.op in ("placeholder", "get_attr", "output"):
+            axes[node] = None
+            continue
+        args, kwargs = (map_arg(a, flow.values.get) for a in (node.args, node.kwargs))
+        axis = operators.op(node).carry(Call(node, operators.module(node), args, kwargs, flow, axes))
+        axes[node] = axis if axis is not None and 0 <= axis < len(shape) else None
+    return axes
+
+
+def expected_axes(graph: fx.Graph, operators: Operators, flow: Flow) -> dict[fx.Node, int | None]:
+    """Return the channel dimension by node, as far as the layers that read it agree; None is unknown."""
+    expected: dict[fx.Node, int | None] = {}
+    for node in reversed(graph.nodes):
+        shape = flow.shape(node)
+        wishes = set()
+        for reader in node.users if shape is not None else ():
+            op = operators.op(reader)
+            if op.wants is not None and reader.args and reader.args[0] is node:
+                wishes.add(op.wants % len(shape))
+            elif op.carry in _KEEPING and len(flow.shape(reader)) == len(shape):
+                wishes.add(expected[reader])
+        wishes.discard(None)
+        expected[node] = wishes.pop() if len(wishes) == 1 else None
+    return expected

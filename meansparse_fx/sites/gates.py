@@ -1,0 +1,82 @@
+"""Floor 2: which activations sit inside a gate, by structure and not by name.
+
+A gate pools a tensor over all of space, computes on what is left, and multiplies (or adds, broadcast) the result
+back onto a tensor that was not pooled: squeeze-and-excitation and its relatives. A head is pooled as well, but
+nothing unpooled meets it again. Imports `ops` and `shapes`.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import fx
+
+from .ops import Operators
+from .shapes import Flow, Shape
+
+
+def reachable(graph: fx.Graph, flow: Flow) -> set[fx.Node]:
+    """Return the nodes that yield tensors computed from the graph's input."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or (flow.shape(node) is not None and not found.isdisjoint(node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def gated(graph: fx.Graph, operators: Operators, flow: Flow, data: set[fx.Node]) -> dict[fx.Node, str]:
+    """Return why a node is part of a gate, for each that is.
+
+    Args:
+        data: The nodes computed from the graph's input.
+    """
+    pooled: set[fx.Node] = set()
+    reasons: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        op = operators.op(node)
+        inputs = [n for n in node.all_input_nodes[: 1 if op.like else None] if n in data]
+        inside = [n for n in inputs if n in pooled]
+        if node not in data or not inputs:
+            continue
+        if len(inside) == len(inputs) or (op.pools and _pools_space(op.word, flow, node, inputs)):
+            pooled.add(node)
+        elif len(inputs) == 2 and len(inside) == 1 and _meets(op.word, flow, node, inside[0]):
+            gate, other = inside[0], next(n for n in inputs if n not in pooled)
+            reason = _REASONS[op.word].format(operators.label(other))
+            _mark(gate, pooled, reasons, reason)
+    return reasons
+
+
+_REASONS = {
+    "mul": "gate: squeeze-and-excitation, pooled then multiplied onto {}",
+    "add": "gate: global context, pooled then added onto {}",
+}
+
+
+def _meets(word: str, flow: Flow, node: fx.Node, gate: fx.Node) -> bool:
+    return word == "mul" or (word == "add" and flow.shape(gate) != flow.shape(node))
+
+
+def _pools_space(word: str, flow: Flow, node: fx.Node, inputs: list[fx.Node]) -> bool:
+    """Return whether a result keeps one dimension besides the batch and is smaller than what was pooled."""
+    shape, before = flow.shape(node), flow.shape(inputs[0])
+    if _extent(shape) > 1:
+        return False
+    # Small images arrive with one pixel: pooling that changes nothing, yet the same gate as for larger ones.
+    one_pixel = word != "matmul" and len(before) > 2 and _extent(before) <= 1
+    return one_pixel or math.prod(shape) < max(math.prod(flow.shape(n)) for n in inputs)
+
+
+def _extent(shape: Shape) -> int:
+    """Return how many dimensions besides the batch have more than one element."""
+    return sum(n > 1 for n in shape[1:])
+
+
+def _mark(gate: fx.Node, pooled: set[fx.Node], reasons: dict[fx.Node, str], reason: str) -> None:
+    """Give ``reason`` to the gate and to all it is computed from since the pooling."""
+    waiting = [gate]
+    while waiting:
+        node = waiting.pop()
+        if node in pooled and node not in reasons:
+            reasons[node] = reason
+            waiting.extend(node.all_input_nodes)

@@ -1,0 +1,76 @@
+"""Floor 2: what each node of a graph yields for the example images: shapes, and which tensors share memory.
+
+Imports torch only.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+
+class Shape(tuple):
+    """The shape of a tensor, which a node that yields one has in its place. What ``x.shape`` yields is a torch.Size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """What running a graph once showed of its nodes.
+
+    Attributes:
+        values: By node: the result with a `Shape` in place of each tensor. Numbers stay numbers.
+        memory: By node: keys of the storages the result lives in.
+    """
+
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    memory: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
+
+    def shape(self, node: Any) -> Shape | None:
+        """Return the shape of a node's tensor; of its first tensor if it yields several; None if it yields none."""
+        leaves = pytree.tree_leaves(self.values.get(node)) if isinstance(node, fx.Node) else []
+        return next((leaf for leaf in leaves if isinstance(leaf, Shape)), None)
+
+
+def propagate(graph_module: fx.GraphModule, images: Tensor) -> Flow:
+    """Return the flow of ``images`` through a graph, without computing where every operator has a fake."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            return _Recorder(graph_module).record(fake.from_tensor(images))
+    except Exception:
+        # Some operator has no fake or looks at values. The model has run on these images before: run it.
+        with torch.random.fork_rng([images.device] if images.is_cuda else []):
+            return _Recorder(graph_module).record(images.clone())
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self._flow = Flow()
+        self._alive: list[Any] = []  # a key is an address: it must not be used again while others may compare
+
+    def record(self, images: Tensor) -> Flow:
+        with torch.no_grad():
+            self.run(images)
+        return self._flow
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        storages = [t.untyped_storage() for t in tensors if t.layout is torch.strided]
+        self._alive += storages
+        self._flow.memory[n] = frozenset(s._cdata for s in storages)
+        self._flow.values[n] = pytree.tree_map(lambda v: Shape(v.shape) if isinstance(v, Tensor) else v, result)
+        return result
+
+    def call_module(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        module = self.fetch_attr(target)
+        if not type(module).__module__.startswith("torch.nn."):
+            # It may keep what it computes, and would keep a fake tensor.
+            module = copy.deepcopy(module, {id(p): p for p in module.parameters()})
+        return module(*args, **kwargs)

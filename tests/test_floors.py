@@ -1,0 +1,101 @@
+"""Imports only go down: the floor plan of the README, enforced."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import meansparse_fx
+from meansparse_fx import kernels
+
+PACKAGE = Path(meansparse_fx.__file__).parent
+KERNELS = Path(kernels.__file__).parent
+
+FLOORS = {
+    "kernels": 0,
+    "errors": 1,
+    "activations": 1,
+    "data": 1,
+    "progress": 1,
+    "bundled": 1,
+    "capture": 2,
+    "sites": 2,
+    "rewrite": 2,
+    "nn": 3,
+    "statistics": 3,
+    "passes": 4,
+    "operators": 4,
+    "transform": 5,
+    "calibrate": 5,
+    "alpha": 5,
+    "evaluate": 5,
+    "zoo": 5,
+    "report": 5,
+    "cli": 6,
+    "demo": 6,
+}
+
+
+def imported_rooms(path: Path, root: Path, package: str) -> set[str]:
+    """Return the first component under the package of everything a file of it imports."""
+    module = [package, *path.relative_to(root).with_suffix("").parts]
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            base = module[: -node.level] if node.level else []
+            stem = [*base, *(node.module.split(".") if node.module else [])]
+            names = [[*stem, a.name] for a in node.names] if stem[-1:] == [package] else [stem]
+        elif isinstance(node, ast.Import):
+            names = [a.name.split(".") for a in node.names]
+        rooms |= {n[1] for n in names if n[0] == "meansparse_fx" and len(n) > 1}
+    return rooms
+
+
+def rooms() -> list[tuple[str, Path]]:
+    return [(p.relative_to(PACKAGE).parts[0].removesuffix(".py"), p) for p in sorted(PACKAGE.rglob("*.py"))]
+
+
+@pytest.mark.parametrize(("room", "path"), rooms(), ids=lambda v: v if isinstance(v, str) else v.name)
+def test_imports_only_go_down(room: str, path: Path) -> None:
+    if room in ("__init__", "__main__"):
+        pytest.skip("the front door")
+    for other in imported_rooms(path, PACKAGE, "meansparse_fx"):
+        assert FLOORS[other] <= FLOORS[room], f"{room} (floor {FLOORS[room]}) imports {other} (floor {FLOORS[other]})"
+
+
+def test_rooms_of_one_floor_import_without_circles() -> None:
+    graph = {room: set() for room in FLOORS}
+    for room, path in rooms():
+        if room in FLOORS:
+            graph[room] |= imported_rooms(path, PACKAGE, "meansparse_fx") - {room}
+    while graph:
+        leaves = {room for room, needs in graph.items() if not needs & graph.keys()}
+        assert leaves, f"a circle among {sorted(graph)}"
+        graph = {room: needs for room, needs in graph.items() if room not in leaves}
+
+
+def test_kernels_import_only_torch_and_triton() -> None:
+    for path in KERNELS.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                roots = {node.module.split(".")[0]}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 1, f"{path.name} reaches out of kernels/"
+                continue
+            elif isinstance(node, ast.Import):
+                roots = {a.name.split(".")[0] for a in node.names}
+            else:
+                continue
+            assert roots <= sys.stdlib_module_names | {"torch", "triton"}, f"{path.name} imports {roots}"
+
+
+def test_import_is_light() -> None:
+    heavy = ("matplotlib", "typer", "jinja2", "torchvision", "timm", "triton", "robustbench")
+    code = f"import sys, meansparse_fx; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,244 @@
+"""transform, restore and the switches: what changes, and above all what does not."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import meansparse_fx as msfx
+from meansparse_fx.errors import SiteError, StateError, StatisticsError
+from meansparse_fx.nn import MeanSparse
+
+
+@pytest.fixture
+def sparse(net, images):
+    sparse = msfx.transform(net, images)
+    msfx.calibrate(sparse, images.split(5), progress=False)
+    return sparse
+
+
+def test_sites_and_their_channels(net, images, sites):
+    assert {s.name: s.channels for s in msfx.inspect(net, images)} == sites
+    assert {n: m.channels for n, m in msfx.operators(msfx.transform(net, images)).items()} == sites
+
+
+def test_graph_after_transform(sparse, sites):
+    """Each activation is one call of an operator; nothing else was added but the learned slope's get_attr."""
+    calls = [n.target for n in sparse.graph.nodes if n.op == "call_module" and n.target.startswith("meansparse.")]
+    assert calls == [f"meansparse.{name}" for name in sites]
+    assert [n.target for n in sparse.graph.nodes if n.op == "get_attr"] == ["slope.weight"]
+    assert not [n for n in sparse.graph.nodes if n.target in ("relu", "slope", torch.nn.functional.gelu)]
+
+
+def test_alpha_zero_is_the_base_bit_for_bit(net, images, sparse):
+    x, y = (images.clone().requires_grad_() for _ in range(2))
+    expected, got = net(x), sparse(y)
+    assert torch.equal(got, expected)
+    expected.square().sum().backward()
+    got.square().sum().backward()
+    assert torch.equal(y.grad, x.grad)
+
+
+def test_input_model_is_never_changed(net, images):
+    before, names = copy.deepcopy(net.state_dict()), [n for n, _ in net.named_modules()]
+    sparse = msfx.transform(net, images)
+    msfx.calibrate(sparse, [images], progress=False)
+    msfx.set_alpha(sparse, 0.5)
+    with torch.no_grad():
+        sparse.conv1.weight.zero_()
+    assert [n for n, _ in net.named_modules()] == names
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_state_dict_keys(net, sparse, sites):
+    ours = {k for k in sparse.state_dict() if k.startswith("meansparse.")}
+    assert sparse.state_dict().keys() - ours == net.state_dict().keys()
+    assert ours == {f"meansparse.{s}.{b}" for s in sites for b in ("mean", "std", "alpha")}
+
+
+def test_state_dict_round_trip(net, images, sparse):
+    msfx.set_alpha(sparse, 0.3)
+    other = msfx.transform(net, images)
+    other.load_state_dict(sparse.state_dict())
+    assert torch.equal(other(images), sparse(images))
+    assert not torch.equal(other(images), net(images))
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_compute_the_same(sparse, images, copier):
+    msfx.set_alpha(sparse, 0.3)
+    msfx.set_backward(sparse, "identity")
+    clone = copier(sparse)
+    assert torch.equal(clone(images), sparse(images))
+    assert all(m.backward == "identity" for m in msfx.operators(clone).values())
+    base = msfx.restore(clone)
+    assert base.state_dict().keys() == msfx.restore(sparse).state_dict().keys()
+
+
+def test_restore_gives_the_base_back(net, images, sparse, sites):
+    msfx.set_alpha(sparse, 0.4)
+    base = msfx.restore(sparse)
+    assert torch.equal(base(images), net(images))
+    assert base.state_dict().keys() == net.state_dict().keys()
+    assert not any(isinstance(m, MeanSparse) for m in base.modules())
+    again = msfx.inspect(base, images)
+    assert [s.name for s in again] == list(sites)
+    assert len(msfx.operators(sparse)) == len(sites), "restore must not touch the model it is given"
+
+
+def test_operator_does_what_the_paper_says(net, images, sparse):
+    """The first operator's output, recomputed in NumPy from the module's input."""
+    msfx.set_alpha(sparse, 0.7)
+    operator = msfx.operators(sparse)["relu"]
+    seen = {}
+    operator.register_forward_hook(lambda m, i, o: seen.update(x=i[0], y=o))
+    sparse(images)
+    x = seen["x"].double().numpy()
+    mean, std = operator.mean.double().numpy(), operator.std.double().numpy()
+    band = abs(x - mean[:, None, None]) <= 0.7 * std[:, None, None]
+    expected = x.copy()
+    for c in range(x.shape[1]):
+        expected[:, c][band[:, c]] = mean[c]
+    assert 0.2 < band.mean() < 0.9
+    torch.testing.assert_close(seen["y"].double(), torch.from_numpy(expected).clamp_min(0), rtol=1e-6, atol=1e-6)
+
+
+def test_in_place_readers_see_the_activation():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.act = nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            h = self.conv(x)
+            y = self.act(h)
+            return h + y  # h is relu(h) by now
+
+    torch.manual_seed(0)
+    net, images = Net().eval(), torch.randn(2, 3, 4, 4)
+    assert torch.equal(msfx.transform(net, images)(images), net(images))
+
+
+def test_set_alpha_by_site(sparse, images):
+    msfx.set_alpha(sparse, {"relu": 0.5, "gelu": 0.25})
+    assert msfx.get_alpha(sparse) == {"relu": 0.5, "relu_1": 0.0, "slope": 0.0, "gelu": 0.25}
+    with pytest.raises(StateError, match="no such site: nope"):
+        msfx.set_alpha(sparse, {"nope": 0.1})
+
+
+@pytest.mark.parametrize("alpha", [-0.1, math.nan, math.inf])
+def test_bad_alpha(sparse, alpha):
+    with pytest.raises(ValueError, match="alpha must be finite and not negative"):
+        msfx.set_alpha(sparse, alpha)
+
+
+def test_forward_does_not_depend_on_backward_and_gradients_do(sparse, images):
+    msfx.set_alpha(sparse, 0.5)
+    outputs, grads = {}, {}
+    for mode in ("exact", "identity", "smooth"):
+        msfx.set_backward(sparse, mode)
+        x = images.clone().requires_grad_()
+        outputs[mode] = sparse(x)
+        outputs[mode].sum().backward()
+        grads[mode] = x.grad
+    assert torch.equal(outputs["exact"], outputs["identity"])
+    assert torch.equal(outputs["exact"], outputs["smooth"])
+    assert not torch.equal(grads["exact"], grads["identity"])
+    assert not torch.equal(grads["exact"], grads["smooth"])
+
+
+def test_centres(sparse):
+    msfx.set_alpha(sparse, 0.5)
+    operator = msfx.operators(sparse)["gelu"]
+    assert torch.equal(operator.centre, operator.mean)
+    msfx.set_variant(sparse, centre="zero")
+    assert not operator.centre.any()
+    msfx.set_variant(sparse, centre="layer")
+    torch.testing.assert_close(operator.centre, operator.mean.mean().expand(6))
+    with pytest.raises(ValueError, match="centre must be one of"):
+        msfx.set_variant(sparse, centre="median")
+
+
+def test_statistics_keep_their_precision_in_a_half_model(sparse):
+    mean = msfx.operators(sparse)["gelu"].mean.clone()
+    half = copy.deepcopy(sparse).bfloat16()
+    operator = msfx.operators(half)["gelu"]
+    assert half.conv1.weight.dtype == torch.bfloat16
+    assert torch.equal(operator.mean, mean)
+    assert half(torch.rand(2, 3, 9, 9).bfloat16()).dtype == torch.bfloat16
+
+
+def test_statistics_by_argument_and_by_file(net, images, sparse, tmp_path):
+    stats = msfx.calibrate(sparse, [images], progress=False)
+    stats.save(tmp_path / "s.safetensors")
+    msfx.set_alpha(sparse, 0.3)
+    for given in (stats, tmp_path / "s.safetensors"):
+        assert torch.equal(msfx.transform(net, images, statistics=given, alpha=0.3)(images), sparse(images))
+
+
+def test_bad_input_has_its_own_error(net, images, sparse):
+    with pytest.raises(StateError, match="has no statistics: calibrate first"):
+        msfx.transform(net, images, alpha=0.2)
+    with pytest.raises(StateError, match=r"train"):
+        msfx.transform(net.train(), images)
+    net.eval()
+    with pytest.raises(StateError, match="transform"):
+        msfx.transform(sparse, images)
+    with pytest.raises(StateError, match="no MeanSparse operators"):
+        msfx.set_alpha(net, 0.1)
+    with pytest.raises(SiteError, match="no activation"):
+        msfx.transform(nn.Sequential(nn.Conv2d(3, 4, 1)).eval(), images)
+    with torch.no_grad():
+        net.head.bias[0] += 1
+    stats = msfx.calibrate(sparse, [images], progress=False)
+    with pytest.raises(StatisticsError, match="other weights"):
+        msfx.transform(net, images, statistics=stats)
+
+
+def test_placement_chooses(net, images):
+    placement = msfx.Placement(exclude=("^relu$",), predicate=lambda site: site.activation.name != "prelu")
+    plan = msfx.inspect(net, images, placement)
+    assert {s.name: s.skipped for s in plan if s.skipped} == {
+        "relu": "placement: excluded",
+        "slope": "placement: predicate said no",
+    }
+    sparse = msfx.transform(net, images, placement=placement)
+    assert list(msfx.operators(sparse)) == ["relu_1", "gelu"]
+    assert torch.equal(sparse(images), net(images))
+
+
+def test_float64_model_keeps_float64_statistics(net, images):
+    sparse = msfx.transform(net.double(), images.double())
+    msfx.calibrate(sparse, [images.double()], progress=False)
+    assert msfx.operators(sparse)["relu"].std.dtype == torch.float64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["exact", "identity"])
+def test_compiles_in_one_graph_without_recompiling_for_alpha(sparse, images, mode):
+    msfx.set_alpha(sparse, 0.4)
+    msfx.set_backward(sparse, mode)
+    torch._dynamo.reset()
+    compiled = torch.compile(sparse, fullgraph=True)
+    for alpha in (0.4, 0.1, 0.0):
+        msfx.set_alpha(sparse, alpha)
+        with torch.compiler.set_stance("default" if alpha == 0.4 else "fail_on_recompile"):
+            x, y = (images.clone().requires_grad_() for _ in range(2))
+            expected, got = sparse(x), compiled(y)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+            expected.square().sum().backward()
+            got.square().sum().backward()
+            torch.testing.assert_close(y.grad, x.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_exports_to_plain_aten(sparse, images):
+    msfx.set_alpha(sparse, 0.4)
+    program = torch.export.export(sparse, (images,))
+    assert not [n for n in program.graph.nodes if "meansparse" in str(n.target) and n.op == "call_function"]
+    torch.testing.assert_close(program.module()(images), sparse(images))
