@@ -98,15 +98,30 @@ def elu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
+def normal_tail(s):
+    """Phi(-|s|) to 1e-8, and exp(-s^2 / 2).
+
+    The form of Abramowitz and Stegun 7.1.26, refitted with one more term: a polynomial in 1 / (1 + 0.28 |s|) times
+    the exponential. erf costs 31 instructions on sm_90, which in half precision is more than memory waits for; this
+    costs 20, gives the derivative its exponential for nothing, and loses no digits for negative s as 1 + erf does.
+    """
+    bell = tl.exp(-0.5 * s * s)
+    t = 1 / (1 + 0.28 * tl.abs(s))
+    series = 0.26890916536 + t * (-0.23699207024 + t * (0.38987304649 + t * -0.10580798135))
+    return bell * (t * (0.11652073353 + t * (0.06749709698 + t * series))), bell
+
+
+@triton.jit
 def gelu(s, weight, A: tl.constexpr, B: tl.constexpr):
-    return s * (0.5 + 0.5 * tl.erf(s * 0.7071067811865476))
+    tail, _ = normal_tail(s)
+    return s * tl.where(s < 0, tail, 1 - tail)
 
 
 @triton.jit
 def gelu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
     # d/ds s Phi(s) = Phi(s) + s phi(s),   phi(s) = exp(-s^2 / 2) / sqrt(2 pi)
-    cdf = 0.5 + 0.5 * tl.erf(s * 0.7071067811865476)
-    return grad * (cdf + s * (0.3989422804014327 * tl.exp(-0.5 * s * s)))
+    tail, bell = normal_tail(s)
+    return grad * (tl.where(s < 0, tail, 1 - tail) + s * (0.3989422804014327 * bell))
 
 
 @triton.jit

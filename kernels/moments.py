@@ -80,7 +80,7 @@ def moments_kernel(
     weight = None
     if weight_ptr is not None:
         weight = load_channel(weight_ptr, channels * WEIGHT_STRIDE, channel_mask)
-    count = tl.zeros_like(first)
+    count = 0.0
     mean = tl.zeros_like(first)
     m2 = tl.zeros_like(first)
     start = part * steps
@@ -96,20 +96,23 @@ def moments_kernel(
             tl.store(y_ptr + dense_offsets, VALUE(x, weight, A, B).to(y_ptr.dtype.element_ty), mask=mask)
         # Two passes over the tile. d's own mean is rounded, so the second pass measures what that left over.
         d = tl.where(mask, x - first, 0.0)
-        tile_count = tl.sum(mask.to(tl.float32), axis=axis, keep_dims=True)
-        inverse = 1.0 / tl.maximum(tile_count, 1.0)
+        length = tl.minimum(rows - row_block * BLOCK_ROWS, BLOCK_ROWS)
+        if not CHANNELS_LAST:
+            length = tl.minimum(cols - col_block * BLOCK_COLS, BLOCK_COLS)
+        tile_count = length.to(tl.float32)
+        inverse = 1.0 / tile_count
         rough = tl.sum(d, axis=axis, keep_dims=True) * inverse
         d = tl.where(mask, d - rough, 0.0)
         left = tl.sum(d, axis=axis, keep_dims=True)
         tile_m2 = tl.sum(d * d, axis=axis, keep_dims=True) - left * left * inverse
         # Chan: mean += delta n_b / n,   M2 += M2_b + delta^2 n_a n_b / n
         delta = rough + left * inverse - mean
-        share = tile_count / tl.maximum(count + tile_count, 1.0)
+        share = tile_count / (count + tile_count)
         mean += delta * share
         m2 += tile_m2 + delta * delta * count * share
         count += tile_count
     at = parts_ptr + part * total_channels + channels
-    tl.store(at, count, mask=channel_mask)
+    tl.store(at, tl.zeros_like(mean) + count, mask=channel_mask)
     tl.store(at + parts * total_channels, mean, mask=channel_mask)
     tl.store(at + 2 * parts * total_channels, m2, mask=channel_mask)
 

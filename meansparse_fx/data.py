@@ -63,7 +63,12 @@ class ImageSet(Dataset):
 
 
 def load_images(
-    path: str | Path, split: str | None = None, *, image_size: int | None = None, limit: int | None = None, skip: int = 0
+    path: str | Path,
+    split: str | None = None,
+    *,
+    image_size: int | None = None,
+    limit: int | None = None,
+    skip: int = 0,
 ) -> ImageSet:
     """Return the labelled images at ``path``, in a fixed shuffled order.
 
@@ -263,4 +268,6 @@ def _open_folder(path: Path, split: str | None, image_size: int) -> ImageSet:
         except OSError as error:
             raise ArtifactError(f"{file}: truncated or not an image ({error})") from error
 
-    return ImageSet(_Files([p for p, _ in folder.samples], decode), torch.tensor(folder.targets), _describe(path, split))
+    return ImageSet(
+        _Files([p for p, _ in folder.samples], decode), torch.tensor(folder.targets), _describe(path, split)
+    )

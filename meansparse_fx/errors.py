@@ -36,3 +36,7 @@ class ArtifactError(MeanSparseError):
 
 class EvaluationError(MeanSparseError):
     """An attack or an evaluation cannot be run as asked, or its result failed a sanity check."""
+
+
+class ModelError(MeanSparseError):
+    """A model cannot be built as asked: unknown name, file without the function, weights that do not fit."""

@@ -13,7 +13,7 @@ from meansparse_fx.errors import CalibrationError, StateError
 def test_statistics_are_those_of_the_base_models_own_values(net, images, sites):
     """Recomputed in NumPy from a hook on the untouched model."""
     seen = []
-    net.bn.register_forward_hook(lambda m, i, o: seen.append(o.clone().double().numpy()))
+    net.bn.register_forward_hook(lambda m, i, o: seen.append(o.detach().clone().double().numpy()))
     net(images)
     values = seen[0].transpose(1, 0, 2, 3).reshape(8, -1)
     stats = msfx.calibrate(msfx.transform(net, images), images.split(5), progress=False)

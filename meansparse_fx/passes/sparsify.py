@@ -20,6 +20,7 @@ def sparsify(graph_module: fx.GraphModule, plan: SitePlan) -> None:
     nodes = {node.name: node for node in graph_module.graph.nodes}
     for site in plan.active:
         _insert(graph_module, nodes[site.node], site)
+    graph_module.get_submodule(PREFIX).eval()
     graph_module.graph.lint()
     graph_module.recompile()
 
@@ -56,5 +57,5 @@ def _like_parameters(operator: MeanSparse, graph_module: fx.GraphModule) -> Mean
     """Return ``operator`` on the device of the model's parameters, in float64 if they are."""
     for p in graph_module.parameters():
         if p.is_floating_point():
-            return operator.to(p.device, torch.float64 if p.dtype == torch.float64 else torch.float32).eval()
-    return operator.eval()
+            return operator.to(p.device, torch.float64 if p.dtype == torch.float64 else torch.float32)
+    return operator

@@ -141,7 +141,7 @@ def moved(call: Call) -> int | None:
 
 
 def regrouped(call: Call) -> int | None:
-    """view, flatten, squeeze, ...: row-major order stays, so the channels survive as exactly one dimension or not at all."""
+    """view, flatten, squeeze, ...: row-major order stays; channels survive as exactly one dimension or not at all."""
     if call.axis is None or call.shape == call.result:
         return call.axis
     size, before = call.shape[call.axis], math.prod(call.shape[: call.axis])

@@ -17,7 +17,7 @@ from .flow import channel_axes, expected_axes
 from .gates import gated, reachable
 from .ops import Operators
 from .plan import Placement, Site, SitePlan
-from .shapes import Flow, propagate
+from .shapes import propagate
 
 _INDEPENDENT = "input-independent: computed from parameters alone, the same for every image"
 _UNKNOWN_AXIS = (
@@ -53,7 +53,7 @@ def find_sites(
         )
     flow = propagate(graph_module, images)
     names = _names(calls, operators)
-    axes = _Axes(graph, operators, flow)
+    known, expected = channel_axes(graph, operators, flow), expected_axes(graph, operators, flow)
     data = reachable(graph, flow)
     gates = gated(graph, operators, flow, data)
 
@@ -64,7 +64,10 @@ def find_sites(
     for node, call in calls.items():
         name, source = names[node], data_input(node)
         shape = tuple(flow.shape(source) or ())
-        axis = _given(placement, name, shape) if name in placement.channel_dims else axes.of(node, source)
+        if name in placement.channel_dims:
+            axis = _given(placement, name, shape)
+        else:
+            axis = known[source] if known[source] is not None else expected[node]
         site = Site(
             name=name,
             kind="activation",
@@ -103,20 +106,6 @@ def _names(nodes: Iterable[fx.Node], operators: Operators) -> dict[fx.Node, str]
         calls[path] = count
         names[node] = f"{path}_{count}" if count else path
     return names
-
-
-class _Axes:
-    """The channel dimension of sites: what came before tells, else what comes after. The latter is worked out late."""
-
-    def __init__(self, graph: fx.Graph, operators: Operators, flow: Flow) -> None:
-        self._known = channel_axes(graph, operators, flow)
-        self._expected: dict[fx.Node, int | None] | None = None
-        self._later = lambda: expected_axes(graph, operators, flow)
-
-    def of(self, node: fx.Node, source: fx.Node) -> int | None:
-        if self._known[source] is None and self._expected is None:
-            self._expected = self._later()
-        return self._known[source] if self._known[source] is not None else self._expected[node]
 
 
 def _given(placement: Placement, name: str, shape: tuple[int, ...]) -> int:

@@ -39,9 +39,10 @@ class Flow:
 
 def propagate(graph_module: fx.GraphModule, images: Tensor) -> Flow:
     """Return the flow of ``images`` through a graph, without computing where every operator has a fake."""
+    recorder = _Recorder(graph_module)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            return _Recorder(graph_module).record(fake.from_tensor(images))
+            return recorder.record(fake.from_tensor(images))
     except Exception:
         # Some operator has no fake or looks at values. The model has run on these images before: run it.
         with torch.random.fork_rng([images.device] if images.is_cuda else []):
@@ -53,6 +54,12 @@ class _Recorder(fx.Interpreter):
         super().__init__(graph_module)
         self._flow = Flow()
         self._alive: list[Any] = []  # a key is an address: it must not be used again while others may compare
+        # A library's module may keep what it computes, and would keep a fake tensor: run a copy.
+        self._copies = {
+            target: copy.deepcopy(module, {id(p): p for p in module.parameters()})
+            for target in {node.target for node in graph_module.graph.nodes if node.op == "call_module"}
+            if not type(module := graph_module.get_submodule(target)).__module__.startswith("torch.nn.")
+        }
 
     def record(self, images: Tensor) -> Flow:
         with torch.no_grad():
@@ -69,8 +76,4 @@ class _Recorder(fx.Interpreter):
         return result
 
     def call_module(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        module = self.fetch_attr(target)
-        if not type(module).__module__.startswith("torch.nn."):
-            # It may keep what it computes, and would keep a fake tensor.
-            module = copy.deepcopy(module, {id(p): p for p in module.parameters()})
-        return module(*args, **kwargs)
+        return (self._copies.get(target) or self.fetch_attr(target))(*args, **kwargs)

@@ -1,0 +1,252 @@
+"""What the compiler made of the kernels, read without a GPU: ``python -m benchmarks.codegen [--json]``.
+
+Every kernel is compiled ahead of time for each target with the launcher's own plan of a typical tensor, and its
+machine code is read: registers, spills, shared memory, width of global accesses, divisions and instructions per
+element. Instructions are counted statically, so both sides of a branch count; a loop's body counts once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import subprocess
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from meansparse_fx.kernels import elementwise, moments
+from meansparse_fx.kernels.device_activations import ACTIVATIONS
+from meansparse_fx.kernels.layout import WARPS, Plan, plan
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHAPE = (64, 256, 56, 56)
+CONSTANTS = {"leaky_relu": (0.01,), "elu": (1.0,), "softplus": (1.0, 20.0), "pssilu": (0.1,)}
+KERNELS = {
+    "forward": elementwise.mean_sparse_forward_kernel,
+    "backward": elementwise.mean_sparse_backward_kernel,
+    "moments": moments.moments_kernel,
+}
+# Pointers that each case gives; all others are None, which compiles their code away.
+OPTIONAL = {
+    "forward": (),
+    "forward+norm+residual": ("scale_ptr", "shift_ptr", "residual_ptr"),
+    "forward+norm+residual+sum": ("scale_ptr", "shift_ptr", "residual_ptr", "sum_ptr"),
+    "backward": (),
+    "backward+norm+residual": ("scale_ptr", "shift_ptr", "residual_ptr", "grad_u_ptr"),
+    "moments": (),
+    "moments+activation": ("y_ptr",),
+}
+# Tensor-sized reads and writes of each case, in streams.
+STREAMS = {
+    "forward": (1, 1),
+    "forward+norm+residual": (2, 1),
+    "forward+norm+residual+sum": (2, 2),
+    "backward": (2, 1),
+    "backward+norm+residual": (3, 2),
+    "moments": (1, 0),
+    "moments+activation": (1, 1),
+}
+TENSOR_POINTERS = {
+    "x_ptr", "y_ptr", "sum_ptr", "residual_ptr", "grad_ptr", "grad_sum_ptr", "grad_x_ptr", "grad_u_ptr"
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One kernel to compile."""
+
+    kernel: str
+    activation: str
+    dtype: str
+    layout: str
+    target: str
+    variant: str = "mean"
+    backward: str = "exact"
+    shape: tuple[int, ...] = SHAPE
+
+    @property
+    def plan(self) -> Plan:
+        dense = torch.empty(self.shape, device="meta")
+        if self.layout == "columns":
+            dense = dense.to(memory_format=torch.channels_last)
+        return plan(self.shape, dense.stride(), dense.stride(), 1, DTYPES[self.dtype].itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """What the machine code of a case shows; widths in bits, with how often each occurs."""
+
+    kernel: str
+    activation: str
+    dtype: str
+    layout: str
+    target: str
+    variant: str
+    backward: str
+    elements_per_thread: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    reciprocals_per_element: float
+    instructions_per_element: float
+
+
+def compile_case(case: Case) -> triton.compiler.CompiledKernel:
+    """Return the kernel compiled for the case's target, pointers aligned to 16 bytes as torch allocates them."""
+    function = KERNELS[case.kernel.split("+")[0]]
+    row = ACTIVATIONS[case.activation]
+    names = {"value": "VALUE", "gradient": "GRADIENT", "weight_gradient": "WEIGHT_GRADIENT"}
+    known = {parameter: getattr(row, field) for field, parameter in names.items()}
+    known |= elementwise.compile_time_constants(CONSTANTS.get(case.activation, ()))
+    known |= {"VARIANT": case.variant, "BACKWARD": case.backward, "WEIGHT_STRIDE": 1, "FROM_SUM": False}
+    known |= case.plan.constexprs()
+    given = {"x_ptr", "grad_ptr", "grad_x_ptr", "centre_ptr", "threshold_ptr", "parts_ptr", *OPTIONAL[case.kernel]}
+    given |= {"y_ptr"} if case.kernel.startswith("forward") else set()
+    given |= {"weight_ptr", "grad_weight_ptr"} if row.weight_gradient else set()
+    signature, constexprs, attributes = {}, {}, {}
+    for at, name in enumerate(inspect.signature(function.fn).parameters):
+        if name in known or (name.endswith("_ptr") and name not in given):
+            signature[name], constexprs[name] = "constexpr", known.get(name)
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + (case.dtype if name in TENSOR_POINTERS else "fp32")
+            attributes[(at,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "steepness" else "i32"
+    source = ASTSource(function, signature, constexprs, attributes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of compute capabilities that a later Triton drops
+        return triton.compile(source, target=TARGETS[case.target], options=dict(elementwise.OPTIONS))
+
+
+def read_code(case: Case) -> Code:
+    """Return what the compiled case shows."""
+    compiled = compile_case(case)
+    amd = case.target.startswith("gfx")
+    threads = WARPS * (64 if amd else 32)
+    per_thread = case.plan.block_rows * case.plan.block_cols // threads
+    facts = _amd(compiled.asm["amdgcn"]) if amd else _nvidia(compiled.asm["cubin"], compiled.asm["sass"])
+    instructions, reciprocals = facts.pop("instructions"), facts.pop("reciprocals")
+    labels = {name: value for name, value in asdict(case).items() if name != "shape"}
+    return Code(
+        **labels,
+        **facts,
+        elements_per_thread=per_thread,
+        shared_bytes=compiled.metadata.shared,
+        reciprocals_per_element=round(reciprocals / per_thread, 2),
+        instructions_per_element=round(instructions / per_thread, 1),
+    )
+
+
+def _nvidia(cubin: bytes, sass: str) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    resources = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    operations = re.findall(r"^(?:\[[^\]]*\]|[-\w:]+\t|\s)*(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", sass, re.MULTILINE)
+    operations = [name for name in operations if name.split(".")[0] not in ("NOP", "BRA")]
+    widths = {
+        kind: Counter(int((re.search(r"\.(64|128|256|U8|U16|S16)\b", name) or ["", "32"])[1].strip("US"))
+                      for name in operations if name.split(".")[0] == kind)
+        for kind in ("LDG", "STG")
+    }  # fmt: skip
+    return {
+        "registers": int(resources["REG"]),
+        "spilled_bytes": int(resources["STACK"]) + int(resources["LOCAL"]),
+        "loads": dict(widths["LDG"]),
+        "stores": dict(widths["STG"]),
+        "reciprocals": sum(name.startswith("MUFU.RCP") for name in operations),
+        "instructions": len(operations),
+    }
+
+
+def _amd(assembly: str) -> dict:
+    operations = re.findall(r"^\t([svb][a-z]*_[a-z0-9_]+|global_[a-z0-9_]+|ds_[a-z0-9_]+)", assembly, re.MULTILINE)
+    words = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8}
+
+    def widths(verb: str) -> dict[int, int]:
+        pattern = rf"(?:global|buffer)_{verb}_({'|'.join(words)})"
+        return dict(Counter(words[match[1]] for name in operations if (match := re.match(pattern, name))))
+
+    def number(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])
+
+    return {
+        "registers": number("vgpr_count"),
+        "spilled_bytes": 4 * number("vgpr_spill_count") + number("private_segment_fixed_size"),
+        "loads": widths("load"),
+        "stores": widths("store"),
+        "reciprocals": sum(name.startswith("v_rcp") for name in operations),
+        "instructions": sum(name not in ("s_nop", "s_code_end", "s_endpgm") for name in operations),
+    }
+
+
+def cases(targets: list[str], activations: list[str], dtypes: list[str]) -> Iterator[Case]:
+    """Yield every kernel with every activation, then the other cases with ReLU."""
+    for target in targets:
+        for dtype in dtypes:
+            for layout in ("rows", "columns"):
+                for activation in activations:
+                    for kernel in ("forward", "backward"):
+                        yield Case(kernel, activation, dtype, layout, target)
+                for kernel in OPTIONAL:
+                    if kernel not in ("forward", "backward"):
+                        yield Case(kernel, "relu", dtype, layout, target)
+                for variant in ("edge", "smooth"):
+                    yield Case("forward", "relu", dtype, layout, target, variant)
+                for backward in ("identity", "smooth"):
+                    yield Case("backward", "relu", dtype, layout, target, "mean", backward)
+
+
+def table(rows: list[Code]) -> Table:
+    """Return the rows as a table; a width is written bits x count."""
+    shown = Table("kernel", "activation", "variant", "dtype", "layout", "target", "regs", "spill", "smem", "loads",
+                  "stores", "rcp/el", "instr/el", box=None)  # fmt: skip
+    for row in rows:
+        mode = row.variant if row.kernel.startswith("forward") else row.backward
+        widths = [" ".join(f"{w}x{n}" for w, n in sorted(c.items(), reverse=True)) for c in (row.loads, row.stores)]
+        numbers = (row.registers, row.spilled_bytes, row.shared_bytes)
+        shown.add_row(row.kernel, row.activation, mode, row.dtype, row.layout, row.target, *map(str, numbers), *widths,
+                      str(row.reciprocals_per_element), str(row.instructions_per_element))  # fmt: skip
+    return shown
+
+
+def main() -> None:
+    """Print the table, or JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
+    parser.add_argument("--target", nargs="*", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--activation", nargs="*", default=list(ACTIVATIONS), choices=list(ACTIVATIONS))
+    parser.add_argument("--dtype", nargs="*", default=["fp32", "bf16"], choices=list(DTYPES))
+    options = parser.parse_args()
+    rows = []
+    for case in cases(options.target, options.activation, options.dtype):
+        rows.append(read_code(case))
+        if options.json:
+            print(json.dumps(asdict(rows[-1])), flush=True)
+    if not options.json:
+        Console(width=180).print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""Capture: the graph computes what the model computes, shows every activation, and leaves the model alone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from meansparse_fx.capture import capture, count_activations
+from meansparse_fx.errors import CaptureError, StateError
+
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
+SYMBOLIC = "symbolic trace"
+BUFFERS_CONSTANT = "symbolic trace with buffers as constants"
+
+
+class Plain(nn.Module):
+    """A model with what a graph does not use: a spare layer, a buffer that state_dict leaves out."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.act = nn.ReLU(inplace=True)
+        self.spare = nn.ModuleDict({"head": nn.Linear(4, 2)})
+        self.gain = nn.Parameter(torch.ones(()), requires_grad=False)
+        self.register_buffer("shift", torch.ones(4, 1, 1))
+        self.register_buffer("passing", torch.ones(1), persistent=False)
+
+    def forward(self, x):
+        return self.act(self.conv(x) * self.gain + self.shift * 2)
+
+
+class Functional(nn.Module):
+    """Wraps a function of the input as a model; built with what it needs as children."""
+
+    def __init__(self, function, **children):
+        super().__init__()
+        self.function = function
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def of(function, **children):
+    return Functional(function, **children).eval()
+
+
+def targets(graph_module):
+    return [n.target for n in graph_module.graph.nodes if n.op == "call_module"]
+
+
+def test_the_graph_keeps_state_types_and_class_name():
+    model = Plain().eval()
+    captured = capture(model, IMAGES)
+    graph_module = captured.graph_module
+    assert captured.route == SYMBOLIC
+    assert isinstance(graph_module, fx.GraphModule)
+    assert type(graph_module).__name__ == "Plain"
+    assert graph_module.state_dict().keys() == model.state_dict().keys()
+    assert isinstance(graph_module.spare, nn.ModuleDict)
+    assert dict(graph_module.named_buffers()).keys() == {"shift", "passing"}
+    assert not graph_module.gain.requires_grad
+    assert graph_module.conv.weight.requires_grad
+    assert not graph_module.training
+    assert torch.equal(graph_module(IMAGES), model(IMAGES))
+
+
+def test_the_graph_has_its_own_parameters_and_reads_its_own_state():
+    model = Plain().eval()
+    graph_module = capture(model, IMAGES).graph_module
+    before = model(IMAGES).clone()
+    with torch.no_grad():
+        graph_module.conv.weight.zero_()
+        graph_module.load_state_dict({"shift": torch.full((4, 1, 1), 7.0)}, strict=False)
+        graph_module.conv.bias.zero_()
+    assert torch.equal(model(IMAGES), before)
+    assert torch.equal(graph_module(IMAGES), torch.full_like(before, 14.0))
+
+
+def test_the_model_is_left_as_it_was():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cache = {}
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            if "bias" not in self.cache:
+                self.cache["bias"] = x.mean()
+            return F.relu(x - self.cache["bias"])
+
+    model = Caching().eval()
+    before = torch.random.get_rng_state()
+    graph_module = capture(model, IMAGES).graph_module
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert model.cache == {}
+    assert model.calls == 0
+    assert graph_module.calls == 0
+
+
+def test_it_can_be_copied_and_pickled():
+    graph_module = capture(Plain().eval(), IMAGES).graph_module
+    expected = graph_module(IMAGES)
+    for clone in (copy.deepcopy(graph_module), pickle.loads(pickle.dumps(graph_module))):
+        assert clone.state_dict().keys() == graph_module.state_dict().keys()
+        assert torch.equal(clone(IMAGES), expected)
+
+
+def test_train_mode_is_refused():
+    model = Plain()
+    with pytest.raises(StateError, match=r"train mode \(the model itself and 4 more\).*model\.eval\(\)"):
+        capture(model, IMAGES)
+    model.eval().act.train()
+    with pytest.raises(StateError, match=r"train mode \(act\)"):
+        capture(model, IMAGES)
+
+
+def test_a_transformed_model_is_refused():
+    model = nn.Sequential(Plain()).eval()
+    model[0].add_module("meansparse", nn.Module().eval())
+    with pytest.raises(StateError, match=r"already transformed .*0\.meansparse"):
+        capture(model, IMAGES)
+
+
+def test_data_parallel_is_unwrapped():
+    model = Plain().eval()
+    assert capture(nn.DataParallel(model).eval(), IMAGES).graph_module.state_dict().keys() == model.state_dict().keys()
+
+
+def test_without_images_the_route_says_unverified():
+    assert capture(Plain().eval()).route == f"{SYMBOLIC}, unverified"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_any_number_of_example_images_serves(rows):
+    assert capture(Plain().eval(), IMAGES[:1].repeat(rows, 1, 1, 1)).route == SYMBOLIC
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(CaptureError, match="empty batch"):
+        capture(Plain().eval(), IMAGES[:0])
+
+
+def test_a_model_that_fails_by_itself_is_named_as_such():
+    with pytest.raises(CaptureError, match=r"Plain itself fails on images of shape \[2, 8, 8, 3\]"):
+        capture(Plain().eval(), IMAGES.permute(0, 2, 3, 1))
+
+
+def test_optional_arguments_keep_their_defaults():
+    class Masked(nn.Module):
+        def forward(self, x, mask=None, *, scale=2.0):
+            return F.relu(x * scale if mask is None else x * mask)
+
+    graph_module = capture(Masked().eval(), IMAGES).graph_module
+    assert [n.name for n in graph_module.graph.nodes if n.op == "placeholder"] == ["x"]
+    assert torch.equal(graph_module(IMAGES), F.relu(IMAGES * 2))
+
+
+def test_a_second_required_argument_is_refused():
+    class Two(nn.Module):
+        def forward(self, x, y):
+            return x + y
+
+    with pytest.raises(CaptureError, match="needs the arguments x, y"):
+        capture(Two().eval())
+
+
+def test_hooks_of_the_model_itself_run():
+    model = Plain().eval()
+    model.register_forward_hook(lambda module, args, output: output + 1)
+    assert torch.equal(capture(model, IMAGES).graph_module(IMAGES), model(IMAGES))
+
+
+class Padded(nn.Module):
+    """Control flow on the input's size, and no activation: a leaf."""
+
+    def forward(self, x):
+        return F.pad(x, (1, 1, 1, 1)) if x.shape[-1] > 4 else x
+
+
+def test_control_flow_without_activations_becomes_a_leaf():
+    model = nn.Sequential(Padded(), nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    captured = capture(model, IMAGES)
+    assert targets(captured.graph_module) == ["0", "1", "2"]
+    assert type(captured.graph_module.get_submodule("0")) is Padded
+
+
+def test_control_flow_in_the_model_names_the_line_and_a_way_out():
+    def branch(self, x):
+        if x.sum() > 0:
+            return self.act(x)
+        return x
+
+    with pytest.raises(CaptureError) as caught:
+        capture(of(branch, act=nn.ReLU()), IMAGES)
+    message = str(caught.value)
+    line = branch.__code__.co_firstlineno + 1
+    assert f"{__file__}:{line}, `if x.sum() > 0:`" in message
+    assert 'torch.compile(model, backend="meansparse")' in message
+    assert message.count("symbolic trace stopped") == 1
+
+
+def test_a_module_that_holds_an_activation_is_never_a_leaf():
+    class Holding(Padded):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            return self.act(super().forward(x))
+
+    with pytest.raises(CaptureError, match=r"stopped in 0 \(Holding\)"):
+        capture(nn.Sequential(Holding()).eval(), IMAGES)
+
+
+def test_functions_hidden_in_a_leaf_are_counted():
+    class Hiding(Padded):
+        def forward(self, x):
+            return F.relu(F.relu(super().forward(x)))
+
+    with pytest.raises(CaptureError, match="calls 3 activations and the graph shows 1: 2 are hidden"):
+        capture(nn.Sequential(Hiding(), nn.GELU()).eval(), IMAGES)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_transformer_layers_are_traced_through(norm_first):
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first, activation="gelu").eval()
+    graph_module = capture(model, IMAGES[:, 0]).graph_module
+    assert count_activations(graph_module) == 1
+
+
+def test_a_transformer_is_traced_through_or_refused():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)).eval()
+    with pytest.raises(CaptureError, match=r"0 \(TransformerEncoder\)"):
+        capture(model, IMAGES[:, 0])
+
+
+def test_two_names_for_a_tensor_changed_in_place_are_noticed():
+    def aliased(self, x):
+        h = F.relu(x)
+        k = h
+        h += 1
+        return k * 2 + h
+
+    with pytest.raises(CaptureError, match="computes something else than the model on a batch of 2"):
+        capture(of(aliased), IMAGES)
+
+
+def test_statements_without_readers_stay():
+    def muted(self, x):
+        h = F.relu(x)
+        h.mul_(0.5)
+        return h
+
+    assert torch.equal(capture(of(muted), IMAGES).graph_module(IMAGES), F.relu(IMAGES) * 0.5)
+
+
+@pytest.mark.parametrize("name", ["graph", "code", "meta"])
+def test_names_that_a_graph_module_needs_are_refused(name):
+    model = nn.Sequential()
+    model.add_module(name, nn.ReLU())
+    with pytest.raises(CaptureError, match=f"'{name}' has a name that fx.GraphModule needs"):
+        capture(model.eval(), IMAGES)
+
+
+def test_branches_on_buffers_fall_back_to_constants():
+    class Switched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+            self.register_buffer("on", torch.tensor(True))
+
+        def forward(self, x):
+            return self.act(x) if self.on else x
+
+    captured = capture(Switched().eval(), IMAGES)
+    assert captured.route == BUFFERS_CONSTANT
+    assert captured.graph_module.state_dict().keys() == {"on"}
+
+
+def test_plain_tensor_attributes_stay_out_of_the_state():
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean = torch.full((3, 1, 1), 0.5)
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            return self.act(x - self.mean)
+
+    for model in (Normalised().eval(), nn.Sequential(Normalised()).eval()):
+        graph_module = capture(model, IMAGES).graph_module
+        assert graph_module.state_dict().keys() == set()
+        assert torch.equal(graph_module.double()(IMAGES.double()), F.relu(IMAGES.double() - 0.5))
+
+
+def test_nested_outputs_are_compared():
+    def nested(self, x):
+        return {"logits": F.relu(x), "features": [x.flatten(1), (x / 0 - x / 0, 3)]}
+
+    output = capture(of(nested), IMAGES).graph_module(IMAGES)
+    assert torch.equal(output["logits"], F.relu(IMAGES))
+
+
+def test_noise_in_the_model_is_no_difference():
+    def noisy(self, x):
+        return F.relu(x + torch.randn_like(x))
+
+    assert capture(of(noisy), IMAGES).route == SYMBOLIC
+
+
+def test_a_module_under_two_names_has_the_first():
+    act = nn.ReLU()
+    model = nn.Sequential(act, nn.Conv2d(3, 3, 1), act).eval()
+    assert targets(capture(model, IMAGES).graph_module) == ["0", "1", "0"]
+
+
+def test_tracing_a_thousand_nodes_is_linear_in_parameters():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return F.relu(x * self.scale)
+
+    model = nn.Sequential(*(Scaled() for _ in range(330))).eval()
+    reads = 0
+    named_parameters = model.named_parameters
+
+    def counting(*args, **kwargs):
+        nonlocal reads
+        reads += 1
+        return named_parameters(*args, **kwargs)
+
+    object.__setattr__(model, "named_parameters", counting)
+    graph_module = capture(model).graph_module
+    assert len(graph_module.graph.nodes) == 330 * 3 + 2
+    assert reads < 10
