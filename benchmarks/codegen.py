@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 
 from meansparse_fx.kernels import elementwise, moments
 from meansparse_fx.kernels.device_activations import ACTIVATIONS
-from meansparse_fx.kernels.layout import WARPS, Plan, plan
+from meansparse_fx.kernels.layout import Plan, plan
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -86,7 +86,14 @@ class Case:
         dense = torch.empty(self.shape, device="meta")
         if self.layout == "columns":
             dense = dense.to(memory_format=torch.channels_last)
-        return plan(self.shape, dense.stride(), dense.stride(), 1, DTYPES[self.dtype].itemsize)
+        return plan(
+            self.shape,
+            dense.stride(),
+            dense.stride(),
+            1,
+            DTYPES[self.dtype].itemsize,
+            self.kernel.startswith("moments"),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +141,14 @@ def compile_case(case: Case) -> triton.compiler.CompiledKernel:
     source = ASTSource(function, signature, constexprs, attributes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of compute capabilities that a later Triton drops
-        return triton.compile(source, target=TARGETS[case.target], options=dict(elementwise.OPTIONS))
+        return triton.compile(source, target=TARGETS[case.target], options=case.plan.options())
 
 
 def read_code(case: Case) -> Code:
     """Return what the compiled case shows."""
     compiled = compile_case(case)
     amd = case.target.startswith("gfx")
-    threads = WARPS * (64 if amd else 32)
+    threads = case.plan.warps * (64 if amd else 32)
     per_thread = case.plan.block_rows * case.plan.block_cols // threads
     facts = _amd(compiled.asm["amdgcn"]) if amd else _nvidia(compiled.asm["cubin"], compiled.asm["sass"])
     instructions, reciprocals = facts.pop("instructions"), facts.pop("reciprocals")

@@ -28,12 +28,10 @@ from .device import (
     tile_offsets,
 )
 from .device_activations import ACTIVATIONS
-from .layout import WARPS, laid_out_like, planned, vector_of_channels
+from .layout import laid_out_like, planned, vector_of_channels
 
 # Sizes and strides stay unspecialised: VECTOR already says what divides them, so a new shape compiles nothing.
 _SIZES = ["rows", "cols", "outer_stride", "row_stride", "steepness"]
-# fp fusion: said aloud, because Triton 3.10 turns its default off and 3.9 warns of it.
-OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -204,7 +202,7 @@ def mean_sparse_forward(
         mean_sparse_forward_kernel[(plan.programs,)](
             x, y, u, residual, *vectors, *plan.arguments(), float(steepness),
             VALUE=ACTIVATIONS[activation].value, **compile_time_constants(constants), VARIANT=variant,
-            WEIGHT_STRIDE=weight_stride(weight), **plan.constexprs(), **OPTIONS,
+            WEIGHT_STRIDE=weight_stride(weight), **plan.constexprs(), **plan.options(),
         )  # fmt: skip
     return y if u is None else (y, u)
 
@@ -291,7 +289,7 @@ def mean_sparse_backward(
             x, grad_y, grad_sum, residual, grad_x, grad_u, *vectors, parts, *plan.arguments(), float(steepness),
             GRADIENT=row.gradient, WEIGHT_GRADIENT=row.weight_gradient, **compile_time_constants(constants),
             VARIANT=variant, BACKWARD=backward, WEIGHT_STRIDE=weight_stride(weight),
-            FROM_SUM=from_sum, **plan.constexprs(), **OPTIONS,
+            FROM_SUM=from_sum, **plan.constexprs(), **plan.options(),
         )  # fmt: skip
     grad_weight = None
     if parts is not None:

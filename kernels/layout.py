@@ -19,6 +19,8 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WARPS = 4
+# fp fusion is said aloud, because Triton 3.10 turns its default off and 3.9 warns of it.
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 INT32_ELEMENTS = 2**31 - 1
 
 
@@ -38,6 +40,7 @@ class Plan:
         block_rows: Rows of a tile, a power of two.
         block_cols: Columns of a tile, a power of two.
         wide: Whether offsets need 64 bits.
+        warps: Warps of a program.
     """
 
     outer: int
@@ -50,6 +53,7 @@ class Plan:
     block_rows: int
     block_cols: int
     wide: bool
+    warps: int
 
     @property
     def row_blocks(self) -> int:
@@ -72,6 +76,10 @@ class Plan:
     def arguments(self) -> tuple[int, int, int, int]:
         """Return rows, and cols, outer stride and row stride in units of ``vector``."""
         return self.rows, *(size // self.vector for size in (self.cols, self.outer_stride, self.row_stride))
+
+    def options(self) -> dict[str, int | bool]:
+        """Return the compiler's options."""
+        return {**OPTIONS, "num_warps": self.warps}
 
     def constexprs(self) -> dict[str, int | bool]:
         """Return the compile-time arguments that every kernel takes."""
@@ -147,7 +155,12 @@ def _index_map(
 
 @lru_cache(maxsize=4096)
 def plan(
-    shape: tuple[int, ...], strides: tuple[int, ...], dense: tuple[int, ...], channel_dim: int, itemsize: int
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dense: tuple[int, ...],
+    channel_dim: int,
+    itemsize: int,
+    reduces: bool = False,
 ) -> Plan | None:
     """Return how to walk a tensor of these strides into a dense output; None where it must be copied first.
 
@@ -157,23 +170,27 @@ def plan(
         dense: Strides of the output, which is dense in the input's memory format.
         channel_dim: Dimension that holds the channels.
         itemsize: Bytes of an element.
+        reduces: Whether the kernel reduces each tile over its positions. Such a program is a single warp, which needs
+            no shared memory and no barrier for that, and takes few channels, to have more positions of each.
     """
     index_map = _index_map(shape, strides, dense, channel_dim)
     if index_map is None:
         return None
-    outer, rows, cols, outer_stride, row_stride, _ = index_map
+    outer, rows, cols, outer_stride, row_stride, channels_last = index_map
     vector = 16 // itemsize
     while cols % vector or outer_stride % vector or row_stride % vector:
         vector //= 2
-    # 16 float32 or 32 half-precision elements a thread: four 128-bit loads in flight.
-    limit = 128 * WARPS * (4 if itemsize == 4 else 8)
-    block_cols = _block(cols, limit)
+    # Four 128-bit loads in flight for a thread, eight where float32 is reduced (on sm_90 that is 18 instructions an
+    # element instead of 25).
+    warps = 1 if reduces else WARPS
+    limit = 32 * warps * (16 if itemsize == 4 and not reduces else 32)
+    block_cols = _block(cols, 64 if reduces and channels_last else limit)
     block_rows = min(_power_of_two(rows), limit // block_cols)
     reach = max(prod(shape), (outer - 1) * outer_stride + (rows - 1) * row_stride + cols) + limit
-    return Plan(*index_map, vector, block_rows, block_cols, reach > INT32_ELEMENTS)
+    return Plan(*index_map, vector, block_rows, block_cols, reach > INT32_ELEMENTS, warps)
 
 
-def planned(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Plan]:
+def planned(x: Tensor, channel_dim: int, reduces: bool = False) -> tuple[Tensor, Tensor, Plan]:
     """Return x (copied if no map fits it), an empty output in its memory format, and the plan.
 
     Raises:
@@ -182,10 +199,10 @@ def planned(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Plan]:
     if x.dtype not in DTYPES:
         raise TypeError(f"the Triton kernels take float32, float16 or bfloat16, not {x.dtype}")
     y = torch.empty_like(x)
-    found = plan(x.shape, x.stride(), y.stride(), channel_dim, x.element_size())
+    found = plan(x.shape, x.stride(), y.stride(), channel_dim, x.element_size(), reduces)
     if found is None:
         x = torch.empty_like(y).copy_(x)
-        found = plan(x.shape, x.stride(), y.stride(), channel_dim, x.element_size())
+        found = plan(x.shape, x.stride(), y.stride(), channel_dim, x.element_size(), reduces)
         assert found is not None, "a dense tensor fits one of the two maps"
     return x, y, found
 

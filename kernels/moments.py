@@ -20,17 +20,16 @@ from torch import Tensor
 
 from .device import elements, load_channel, tile_offsets
 from .device_activations import ACTIVATIONS
-from .elementwise import OPTIONS, compile_time_constants, weight_stride
-from .layout import planned, vector_of_channels
+from .elementwise import compile_time_constants, weight_stride
+from .layout import OPTIONS, planned, vector_of_channels
 
 _SIZES = ["outer_slabs", "rows", "cols", "outer_stride", "row_stride", "steps", "parts", "channels", "channel_stride"]
 
-# First-stage programs: some twelve waves of the largest GPU's blocks, and few enough parts to merge in microseconds.
-PROGRAMS = 4096
-# Tiles of a part: counts are float32, exact to 2^24.
-MOST_STEPS = 2048
-# Parts and channels of a tile of the second stage.
-MERGED = 32
+# First-stage programs, one warp each: some four waves on the largest GPU.
+PROGRAMS = 16384
+# Parts of a channel, for the second stage to merge in a few microseconds. Its tile is 256 parts by 8 channels.
+PARTS = 1024
+MERGED_PARTS, MERGED_CHANNELS = 256, 8
 
 
 class Moments(NamedTuple):
@@ -162,9 +161,9 @@ def _moments(
     if x.numel() == 0:
         zeros = torch.zeros(2, channels, dtype=torch.float64, device=x.device)
         return None if activation is None else torch.empty_like(x), Moments(0, zeros[0], zeros[1])
-    x, y, plan = planned(x, channel_dim)
+    x, y, plan = planned(x, channel_dim, reduces=True)
     channel_blocks, tiles = plan.col_blocks if plan.channels_last else plan.row_blocks, plan.tiles_per_channel
-    steps = min(-(-tiles * channel_blocks // PROGRAMS), MOST_STEPS)
+    steps = max(-(-tiles * channel_blocks // PROGRAMS), -(-tiles // PARTS))
     parts = -(-tiles // steps)
     partial = torch.empty(3, parts, channels, dtype=torch.float32, device=x.device)
     mean, m2 = (torch.empty(channels, dtype=torch.float64, device=x.device) for _ in range(2))
@@ -172,11 +171,11 @@ def _moments(
         moments_kernel[(channel_blocks * parts,)](
             x, None if activation is None else y, weight, partial, plan.outer, *plan.arguments(), steps, parts,
             VALUE=ACTIVATIONS[activation or "identity"].value, **compile_time_constants(constants),
-            WEIGHT_STRIDE=weight_stride(weight), **plan.constexprs(), **OPTIONS,
+            WEIGHT_STRIDE=weight_stride(weight), **plan.constexprs(), **plan.options(),
         )  # fmt: skip
-        merge_moments_kernel[(-(-channels // MERGED),)](
+        merge_moments_kernel[(-(-channels // MERGED_CHANNELS),)](
             partial, x, mean, m2, parts, channels, 1 if plan.channels_last else plan.row_stride,
-            BLOCK_PARTS=MERGED, BLOCK_CHANNELS=MERGED, **OPTIONS,
+            BLOCK_PARTS=MERGED_PARTS, BLOCK_CHANNELS=MERGED_CHANNELS, **OPTIONS,
         )  # fmt: skip
     return None if activation is None else y, Moments(x.numel() // channels, mean, m2)
 

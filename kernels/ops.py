@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import eager, reference
+from . import compiled, eager, reference
 
 _TAIL = "int channel_dim, str activation, float[] constants, str variant"
 
@@ -37,14 +37,24 @@ def lowering() -> str:
     return choice
 
 
+def lowering_of(x: Tensor, channel_dim: int, weight: Tensor | None = None) -> str:
+    """Return what computes the operator on x: ``compiled`` or ``eager``."""
+    if x.device.type == "cpu" and lowering() == "auto" and compiled.takes(x, channel_dim, weight):
+        return "compiled"
+    return "eager"
+
+
+_LOWERINGS = {"compiled": compiled, "eager": eager}
+
+
 def _forward(x, centre, threshold, weight, channel_dim, activation, constants, variant, backward, steepness):
-    return eager.forward(x, centre, threshold, weight, channel_dim, activation, constants, variant, steepness)
+    kernels = _LOWERINGS[lowering_of(x, channel_dim, weight)]
+    return kernels.forward(x, centre, threshold, weight, channel_dim, activation, constants, variant, steepness)
 
 
-def _backward(grad, x, centre, threshold, weight, channel_dim, activation, constants, variant, backward, steepness):
-    return eager.backward(
-        grad, x, centre, threshold, weight, channel_dim, activation, constants, variant, backward, steepness
-    )
+def _backward(grad, x, centre, threshold, weight, channel_dim, *options):
+    kernels = _LOWERINGS[lowering_of(x, channel_dim, weight)]
+    return kernels.backward(grad, x, centre, threshold, weight, channel_dim, *options)
 
 
 _library.impl("mean_sparse", _forward, "CompositeExplicitAutograd")

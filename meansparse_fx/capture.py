@@ -70,6 +70,13 @@ def capture(model: nn.Module, images: Tensor | None = None) -> Capture:
     Raises:
         StateError: The model is in train mode or already transformed.
         CaptureError: No route gives a faithful graph; names the line where tracing stopped.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(inplace=True)).eval()
+        >>> captured = capture(net, torch.rand(2, 1, 8, 8))
+        >>> captured.route, [node.name for node in captured.graph_module.graph.nodes]
+        ('symbolic trace', ['input_1', '_0', '_1', 'output'])
     """
     while type(model).__name__ in _WRAPPERS and type(model).__module__.startswith("torch."):
         model = getattr(model, _WRAPPERS[type(model).__name__])
@@ -357,11 +364,13 @@ def _same(actual: Any, expected: Any) -> bool:
 def count_activations(graph_module: fx.GraphModule) -> int:
     """Return how many calls of known activations the graph makes."""
     modules = dict(graph_module.named_modules(remove_duplicate=False))
-    calls = [n for n in graph_module.graph.nodes if n.op in ("call_function", "call_method")]
-    leaves = [n for n in graph_module.graph.nodes if n.op == "call_module"]
-    return sum(match_function(n.target, n.args, n.kwargs) is not None for n in calls) + sum(
-        match_module(modules[n.target]) is not None for n in leaves
-    )
+    nodes = graph_module.graph.nodes
+    functions = sum(_is_activation(n.target) for n in nodes if n.op in ("call_function", "call_method"))
+    return functions + sum(match_module(modules[n.target]) is not None for n in nodes if n.op == "call_module")
+
+
+def _is_activation(target: Callable | str) -> bool:
+    return match_function(target, (), {}) is not None  # whatever its arguments
 
 
 class _ActivationCounter(TorchFunctionMode):
@@ -389,6 +398,6 @@ class _ActivationCounter(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types_: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         target = func.__name__ if isinstance(func, types.MethodDescriptorType) else func
-        if self._depth == 0 and match_function(target, args, kwargs) is not None:
+        if self._depth == 0 and _is_activation(target):
             self.count += 1
         return func(*args, **kwargs)

@@ -151,7 +151,7 @@ def alpha_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
     attacked = [v for line in (worst, *attacks.values()) for v in line]
     limits = [_limits([*clean, floor]), _limits([max(v, lowest) for v in attacked])]
     heights = [high - low for low, high in limits]
-    figure = _figure(theme, 7.2, 5.6, right=0.76)
+    figure = _figure(theme, 7.2, 5.6, right=0.75)
     top, bottom = figure.subplots(
         2, 1, sharex=True, gridspec_kw={"height_ratios": [max(heights[0], 0.35 * heights[1]), heights[1]]}
     )
@@ -191,7 +191,7 @@ def alpha_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
     )
     top.set_title("Clean accuracy", color=theme.ink, fontsize=10, loc="left", pad=18)
     bottom.set_title("Accuracy under attack", color=theme.ink, fontsize=10, loc="left")
-    bottom.set_xlabel("alpha: half width of the band, in standard deviations of each channel", color=theme.muted)
+    bottom.set_xlabel("alpha: half width of the band, in standard deviations", color=theme.muted)
     return figure
 
 
@@ -225,7 +225,12 @@ def histogram_figure(histogram: FeatureHistogram, theme: Theme = LIGHT) -> Figur
         )  # fmt: skip
 
     if histogram.threshold >= 0:
-        note(top, 0.95, f"the band: {histogram.mean:.2f} ± {histogram.threshold:.2f}".replace("-", "−"), theme.accent)
+        note(
+            top,
+            0.95,
+            f"the band: {histogram.mean:.2f} ± {histogram.threshold:.2f}".replace("-", "\N{MINUS SIGN}"),
+            theme.accent,
+        )
         note(bottom, 0.95, f"{histogram.share:.0%} of all values are now the mean:\none bar, cut off here", theme.ink)
     else:
         note(top, 0.95, "alpha = 0: no band, the operator is off", theme.accent)
@@ -388,7 +393,7 @@ def _label_ends(axes: Axes, labels: list[tuple[float, str, str, bool]]) -> None:
         wanted = max((height - low) / (high - low), 0.03)
         places.append(max(wanted, places[-1] + gap) if places else wanted)
     for place, (height, text, colour, bold) in zip(places, labels, strict=True):
-        left_the_axes = f", down to {height:.0%}" if height < low else ""
+        left_the_axes = f" \N{DOWNWARDS ARROW} {height:.0%}" if height < low else ""
         axes.annotate(
             text + left_the_axes, (1, place), (6, 0), color=colour, fontsize=9, va="center",
             fontweight="bold" if bold else "normal", xycoords="axes fraction", textcoords="offset points",

@@ -91,7 +91,7 @@ def test_the_model_is_left_as_it_was():
         def forward(self, x):
             self.calls.add_(1)
             if "bias" not in self.cache:
-                self.cache["bias"] = x.mean()
+                self.cache["bias"] = x.new_ones(())
             return F.relu(x - self.cache["bias"])
 
     model = Caching().eval()

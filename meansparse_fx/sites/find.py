@@ -39,6 +39,15 @@ def find_sites(
     Raises:
         SiteError: No example images, no activation in the graph, channel dimensions given for no site or out of
             range, or an in-place activation whose input is read later through a view.
+
+    Example:
+        >>> import torch
+        >>> from meansparse_fx.capture import capture
+        >>> images = torch.rand(2, 1, 8, 8)
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU()).eval()
+        >>> plan = find_sites(capture(net, images).graph_module, "symbolic trace", images)
+        >>> [(site.name, site.activation.name, site.channels, site.producer) for site in plan]
+        [('1', 'relu', 4, 'conv')]
     """
     placement = placement or Placement()
     if images is None:

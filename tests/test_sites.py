@@ -1,0 +1,442 @@
+"""Sites: every activation is found, named, given its channels, and skipped only for a stated reason."""
+
+import functools
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from meansparse_fx.capture import capture
+from meansparse_fx.errors import SiteError
+from meansparse_fx.sites import Placement, find_sites
+
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
+
+
+def plan_of(model, images=IMAGES, placement=None):
+    captured = capture(model.eval(), images)
+    return find_sites(captured.graph_module, captured.route, images, placement)
+
+
+class Functional(nn.Module):
+    """Wraps a function of the input as a model; built with what it needs as children."""
+
+    def __init__(self, function, **children):
+        super().__init__()
+        self.function = function
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def sites_of(function, images=IMAGES, placement=None, **children):
+    return plan_of(Functional(function, **children), images, placement).sites
+
+
+# The zoo. Expected: candidates by (producer, channel dimension, rank, first words of the reason to skip).
+
+ZOO = {
+    "torchvision:resnet18": (64, {("batch_norm", 1, 4, ""): 9, ("add", 1, 4, ""): 8}),
+    "torchvision:resnet50": (64, {("batch_norm", 1, 4, ""): 33, ("add", 1, 4, ""): 16}),
+    "torchvision:mobilenet_v3_small": (
+        64,
+        {("batch_norm", 1, 4, ""): 23, ("conv", 1, 4, "gate"): 9, ("linear", 1, 2, ""): 1},
+    ),
+    "torchvision:efficientnet_b0": (64, {("batch_norm", 1, 4, ""): 33, ("conv", 1, 4, "gate"): 16}),
+    "torchvision:vit_b_16": (224, {("linear", 2, 3, ""): 12}),
+    "timm:convnext_tiny": (64, {("linear", 3, 4, ""): 18}),
+    "timm:swin_tiny_patch4_window7_224": (224, {("linear", 2, 3, ""): 12}),
+    "timm:seresnet50": (64, {("batch_norm", 1, 4, ""): 33, ("conv", 1, 4, "gate"): 16, ("add", 1, 4, ""): 16}),
+    "timm:regnety_002": (64, {("batch_norm", 1, 4, ""): 27, ("conv", 1, 4, "gate"): 13, ("add", 1, 4, ""): 13}),
+    "timm:levit_128s": (224, {("batch_norm", 1, 4, ""): 3, ("reshape", 2, 3, ""): 22}),
+    "timm:swinv2_cr_tiny_ns_224": (224, {("linear", 1, 2, "input-independent"): 12, ("linear", 2, 3, ""): 12}),
+}
+SLOW = {"torchvision:vit_b_16", "timm:swin_tiny_patch4_window7_224", "timm:levit_128s", "timm:swinv2_cr_tiny_ns_224"}
+
+
+@functools.cache
+def zoo_plan(name):
+    library, model = name.split(":")
+    if library == "timm":
+        built = pytest.importorskip("timm").create_model(model)
+    else:
+        built = pytest.importorskip("torchvision").models.get_model(model)
+    size, _ = ZOO[name]
+    return plan_of(built, torch.linspace(-1, 1, 2 * 3 * size * size).reshape(2, 3, size, size))
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ZOO])
+def test_zoo(name):
+    plan = zoo_plan(name)
+    found = Counter((s.producer, s.channel_dim, len(s.shape), (s.skipped or "").split(":")[0]) for s in plan)
+    assert found == ZOO[name][1]
+    assert len({s.name for s in plan}) == len(plan)
+    assert all(s.channels == s.shape[s.channel_dim] for s in plan)
+
+
+def test_names_and_reasons_of_a_real_model():
+    first = list(zoo_plan("timm:seresnet50"))[:5]
+    assert [(s.name, s.producer, s.channels) for s in first] == [
+        ("act1", "batch_norm", 64),
+        ("layer1.0.act1", "batch_norm", 64),
+        ("layer1.0.act2", "batch_norm", 64),
+        ("layer1.0.se.act", "conv", 16),
+        ("layer1.0.act3", "add", 256),
+    ]
+    assert first[3].skipped == "gate: squeeze-and-excitation, pooled then multiplied onto layer1.0.bn3"
+    assert [s.name for s in zoo_plan("torchvision:resnet18")][:3] == ["relu", "layer1.0.relu", "layer1.0.relu_1"]
+
+
+# Finding and naming.
+
+
+def test_every_way_to_call_an_activation_is_a_site():
+    def forward(self, x):
+        x = F.relu(self.conv(x))
+        x = self.act(x)
+        x = (x + 1).relu()
+        return F.gelu(self.act(x), approximate="tanh")
+
+    sites = sites_of(forward, conv=nn.Conv2d(3, 4, 3), act=nn.SiLU())
+    assert [(s.name, s.activation.name, s.producer) for s in sites] == [
+        ("relu", "relu", "conv"),
+        ("act", "silu", "relu"),
+        ("relu_1", "relu", "add"),
+        ("act_1", "silu", "relu"),
+        ("gelu_tanh", "gelu_tanh", "silu"),
+    ]
+    assert {(s.channel_dim, s.channels, s.shape) for s in sites} == {(1, 4, (2, 4, 6, 6))}
+
+
+def test_functions_are_named_after_the_module_that_calls_them():
+    block = Functional(lambda self, x: F.relu(self.conv(x)), conv=nn.Conv2d(3, 3, 1))
+    sites = plan_of(nn.Sequential(nn.Sequential(block, block), nn.Linear(8, 8))).sites
+    assert [s.name for s in sites] == ["0.0.relu", "0.0.relu_1"]
+
+
+def test_a_repeat_takes_no_name_that_a_module_has():
+    def forward(self, x):
+        return self.relu_1(self.relu(self.relu(self.relu(self.conv(x)))))
+
+    sites = sites_of(forward, conv=nn.Conv2d(3, 3, 1), relu=nn.ReLU(), relu_1=nn.ReLU())
+    assert [s.name for s in sites] == ["relu", "relu_2", "relu_3", "relu_1"]
+
+
+def test_a_constant_that_the_graph_computes_leaves_the_call_in_place():
+    class Slope(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.register_buffer("slope", torch.tensor(0.5))
+
+        def forward(self, x):
+            return F.leaky_relu(self.conv(x), self.slope.sum().item())
+
+    (site,) = plan_of(Slope()).sites
+    assert (site.activation.name, site.activation.fused) == ("leaky_relu", False)
+
+
+def test_no_activation_is_an_error():
+    with pytest.raises(SiteError, match="no activation found in Sequential"):
+        plan_of(nn.Sequential(nn.Conv2d(3, 4, 3)))
+
+
+def test_missing_images_are_an_error():
+    graph_module = capture(nn.Sequential(nn.ReLU()).eval()).graph_module
+    with pytest.raises(SiteError, match="needs example images"):
+        find_sites(graph_module, "symbolic trace", None)
+
+
+# The channel axis. Each function takes a convolution's result c [2, 4, 6, 6] or a linear layer's t [2, 3, 8, 5] and
+# returns what the activation reads; expected is the channel dimension there.
+
+AXES = {
+    "conv": (lambda c, t: c, 1),
+    "linear": (lambda c, t: t, 3),
+    "permute": (lambda c, t: c.permute(0, 2, 3, 1), 3),
+    "torch.permute": (lambda c, t: torch.permute(c, (0, 2, 1, 3)), 2),
+    "transpose": (lambda c, t: c.transpose(1, -1), 3),
+    "movedim": (lambda c, t: c.movedim(1, -1), 3),
+    "movedim pair": (lambda c, t: torch.movedim(c, (0, 1), (1, 0)), 0),
+    "flatten": (lambda c, t: c.flatten(2), 1),
+    "flatten all": (lambda c, t: c.flatten(1), None),
+    "flatten batch": (lambda c, t: t.flatten(0, 1), 2),
+    "tokens": (lambda c, t: c.flatten(2).transpose(1, 2), 2),
+    "view": (lambda c, t: c.view(-1, 4, 36), 1),
+    "view with sizes": (lambda c, t: c.view(c.shape[0], c.size(1), -1), 1),
+    "view splits channels": (lambda c, t: c.view(-1, 2, 2, 36), None),
+    "unflatten space": (lambda c, t: c.unflatten(2, (3, 2)), 1),
+    "reshape_as": (lambda c, t: t.flatten(0, 1).reshape_as(t), 3),
+    "unsqueeze": (lambda c, t: c.unsqueeze(1), 2),
+    "squeeze": (lambda c, t: c.mean((2, 3), keepdim=True).squeeze(-1), 1),
+    "expand": (lambda c, t: c[:, :, :1].expand(-1, -1, 7, -1), 1),
+    "repeat": (lambda c, t: c.repeat(3, 1, 1, 1, 1), 2),
+    "repeat channels": (lambda c, t: c.repeat(1, 2, 1, 1), None),
+    "add broadcast": (lambda c, t: c.permute(0, 2, 3, 1) + 1 + c.mean((2, 3))[:, None, None], 3),
+    "add disagrees": (lambda c, t: c[..., :4] + c.permute(0, 2, 3, 1)[:, :4], None),
+    "cat": (lambda c, t: torch.cat([c, c * 2], 1), 1),
+    "stack": (lambda c, t: torch.stack((c, c), dim=1), 2),
+    "chunk": (lambda c, t: c.chunk(2, 1)[1], 1),
+    "split": (lambda c, t: torch.split(c, 2, dim=1)[0], 1),
+    "unbind": (lambda c, t: c.unbind(2)[0], 1),
+    "unbind channels": (lambda c, t: c.unbind(1)[0], None),
+    "getitem": (lambda c, t: t[:, 0, ..., None], 2),
+    "getitem new": (lambda c, t: c[None, ..., 1:], 2),
+    "getitem channel": (lambda c, t: c[:, 0], None),
+    "getitem by tensor": (lambda c, t: c[torch.tensor([0, 1])], None),
+    "select": (lambda c, t: c.select(2, 0), 1),
+    "roll": (lambda c, t: torch.roll(c, 1, 2), 1),
+    "pad": (lambda c, t: F.pad(c, (1, 1)), 1),
+    "pad channels": (lambda c, t: F.pad(t, (1, 1)), None),
+    "interpolate": (lambda c, t: F.interpolate(c, scale_factor=2), 1),
+    "pool": (lambda c, t: F.max_pool2d(c, 2), 1),
+    "pool of nhwc": (lambda c, t: F.avg_pool2d(t, 2), None),
+    "mean": (lambda c, t: c.mean((2, 3)), 1),
+    "mean last": (lambda c, t: c.permute(0, 2, 3, 1).mean(dim=1), 2),
+    "mean keepdim": (lambda c, t: c.mean((-1, -2), keepdim=True), 1),
+    "mean of channels": (lambda c, t: c.mean(1), None),
+    "max": (lambda c, t: torch.max(c, dim=2)[0], 1),
+    "maximum": (lambda c, t: torch.max(c, c * 2), 1),
+    "softmax": (lambda c, t: c.softmax(1), 1),
+    "matmul right": (lambda c, t: torch.ones(3, 7, 8) @ t, 3),
+    "matmul left": (lambda c, t: c.flatten(2) @ torch.ones(36, 5), 1),
+    "attention": (lambda c, t: F.scaled_dot_product_attention(t, t, t), 3),
+    "layer_norm": (lambda c, t: F.layer_norm(t.flatten(1), (t.shape[1] * 40,)), 1),
+    "group_norm": (lambda c, t: F.group_norm(c, 2), 1),
+    "pixel_shuffle": (lambda c, t: F.pixel_shuffle(c, 2), 1),
+    "T": (lambda c, t: c.mean((2, 3)).T, 0),
+    "dropout": (lambda c, t: F.dropout(t, training=False), 3),
+}
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_channel_axis(name):
+    function, expected = AXES[name]
+    sites = sites_of(
+        lambda self, x: F.relu(function(self.conv(x), self.linear(x))), conv=nn.Conv2d(3, 4, 3), linear=nn.Linear(8, 5)
+    )
+    (site,) = sites
+    assert site.channel_dim == expected
+    assert site.channels == (None if expected is None else site.shape[expected])
+    if expected is None:
+        assert site.skipped == (
+            "channel axis unknown: no layer around it tells; give it by hand, "
+            "Placement(channel_dims={'relu': dimension})"
+        )
+
+
+@pytest.mark.parametrize(
+    ("module", "images", "expected"),
+    [
+        (nn.MultiheadAttention(8, 2, batch_first=True), IMAGES[:, 0], 2),
+        (nn.LSTM(8, 5, batch_first=True), IMAGES[:, 0], 2),
+    ],
+)
+def test_modules_with_several_results(module, images, expected):
+    def forward(self, x):
+        arguments = (x, x, x) if isinstance(self.module, nn.MultiheadAttention) else (x,)
+        return F.relu(self.module(*arguments)[0])
+
+    (site,) = sites_of(forward, images, module=module)
+    assert site.channel_dim == expected
+
+
+def test_unknown_layers_leave_it_to_the_readers():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return x * 2 if x.shape[-1] > 4 else x
+
+    assert sites_of(lambda self, x: F.relu(self.odd(x)), odd=Odd())[0].channel_dim is None
+    for reader, expected in ((nn.Conv2d(3, 4, 3), 1), (nn.Linear(8, 4), 3)):
+        (site,) = sites_of(lambda self, x: self.reader(F.relu(self.odd(x)) + 1), odd=Odd(), reader=reader)
+        assert (site.channel_dim, site.producer, site.skipped) == (expected, "odd", None)
+
+
+def test_channel_dims_given_by_hand():
+    placement = Placement(channel_dims={"relu": -1})
+    (site,) = sites_of(lambda self, x: F.relu(x), placement=placement)
+    assert (site.channel_dim, site.channels, site.producer, site.skipped) == (3, 8, "input", None)
+    with pytest.raises(SiteError, match=r"relu: .*dimension 4, its input has shape \[2, 3, 8, 8\]"):
+        sites_of(lambda self, x: F.relu(x), placement=Placement(channel_dims={"relu": 4}))
+    with pytest.raises(SiteError, match="'rule', which is no site"):
+        sites_of(lambda self, x: F.relu(x), placement=Placement(channel_dims={"rule": 1}))
+
+
+def test_the_producer_is_seen_through_dropout():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(), nn.Identity(), nn.ReLU())
+    assert plan_of(model).sites[0].producer == "conv"
+
+
+# Gates.
+
+
+def home_made(pool, back):
+    """Return a squeeze-and-excitation nobody would recognise by its names."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.up(F.relu(self.down(pool(x))))
+        return F.gelu(back(x, torch.sigmoid(y)))
+
+    return Functional(forward, stem=nn.Conv2d(3, 4, 3), down=nn.Linear(4, 2), up=nn.Linear(2, 4))
+
+
+@pytest.mark.parametrize(
+    "pool", [lambda x: x.mean((2, 3)), lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1), lambda x: x.amax(3).amax(2)]
+)
+@pytest.mark.parametrize(
+    "back",
+    [
+        lambda x, y: x * y[:, :, None, None],
+        lambda x, y: y.view(x.shape[0], -1, 1, 1).expand_as(x) * x,
+        lambda x, y: torch.mul(x, y.unsqueeze(-1).unsqueeze(-1)),
+    ],
+)
+@pytest.mark.parametrize("size", [8, 3])  # of 3, one pixel is left to pool
+def test_home_made_gates_are_skipped(pool, back, size):
+    gate, main = plan_of(home_made(pool, back), IMAGES[:, :, :size, :size]).sites
+    assert gate.skipped == "gate: squeeze-and-excitation, pooled then multiplied onto stem"
+    assert (main.name, main.producer, main.skipped) == ("gelu", "mul", None)
+
+
+def test_a_pooled_context_that_is_added_is_a_gate():
+    def forward(self, x):
+        x = self.stem(x)
+        return F.relu(x + self.up(F.gelu(self.down(F.adaptive_avg_pool2d(x, 1)))))
+
+    context, main = sites_of(forward, stem=nn.Conv2d(3, 4, 3), down=nn.Conv2d(4, 2, 1), up=nn.Conv2d(2, 4, 1))
+    assert context.skipped == "gate: global context, pooled then added onto stem"
+    assert main.skipped is None
+
+
+def test_a_head_after_pooling_is_no_gate():
+    def forward(self, x):
+        x = self.head(self.stem(x).mean((2, 3)))
+        return self.out(F.relu(x) * 2 + x)
+
+    (site,) = sites_of(forward, stem=nn.Conv2d(3, 4, 3), head=nn.Linear(4, 6), out=nn.Linear(6, 2))
+    assert (site.skipped, site.channel_dim, site.channels) == (None, 1, 6)
+
+
+def test_gates_within_the_main_path_leave_it_alone():
+    block = home_made(lambda x: x.mean((2, 3)), lambda x, y: x * y[:, :, None, None])
+    reasons = [s.skipped for s in plan_of(nn.Sequential(block, nn.Conv2d(4, 3, 1), block)).sites]
+    assert [r is None for r in reasons] == [False, True, False, True]
+
+
+def test_what_does_not_see_the_image_is_skipped():
+    class Bias(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.ones(5, 4))
+            self.mlp = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 8))
+            self.act = nn.ReLU()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.act(self.conv(x + self.mlp(self.table).mean(0)))
+
+    bias, main = plan_of(Bias()).sites
+    assert bias.skipped.startswith("input-independent: ")
+    assert main.skipped is None
+
+
+# Placement.
+
+
+def test_placement_has_the_last_word_on_what_structure_allows():
+    model = home_made(lambda x: x.mean((2, 3)), lambda x, y: x * y[:, :, None, None])
+    gate, main = plan_of(model, placement=Placement(exclude=("relu", "gelu"))).sites
+    assert gate.skipped.startswith("gate: ")
+    assert main.skipped == "placement: excluded"
+
+
+# In-place activations.
+
+
+def test_later_readers_of_the_input_itself_are_fine():
+    sites = sites_of(
+        lambda self, x: self.act(h := self.conv(x)) + h, conv=nn.Conv2d(3, 4, 1), act=nn.ReLU(inplace=True)
+    )
+    assert sites[0].activation.inplace
+
+
+VIEWS = {
+    "view": lambda h: h.view(2, 4, -1),
+    "transpose": lambda h: h.transpose(1, 2),
+    "slice": lambda h: h[:, :2],
+    "chunk": lambda h: h.chunk(2, 1)[0],
+    "identity": nn.Identity(),
+    "dropout": nn.Dropout(),
+    "contiguous": lambda h: h.contiguous(),
+    "reshape that copied": lambda h: h.transpose(2, 3).reshape(2, 4, -1),
+    "detach": lambda h: h.detach(),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_that_is_read_later_is_an_error(name):
+    if isinstance(VIEWS[name], nn.Module):
+        children = {"alias": VIEWS[name]}
+    else:
+        children = {"alias": Functional(lambda self, h: VIEWS[name](h))}
+
+    def forward(self, x):
+        h = self.conv(x)
+        v = self.alias(h)
+        return self.act(h).sum() + v.sum()
+
+    message = r"act: the activation works in place, and sum later reads .* shares .*inplace=False.*exclude=\('act',\)"
+    with pytest.raises(SiteError, match=message):
+        sites_of(forward, conv=nn.Conv2d(3, 4, 1), act=nn.ReLU(inplace=True), **children)
+    placement = Placement(exclude=("act",))
+    assert sites_of(forward, placement=placement, conv=nn.Conv2d(3, 4, 1), act=nn.ReLU(inplace=True), **children)
+    assert sites_of(forward, conv=nn.Conv2d(3, 4, 1), act=nn.ReLU(), **children)
+
+
+def test_a_base_that_is_read_later_is_an_error():
+    def forward(self, x):
+        h = self.conv(x)
+        a, b = h.chunk(2, 1)
+        return F.relu_(a) + b + h.mean()
+
+    with pytest.raises(SiteError, match=r"relu: .* mean later reads conv"):
+        sites_of(forward, conv=nn.Conv2d(3, 4, 1))
+
+
+def test_views_that_are_used_up_before_are_fine():
+    def forward(self, x):
+        h = self.conv(x)
+        pooled = h.flatten(2).mean(-1)
+        a, b = self.norm(h).chunk(2, 1)
+        return F.relu_(h).flatten(2).mean(-1) + pooled + (F.silu(a) * b.shape[0]).mean()
+
+    assert len(sites_of(forward, conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4))) == 2
+
+
+# The graph as any source may give it.
+
+
+def test_the_graph_is_not_changed_and_runs_on_values_if_it_must():
+    class Data(fx.Tracer):
+        def is_leaf_module(self, m, module_qualified_name):
+            return True
+
+    class Peeking(nn.Module):
+        """Looks at values, which a fake tensor has not, and keeps what it computed."""
+
+        def forward(self, x):
+            self.kept = x.sum().item()
+            return x * self.kept
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Peeking(), nn.ReLU()).eval()
+    graph_module = fx.GraphModule(model, Data().trace(model))
+    before = graph_module.code
+    (site,) = find_sites(graph_module, "by hand", IMAGES, Placement(channel_dims={"2": 1})).sites
+    assert (site.producer, site.channels) == ("peeking", 4)
+    assert graph_module.code == before
+    assert not hasattr(model[1], "kept")
