@@ -18,11 +18,16 @@ from .reference import ACTIVATIONS, inside_band, per_channel, smooth_gate, smoot
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
-def _widened(x: Tensor, *vectors: Tensor | None, channel_dim: int) -> tuple[Tensor, ...]:
-    """Return x in its computing dtype and the per-channel vectors shaped to broadcast against it."""
-    wide = x.float() if x.dtype in _LOW_PRECISION else x
-    shaped = (None if v is None else per_channel(v.to(wide.dtype), x.dim(), channel_dim) for v in vectors)
-    return wide, *shaped
+def _widened(x: Tensor) -> Tensor:
+    """Return x in its computing dtype."""
+    return x.float() if x.dtype in _LOW_PRECISION else x
+
+
+def _shaped(vector: Tensor, like: Tensor, channel_dim: int) -> Tensor:
+    """Return a per-channel vector that broadcasts against ``like``, in its dtype."""
+    if vector.dtype != like.dtype:
+        vector = vector.to(like.dtype)
+    return per_channel(vector, like.dim(), channel_dim)
 
 
 def _sparsify(x: Tensor, centre: Tensor, threshold: Tensor, variant: str, steepness: float) -> tuple[Tensor, Tensor]:
@@ -48,10 +53,13 @@ def forward(
     steepness: float,
 ) -> Tensor:
     """Return act(s(x)) in the dtype and memory format of x; arguments as in `reference.mean_sparse`."""
-    wide, centre, threshold, weight = _widened(x, centre, threshold, weight, channel_dim=channel_dim)
+    wide = _widened(x)
+    centre, threshold = _shaped(centre, wide, channel_dim), _shaped(threshold, wide, channel_dim)
+    slope = None if weight is None else _shaped(weight, wide, channel_dim)
     s, _ = _sparsify(wide, centre, threshold, variant, steepness)
     row = ACTIVATIONS[activation]
-    return (row.overwrite or row.forward)(s, weight, *constants).to(x.dtype)
+    y = (row.overwrite or row.forward)(s, slope, *constants)
+    return y if wide is x else y.to(x.dtype)
 
 
 def backward(
@@ -68,8 +76,9 @@ def backward(
     steepness: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of the weight (empty without one), recomputing s(x) from x."""
-    wide, centre, threshold, slope = _widened(x, centre, threshold, weight, channel_dim=channel_dim)
-    grad = grad.to(wide.dtype)
+    wide, grad = _widened(x), _widened(grad)
+    centre, threshold = _shaped(centre, wide, channel_dim), _shaped(threshold, wide, channel_dim)
+    slope = None if weight is None else _shaped(weight, wide, channel_dim)
     s, inside = _sparsify(wide, centre, threshold, variant, steepness)
     row = ACTIVATIONS[activation]
     grad_s = row.backward(grad, s, slope, *constants)

@@ -71,18 +71,32 @@ def _(grad, x, centre, threshold, weight, *_args):
     return torch.empty_like(x), x.new_empty(0) if weight is None else torch.empty_like(weight)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
+class _MeanSparse(torch.autograd.Function):
+    """Keeps x, the per-channel vectors and the weight for backward, which computes everything else again."""
+
+    @staticmethod
+    def forward(ctx, x, centre, threshold, weight, *options):
+        ctx.save_for_backward(x, centre, threshold, weight)
+        ctx.options = options
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.meansparse.mean_sparse.default(x, centre, threshold, weight, *options)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight = ctx.saved_tensors[3]
+        grad_x, grad_weight = torch.ops.meansparse.mean_sparse_backward.default(grad, *ctx.saved_tensors, *ctx.options)
+        return grad_x, None, None, None if weight is None else grad_weight, *[None] * len(ctx.options)
 
 
-def _vjp(ctx, grad):
-    x, centre, threshold, weight = ctx.saved_tensors
-    grad_x, grad_weight = torch.ops.meansparse.mean_sparse_backward(grad, x, centre, threshold, weight, *ctx.options)
-    return grad_x, None, None, None if weight is None else grad_weight, *[None] * len(ctx.options)
+def _autograd(x, centre, threshold, weight, *options):
+    # By hand instead of torch.library.register_autograd: 40 microseconds a call less, where no gradient is wanted.
+    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+        return _MeanSparse.apply(x, centre, threshold, weight, *options)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.meansparse.mean_sparse.default(x, centre, threshold, weight, *options)
 
 
-torch.library.register_autograd("meansparse::mean_sparse", _vjp, setup_context=_setup_context, lib=_library)
+_library.impl("mean_sparse", _autograd, "Autograd")
 
 
 def mean_sparse(
@@ -105,6 +119,6 @@ def mean_sparse(
         return reference.mean_sparse(
             x, centre, threshold, channel_dim, activation, constants, weight, variant, backward, steepness
         )
-    return torch.ops.meansparse.mean_sparse(
+    return torch.ops.meansparse.mean_sparse.default(
         x, centre, threshold, weight, channel_dim, activation, list(constants), variant, backward, steepness
     )

@@ -111,7 +111,9 @@ ACTIVATIONS: dict[str, Activation] = {
 
 def per_channel(vector: Tensor, rank: int, channel_dim: int) -> Tensor:
     """Return ``vector`` ``[C]`` shaped to broadcast along ``channel_dim`` of a tensor of ``rank`` dimensions."""
-    return vector.view([-1 if d == channel_dim else 1 for d in range(rank)])
+    shape = [1] * rank
+    shape[channel_dim] = -1
+    return vector.view(shape)
 
 
 def inside_band(x: Tensor, centre: Tensor, threshold: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ class ModelTracer(fx.Tracer):
         self, root_fn: Callable, is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable, list[Any]]:
         """Return a call with one placeholder: optional arguments keep their defaults and the root's hooks run."""
-        state = dict(self.root.named_parameters())
+        state: dict[str, Tensor] = dict(self.root.named_parameters())
         if self._trace_buffers:
             state |= dict(self.root.named_buffers())
         self._state_names = {id(tensor): name for name, tensor in state.items()}
@@ -204,8 +204,8 @@ def _trace(model: nn.Module, trace_buffers: bool) -> tuple[fx.Graph, nn.Module]:
 
 
 def _where_tracing_stopped(error: Exception, path: str, module: nn.Module) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    frames = [f for f in frames if f.filename != __file__ and not f.filename.startswith(_FX)] or list(frames)
+    everything = list(traceback.extract_tb(error.__traceback__))
+    frames = [f for f in everything if f.filename != __file__ and not f.filename.startswith(_FX)] or everything
     # The last line of the user's or of a library's own; torch's only if there is none.
     frame = ([f for f in frames if not f.filename.startswith(_TORCH)] or frames)[-1]
     where = f"{path} ({type(module).__name__})" if path else type(module).__name__

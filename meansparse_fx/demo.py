@@ -21,10 +21,10 @@ from .transform import transform
 # Sizes that fit two CPU cores in four minutes. One step on one image is a forward and a backward pass.
 CALIBRATION_IMAGES = 2000  # all there are; a second's work
 SELECTION_IMAGES = 500  # the choice compares the same images at each alpha, so that paired differences decide
-SELECTION_STEPS = 15  # enough to rank the alphas; the final comparison attacks harder
+SELECTION_STEPS = 10  # enough to rank the alphas; the final comparison attacks harder
 ALPHAS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)  # beyond, this model's robustness breaks down
-TEST_IMAGES = 1500  # a 95 % interval of about one point either way on the gain
-TEST_STEPS = 40
+TEST_IMAGES = 1000  # a 95 % interval of about one point either way on the gain
+TEST_STEPS = 30
 BATCH_SIZE = 250  # small enough for the activations to stay in a CPU's cache
 HISTOGRAM_IMAGES = 500
 

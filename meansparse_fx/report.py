@@ -177,7 +177,7 @@ def alpha_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
         top,
         [
             (clean[-1], "clean", theme.second, True),
-            (clean[0], f"base {clean[0]:.1%}", theme.ink, False),
+            (clean[0], f"base {_percent(clean[0])}", theme.ink, False),
             (floor, f"allowed: {100 * search.clean_budget:g} less", theme.muted, False),
         ],
     )
@@ -185,7 +185,7 @@ def alpha_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
         bottom,
         [
             (worst[-1], "worst case", theme.accent, True),
-            (worst[0], f"base {worst[0]:.1%}", theme.ink, False),
+            (worst[0], f"base {_percent(worst[0])}", theme.ink, False),
             *((line[-1], name, theme.accent, False) for name, line in attacks.items()),
         ],
     )
@@ -231,7 +231,12 @@ def histogram_figure(histogram: FeatureHistogram, theme: Theme = LIGHT) -> Figur
             f"the band: {histogram.mean:.2f} ± {histogram.threshold:.2f}".replace("-", "\N{MINUS SIGN}"),
             theme.accent,
         )
-        note(bottom, 0.95, f"{histogram.share:.0%} of all values are now the mean:\none bar, cut off here", theme.ink)
+        note(
+            bottom,
+            0.95,
+            f"{_percent(histogram.share, 0)} of all values are now the mean:\none bar, cut off here",
+            theme.ink,
+        )
     else:
         note(top, 0.95, "alpha = 0: no band, the operator is off", theme.accent)
     bottom.set_xlabel(f"feature value, {histogram.site}, channel {histogram.channel}", color=theme.muted)
@@ -243,10 +248,9 @@ def headline(evaluation: Evaluation, clean_budget: float = CLEAN_BUDGET) -> str:
     base, sparse = evaluation.base.to_dict(), evaluation.sparse.to_dict()
     change = evaluation.clean_change
     text = (
-        f"At {describe_alpha(evaluation.alpha)}, worst-case accuracy on {evaluation.n_test} images goes from "
-        f"{base['worst_case']:.1%} to {sparse['worst_case']:.1%}: {evaluation.gain.points()} points (95 % interval). "
-        f"Clean accuracy goes from {base['clean']:.1%} to {sparse['clean']:.1%}: {change.points()} points. "
-        f"{evaluation.verdict}"
+        f"{evaluation.verdict} On {evaluation.n_test} test images, {describe_alpha(evaluation.alpha)} takes it from "
+        f"{_percent(base['worst_case'])} to {_percent(sparse['worst_case'])}, and clean accuracy from "
+        f"{_percent(base['clean'])} to {_percent(sparse['clean'])}: {change.points()} points (95 % intervals)."
     )
     if -change.estimate > clean_budget + 1e-12:
         text += (
@@ -254,6 +258,10 @@ def headline(evaluation: Evaluation, clean_budget: float = CLEAN_BUDGET) -> str:
             "were to be spent."
         )
     return text
+
+
+def _percent(share: float, decimals: int = 1) -> str:
+    return f"{100 * share:.{decimals}f} %"
 
 
 def describe_alpha(alpha: float | Mapping[str, float]) -> str:
@@ -373,7 +381,7 @@ def _prepare(axes: Axes, theme: Theme) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(colors=theme.muted, labelsize=9, length=0)
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
@@ -393,7 +401,7 @@ def _label_ends(axes: Axes, labels: list[tuple[float, str, str, bool]]) -> None:
         wanted = max((height - low) / (high - low), 0.03)
         places.append(max(wanted, places[-1] + gap) if places else wanted)
     for place, (height, text, colour, bold) in zip(places, labels, strict=True):
-        left_the_axes = f" \N{DOWNWARDS ARROW} {height:.0%}" if height < low else ""
+        left_the_axes = f" \N{DOWNWARDS ARROW} {_percent(height, 0)}" if height < low else ""
         axes.annotate(
             text + left_the_axes, (1, place), (6, 0), color=colour, fontsize=9, va="center",
             fontweight="bold" if bold else "normal", xycoords="axes fraction", textcoords="offset points",

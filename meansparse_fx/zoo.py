@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import bundled
+from .bundled.network import FashionResNet
 from .errors import ArtifactError, ModelError
 
 SPECS = "timm:NAME, torchvision:NAME, path/to/file.py:function, or bundled"
@@ -82,6 +83,13 @@ def load_model(spec: str, weights: str | Path | None = None, num_classes: int | 
     if weights is not None:
         load_weights(model, weights)
     return model.eval()
+
+
+def input_shape(model: nn.Module) -> tuple[int, ...]:
+    """Return the shape of one image ``(C, H, W)`` for ``model``: what it says itself, or ImageNet's."""
+    if isinstance(model, FashionResNet):
+        return (1, 28, 28)
+    return tuple(getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224)))  # timm's convention
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

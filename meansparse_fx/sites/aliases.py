@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from ..errors import SiteError
-from .ops import Operators
+from .ops import Operators, data_input
 from .shapes import Flow
 
 
@@ -33,7 +33,7 @@ def check_inplace(graph: fx.Graph, operators: Operators, flow: Flow, sites: Iter
         for key in memory[node]:
             holders.setdefault(key, []).append(node)
     for name, node in sites:
-        source = node.args[0] if node.args else node.kwargs["input"]
+        source = data_input(node)
         for holder in dict.fromkeys(h for key in memory[source] for h in holders[key]):
             if holder is source or order[holder] >= order[node]:
                 continue
@@ -48,4 +48,4 @@ def check_inplace(graph: fx.Graph, operators: Operators, flow: Flow, sites: Iter
 
 def _reads(reader: fx.Node, flow: Flow) -> bool:
     """Return whether a reader looks at the values: x.shape does not."""
-    return reader.op == "output" or flow.shape(reader) is not None
+    return reader.op == "output" or flow.is_tensor(reader)

@@ -51,12 +51,12 @@ class Call:
     @property
     def shape(self) -> Shape:
         """The shape of the first argument."""
-        return self.flow.shape(self.source) or Shape()
+        return self.flow.shape(self.source)
 
     @property
     def result(self) -> Shape:
         """The shape of the result, or of the first if there are several."""
-        return self.flow.shape(self.node) or Shape()
+        return self.flow.shape(self.node)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """Return an argument by its position or its name; a module's is its attribute."""
@@ -88,9 +88,9 @@ def last(call: Call) -> int | None:
     return len(call.result) - 1
 
 
-def before_spatial(dims: int | None = None) -> Rule:
-    """Channels stand right before ``dims`` spatial dimensions, or as many as a module's kernel has."""
-    return lambda call: len(call.result) - 1 - (dims or len(call.module.kernel_size))
+def before_spatial(dims: int) -> Rule:
+    """Channels stand right before ``dims`` spatial dimensions."""
+    return lambda call: len(call.result) - 1 - dims
 
 
 def layer_norm(call: Call) -> int | None:
@@ -101,8 +101,8 @@ def layer_norm(call: Call) -> int | None:
 
 def elementwise(call: Call) -> int | None:
     """Operands that know their channels must agree, aligned at the last dimension as broadcasting does."""
-    operands = [n for n in _nodes(call.node.args) if call.axes.get(n) is not None]
-    return _agreed(call.axes[n] + len(call.result) - len(call.flow.shape(n)) for n in operands)
+    known = {n: axis for n in _nodes(call.node.args) if (axis := call.axes.get(n)) is not None}
+    return _agreed(axis + len(call.result) - len(call.flow.shape(n)) for n, axis in known.items())
 
 
 def joined(call: Call) -> int | None:
@@ -126,7 +126,7 @@ def permuted(call: Call) -> int | None:
 
 def transposed(call: Call) -> int | None:
     a, b = (_positive(call.argument(i, f"dim{i - 1}"), len(call.shape)) for i in (1, 2))
-    return {a: b, b: a}.get(call.axis, call.axis)
+    return b if call.axis == a else a if call.axis == b else call.axis
 
 
 def moved(call: Call) -> int | None:
@@ -218,19 +218,19 @@ def indexed(call: Call) -> int | None:
 
 def product(call: Call) -> int | None:
     """Matrix products keep the left operand's rows and the right operand's columns."""
-    left, right = (n if isinstance(n, fx.Node) else None for n in call.node.args[-2:])
     rank = len(call.result)
 
-    def kept(node: fx.Node | None, from_end: int) -> int | None:
-        shape, axis = call.flow.shape(node), call.axes.get(node)
-        return rank - from_end if shape and axis is not None and axis == len(shape) - from_end else None
+    def kept(operand: Any, from_end: int) -> int | None:
+        stays = call.axes.get(operand) == len(call.flow.shape(operand)) - from_end
+        return rank - from_end if stays else None
 
+    left, right = call.node.args[-2:]
     return _agreed((kept(left, 2), kept(right, 1)))
 
 
 def attended(call: Call) -> int | None:
     """Attention returns mixtures of the values' rows."""
-    value = call.node.args[2] if len(call.node.args) > 2 else call.node.kwargs.get("value")
+    value: Any = call.node.args[2] if len(call.node.args) > 2 else call.node.kwargs.get("value")
     return last(call) if call.axes.get(value) == len(call.result) - 1 else None
 
 
@@ -239,7 +239,7 @@ def attribute(call: Call) -> int | None:
     if call.axis is None or call.args[1] not in ("T", "mT"):
         return call.axis
     rank = len(call.shape)
-    return {rank - 1: rank - 2, rank - 2: rank - 1}.get(call.axis, call.axis)
+    return 2 * rank - 3 - call.axis if call.axis >= rank - 2 else call.axis
 
 
 def _nodes(arguments: Any) -> list[fx.Node]:

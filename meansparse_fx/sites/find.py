@@ -15,7 +15,7 @@ from ..errors import SiteError
 from .aliases import check_inplace
 from .flow import channel_axes, expected_axes
 from .gates import gated, reachable
-from .ops import Operators
+from .ops import Operators, data_input
 from .plan import Placement, Site, SitePlan
 from .shapes import propagate
 
@@ -72,11 +72,10 @@ def find_sites(
     sites = []
     for node, call in calls.items():
         name, source = names[node], data_input(node)
-        shape = tuple(flow.shape(source) or ())
+        shape = tuple(flow.shape(source))
+        axis = known[source] if known[source] is not None else expected[node]
         if name in placement.channel_dims:
             axis = _given(placement, name, shape)
-        else:
-            axis = known[source] if known[source] is not None else expected[node]
         site = Site(
             name=name,
             kind="activation",
@@ -95,11 +94,6 @@ def find_sites(
     inplace = [s for s in sites if s.skipped is None and s.activation and s.activation.inplace]
     check_inplace(graph, operators, flow, [(s.name, by_name[s.name]) for s in inplace])
     return SitePlan(tuple(sites), route)
-
-
-def data_input(node: fx.Node) -> fx.Node:
-    """Return the tensor that an activation's node reads."""
-    return node.args[0] if node.args else node.kwargs["input"]
 
 
 def _names(nodes: Iterable[fx.Node], operators: Operators) -> dict[fx.Node, str]:

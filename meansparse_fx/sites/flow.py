@@ -23,7 +23,7 @@ def channel_axes(graph: fx.Graph, operators: Operators, flow: Flow) -> dict[fx.N
     axes: dict[fx.Node, int | None] = {}
     for node in graph.nodes:
         shape = flow.shape(node)
-        if shape is None or node.op in ("placeholder", "get_attr", "output"):
+        if not flow.is_tensor(node) or node.op in ("placeholder", "get_attr", "output"):
             axes[node] = None
             continue
         args, kwargs = (map_arg(a, flow.values.get) for a in (node.args, node.kwargs))
@@ -37,8 +37,8 @@ def expected_axes(graph: fx.Graph, operators: Operators, flow: Flow) -> dict[fx.
     expected: dict[fx.Node, int | None] = {}
     for node in reversed(graph.nodes):
         shape = flow.shape(node)
-        wishes = set()
-        for reader in node.users if shape is not None else ():
+        wishes: set[int | None] = set()
+        for reader in node.users if shape else ():
             op = operators.op(reader)
             if op.wants is not None and reader.args and reader.args[0] is node:
                 wishes.add(op.wants % len(shape))

@@ -19,7 +19,7 @@ def reachable(graph: fx.Graph, flow: Flow) -> set[fx.Node]:
     """Return the nodes that yield tensors computed from the graph's input."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder" or (flow.shape(node) is not None and not found.isdisjoint(node.all_input_nodes)):
+        if node.op == "placeholder" or (flow.is_tensor(node) and not found.isdisjoint(node.all_input_nodes)):
             found.add(node)
     return found
 

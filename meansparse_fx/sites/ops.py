@@ -7,13 +7,13 @@ Imports `axis` and floor 1 only.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules import batchnorm, conv, dropout, instancenorm, padding
+from torch.nn.modules import batchnorm, dropout, instancenorm, padding
 
 from ..activations import ActivationCall, match_function, match_module
 from . import axis
@@ -106,7 +106,7 @@ _ROWS: tuple[tuple[str, Op], ...] = (
     ("multi_head_attention_forward", Op("attention", axis.last)),
 )
 _METHODS = {name: op for names, op in _ROWS for name in names.split()}
-_FUNCTIONS: dict[Callable, Op] = {
+_FUNCTIONS: dict[Any, Op] = {
     function: op
     for name, op in _METHODS.items()
     for function in (getattr(namespace, name, None) for namespace in (F, torch, operator))
@@ -124,7 +124,6 @@ _MODULES: dict[type[nn.Module], Op] = {
     **{t: _METHODS["conv1d"] for t in (nn.Conv1d, nn.ConvTranspose1d)},
     **{t: _METHODS["conv2d"] for t in (nn.Conv2d, nn.ConvTranspose2d)},
     **{t: _METHODS["conv3d"] for t in (nn.Conv3d, nn.ConvTranspose3d)},
-    conv._ConvNd: Op("conv", axis.before_spatial()),
     batchnorm._NormBase: _METHODS["batch_norm"],
     instancenorm._InstanceNorm: _METHODS["instance_norm"],
     nn.GroupNorm: _METHODS["group_norm"],
@@ -178,34 +177,33 @@ class Operators:
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """Return the module a node calls, if it calls one."""
-        return self.modules[node.target] if node.op == "call_module" else None
+        return self.modules[str(node.target)] if node.op == "call_module" else None
 
     def op(self, node: fx.Node) -> Op:
         """Return what is known of a node."""
         if self.activation(node) is not None:
             return _ACTIVATION
         if node.op == "call_method":
-            return _METHODS.get(node.target, UNKNOWN)
+            return _METHODS.get(str(node.target), UNKNOWN)
         if node.op == "call_function":
-            return _FUNCTIONS.get(node.target) or _LIBRARY_FUNCTIONS.get(_qualified(node.target), UNKNOWN)
-        if node.op == "call_module":
-            bases = type(self.modules[node.target]).__mro__
-            return next((_MODULES[base] for base in bases if base in _MODULES), UNKNOWN)
-        return UNKNOWN
+            return _FUNCTIONS.get(node.target) or _LIBRARY_FUNCTIONS.get(_qualified(node), UNKNOWN)
+        bases = type(self.module(node)).__mro__
+        return next((_MODULES[base] for base in bases if base in _MODULES), UNKNOWN)
 
     def activation(self, node: fx.Node) -> ActivationCall | None:
         """Return the activation a node calls, if it calls one."""
-        if node.op == "call_module":
-            return match_module(self.modules[node.target])
+        module = self.module(node)
+        if module is not None:
+            return match_module(module)
         if node.op not in ("call_function", "call_method"):
             return None
         try:
             return match_function(node.target, node.args, node.kwargs)
         except TypeError:
             # A constant that the graph computes: the bare operator goes before the call, which keeps its arguments.
-            call = match_function(node.target, node.args[:1], {})
-            inplace = call.inplace or True in node.args or node.kwargs.get("inplace") is True
-            return replace(call, constants=(), inplace=inplace, fused=False)
+            call = match_function(node.target, (), {})
+            inplace = any(a is True for a in (*node.args, node.kwargs.get("inplace")))
+            return call and replace(call, constants=(), inplace=call.inplace or inplace, fused=False)
 
     def word(self, node: fx.Node) -> str:
         """Return what the plan calls a node."""
@@ -220,8 +218,9 @@ class Operators:
 
     def enclosing(self, node: fx.Node) -> str:
         """Return the path of the module whose forward makes this call; a module's own path if it is one."""
-        if node.op == "call_module":
-            return self.paths[id(self.modules[node.target])]
+        module = self.module(node)
+        if module is not None:
+            return self.paths[id(module)]
         stack = node.meta.get("nn_module_stack")
         path = next(reversed(stack.values()))[0] if stack else ""
         return self.paths.get(id(self.modules.get(path)), path)
@@ -237,9 +236,14 @@ class Operators:
 _ACTIVATION = Op(carry=axis.same)
 
 
+def data_input(node: fx.Node) -> Any:
+    """Return the tensor that an activation's node reads."""
+    return node.args[0] if node.args else node.kwargs["input"]
+
+
 def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return getattr(node.target, "__name__", str(node.target))
 
 
-def _qualified(function: Callable) -> str:
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
+def _qualified(node: fx.Node) -> str:
+    return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__qualname__', '')}"

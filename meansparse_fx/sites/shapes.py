@@ -6,6 +6,7 @@ Imports torch only.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,10 +32,17 @@ class Flow:
     values: dict[fx.Node, Any] = field(default_factory=dict)
     memory: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
 
-    def shape(self, node: Any) -> Shape | None:
-        """Return the shape of a node's tensor; of its first tensor if it yields several; None if it yields none."""
+    def shape(self, node: Any) -> Shape:
+        """Return the shape of a node's tensor; of its first tensor if it yields several; empty if it yields none."""
+        return next(self._shapes(node), Shape())
+
+    def is_tensor(self, node: Any) -> bool:
+        """Return whether a node yields a tensor, or several."""
+        return any(True for _ in self._shapes(node))
+
+    def _shapes(self, node: Any) -> Iterator[Shape]:
         leaves = pytree.tree_leaves(self.values.get(node)) if isinstance(node, fx.Node) else []
-        return next((leaf for leaf in leaves if isinstance(leaf, Shape)), None)
+        return (leaf for leaf in leaves if isinstance(leaf, Shape))
 
 
 def propagate(graph_module: fx.GraphModule, images: Tensor) -> Flow:
