@@ -7,24 +7,20 @@ is one more row there. Imports torch and floor 1; timm is only looked up, never 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 import sys
 import traceback
-import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
-from .activations import match_function, match_module
+from .activations import match_module
 from .errors import CaptureError, StateError
+from .verify import Reference, plain_attention, shadow
 
 _TORCH = str(Path(torch.__file__).parent)
 _FX = str(Path(fx.__file__).parent)
@@ -81,7 +77,7 @@ def capture(model: nn.Module, images: Tensor | None = None) -> Capture:
     while type(model).__name__ in _WRAPPERS and type(model).__module__.startswith("torch."):
         model = getattr(model, _WRAPPERS[type(model).__name__])
     _check_state(model)
-    reference = None if images is None else _Reference.of(model, images)
+    reference = None if images is None else Reference.of(model, images)
     failures: list[CaptureError] = []
     for route, trace in ROUTES:
         try:
@@ -187,10 +183,10 @@ def _trace(model: nn.Module, trace_buffers: bool) -> tuple[fx.Graph, nn.Module]:
     leaves: frozenset[type] = frozenset()
     while True:
         # Tracing runs the model's Python, which may store proxies in the modules, and leave them there if it fails.
-        root = _shadow(model)
+        root = shadow(model)
         tracer = ModelTracer(leaves, trace_buffers)
         try:
-            with _plain_attention():
+            with plain_attention():
                 return tracer.trace(root), root
         except CaptureError:
             raise
@@ -214,25 +210,6 @@ def _where_tracing_stopped(error: Exception, path: str, module: nn.Module) -> st
         f"symbolic trace stopped in {where} at {frame.filename}:{frame.lineno}, `{frame.line}`: "
         f"{type(error).__name__}: {reason}"
     )
-
-
-def _shadow(model: nn.Module) -> nn.Module:
-    """Return a copy that shares the model's parameters, which neither tracing nor inference changes."""
-    try:
-        return copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    except Exception as error:
-        raise CaptureError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error})") from error
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Turn off torch's fused transformer layers, which show no activation and round differently."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 ROUTES: tuple[tuple[str, Callable[[nn.Module], tuple[fx.Graph, nn.Module]]], ...] = (
@@ -276,128 +253,3 @@ def _own_constant(root: nn.Module, traced: nn.Module, target: str) -> None:
         owner.register_buffer(name, value.detach(), persistent=False)
     else:
         setattr(owner, name, value)
-
-
-# Checking.
-
-
-@dataclass(frozen=True, slots=True)
-class _Reference:
-    """What the model itself computed, and how many activations it called."""
-
-    batches: tuple[Tensor, ...]
-    outputs: tuple[Any, ...]
-    activations: int
-
-    @classmethod
-    def of(cls, model: nn.Module, images: Tensor) -> _Reference:
-        """Return the reference on two batches of different size, cycling through the rows if there are too few."""
-        if len(images) == 0:
-            raise CaptureError("the example images are an empty batch: pass at least one image")
-        batches = images[:2], images[[row % len(images) for row in range(3)]]
-        shadow = _shadow(model)
-        counter = _ActivationCounter(shadow)
-        outputs = []
-        for batch in batches:
-            counter.count = 0
-            try:
-                with counter:
-                    outputs.append(_run(shadow, batch))
-            except Exception as error:
-                raise CaptureError(
-                    f"{type(model).__name__} itself fails on images of shape {list(batch.shape)}, dtype {batch.dtype}, "
-                    f"device {batch.device}: {type(error).__name__}: {error}"
-                ) from error
-        return cls(batches, tuple(outputs), counter.count)
-
-    def check(self, graph_module: fx.GraphModule) -> None:
-        """Raise CaptureError unless the graph computes the same and shows every activation."""
-        shown = count_activations(graph_module)
-        if shown < self.activations:
-            raise CaptureError(
-                f"the model calls {self.activations} activations and the graph shows {shown}: "
-                f"{self.activations - shown} are hidden in modules or functions that are not traced into"
-            )
-        buffers = [(b, b.clone()) for b in graph_module.buffers()]
-        for batch, expected in zip(self.batches, self.outputs, strict=True):
-            try:
-                actual = _run(graph_module, batch)
-            except Exception as error:
-                raise CaptureError(
-                    f"the captured graph fails on a batch of {len(batch)}: {type(error).__name__}: {error}"
-                ) from error
-            if not _same(actual, expected):
-                raise CaptureError(
-                    f"the captured graph computes something else than the model on a batch of {len(batch)}, "
-                    "as it does where a tensor is changed in place under two names"
-                )
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-
-
-def _run(model: nn.Module, images: Tensor) -> Any:
-    """Return the output for a copy of ``images``, with the same random numbers each time and none used up."""
-    devices = [images.device] if images.is_cuda else []
-    with torch.random.fork_rng(devices), torch.no_grad(), _plain_attention():
-        torch.manual_seed(0)
-        return model(images.clone())
-
-
-def _same(actual: Any, expected: Any) -> bool:
-    """Return whether two outputs agree bit for bit; NaN equals NaN."""
-    if dataclasses.is_dataclass(expected):
-        actual, expected = (vars(v) if hasattr(v, "__dict__") else v for v in (actual, expected))
-    actual, actual_spec = pytree.tree_flatten(actual)
-    expected, expected_spec = pytree.tree_flatten(expected)
-    if actual_spec != expected_spec:
-        return False
-    for a, b in zip(actual, expected, strict=True):
-        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-            if a != b:
-                return False
-        elif a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a.nan_to_num(), b.nan_to_num()):
-            return False
-    return True
-
-
-def count_activations(graph_module: fx.GraphModule) -> int:
-    """Return how many calls of known activations the graph makes."""
-    modules = dict(graph_module.named_modules(remove_duplicate=False))
-    nodes = graph_module.graph.nodes
-    functions = sum(_is_activation(n.target) for n in nodes if n.op in ("call_function", "call_method"))
-    return functions + sum(match_module(modules[n.target]) is not None for n in nodes if n.op == "call_module")
-
-
-def _is_activation(target: Callable | str) -> bool:
-    return match_function(target, (), {}) is not None  # whatever its arguments
-
-
-class _ActivationCounter(TorchFunctionMode):
-    """Counts the activations that a model calls: its activation modules, and outside of them the functions.
-
-    Inside ``__torch_function__`` the mode is off, so a function that calls another counts once.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.count = 0
-        self._depth = 0
-        for module in model.modules():
-            if match_module(module) is not None:
-                module.register_forward_pre_hook(self._enter)
-                module.register_forward_hook(self._leave)
-
-    def _enter(self, module: nn.Module, args: tuple) -> None:
-        self.count += self._depth == 0
-        self._depth += 1
-
-    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._depth -= 1
-
-    def __torch_function__(self, func: Callable, types_: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        target = func.__name__ if isinstance(func, types.MethodDescriptorType) else func
-        if self._depth == 0 and _is_activation(target):
-            self.count += 1
-        return func(*args, **kwargs)

@@ -27,7 +27,7 @@ from .report import CLEAN_BUDGET, band_shares, feature_histogram, headline, writ
 from .statistics import Statistics
 from .transform import inspect as run_inspect
 from .transform import transform
-from .zoo import IMAGENET, SPECS, Normalised, load_model
+from .zoo import IMAGENET, SPECS, Normalised, input_shape, load_model
 
 HISTOGRAM_IMAGES = 64  # of the test images; enough values for a histogram, few enough for any model's memory
 
@@ -159,15 +159,18 @@ def inspect(
     weights: Weights = None,
     num_classes: Classes = None,
     normalise: Normalise = None,
-    input_shape: Annotated[
-        tuple, typer.Option(parser=_shape, metavar="C,H,W", help="Shape of one image.")
-    ] = "3,224,224",
+    shape: Annotated[
+        tuple | None,
+        typer.Option(
+            "--input-shape", parser=_shape, metavar="C,H,W", help="Shape of one image, if not the model's own."
+        ),
+    ] = None,
     device: Device = None,
 ) -> None:
     """Show every place in MODEL where the operator belongs, and why the others are left alone."""
     target = _device(device)
     net = _model(model, weights, num_classes, normalise, target)
-    shape = (1, 28, 28) if model == "bundled" else input_shape
+    shape = shape or input_shape(net.model if isinstance(net, Normalised) else net)
     console().print(run_inspect(net, torch.rand(2, *shape, device=target)).table())
 
 

@@ -167,9 +167,10 @@ def _read_idx_split(directory: Path, split: str) -> tuple[np.ndarray, np.ndarray
 
 def _open_npz(path: Path, split: str | None) -> ImageSet:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: numpy leaves a file it cannot read open.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             if split is None and {"images", "labels"} <= set(file.files):
-                return _from_arrays(file["images"], file["labels"], str(path))
+                return _from_arrays(file["images"], file["labels"], path.name)
             suffix = "_images"
             names = [n.removesuffix(suffix) for n in file.files if n.endswith(suffix)]
             name = _choose(path, split, names)

@@ -299,6 +299,7 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     sites = _site_rows(plan, shares or {})
     report = evaluation.to_dict() | {
+        "alpha": _as_written(evaluation.alpha),
         "headline": headline(evaluation, clean_budget),
         "model": model,
         "data": dict(data),
@@ -338,8 +339,16 @@ def write_report(
 
 def versions() -> dict[str, str]:
     """Return the versions of what decides a result."""
-    packages = ("meansparse_fx", "torch", "pyautoattack", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    packages = ("meansparse_fx", "pyautoattack", "numpy")
+    known = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    return known | {name: version(name) for name in packages}
+
+
+def _as_written(alpha: float | Mapping[str, float]) -> float | dict[str, float]:
+    """Return alpha as its user wrote it: 0.3, not the float32 nearest to it."""
+    if isinstance(alpha, Mapping):
+        return {name: float(str(np.float32(value))) for name, value in alpha.items()}
+    return float(str(np.float32(alpha)))
 
 
 def _site_rows(plan: SitePlan, shares: Mapping[str, Tensor]) -> list[dict[str, Any]]:

@@ -132,7 +132,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, OSError) as error:
-        first = str(error).splitlines()[0]
+        first = (str(error) or type(error).__name__).splitlines()[0]
         raise ArtifactError(
             f"{path}: truncated, or neither safetensors nor a plain state_dict ({first}); files that need "
             "unpickling are not read: save model.state_dict()"

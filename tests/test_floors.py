@@ -22,6 +22,7 @@ FLOORS = {
     "data": 1,
     "progress": 1,
     "bundled": 1,
+    "verify": 2,
     "capture": 2,
     "sites": 2,
     "rewrite": 2,

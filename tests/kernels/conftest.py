@@ -1,43 +1,33 @@
 """The Triton kernels where there is no GPU: the same source, interpreted on CPU tensors.
 
-Triton decides at decoration whether a function is interpreted, so the variable is set around the first import of
-the kernels and put back. With a GPU the same tests run the compiled kernels.
+Triton reads TRITON_INTERPRET when it is imported, its own library included, so one process cannot both interpret and
+compile, and Inductor compiles in this one. `test_interpreted.py` therefore runs the numerics in a process of their
+own; with the variable set, or with a GPU, they run here:
+
+    TRITON_INTERPRET=1 pytest tests/kernels
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 
 import numpy as np
 import pytest
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-
-def _import_kernels() -> None:
-    before = os.environ.get("TRITON_INTERPRET")
-    if DEVICE == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        elementwise = importlib.import_module("meansparse_fx.kernels.elementwise")
-        importlib.import_module("meansparse_fx.kernels.moments")
-    finally:
-        if before is None:
-            os.environ.pop("TRITON_INTERPRET", None)
-        else:
-            os.environ["TRITON_INTERPRET"] = before
-    kind = type(elementwise.mean_sparse_forward_kernel).__name__
-    assert DEVICE == "cuda" or kind == "InterpretedFunction", f"the kernels were imported before this file: {kind}"
-
-
-_import_kernels()
+if INTERPRETED:
+    collect_ignore = ["test_interpreted.py", "test_codegen.py"]
+elif torch.cuda.is_available():
+    collect_ignore = ["test_interpreted.py"]
+else:
+    collect_ignore = ["test_elementwise.py", "test_moments.py"]
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Interpreted kernels work on tiny arrays; the interpreter's numpy overflows where a GPU does, silently."""
+def quiet_arithmetic():
+    """One thread, since the arrays are tiny; and numpy overflows under the interpreter where a GPU does, silently."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with np.errstate(all="ignore"):
@@ -45,6 +35,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> str:
-    return DEVICE
+    """Where the kernels run: a GPU, or the CPU of the interpreter."""
+    return "cpu" if INTERPRETED else "cuda"

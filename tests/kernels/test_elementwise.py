@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
 from meansparse_fx.kernels import layout as layouts
 from meansparse_fx.kernels.device_activations import ACTIVATIONS
 from meansparse_fx.kernels.elementwise import mean_sparse_backward, mean_sparse_forward
+from torch import Tensor
 
-# Relative and absolute; half precision is rounded once, so within half a unit in the last place.
-TOLERANCES = {torch.float32: (2e-6, 1e-6), torch.float16: (5e-4, 1e-6), torch.bfloat16: (4e-3, 1e-6)}
+# Relative and absolute; half precision is rounded once, so within half a unit in the last place. A whole unit for
+# bfloat16 under the interpreter, which truncates.
+BFLOAT16 = 4e-3 if torch.cuda.is_available() else 8e-3
+TOLERANCES = {torch.float32: (2e-6, 1e-6), torch.float16: (5e-4, 1e-6), torch.bfloat16: (BFLOAT16, 1e-6)}
 
 ORACLE = {
     "identity": lambda s, w: s,
@@ -56,7 +57,7 @@ def inputs(shape, channel_dim, dtype, device, seed=0):
     """x, centre, threshold and weight, with x moved off the band's edges and the activations' kinks."""
     g = torch.Generator().manual_seed(seed)
     channels = shape[channel_dim]
-    along = [-1 if d == channel_dim else 1 for d in range(len(shape))]
+    along = [channels if d == channel_dim else 1 for d in range(len(shape))]
     centre = torch.randn(channels, generator=g) * 0.5
     threshold = torch.rand(channels, generator=g) * 1.5
     threshold[::3] = -1.0
@@ -78,7 +79,7 @@ def gate(x, centre, threshold, steepness):
 
 def oracle(x, centre, threshold, channel_dim, activation, constants, weight, variant, backward, steepness, grad_y):
     """y, grad_x and grad_weight in float64."""
-    along = [-1 if d == channel_dim else 1 for d in range(x.dim())]
+    along = [n if d == channel_dim else 1 for d, n in enumerate(x.shape)]
     x = x.double().clone().requires_grad_()
     centre, threshold = (v.double().view(along) for v in (centre, threshold))
     inside = (x - centre).abs() <= threshold
@@ -119,11 +120,11 @@ def check(x, centre, threshold, weight, channel_dim, activation, variant="mean",
     assert y.stride() == grads.x.stride() == torch.empty_like(x).stride()
     assert_close(y, expected_y, x.dtype)
     # Of size 10 with the smooth gate's slope, so the absolute part counts relative to that.
-    assert_close(grads.x / 10, expected_x / 10, x.dtype)
-    if weight is None:
-        assert grads.weight is None
+    assert_close(grads.x.double() / 10, expected_x / 10, x.dtype)
+    if weight is None or weight.numel() == 0:
+        assert weight is None or grads.weight.numel() == 0
     else:
-        size = expected_weight.abs().max() + x.numel() / x.shape[channel_dim]
+        size = 1 + x.numel() / weight.numel()  # of the sum
         torch.testing.assert_close(grads.weight.double() / size, expected_weight / size, rtol=0, atol=1e-6)
     return y, grads
 
@@ -207,10 +208,9 @@ def strided(draw):
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(strided())
-def test_any_strides(drawn) -> None:
+@given(drawn=strided())
+def test_any_strides(device, drawn) -> None:
     x, channel_dim = drawn
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     values, *vectors = inputs(x.shape, channel_dim, torch.float32, device)
     x = x.to(device)
     if 0 in x.stride():  # one value along an expanded dimension
@@ -282,7 +282,9 @@ def test_prologue(given_names, dtype, name, device) -> None:
     arrange, _ = LAYOUTS[name]
     x, centre, _, _ = inputs((2, 5, 3, 4), 1, dtype, device)
     x, residual = arrange(x), torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(x)
-    vectors = {n: torch.rand(5, generator=torch.Generator().manual_seed(3)).to(device) + 0.5 for n in given_names.split()}
+    vectors = {
+        n: torch.rand(5, generator=torch.Generator().manual_seed(3)).to(device) + 0.5 for n in given_names.split()
+    }
     extra = {n: residual if n == "residual" else v for n, v in vectors.items()}
     wide = {n: v.double() if n == "residual" else v.double().view(1, -1, 1, 1) for n, v in extra.items()}
     leaf = x.double().requires_grad_()
@@ -312,9 +314,11 @@ def test_prologue(given_names, dtype, name, device) -> None:
     grads = mean_sparse_backward(grad_y, total, centre, threshold, 1, "silu", **extra, grad_sum=grad_y,
                                  from_sum=True, want_grad_sum=True)  # fmt: skip
     plain = mean_sparse_backward(grad_y, total, centre, threshold, 1, "silu").x
-    assert_close(grads.u, plain.double() + grad_y.double(), dtype, msg="gradient of the sum") if dtype is torch.float32 else None
+    rtol = 3 * TOLERANCES[dtype][0]  # here the two terms are rounded apart
+    terms = plain.double().abs() + grad_y.double().abs()
+    assert ((grads.u.double() - plain.double() - grad_y.double()).abs() <= rtol * terms + 1e-6).all()
     factor = wide.get("scale", torch.ones((), device=device)) * wide.get("layer_scale", 1)
-    torch.testing.assert_close(grads.x.double(), grads.u.double() * factor, rtol=2 * TOLERANCES[dtype][0], atol=1e-6)
+    torch.testing.assert_close(grads.x.double(), grads.u.double() * factor, rtol=rtol, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

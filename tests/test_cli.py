@@ -1,0 +1,195 @@
+"""The command line, as its user meets it: the whole job on a tiny model, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from meansparse_fx import demo
+from meansparse_fx.cli import app
+
+SOURCE = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+
+def bug():
+    raise ZeroDivisionError("the user's own")
+"""
+
+
+@pytest.fixture(autouse=True)
+def _small_work(monkeypatch):
+    """Tiny tensors gain nothing from compiled kernels or from threads; on a busy machine both cost seconds."""
+    monkeypatch.setenv("MEANSPARSE_FX_LOWERING", "eager")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "tiny_cli.py").write_text(SOURCE)
+    return f"{tmp_path / 'tiny_cli.py'}:net"
+
+
+@pytest.fixture
+def data(tmp_path):
+    random = np.random.default_rng(0)
+    path = tmp_path / "data.npz"
+    np.savez(path, images=random.integers(0, 256, (30, 8, 8), np.uint8), labels=random.integers(0, 3, 30))
+    return str(path)
+
+
+@pytest.fixture
+def statistics(tmp_path, model, data):
+    path = tmp_path / "stats.safetensors"
+    done = run("calibrate", model, "--data", data, "--out", path, "--limit", 20)
+    assert done.exit_code == 0, done.output
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def check_error(done, *words):
+    """Check for one line on stderr, exit code 2 and no traceback."""
+    assert done.exit_code == 2, done.output
+    assert isinstance(done.exception, SystemExit)
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    for word in words:
+        assert word in done.stderr
+
+
+def test_version():
+    done = run("--version")
+    assert done.exit_code == 0
+    assert done.stdout.startswith("meansparse-fx 0.")
+
+
+def test_module_is_the_same_command():
+    command = [sys.executable, "-m", "meansparse_fx", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == run("--version").stdout
+
+
+@pytest.mark.parametrize("command", ["inspect", "calibrate", "select", "evaluate", "demo", "show"])
+def test_help_says_what_a_command_is_for(command):
+    done = run(command, "--help")
+    assert done.exit_code == 0
+    assert "Usage" in done.stdout
+
+
+def test_inspect(model):
+    done = run("inspect", model, "--input-shape", "1,8,8")
+    assert done.exit_code == 0, done.output
+    assert "gelu" in done.stdout
+    assert "1 of 1 sites rewritten" in done.stdout
+
+
+def test_inspect_normalised(model):
+    done = run("inspect", model, "--input-shape", "1x8x8", "--normalise", "0.5/0.25")
+    assert done.exit_code == 0, done.output
+    assert "model.2" in done.stdout
+
+
+def test_show(statistics):
+    done = run("show", statistics)
+    assert done.exit_code == 0, done.output
+    assert "1 sites, 20 images" in done.stdout
+    assert "data.npz, 20 of 30" in done.stdout
+
+
+def test_select(model, data, statistics):
+    done = run("select", model, "--data", data, "--statistics", statistics, "--alphas", "0.2,0.4", "--steps", 2,
+               "--skip", 20, "--eps", "8/255")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "10 held-out images" in done.stdout
+    assert "\nalpha 0" in done.stdout
+
+
+def test_evaluate_writes_a_report(tmp_path, model, data, statistics):
+    done = run("evaluate", model, "--data", data, "--statistics", statistics, "--alpha", 0.3, "--eps", 0.05,
+               "--steps", 2, "--attacks", "apgd-ce,apgd-dlr", "--backwards", "identity",
+               "--out", tmp_path / "out")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["alpha"] == 0.3
+    assert report["threat"]["eps"] == 0.05
+    assert set(report["sparse"]["robust"]) == {"apgd-ce/identity", "apgd-dlr/identity", "transfer"}
+    assert report["data"]["test"] == "data.npz"
+    assert (tmp_path / "out" / "report.html").exists()
+    assert (tmp_path / "out" / "histogram.png").exists()
+
+
+def test_demo_end_to_end(tmp_path):
+    done = run("demo", "--out", tmp_path / "out", "--calibration-images", 40, "--selection-images", 12,
+               "--test-images", 12, "--selection-steps", 1, "--test-steps", 2)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["n_test"] == 12
+    assert report["alpha"] in demo.ALPHAS
+    for which in ("base", "sparse"):
+        assert {"apgd-ce/exact", "apgd-ce/identity"} <= set(report[which]["robust"])
+        assert 0 <= report[which]["worst_case"] <= min(report[which]["robust"].values())
+        assert report[which]["clean"] <= 1
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {"report.json", "report.html", "alpha.png", "histogram.png", "statistics.msfx.safetensors"}
+    order = [done.stdout.index(w) for w in ("stem.2", "Calibrate on 40", "on 12 held-out", "on 12 test", "report.html")]
+    assert order == sorted(order)
+    assert " ".join(done.stdout.split()).endswith(report["headline"])
+
+
+def test_errors_are_one_line(tmp_path, model, data, statistics):
+    check_error(run("inspect", "timm:resnet81"), "close: resnet")
+    check_error(run("inspect", model, "--input-shape", "1,8,8", "--device", "cuda:99"), "cuda:99")
+    check_error(run("calibrate", model, "--data", tmp_path / "none", "--out", tmp_path / "s"), "no such file")
+    check_error(run("calibrate", model, "--data", data, "--out", tmp_path / "none" / "s"), "directory")
+    check_error(run("show", data), "not a statistics file")
+    check_error(run("select", model, "--data", data, "--statistics", statistics, "--norm", "L7"), "norm must be")
+
+
+def test_labels_beyond_the_models_classes(tmp_path, model):
+    np.savez(tmp_path / "b.npz", images=np.zeros((4, 8, 8), np.uint8), labels=np.arange(4))
+    check_error(run("calibrate", model, "--data", tmp_path / "b.npz", "--out", tmp_path / "s"), "label 3", "3 classes")
+
+
+def test_statistics_of_another_model(data, statistics):
+    check_error(run("evaluate", "bundled", "--data", data, "--statistics", statistics, "--alpha", 0.2))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--eps", "-1"),
+        ("--eps", "8/0"),
+        ("--eps", "nan"),
+        ("--alphas", "0.1,inf"),
+        ("--attacks", "apgd"),
+        ("--backwards", "straight"),
+        ("--normalise", "0.5"),
+        ("--steps", "0"),
+        ("--clean-budget", "x"),
+    ],
+)
+def test_bad_options_are_usage_errors(model, data, statistics, option, value):
+    done = run("select", model, "--data", data, "--statistics", statistics, option, value)
+    assert done.exit_code == 2
+    assert option in done.stderr
+
+
+def test_bugs_keep_their_traceback(model):
+    done = run("inspect", model.replace(":net", ":bug"))
+    assert isinstance(done.exception, ZeroDivisionError)
