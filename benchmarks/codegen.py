@@ -97,7 +97,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """What the machine code of a case shows; widths in bits, with how often each occurs."""
+    """What the machine code of a case shows; accesses as bits to how often, streams as tensors read and written."""
 
     kernel: str
     activation: str
@@ -107,6 +107,7 @@ class Code:
     variant: str
     backward: str
     elements_per_thread: int
+    streams: tuple[int, int]
     registers: int
     spilled_bytes: int
     shared_bytes: int
@@ -149,38 +150,41 @@ def read_code(case: Case) -> Code:
     amd = case.target.startswith("gfx")
     threads = case.plan.warps * (64 if amd else 32)
     per_thread = case.plan.block_rows * case.plan.block_cols // threads
-    facts = _amd(compiled.asm["amdgcn"]) if amd else _nvidia(compiled.asm["cubin"], compiled.asm["sass"])
+    facts = _amd(compiled.asm["amdgcn"]) if amd else _nvidia(compiled.asm["cubin"])
     instructions, reciprocals = facts.pop("instructions"), facts.pop("reciprocals")
     labels = {name: value for name, value in asdict(case).items() if name != "shape"}
     return Code(
         **labels,
         **facts,
         elements_per_thread=per_thread,
+        streams=STREAMS[case.kernel],
         shared_bytes=compiled.metadata.shared,
         reciprocals_per_element=round(reciprocals / per_thread, 2),
         instructions_per_element=round(instructions / per_thread, 1),
     )
 
 
-def _nvidia(cubin: bytes, sass: str) -> dict:
+def _nvidia(cubin: bytes) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    resources = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    operations = re.findall(r"^(?:\[[^\]]*\]|[-\w:]+\t|\s)*(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", sass, re.MULTILINE)
-    operations = [name for name in operations if name.split(".")[0] not in ("NOP", "BRA")]
-    widths = {
-        kind: Counter(int((re.search(r"\.(64|128|256|U8|U16|S16)\b", name) or ["", "32"])[1].strip("US"))
-                      for name in operations if name.split(".")[0] == kind)
-        for kind in ("LDG", "STG")
-    }  # fmt: skip
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    resources = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump))
+    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", dump, re.MULTILINE)
+    operations = [name for name in operations if name.split(".")[0] not in ("NOP", "BRA")]  # padding and its loop
+
+    def widths(load_or_store: str) -> dict[int, int]:
+        named = (
+            re.search(r"\.[US]?(8|16|64|128|256)\b", name) for name in operations if name.startswith(load_or_store)
+        )
+        return dict(Counter(int(match[1]) if match else 32 for match in named))
+
     return {
         "registers": int(resources["REG"]),
         "spilled_bytes": int(resources["STACK"]) + int(resources["LOCAL"]),
-        "loads": dict(widths["LDG"]),
-        "stores": dict(widths["STG"]),
+        "loads": widths("LDG"),
+        "stores": widths("STG"),
         "reciprocals": sum(name.startswith("MUFU.RCP") for name in operations),
         "instructions": len(operations),
     }

@@ -20,12 +20,12 @@ from torch import Tensor, fx, nn
 
 from .activations import match_module
 from .errors import CaptureError, StateError
+from .rewrite import PREFIX, adopt
 from .verify import Reference, plain_attention, shadow
 
 _TORCH = str(Path(torch.__file__).parent)
 _FX = str(Path(fx.__file__).parent)
 _CALL = nn.Module.__call__  # taken before a tracer patches it
-_PREFIX = "meansparse"
 _MAX_RETRIES = 16
 
 # Class name -> attribute that holds the model. By name, because looking up OptimizedModule imports the compiler.
@@ -99,7 +99,7 @@ def _check_state(model: nn.Module) -> None:
         more = f" and {len(training) - 1} more" if len(training) > 1 else ""
         raise StateError(f"{type(model).__name__} is in train mode ({training[0]}{more}): call model.eval() first")
     for name, _ in model.named_modules():
-        if _PREFIX in name.split("."):
+        if PREFIX in name.split("."):
             raise StateError(
                 f"{type(model).__name__} is already transformed (it has a module named {name}): "
                 "restore it first, or start from the base model"
@@ -234,9 +234,7 @@ def _assemble(model: nn.Module, graph: fx.Graph, traced: nn.Module) -> fx.GraphM
     for target in dict.fromkeys(node.target for node in graph.nodes if node.op == "get_attr"):
         _own_constant(root, traced, target)
     graph_module = fx.GraphModule(root, graph, class_name=type(model).__name__)
-    # GraphModule copies only what the graph reads, into empty shells: take the real modules, and all of them.
-    for store in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-        setattr(graph_module, store, getattr(root, store))
+    adopt(graph_module, root)
     graph.lint()
     return graph_module
 

@@ -13,6 +13,8 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import map_arg
 
+PREFIX = "meansparse"  # everything added to a model lives under this name
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:

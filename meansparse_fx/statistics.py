@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import ArtifactError, StatisticsError
+from .rewrite import PREFIX
 
 FORMAT = "meansparse_fx.statistics"
 FORMAT_VERSION = "1"
-PREFIX = "meansparse"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,8 +9,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from ..nn import ChannelMoments, MeanSparse
-from ..rewrite import insert_module_before, sharing_copy
-from ..statistics import PREFIX
+from ..rewrite import PREFIX, insert_module_before, sharing_copy
 from .restore import take_out
 
 

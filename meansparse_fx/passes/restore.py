@@ -9,8 +9,7 @@ from __future__ import annotations
 from torch import fx
 
 from ..nn import MeanSparse
-from ..rewrite import bypass, replay_call, sharing_copy
-from ..statistics import PREFIX
+from ..rewrite import PREFIX, bypass, replay_call, sharing_copy
 
 
 def restore(sparse: fx.GraphModule) -> fx.GraphModule:

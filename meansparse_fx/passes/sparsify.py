@@ -10,9 +10,8 @@ import torch
 from torch import fx
 
 from ..nn import MeanSparse
-from ..rewrite import RecordedCall, insert_module_before, redirect_later_readers, replace_call
+from ..rewrite import PREFIX, RecordedCall, insert_module_before, redirect_later_readers, replace_call
 from ..sites import Site, SitePlan
-from ..statistics import PREFIX
 
 
 def sparsify(graph_module: fx.GraphModule, plan: SitePlan) -> None:

@@ -95,7 +95,7 @@ def oracle(x, centre, threshold, channel_dim, activation, constants, weight, var
         soft = gate(x, centre, threshold, steepness)
         s = soft + (s - soft).detach()
     slope = None if weight is None else weight.double().clone().requires_grad_()
-    shaped = None if slope is None else slope.view(along if slope.numel() > 1 else [1] * x.dim())
+    shaped = None if slope is None else slope.view([1] * x.dim() if slope.numel() == 1 else along)
     y = ORACLE[activation](s, shaped, *constants)
     wanted = [x] if slope is None else [x, slope]
     grads = torch.autograd.grad(y, wanted, grad_y.double())

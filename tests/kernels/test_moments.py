@@ -62,7 +62,7 @@ def test_moments(name, dtype, device) -> None:
 @pytest.mark.parametrize("name", ["contiguous", "channels_last"])
 def test_many_tiles(name, device, monkeypatch) -> None:
     monkeypatch.setattr(module, "PROGRAMS", 8)
-    x = LAYOUTS[name][0](sample((4, 70, 40, 30), torch.float32, device, offset=10))
+    x = LAYOUTS[name][0](sample((2, 70, 30, 17), torch.float32, device, offset=10))
     check(channel_moments(x, 1), x, 1)
 
 
@@ -136,7 +136,7 @@ def test_sizes_zero_and_one(shape, device) -> None:
 
 
 def test_twice_the_same_bits(device) -> None:
-    x = sample((4, 9, 30, 31), torch.float32, device)
+    x = sample((2, 5, 30, 31), torch.float32, device)
     first, second = channel_moments(x, 1), channel_moments(x, 1)
     assert torch.equal(first.mean, second.mean)
     assert torch.equal(first.m2, second.m2)

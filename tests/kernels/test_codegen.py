@@ -1,0 +1,58 @@
+"""The machine code, held without a GPU: no spills, 128-bit accesses, no division of its own for each element."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def codes() -> list[dict]:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "benchmarks.codegen", "--json", "--target", "sm_90", "gfx942"]
+    command += ["--activation", "relu", "gelu", "silu", "--dtype", "fp32", "bf16"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def label(code: dict) -> str:
+    return " ".join(str(code[k]) for k in ("kernel", "activation", "variant", "backward", "dtype", "layout", "target"))
+
+
+@pytest.mark.slow
+def test_no_spills(codes) -> None:
+    assert [label(c) for c in codes if c["spilled_bytes"]] == []
+
+
+@pytest.mark.slow
+def test_every_tensor_moves_in_128_bits(codes) -> None:
+    for code in codes:
+        accesses = code["elements_per_thread"] * (4 if code["dtype"] == "fp32" else 2) // 16
+        reads, writes = code["streams"]
+        assert code["loads"]["128"] >= reads * accesses, label(code)
+        assert code["stores"].get("128", 0) == writes * accesses, label(code)
+
+
+@pytest.mark.slow
+def test_only_activations_divide(codes) -> None:
+    own = {"silu": 1}  # the sigmoid's
+    for code in codes:
+        gates = (code["variant"] == "smooth") + (code["backward"] == "smooth")  # the smooth gate's sigmoid
+        # Below one half: the divisions of a program or of a row, over its elements.
+        assert code["reciprocals_per_element"] < own.get(code["activation"], 0) + gates + 0.5, label(code)
+
+
+@pytest.mark.slow
+def test_relu_waits_for_memory(codes) -> None:
+    # An H200 has 47 instructions an element to spare at 90% of its bandwidth in float32, forward; half in bfloat16.
+    for code in codes:
+        if code["target"] == "sm_90" and code["activation"] == "relu" and code["kernel"] in ("forward", "backward"):
+            plain = code["variant"] == "mean" and code["backward"] == "exact"
+            assert code["instructions_per_element"] < (22 if plain else 50), label(code)
