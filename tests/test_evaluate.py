@@ -121,6 +121,16 @@ def test_select_alpha_prefers_the_best_worst_case(sparse, test_set):
     assert "chosen" in str(search)
 
 
+def test_clean_is_measured_on_all_images_and_robust_on_those_attacked(sparse, test_set):
+    search = msfx.select_alpha(sparse, test_set, alphas=(0.2,), attacked=7, batch_size=5, **QUICK)
+    whole = msfx.select_alpha(sparse, test_set, alphas=(0.2,), batch_size=5, **QUICK)
+    for alpha, found in search.outcomes.items():
+        assert torch.equal(found.clean, whole.outcomes[alpha].clean)
+        assert {len(m) for m in found.robust.values()} == {7} == {len(found.worst)}
+        # The first batch of five is the same in both; the cut one starts elsewhere.
+        assert all(torch.equal(m[:5], whole.outcomes[alpha].robust[n][:5]) for n, m in found.robust.items())
+
+
 def outcome(clean: int, robust: int, n: int = 1000) -> ModelOutcome:
     return ModelOutcome(torch.arange(n) < clean, {"a": torch.arange(n) < robust})
 

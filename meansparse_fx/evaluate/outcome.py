@@ -53,7 +53,8 @@ class ModelOutcome:
 
     Attributes:
         clean: ``[N]`` bool, on the images as they are.
-        robust: Attack (``name/backward``) to ``[N]`` bool, correct before and after it.
+        robust: Attack (``name/backward``) to ``[n]`` bool, correct before and after it; n < N if only the first
+            n images were attacked.
     """
 
     clean: Tensor
@@ -61,8 +62,8 @@ class ModelOutcome:
 
     @property
     def worst(self) -> Tensor:
-        """``[N]`` bool: correct under everything that was run."""
-        worst = self.clean.clone()
+        """``[n]`` bool: correct under everything that was run."""
+        worst = self.clean[: min((len(m) for m in self.robust.values()), default=None)].clone()
         for survived in self.robust.values():
             worst &= survived
         return worst
