@@ -125,7 +125,7 @@ def compile_case(case: Case) -> triton.compiler.CompiledKernel:
     known = {parameter: getattr(row, field) for field, parameter in names.items()}
     known |= elementwise.compile_time_constants(CONSTANTS.get(case.activation, ()))
     known |= {"VARIANT": case.variant, "BACKWARD": case.backward, "WEIGHT_STRIDE": 1, "FROM_SUM": False}
-    known |= case.plan.constexprs()
+    known |= case.plan.constexprs
     given = {"x_ptr", "grad_ptr", "grad_x_ptr", "centre_ptr", "threshold_ptr", "parts_ptr", *OPTIONAL[case.kernel]}
     given |= {"y_ptr"} if case.kernel.startswith("forward") else set()
     given |= {"weight_ptr", "grad_weight_ptr"} if row.weight_gradient else set()
@@ -141,7 +141,7 @@ def compile_case(case: Case) -> triton.compiler.CompiledKernel:
     source = ASTSource(function, signature, constexprs, attributes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of compute capabilities that a later Triton drops
-        return triton.compile(source, target=TARGETS[case.target], options=case.plan.options())
+        return triton.compile(source, target=TARGETS[case.target], options=case.plan.options)
 
 
 def read_code(case: Case) -> Code:

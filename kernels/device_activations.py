@@ -182,12 +182,20 @@ def mish_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
+def log1p_to_one(e):
+    """log(1 + e) for e in [0, 1], within 2e-7 of it relatively: a minimax polynomial, half the cost of `tl.log`."""
+    high = 0.19106007523142032 + e * (
+        -0.13663246278291655 + e * (0.07822594736576569 + e * (-0.02950523091723868 + e * 0.0052326912238453704))
+    )
+    low = -0.49999493149215485 + e * (0.33319096898279565 + e * (-0.2484298260574686 + e * high))
+    return e * (0.9999999698819193 + e * low)
+
+
+@triton.jit
 def softplus(s, weight, A: tl.constexpr, B: tl.constexpr):
-    # log1p(e) = log(w) + (e - (w - 1)), w = 1 + e: the last term is what rounding took from e.
+    # log(1 + exp(z)) = max(z, 0) + log1p(exp(-|z|)),   z = A s
     z = s * A
-    e = tl.exp(-tl.abs(z))
-    w = 1 + e
-    return tl.where(z > B, s, (tl.maximum(z, 0.0) + (tl.log(w) + (e - (w - 1)))) * (1 / A))
+    return tl.where(z > B, s, (tl.maximum(z, 0.0) + log1p_to_one(tl.exp(-tl.abs(z)))) * (1 / A))
 
 
 @triton.jit

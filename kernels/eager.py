@@ -90,7 +90,7 @@ def backward(
         grad_x = grad_s.clone() if grad_s is grad else grad_s
     if weight is None:
         return grad_x.to(x.dtype), x.new_empty(0)
-    per_element = row.weight_backward(grad, s)
+    per_element = row.weight_backward(grad, s, slope, *constants)
     kept = [channel_dim] if weight.numel() > 1 else []
     grad_weight = per_element.sum([d for d in range(x.dim()) if d not in kept])
     return grad_x.to(x.dtype), grad_weight.view(weight.shape).to(weight.dtype)

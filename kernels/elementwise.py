@@ -199,10 +199,10 @@ def mean_sparse_forward(
     u = torch.empty_like(y) if want_sum else None
     residual = None if residual is None else laid_out_like(residual, y)
     with torch.cuda.device_of(x):
-        mean_sparse_forward_kernel[(plan.programs,)](
-            x, y, u, residual, *vectors, *plan.arguments(), float(steepness),
+        mean_sparse_forward_kernel[plan.grid](
+            x, y, u, residual, *vectors, *plan.sizes, float(steepness),
             VALUE=ACTIVATIONS[activation].value, **compile_time_constants(constants), VARIANT=variant,
-            WEIGHT_STRIDE=weight_stride(weight), **plan.constexprs(), **plan.options(),
+            WEIGHT_STRIDE=weight_stride(weight), **plan.constexprs, **plan.options,
         )  # fmt: skip
     return y if u is None else (y, u)
 
@@ -285,11 +285,11 @@ def mean_sparse_backward(
         None if t is None else laid_out_like(t, grad_x) for t in (grad_y, grad_sum, None if from_sum else residual)
     )
     with torch.cuda.device_of(x):
-        mean_sparse_backward_kernel[(plan.programs,)](
-            x, grad_y, grad_sum, residual, grad_x, grad_u, *vectors, parts, *plan.arguments(), float(steepness),
+        mean_sparse_backward_kernel[plan.grid](
+            x, grad_y, grad_sum, residual, grad_x, grad_u, *vectors, parts, *plan.sizes, float(steepness),
             GRADIENT=row.gradient, WEIGHT_GRADIENT=row.weight_gradient, **compile_time_constants(constants),
             VARIANT=variant, BACKWARD=backward, WEIGHT_STRIDE=weight_stride(weight),
-            FROM_SUM=from_sum, **plan.constexprs(), **plan.options(),
+            FROM_SUM=from_sum, **plan.constexprs, **plan.options,
         )  # fmt: skip
     grad_weight = None
     if parts is not None:

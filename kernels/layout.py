@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 
 import torch
@@ -24,7 +24,7 @@ OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 INT32_ELEMENTS = 2**31 - 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: what every launch asks for is computed once
 class Plan:
     """The index map of one tensor, and the tile that one program takes.
 
@@ -55,34 +55,34 @@ class Plan:
     wide: bool
     warps: int
 
-    @property
+    @cached_property
     def row_blocks(self) -> int:
+        """Tiles along the rows of a slab."""
         return _blocks(self.rows, self.block_rows)
 
-    @property
+    @cached_property
     def col_blocks(self) -> int:
+        """Tiles along a row."""
         return _blocks(self.cols, self.block_cols)
 
-    @property
-    def programs(self) -> int:
-        """Tiles in all."""
-        return self.outer * self.row_blocks * self.col_blocks
+    @cached_property
+    def grid(self) -> tuple[int]:
+        """The launch grid: one program a tile."""
+        return (self.outer * self.row_blocks * self.col_blocks,)
 
-    @property
+    @cached_property
     def tiles_per_channel(self) -> int:
         """Tiles that one channel is spread over."""
         return self.outer * (self.row_blocks if self.channels_last else self.col_blocks)
 
-    def arguments(self) -> tuple[int, int, int, int]:
-        """Return rows, and cols, outer stride and row stride in units of ``vector``."""
-        return self.rows, *(size // self.vector for size in (self.cols, self.outer_stride, self.row_stride))
+    @cached_property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Rows, and cols, outer stride and row stride in units of ``vector``."""
+        return self.rows, self.cols // self.vector, self.outer_stride // self.vector, self.row_stride // self.vector
 
-    def options(self) -> dict[str, int | bool]:
-        """Return the compiler's options."""
-        return {**OPTIONS, "num_warps": self.warps}
-
+    @cached_property
     def constexprs(self) -> dict[str, int | bool]:
-        """Return the compile-time arguments that every kernel takes."""
+        """The compile-time arguments that every kernel takes."""
         return {
             "CHANNELS_LAST": self.channels_last,
             "VECTOR": self.vector,
@@ -90,6 +90,11 @@ class Plan:
             "BLOCK_COLS": self.block_cols,
             "WIDE": self.wide,
         }
+
+    @cached_property
+    def options(self) -> dict[str, int | bool]:
+        """The compiler's options."""
+        return {**OPTIONS, "num_warps": self.warps}
 
 
 def _blocks(size: int, block: int) -> int:

@@ -169,9 +169,9 @@ def _moments(
     mean, m2 = (torch.empty(channels, dtype=torch.float64, device=x.device) for _ in range(2))
     with torch.cuda.device_of(x):
         moments_kernel[(channel_blocks * parts,)](
-            x, None if activation is None else y, weight, partial, plan.outer, *plan.arguments(), steps, parts,
+            x, None if activation is None else y, weight, partial, plan.outer, *plan.sizes, steps, parts,
             VALUE=ACTIVATIONS[activation or "identity"].value, **compile_time_constants(constants),
-            WEIGHT_STRIDE=weight_stride(weight), **plan.constexprs(), **plan.options(),
+            WEIGHT_STRIDE=weight_stride(weight), **plan.constexprs, **plan.options,
         )  # fmt: skip
         merge_moments_kernel[(-(-channels // MERGED_CHANNELS),)](
             partial, x, mean, m2, parts, channels, 1 if plan.channels_last else plan.row_stride,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import compiled, eager, reference
+from . import compiled, eager, layout, reference
 
 _TAIL = "int channel_dim, str activation, float[] constants, str variant"
 
@@ -38,23 +38,42 @@ def lowering() -> str:
 
 
 def lowering_of(x: Tensor, channel_dim: int, weight: Tensor | None = None) -> str:
-    """Return what computes the operator on x: ``compiled`` or ``eager``."""
-    if x.device.type == "cpu" and lowering() == "auto" and compiled.takes(x, channel_dim, weight):
+    """Return what computes the operator on x: ``triton``, ``compiled`` or ``eager``."""
+    choice = lowering()
+    if choice == "triton" or (choice == "auto" and x.is_cuda and x.dtype in layout.DTYPES):
+        return "triton"
+    if choice == "auto" and x.device.type == "cpu" and compiled.takes(x, channel_dim, weight):
         return "compiled"
     return "eager"
 
 
-_LOWERINGS = {"compiled": compiled, "eager": eager}
+def _triton():
+    from . import elementwise  # imports triton, which a CPU does without
+
+    return elementwise
 
 
 def _forward(x, centre, threshold, weight, channel_dim, activation, constants, variant, backward, steepness):
-    kernels = _LOWERINGS[lowering_of(x, channel_dim, weight)]
+    where = lowering_of(x, channel_dim, weight)
+    if where == "triton":
+        return _triton().mean_sparse_forward(
+            x, centre, threshold, channel_dim, activation, constants, weight, variant, steepness
+        )
+    kernels = compiled if where == "compiled" else eager
     return kernels.forward(x, centre, threshold, weight, channel_dim, activation, constants, variant, steepness)
 
 
-def _backward(grad, x, centre, threshold, weight, channel_dim, *options):
-    kernels = _LOWERINGS[lowering_of(x, channel_dim, weight)]
-    return kernels.backward(grad, x, centre, threshold, weight, channel_dim, *options)
+def _backward(grad, x, centre, threshold, weight, channel_dim, activation, constants, variant, backward, steepness):
+    where = lowering_of(x, channel_dim, weight)
+    if where == "triton":
+        gradients = _triton().mean_sparse_backward(
+            grad, x, centre, threshold, channel_dim, activation, constants, weight, variant, backward, steepness
+        )
+        return gradients.x, x.new_empty(0) if weight is None else gradients.weight
+    kernels = compiled if where == "compiled" else eager
+    return kernels.backward(
+        grad, x, centre, threshold, weight, channel_dim, activation, constants, variant, backward, steepness
+    )
 
 
 _library.impl("mean_sparse", _forward, "CompositeExplicitAutograd")

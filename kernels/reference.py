@@ -33,7 +33,7 @@ class Activation:
         backward: ``(grad_y, s, weight, *constants) -> grad_s``, torch's own derivative formula.
         overwrite: `forward` in place of s, for callers that own s; None where torch has no such form.
         constants: Names of the scalar arguments, in order, with their defaults.
-        weight_backward: ``(grad_y, s) -> grad_weight`` per element, for an activation with a learned slope.
+        weight_backward: ``(grad_y, s, weight, *constants) -> grad_weight`` per element, where there is a learned slope.
     """
 
     forward: Callable[..., Tensor]
@@ -41,6 +41,16 @@ class Activation:
     overwrite: Callable[..., Tensor] | None = None
     constants: tuple[tuple[str, float], ...] = ()
     weight_backward: Callable[..., Tensor] | None = None
+
+
+def _pssilu_backward(g: Tensor, s: Tensor, w: Tensor, shift: float) -> Tensor:
+    q = torch.sigmoid(w * s)
+    return g * (q - shift + w * s * q * (1 - q)) / (1 - shift)
+
+
+def _pssilu_weight_backward(g: Tensor, s: Tensor, w: Tensor, shift: float) -> Tensor:
+    q = torch.sigmoid(w * s)
+    return g * s.square() * q * (1 - q) / (1 - shift)
 
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -68,7 +78,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "prelu": Activation(
         lambda s, w: torch.where(s > 0, s, w * s),
         lambda g, s, w: torch.where(s > 0, g, w * g),
-        weight_backward=lambda g, s: torch.where(s > 0, torch.zeros_like(s), s * g),
+        weight_backward=lambda g, s, w: torch.where(s > 0, torch.zeros_like(s), s * g),
     ),
     "elu": Activation(
         lambda s, w, alpha: F.elu(s, alpha),
@@ -105,6 +115,18 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda s, w, beta, limit: F.softplus(s, beta, limit),
         lambda g, s, w, beta, limit: aten.softplus_backward(g, s, beta, limit),
         constants=(("beta", 1.0), ("threshold", 20.0)),
+    ),
+    # Dai et al. (2022): x * sigmoid(a * x), and shifted by b; a is learned, b is a constant here.
+    "psilu": Activation(
+        lambda s, w: s * torch.sigmoid(w * s),
+        lambda g, s, w: _pssilu_backward(g, s, w, 0.0),
+        weight_backward=lambda g, s, w: _pssilu_weight_backward(g, s, w, 0.0),
+    ),
+    "pssilu": Activation(
+        lambda s, w, shift: s * (torch.sigmoid(w * s) - shift) / (1 - shift),
+        _pssilu_backward,
+        constants=(("shift", 0.0),),
+        weight_backward=_pssilu_weight_backward,
     ),
 }
 

@@ -36,6 +36,7 @@ FLOORS = {
     "evaluate": 5,
     "zoo": 5,
     "report": 5,
+    "backend": 6,
     "cli": 6,
     "demo": 6,
 }

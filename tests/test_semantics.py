@@ -10,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from meansparse_fx.kernels import ops, reference
 
 # The oracle: each activation from its own textbook formula, in float64 NumPy.
+SHIFT = 0.15
 ERF = np.vectorize(math.erf)
 FORMULAS = {
     "identity": lambda s: s,
     "relu": lambda s: np.maximum(s, 0),
     "relu6": lambda s: np.clip(s, 0, 6),
     "leaky_relu": lambda s: np.where(s > 0, s, 0.01 * s),
-    "prelu": None,
+    "prelu": lambda s, w: np.where(s > 0, s, w * s),
     "elu": lambda s: np.where(s > 0, s, np.expm1(np.minimum(s, 0))),
     "gelu": lambda s: s * 0.5 * (1 + ERF(s / math.sqrt(2))),
     "gelu_tanh": lambda s: 0.5 * s * (1 + np.tanh(math.sqrt(2 / math.pi) * (s + 0.044715 * s**3))),
@@ -27,7 +29,10 @@ FORMULAS = {
     "hardswish": lambda s: s * np.clip(s + 3, 0, 6) / 6,
     "mish": lambda s: s * np.tanh(np.log1p(np.exp(s))),
     "softplus": lambda s: np.log1p(np.exp(s)),
+    "psilu": lambda s, w: s / (1 + np.exp(-w * s)),
+    "pssilu": lambda s, w: s * (1 / (1 + np.exp(-w * s)) - SHIFT) / (1 - SHIFT),
 }
+SLOPED = ("prelu", "psilu", "pssilu")
 CHANNELS = 5
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -43,7 +48,9 @@ def sample(dtype=torch.float64, seed=0):
 
 def arguments(name):
     constants = tuple(default for _, default in reference.ACTIVATIONS[name].constants)
-    weight = torch.linspace(0.1, 0.5, CHANNELS, dtype=torch.float64) if name == "prelu" else None
+    if name == "pssilu":
+        constants = (SHIFT,)
+    weight = torch.linspace(0.1, 1.5, CHANNELS, dtype=torch.float64) if name in SLOPED else None
     return constants, weight
 
 
@@ -55,10 +62,7 @@ def by_hand(x, centre, threshold, name, weight):
         c = index[1]
         if abs(x[index] - float(centre[c])) <= float(threshold[c]):
             s[index] = float(centre[c])
-    if name == "prelu":
-        w = weight.numpy().reshape(1, -1, 1, 1)
-        return np.where(s > 0, s, w * s)
-    return FORMULAS[name](s)
+    return FORMULAS[name](s) if weight is None else FORMULAS[name](s, weight.numpy().reshape(1, -1, 1, 1))
 
 
 @pytest.mark.parametrize("name", reference.ACTIVATIONS)
@@ -146,7 +150,7 @@ def test_the_band_is_closed():
     assert y.tolist() == [[0.0, 0.0, math.nextafter(0.5, 1)]]
 
 
-@pytest.mark.parametrize("name", sorted(set(reference.ACTIVATIONS) - {"prelu"}))
+@pytest.mark.parametrize("name", sorted(set(reference.ACTIVATIONS) - set(SLOPED)))
 @pytest.mark.parametrize("backward", reference.BACKWARDS)
 @pytest.mark.parametrize("threshold", [-1.0, 0.3])
 def test_special_values_pass_as_in_the_activation(name, backward, threshold):

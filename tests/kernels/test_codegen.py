@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def codes() -> list[dict]:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "benchmarks.codegen", "--json", "--target", "sm_90", "gfx942"]
+    command = [sys.executable, "-m", "benchmarks.codegen", "--json", "--target", "sm_90"]
     command += ["--activation", "relu", "gelu", "silu", "--dtype", "fp32", "bf16"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -46,13 +46,14 @@ def test_only_activations_divide(codes) -> None:
     for code in codes:
         gates = (code["variant"] == "smooth") + (code["backward"] == "smooth")  # the smooth gate's sigmoid
         # Below one half: the divisions of a program or of a row, over its elements.
-        assert code["reciprocals_per_element"] < own.get(code["activation"], 0) + gates + 0.5, label(code)
+        assert code["reciprocals_per_element"] < own.get(code["activation"], 0) + gates + 0.4, label(code)
 
 
 @pytest.mark.slow
 def test_relu_waits_for_memory(codes) -> None:
-    # An H200 has 47 instructions an element to spare at 90% of its bandwidth in float32, forward; half in bfloat16.
+    # By its datasheet (4.8 TB/s, 132 multiprocessors of 128 lanes at 1.98 GHz) an H200 issues 62 instructions while one
+    # float32 element is read and written at 90% of its bandwidth; 31 for bfloat16.
     for code in codes:
-        if code["target"] == "sm_90" and code["activation"] == "relu" and code["kernel"] in ("forward", "backward"):
+        if code["activation"] == "relu" and code["kernel"] in ("forward", "backward"):
             plain = code["variant"] == "mean" and code["backward"] == "exact"
             assert code["instructions_per_element"] < (22 if plain else 50), label(code)

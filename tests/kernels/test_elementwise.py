@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from meansparse_fx.kernels import layout as layouts
 from meansparse_fx.kernels.device_activations import ACTIVATIONS
 from meansparse_fx.kernels.elementwise import mean_sparse_backward, mean_sparse_forward
-from torch import Tensor
 
 # Relative and absolute; half precision is rounded once, so within half a unit in the last place. A whole unit for
 # bfloat16 under the interpreter, which truncates.
@@ -269,56 +270,6 @@ def test_gelu_over_its_whole_range(device) -> None:
     none = -torch.ones(1, device=device)
     y = mean_sparse_forward(x, none, none, 1, "gelu")
     torch.testing.assert_close(y.double(), F.gelu(x.double()), rtol=3e-7, atol=1e-7)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Prologues
-
-
-@pytest.mark.parametrize("name", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
-@pytest.mark.parametrize("given_names", ["scale shift", "scale shift residual", "layer_scale residual", "residual"])
-def test_prologue(given_names, dtype, name, device) -> None:
-    arrange, _ = LAYOUTS[name]
-    x, centre, _, _ = inputs((2, 5, 3, 4), 1, dtype, device)
-    x, residual = arrange(x), torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(x)
-    vectors = {
-        n: torch.rand(5, generator=torch.Generator().manual_seed(3)).to(device) + 0.5 for n in given_names.split()
-    }
-    extra = {n: residual if n == "residual" else v for n, v in vectors.items()}
-    wide = {n: v.double() if n == "residual" else v.double().view(1, -1, 1, 1) for n, v in extra.items()}
-    leaf = x.double().requires_grad_()
-    u = leaf * wide.get("scale", 1) + wide.get("shift", 0)
-    u = u * wide.get("layer_scale", 1) + wide.get("residual", 0)
-    # A band that no sample is near the edge of: the widest gap of |u - centre| in each channel.
-    distance = (u.detach() - centre.view(1, -1, 1, 1)).abs().transpose(0, 1).flatten(1).sort(1).values
-    widest = distance.diff(dim=1).argmax(1, keepdim=True)
-    threshold = (distance.gather(1, widest) + distance.gather(1, widest + 1)).flatten().float() / 2
-    grad_y = torch.randn(x.shape, generator=torch.Generator().manual_seed(4)).to(x)
-
-    y = mean_sparse_forward(x, centre, threshold, 1, "silu", **extra)
-    inside = (u - centre.view(1, -1, 1, 1)).abs() <= threshold.view(1, -1, 1, 1)
-    expected = F.silu(torch.where(inside, centre.double().view(1, -1, 1, 1), u))
-    u.retain_grad()
-    expected.backward(grad_y.double())
-    assert_close(y, expected.detach(), dtype)
-    grads = mean_sparse_backward(grad_y, x, centre, threshold, 1, "silu", **extra, want_grad_sum=True)
-    assert_close(grads.x, leaf.grad, dtype)
-    assert_close(grads.u, u.grad, dtype)
-
-    # With the sum as a second output, y is the plain operator of the sum as returned, bit for bit.
-    y, total = mean_sparse_forward(x, centre, threshold, 1, "silu", **extra, want_sum=True)
-    assert_close(total, u.detach(), dtype)
-    assert total.stride() == y.stride() == x.stride()
-    torch.testing.assert_close(y, mean_sparse_forward(total, centre, threshold, 1, "silu"), rtol=0, atol=0)
-    grads = mean_sparse_backward(grad_y, total, centre, threshold, 1, "silu", **extra, grad_sum=grad_y,
-                                 from_sum=True, want_grad_sum=True)  # fmt: skip
-    plain = mean_sparse_backward(grad_y, total, centre, threshold, 1, "silu").x
-    rtol = 3 * TOLERANCES[dtype][0]  # here the two terms are rounded apart
-    terms = plain.double().abs() + grad_y.double().abs()
-    assert ((grads.u.double() - plain.double() - grad_y.double()).abs() <= rtol * terms + 1e-6).all()
-    factor = wide.get("scale", torch.ones((), device=device)) * wide.get("layer_scale", 1)
-    torch.testing.assert_close(grads.x.double(), grads.u.double() * factor, rtol=rtol, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from meansparse_fx.kernels import layout as layouts
 from meansparse_fx.kernels import moments as module
 from meansparse_fx.kernels.moments import activation_moments, channel_moments

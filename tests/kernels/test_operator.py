@@ -1,0 +1,35 @@
+"""The torch operator over the Triton kernels: what a transformed model calls on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from meansparse_fx.kernels import ops, reference
+
+
+@pytest.fixture(autouse=True)
+def triton_lowering(monkeypatch):
+    monkeypatch.setenv("MEANSPARSE_FX_LOWERING", "triton")
+
+
+@pytest.mark.parametrize("name", ["identity", "relu", "gelu", "prelu", "pssilu"])
+@pytest.mark.parametrize("backward", reference.BACKWARDS)
+def test_operator_is_the_reference(name, backward, device) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 5, 3, generator=g).to(device).requires_grad_()
+    centre, threshold = (torch.randn(6, generator=g).to(device), (torch.rand(6, generator=g) - 0.1).to(device))
+    constants = tuple(default for _, default in reference.ACTIVATIONS[name].constants)
+    weight = torch.rand(6, generator=g).to(device).requires_grad_() if name in ("prelu", "pssilu") else None
+    assert ops.lowering_of(x, 1, weight) == "triton"
+    leaves = [t for t in (x, weight) if t is not None]
+    y, expected = (
+        entry(x, centre, threshold, 1, name, constants, weight, backward=backward)
+        for entry in (ops.mean_sparse, reference.mean_sparse)
+    )
+    torch.testing.assert_close(y, expected, rtol=2e-6, atol=2e-6)
+    upstream = torch.randn(y.shape, generator=g).to(device)
+    for own, ref in zip(
+        torch.autograd.grad(y, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
+    ):
+        torch.testing.assert_close(own, ref, rtol=1e-5, atol=1e-5)

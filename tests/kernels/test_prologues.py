@@ -1,0 +1,94 @@
+"""Frozen batch norm, LayerScale and residual add inside the kernel, against float64 autograd."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meansparse_fx.kernels.elementwise import mean_sparse_backward, mean_sparse_forward
+
+# As in test_elementwise: rounded once, a whole unit for bfloat16 under the interpreter, which truncates.
+TOLERANCES = {
+    torch.float32: 2e-6,
+    torch.float16: 5e-4,
+    torch.bfloat16: 4e-3 if torch.cuda.is_available() else 8e-3,
+}
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(got: Tensor, expected: Tensor, rtol: float) -> None:
+    torch.testing.assert_close(got.double(), expected.double(), rtol=rtol, atol=1e-6)
+
+
+@pytest.fixture(params=["scale shift", "scale shift residual", "layer_scale residual", "residual"])
+def names(request) -> list[str]:
+    return request.param.split()
+
+
+@pytest.fixture(params=[torch.contiguous_format, torch.channels_last], ids=str)
+def memory_format(request) -> torch.memory_format:
+    return request.param
+
+
+@pytest.fixture(params=list(TOLERANCES), ids=str)
+def case(request, names, memory_format, device) -> SimpleNamespace:
+    """x, the prologue's arguments, u in float64 with its graph, and a band whose edges no u is near."""
+    dtype = request.param
+    x = random(0, 2, 5, 3, 4).to(device, dtype).contiguous(memory_format=memory_format)
+    prologue = {n: random(2, *x.shape).to(x) if n == "residual" else random(3, 5).to(device) + 1 for n in names}
+    wide = {n: v.double() if n == "residual" else v.double().view(1, -1, 1, 1) for n, v in prologue.items()}
+    factor = wide.get("scale", torch.ones((), device=device)) * wide.get("layer_scale", 1)
+    leaf = x.double().requires_grad_()
+    u = leaf * wide.get("scale", 1) + wide.get("shift", 0)
+    u = u * wide.get("layer_scale", 1) + wide.get("residual", 0)
+    u.retain_grad()
+    centre = random(1, 5).to(device) / 2
+    # The middle of the widest gap among the inner half of the distances, so that about half the samples are inside.
+    distance = (u.detach() - centre.view(1, -1, 1, 1)).abs().transpose(0, 1).flatten(1).sort(1).values[:, 6:18]
+    widest = distance.diff(dim=1).argmax(1, keepdim=True)
+    threshold = (distance.gather(1, widest) + distance.gather(1, widest + 1)).flatten().float() / 2
+    inside = (u - centre.view(1, -1, 1, 1)).abs() <= threshold.view(1, -1, 1, 1)
+    y = F.silu(torch.where(inside, centre.double().view(1, -1, 1, 1), u))
+    grad_y = random(4, *x.shape).to(x)
+    y.backward(grad_y.double())
+    arguments = (centre, threshold, 1, "silu")
+    return SimpleNamespace(
+        x=x, prologue=prologue, factor=factor, u=u, y=y, grad_y=grad_y, grad_x=leaf.grad, arguments=arguments,
+        rtol=TOLERANCES[dtype],
+    )  # fmt: skip
+
+
+def test_prologue(case) -> None:
+    y = mean_sparse_forward(case.x, *case.arguments, **case.prologue)
+    assert_close(y, case.y.detach(), case.rtol)
+    grads = mean_sparse_backward(case.grad_y, case.x, *case.arguments, **case.prologue, want_grad_sum=True)
+    assert_close(grads.x, case.grad_x, case.rtol)
+    assert_close(grads.u, case.u.grad, case.rtol)
+
+
+def test_the_sum_as_a_second_output(case) -> None:
+    y, u = mean_sparse_forward(case.x, *case.arguments, **case.prologue, want_sum=True)
+    assert u.stride() == y.stride() == case.x.stride()
+    assert_close(u, case.u.detach(), case.rtol)
+    # y is the plain operator of the sum as returned, bit for bit.
+    assert torch.equal(y, mean_sparse_forward(u, *case.arguments))
+
+
+def test_gradients_through_both_outputs(case) -> None:
+    _, u = mean_sparse_forward(case.x, *case.arguments, **case.prologue, want_sum=True)
+    grads = mean_sparse_backward(
+        case.grad_y, u, *case.arguments, **case.prologue, grad_sum=case.grad_y, from_sum=True, want_grad_sum=True
+    )
+    plain = mean_sparse_backward(case.grad_y, u, *case.arguments).x.double()
+    both = case.grad_y.double() + plain
+    rounding = case.rtol * (plain.abs() + both.abs()) + 1e-6  # each is rounded apart
+    assert ((grads.u.double() - both).abs() <= rounding).all()
+    assert_close(grads.x, grads.u.double() * case.factor, 2 * case.rtol)
+    assert (grads.x is grads.u) == (case.factor.dim() == 0)
