@@ -20,13 +20,14 @@ from dataclasses import asdict, dataclass
 
 import torch
 import triton
-from meansparse_fx.kernels import elementwise, moments
-from meansparse_fx.kernels.device_activations import ACTIVATIONS
-from meansparse_fx.kernels.layout import Plan, plan
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from meansparse_fx.kernels import elementwise, moments
+from meansparse_fx.kernels.device_activations import ACTIVATIONS
+from meansparse_fx.kernels.layout import Plan, plan
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -21,15 +21,17 @@ from .data import ImageSet, load_images
 from .errors import ArtifactError, MeanSparseError, ModelError
 from .evaluate import evaluate as run_evaluate
 from .evaluate.attacks import ATTACKS
+from .histogram import band_shares, feature_histogram
 from .kernels.reference import BACKWARDS
 from .operators import set_alpha
-from .report import CLEAN_BUDGET, band_shares, feature_histogram, headline, write_report
+from .report import CLEAN_BUDGET, headline, write_report
 from .statistics import Statistics
 from .transform import inspect as run_inspect
 from .transform import transform
 from .zoo import IMAGENET, SPECS, Normalised, input_shape, load_model
 
 HISTOGRAM_IMAGES = 64  # of the test images; enough values for a histogram, few enough for any model's memory
+_DEFAULT_ALPHAS = ",".join(f"{a:g}" for a in ALPHAS)
 
 
 class _Commands(TyperGroup):
@@ -127,11 +129,12 @@ Skip = Annotated[int, typer.Option(min=0, help="Leave out the first images of th
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [cuda if there is one]")]
 StatisticsFile = Annotated[Path, typer.Option("--statistics", exists=True, dir_okay=False, help="From calibrate.")]
-Eps = Annotated[float, typer.Option(parser=_fraction, metavar="EPS", help="Radius of the ball: 0.1, 8/255, ...")]
+# Any: defaults are text too, and go through the parser.
+Eps = Annotated[Any, typer.Option(parser=_fraction, metavar="EPS", help="Radius of the ball: 0.1, 8/255, ...")]
 Norm = Annotated[str, typer.Option(help="Linf or L2.")]
-Attacks = Annotated[tuple, typer.Option(parser=_names(ATTACKS), metavar="NAMES", help=f"Of {', '.join(ATTACKS)}.")]
+Attacks = Annotated[Any, typer.Option(parser=_names(ATTACKS), metavar="NAMES", help=f"Of {', '.join(ATTACKS)}.")]
 Backwards = Annotated[
-    tuple, typer.Option(parser=_names(BACKWARDS), metavar="NAMES", help=f"Gradients: of {', '.join(BACKWARDS)}.")
+    Any, typer.Option(parser=_names(BACKWARDS), metavar="NAMES", help=f"Gradients: of {', '.join(BACKWARDS)}.")
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the gradient attacks.")]
 Queries = Annotated[int, typer.Option(min=1, help="Queries of the Square attack.")]
@@ -214,11 +217,14 @@ def select(
     batch_size: BatchSize = 128,
     device: Device = None,
     alphas: Annotated[
-        tuple, typer.Option(parser=_numbers, metavar="NUMBERS", help="Candidates; 0 is always among them.")
-    ] = ",".join(f"{a:g}" for a in ALPHAS),
+        Any, typer.Option(parser=_numbers, metavar="NUMBERS", help="Candidates; 0 is always among them.")
+    ] = _DEFAULT_ALPHAS,
     clean_budget: Annotated[
-        float, typer.Option(parser=_fraction, metavar="SHARE", help="Clean accuracy that may be lost, as a fraction.")
+        Any, typer.Option(parser=_fraction, metavar="SHARE", help="Clean accuracy that may be lost, as a fraction.")
     ] = str(CLEAN_BUDGET),
+    attacked: Annotated[
+        int | None, typer.Option(min=1, help="Attack only the first images; clean accuracy is measured on all.")
+    ] = None,
     eps: Eps = "8/255",
     norm: Norm = "Linf",
     attacks: Attacks = "apgd-ce",
@@ -234,6 +240,7 @@ def select(
         sparse,
         images.loader(batch_size),
         alphas=alphas,
+        attacked=attacked,
         clean_budget=clean_budget,
         eps=eps,
         norm=norm,
@@ -313,8 +320,7 @@ def demo(
     calibration_images: Annotated[int, typer.Option(min=2, max=2000)] = demo_run.CALIBRATION_IMAGES,
     selection_images: Annotated[int, typer.Option(min=1, max=2000)] = demo_run.SELECTION_IMAGES,
     test_images: Annotated[int, typer.Option(min=1, max=2000)] = demo_run.TEST_IMAGES,
-    selection_steps: Annotated[int, typer.Option(min=1)] = demo_run.SELECTION_STEPS,
-    test_steps: Annotated[int, typer.Option(min=1)] = demo_run.TEST_STEPS,
+    steps: Steps = demo_run.STEPS,
     seed: Seed = 0,
 ) -> None:
     """Run the whole job on the bundled robust network: a few minutes on a CPU, no download."""
@@ -324,8 +330,7 @@ def demo(
         calibration_images=calibration_images,
         selection_images=selection_images,
         test_images=test_images,
-        selection_steps=selection_steps,
-        test_steps=test_steps,
+        steps=steps,
         seed=seed,
     )
 

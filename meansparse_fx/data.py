@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .errors import ArtifactError
 
-_IDX_DTYPES = {0x08: np.uint8, 0x09: np.int8, 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_IDX_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 _LAYOUTS = (
     "a directory of one directory of images per class, a directory of IDX files (NAME-images-idx3-ubyte[.gz] with its "
@@ -185,7 +185,7 @@ def _choose(path: Path, split: str | None, names: Sequence[str]) -> str:
     """Return the one split meant, or raise with the names there are."""
     if split is None and len(names) == 1:
         return names[0]
-    if split in names:
+    if split is not None and split in names:
         return split
     if not names:
         raise ArtifactError(f"{path}: no images and labels in it; expected {_LAYOUTS}")

@@ -14,17 +14,20 @@ from . import bundled
 from .alpha import select_alpha
 from .calibrate import calibrate
 from .evaluate import evaluate
+from .histogram import band_shares, feature_histogram
 from .operators import set_alpha
-from .report import CLEAN_BUDGET, band_shares, feature_histogram, write_report
+from .report import CLEAN_BUDGET, write_report
 from .transform import transform
 
 # Sizes that fit two CPU cores in four minutes. One step on one image is a forward and a backward pass.
 CALIBRATION_IMAGES = 2000  # all there are; a second's work
-SELECTION_IMAGES = 500  # the choice compares the same images at each alpha, so that paired differences decide
-SELECTION_STEPS = 10  # enough to rank the alphas; the final comparison attacks harder
-ALPHAS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)  # beyond, this model's robustness breaks down
-TEST_IMAGES = 1000  # a 95 % interval of about one point either way on the gain
-TEST_STEPS = 30
+SELECTION_IMAGES = 2000  # for clean accuracy, all there are: the budget of 0.3 points is six of them
+ATTACKED_IMAGES = 400  # of these; the same at each alpha, so that paired differences decide
+# The base gives way in 10 steps, the operator does not: on 300 selection images the worst case at alpha 0.4 was 75.0,
+# 74.3, 73.3 and 73.3 % after 10, 20, 30 and 50 steps, the base's 72.7 % after each. A shorter attack flatters alpha.
+STEPS = 30
+ALPHAS = (0.0, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4)  # from about 0.5 this network's robustness breaks down
+TEST_IMAGES = 1000  # a 95 % interval of about a point either way on the gain
 BATCH_SIZE = 250  # small enough for the activations to stay in a CPU's cache
 HISTOGRAM_IMAGES = 500
 
@@ -36,8 +39,7 @@ def run(
     calibration_images: int = CALIBRATION_IMAGES,
     selection_images: int = SELECTION_IMAGES,
     test_images: int = TEST_IMAGES,
-    selection_steps: int = SELECTION_STEPS,
-    test_steps: int = TEST_STEPS,
+    steps: int = STEPS,
     alphas: tuple[float, ...] = ALPHAS,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -46,7 +48,13 @@ def run(
     calibration, _ = _first("calibration", calibration_images)
     selection = _first("selection", selection_images)
     test = _first("test", test_images)
-    threat = {"eps": bundled.EPS, "norm": "Linf", "batch_size": BATCH_SIZE, "seed": seed}
+    threat: dict[str, Any] = {
+        "eps": bundled.EPS,
+        "norm": "Linf",
+        "steps": steps,
+        "batch_size": BATCH_SIZE,
+        "seed": seed,
+    }
 
     console.rule("[bold]1. Find the sites", align="left")
     sparse = transform(model, calibration[:2])
@@ -60,12 +68,19 @@ def run(
     statistics.save(statistics_file)
 
     console.rule(f"[bold]3. Choose alpha on {len(selection[0])} held-out images", align="left")
-    search = select_alpha(sparse, selection, alphas=alphas, steps=selection_steps, clean_budget=CLEAN_BUDGET, **threat)
+    search = select_alpha(
+        sparse,
+        selection,
+        alphas=alphas,
+        attacked=ATTACKED_IMAGES,
+        clean_budget=CLEAN_BUDGET,
+        **threat,
+    )
     console.print(search.table())
     set_alpha(sparse, search.alpha)
 
     console.rule(f"[bold]4. Compare on {len(test[0])} test images that no step has seen", align="left")
-    evaluation = evaluate(sparse, test, steps=test_steps, **threat)
+    evaluation = evaluate(sparse, test, **threat)
     console.print(evaluation.table())
 
     console.rule("[bold]5. Report", align="left")
@@ -81,8 +96,8 @@ def run(
         shares=band_shares(sparse, looked_at),
         data={
             "calibration": f"{len(calibration)} images of the Fashion-MNIST training set",
-            "selection": f"{len(selection[0])} images of its test set, {selection_steps} steps",
-            "test": f"{len(test[0])} other images of its test set, {test_steps} steps",
+            "selection": f"{len(selection[0])} images of its test set, at most {ATTACKED_IMAGES} attacked",
+            "test": f"{len(test[0])} other images of its test set, all attacked",
         },
     )
     console.print(f"report: {out / 'report.html'}  (numbers: report.json; plots: alpha.png, histogram.png)")

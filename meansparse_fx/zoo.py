@@ -41,6 +41,8 @@ class Normalised(nn.Module):
 
     def __init__(self, model: nn.Module, mean: Iterable[float], std: Iterable[float]):
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
         self.model = model
         self.register_buffer("mean", torch.tensor(tuple(mean)).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(tuple(std)).view(-1, 1, 1))
@@ -177,6 +179,8 @@ def _from_file(path: Path, function: str) -> nn.Module:
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
     module_spec = importlib.util.spec_from_file_location(f"meansparse_fx_user_{path.stem}", path)
+    assert module_spec is not None
+    assert module_spec.loader is not None  # a .py file has one
     module = importlib.util.module_from_spec(module_spec)
     # As for `python file.py`: the file may import its neighbours, now and when the model runs.
     if (directory := str(path.resolve().parent)) not in sys.path:

@@ -114,7 +114,7 @@ def test_show(statistics):
 
 def test_select(model, data, statistics):
     done = run("select", model, "--data", data, "--statistics", statistics, "--alphas", "0.2,0.4", "--steps", 2,
-               "--skip", 20, "--eps", "8/255")  # fmt: skip
+               "--skip", 20, "--attacked", 5, "--eps", "8/255")  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "10 held-out images" in done.stdout
     assert "\nalpha 0" in done.stdout
@@ -136,7 +136,7 @@ def test_evaluate_writes_a_report(tmp_path, model, data, statistics):
 
 def test_demo_end_to_end(tmp_path):
     done = run("demo", "--out", tmp_path / "out", "--calibration-images", 40, "--selection-images", 12,
-               "--test-images", 12, "--selection-steps", 1, "--test-steps", 2)  # fmt: skip
+               "--test-images", 12, "--steps", 2)  # fmt: skip
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["n_test"] == 12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from meansparse_fx.kernels import compiled, ops
 
 LAYOUTS = {

@@ -13,7 +13,9 @@ import meansparse_fx as msfx
 from meansparse_fx.alpha import AlphaSearch
 from meansparse_fx.evaluate import Evaluation
 from meansparse_fx.evaluate.outcome import ModelOutcome
-from meansparse_fx.report import alpha_figure, band_shares, feature_histogram, headline, histogram_figure, write_report
+from meansparse_fx.histogram import band_shares, feature_histogram
+from meansparse_fx.plots import alpha_figure, histogram_figure
+from meansparse_fx.report import headline, write_report
 
 
 def mask(correct: int, n: int = 100) -> torch.Tensor:

@@ -1,0 +1,106 @@
+"""Time the operator by itself, beside a copy of the same tensor and every other way to compute it.
+
+    python -m benchmarks.kernels [--device cuda] [--out benchmarks/results/kernels-cpu.csv]
+
+Contenders: a clone (what the memory allows), torch's own activation (the base model's cost), this package's
+operator, the same expression in torch operators, the same compiled, and the published module's form. On a GPU the
+tensors are larger than its cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meansparse_fx.kernels import ops, reference
+
+from .harness import Row, measure, report
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+SHAPES = {
+    "cpu": {"8x160x32x32": (8, 160, 32, 32), "128x16x28x28": (128, 16, 28, 28)},
+    "cuda": {"256x160x32x32": (256, 160, 32, 32), "64x256x56x56": (64, 256, 56, 56)},
+}
+
+
+class PublishedForm(nn.Module):
+    """The operator as published checkpoints have it: a Python branch on a tensor, std from the variance each time."""
+
+    def __init__(self, centre: Tensor, std: Tensor, alpha: float) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", centre)
+        self.register_buffer("running_var", std.square())
+        self.register_buffer("threshold", torch.tensor(alpha, device=centre.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.threshold == 0:
+            return x
+        mean = self.running_mean.view(1, -1, 1, 1)
+        band = self.threshold * torch.sqrt(self.running_var.view(1, -1, 1, 1))
+        return torch.where((x - mean).abs() < band, mean, x)
+
+
+def contenders(x: Tensor, name: str, backward: bool) -> dict[str, Callable[[], object]]:
+    """Return the calls to time, each checked against the reference first."""
+    g = torch.Generator().manual_seed(0)
+    channels = x.shape[1]
+    centre = (torch.randn(channels, generator=g) * 0.1).to(x.device)
+    std, alpha = torch.ones(channels, device=x.device), 0.25
+    threshold = alpha * std
+    act, published = ACTIVATIONS[name], PublishedForm(centre, std, alpha)
+
+    def branch_free(x: Tensor) -> Tensor:
+        return reference.mean_sparse(x, centre, threshold, 1, name)
+
+    forms: dict[str, Callable[[Tensor], Tensor]] = {
+        "torch activation": act,
+        "meansparse_fx": lambda x: ops.mean_sparse(x, centre, threshold, 1, name),
+        "torch operators": branch_free,
+        "torch operators, compiled": torch.compile(branch_free),
+        "published form": lambda x: act(published(x)),
+    }
+    upstream = torch.randn_like(x)
+    leaf = x.clone().requires_grad_(backward)
+
+    def run(form: Callable[[Tensor], Tensor]) -> Tensor:
+        y = form(leaf)
+        return torch.autograd.grad(y, leaf, upstream)[0] if backward else y
+
+    expected = run(branch_free)
+    tolerance = 1e-2 if x.dtype == torch.bfloat16 else 1e-5  # one rounding of bfloat16; of exp and erf in float32
+    for label, form in forms.items():
+        if label != "torch activation":
+            torch.testing.assert_close(run(form), expected, rtol=tolerance, atol=tolerance)
+    calls: dict[str, Callable[[], object]] = {"clone": lambda: x.clone()}
+    calls |= {label: (lambda form=form: run(form)) for label, form in forms.items()}
+    return calls
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=SHAPES, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--repetitions", type=int, default=21)
+    args = parser.parse_args()
+    dtypes = [torch.float32] + ([torch.bfloat16] if args.device == "cuda" else [])
+    rows: list[Row] = []
+    for label, shape in SHAPES[args.device].items():
+        for dtype in dtypes:
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x = torch.randn(shape, device=args.device).to(dtype).contiguous(memory_format=layout)
+                for name in ACTIVATIONS:
+                    for backward in (False, True):
+                        words = (label, str(dtype).removeprefix("torch."), str(layout).removeprefix("torch."), name)
+                        case = " ".join((*words, "forward+backward" if backward else "forward"))
+                        calls = contenders(x, name, backward)
+                        rows += measure("kernels", case, calls, "torch activation", args.device, args.repetitions)
+    report(rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
