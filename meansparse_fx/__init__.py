@@ -1,6 +1,7 @@
 """MeanSparse as a torch.fx compiler pass: find the activations, measure, rewrite, tune, and attack honestly."""
 
 from .alpha import AlphaSearch, select_alpha
+from .backend import compile_report
 from .calibrate import calibrate
 from .errors import MeanSparseError
 from .evaluate import Evaluation, evaluate
@@ -18,6 +19,7 @@ __all__ = [
     "SitePlan",
     "Statistics",
     "calibrate",
+    "compile_report",
     "evaluate",
     "get_alpha",
     "inspect",

@@ -1,4 +1,7 @@
-"""Floor 4: the only code that mutates a graph. One pass a file: observe, sparsify, restore."""
+"""Floor 4: the only code that mutates a graph. One pass a file.
+
+observe, sparsify and restore work on captured models; lower, instrument and write_back serve the torch.compile plug-in.
+"""
 
 from .observe import observe
 from .restore import restore

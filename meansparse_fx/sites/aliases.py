@@ -2,7 +2,7 @@
 
 In place, it changes its input for everyone who holds it. Readers of the input node itself are no problem: a pass
 lets them read the result. A view made before, and read after, would keep the old values: that is an error.
-Imports `ops`, `shapes` and floor 1 only.
+Imports `ops`, `plan`, `shapes` and floor 1 only.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import fx
 
 from ..errors import SiteError
 from .ops import Operators, data_input
+from .plan import Site
 from .shapes import Flow
 
 
@@ -49,3 +50,14 @@ def check_inplace(graph: fx.Graph, operators: Operators, flow: Flow, sites: Iter
 def _reads(reader: fx.Node, flow: Flow) -> bool:
     """Return whether a reader looks at the values: x.shape does not."""
     return reader.op == "output" or flow.is_tensor(reader)
+
+
+def changed_inputs(graph: fx.Graph, sites: Iterable[Site], flow: Flow, inputs: Iterable[fx.Node]) -> frozenset[str]:
+    """Return the names of the sites whose in-place activation overwrites one of the graph's inputs, or a view of it.
+
+    Whoever passed that tensor may read it again, beyond this graph.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    outside = frozenset().union(*(flow.memory[n] for n in inputs))
+    inplace = [s for s in sites if s.activation and s.activation.inplace]
+    return frozenset(s.name for s in inplace if flow.memory[data_input(nodes[s.node])] & outside)

@@ -6,7 +6,8 @@ left alone. Imports this folder and floor 1 only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from torch import Tensor, fx
@@ -17,7 +18,7 @@ from .flow import channel_axes, expected_axes
 from .gates import gated, reachable
 from .ops import Operators, data_input
 from .plan import Placement, Site, SitePlan
-from .shapes import propagate
+from .shapes import Flow, propagate
 
 _INDEPENDENT = "input-independent: computed from parameters alone, the same for every image"
 _UNKNOWN_AXIS = (
@@ -52,23 +53,41 @@ def find_sites(
     placement = placement or Placement()
     if images is None:
         raise SiteError("finding sites needs example images, for their shape: pass images=, a tensor [N, C, H, W]")
-    graph = graph_module.graph
-    operators = Operators.of(graph_module)
-    calls = {node: call for node in graph.nodes if (call := operators.activation(node)) is not None}
-    if not calls:
+    graph, operators = graph_module.graph, Operators.of(graph_module)
+    if not any(operators.activation(node) for node in graph.nodes):
         raise SiteError(
             f"no activation found in {type(graph_module).__name__} ({len(graph.nodes)} graph nodes): activations "
             "are known by the table in meansparse_fx/activations.py"
         )
     flow = propagate(graph_module, images)
-    names = _names(calls, operators)
-    known, expected = channel_axes(graph, operators, flow), expected_axes(graph, operators, flow)
-    data = reachable(graph, flow)
-    gates = gated(graph, operators, flow, data)
+    known = channel_axes(graph, operators, flow)
+    plan = plan_sites(graph, operators, flow, known, graph.find_nodes(op="placeholder"), route, placement)
+    check_channel_dims(placement, {site.name for site in plan})
+    return plan
 
-    unmatched = placement.channel_dims.keys() - set(names.values())
-    if unmatched:
-        raise SiteError(f"placement gives channel_dims for {min(unmatched)!r}, which is no site; see inspect()")
+
+def plan_sites(
+    graph: fx.Graph,
+    operators: Operators,
+    flow: Flow,
+    known: Mapping[fx.Node, int | None],
+    inputs: Iterable[fx.Node],
+    route: str,
+    placement: Placement,
+    earlier: Callable[[dict[str, int]], dict[str, int]] | None = None,
+) -> SitePlan:
+    """Return the plan of one graph in any dialect.
+
+    Args:
+        known: Channel dimensions, as `channel_axes` finds them.
+        inputs: The nodes that depend on the images.
+        earlier: Given how often the graph calls each path, returns how often graphs before it did.
+    """
+    calls = {node: call for node in graph.nodes if (call := operators.activation(node)) is not None}
+    names = _names(calls, operators, earlier)
+    expected = expected_axes(graph, operators, flow)
+    data = reachable(graph, flow, inputs)
+    gates = gated(graph, operators, flow, data)
     sites = []
     for node, call in calls.items():
         name, source = names[node], data_input(node)
@@ -96,17 +115,26 @@ def find_sites(
     return SitePlan(tuple(sites), route)
 
 
-def _names(nodes: Iterable[fx.Node], operators: Operators) -> dict[fx.Node, str]:
+def check_channel_dims(placement: Placement, names: set[str]) -> None:
+    """Raise SiteError if the placement gives a channel dimension for what is no site."""
+    unmatched = placement.channel_dims.keys() - names
+    if unmatched:
+        raise SiteError(f"placement gives channel_dims for {min(unmatched)!r}, which is no site; see inspect()")
+
+
+def _names(
+    nodes: Iterable[fx.Node], operators: Operators, earlier: Callable[[dict[str, int]], dict[str, int]] | None
+) -> dict[fx.Node, str]:
     """Return a name for each node: its path, with a counter where one path is called again."""
     paths = {node: operators.label(node) for node in nodes}
     taken = set(paths.values())  # relu_1 may be a module of its own: no repeat of relu takes its name
     names: dict[fx.Node, str] = {}
-    calls: dict[str, int] = {}
+    calls = earlier(Counter(paths.values())) if earlier else {}
     for node, path in paths.items():
-        count = calls.get(path, -1) + 1
+        count = calls.get(path, 0)
         while count and f"{path}_{count}" in taken:
             count += 1
-        calls[path] = count
+        calls[path] = count + 1
         names[node] = f"{path}_{count}" if count else path
     return names
 

@@ -6,6 +6,8 @@ says nothing, backward from the next layer that expects it. Imports `axis`, `ops
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import fx
 from torch.fx.node import map_arg
 
@@ -18,13 +20,19 @@ from .shapes import Flow
 _KEEPING = (rules.same, rules.elementwise, rules.joined, rules.resized)
 
 
-def channel_axes(graph: fx.Graph, operators: Operators, flow: Flow) -> dict[fx.Node, int | None]:
-    """Return the channel dimension by node, as far as the layers before it tell; None is unknown."""
+def channel_axes(
+    graph: fx.Graph, operators: Operators, flow: Flow, given: Mapping[fx.Node, int] | None = None
+) -> dict[fx.Node, int | None]:
+    """Return the channel dimension by node, as far as the layers before it tell; None is unknown.
+
+    Args:
+        given: The channel dimension of inputs, where it is known.
+    """
     axes: dict[fx.Node, int | None] = {}
     for node in graph.nodes:
         shape = flow.shape(node)
         if not flow.is_tensor(node) or node.op in ("placeholder", "get_attr", "output"):
-            axes[node] = None
+            axes[node] = given.get(node) if given else None
             continue
         args, kwargs = (map_arg(a, flow.values.get) for a in (node.args, node.kwargs))
         axis = operators.op(node).carry(Call(node, operators.module(node), args, kwargs, flow, axes))

@@ -8,6 +8,7 @@ nothing unpooled meets it again. Imports `ops` and `shapes`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from torch import fx
 
@@ -15,11 +16,11 @@ from .ops import Operators
 from .shapes import Flow, Shape
 
 
-def reachable(graph: fx.Graph, flow: Flow) -> set[fx.Node]:
-    """Return the nodes that yield tensors computed from the graph's input."""
-    found: set[fx.Node] = set()
+def reachable(graph: fx.Graph, flow: Flow, inputs: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return the nodes that yield tensors computed from ``inputs``, and these."""
+    found = set(inputs)
     for node in graph.nodes:
-        if node.op == "placeholder" or (flow.is_tensor(node) and not found.isdisjoint(node.all_input_nodes)):
+        if flow.is_tensor(node) and not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
 

@@ -7,7 +7,7 @@ Imports `axis` and floor 1 only.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -164,10 +164,12 @@ class Operators:
     Attributes:
         modules: The graph's modules by every path they have.
         paths: The first path of each module, by its id: the one that names sites.
+        callers: Path of the module whose forward makes a call, by node, where the nodes do not tell themselves.
     """
 
     modules: dict[str, nn.Module]
     paths: dict[int, str]
+    callers: dict[fx.Node, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule) -> Operators:
@@ -221,6 +223,8 @@ class Operators:
         module = self.module(node)
         if module is not None:
             return self.paths[id(module)]
+        if node in self.callers:
+            return self.callers[node]
         stack = node.meta.get("nn_module_stack")
         path = next(reversed(stack.values()))[0] if stack else ""
         return self.paths.get(id(self.modules.get(path)), path)
@@ -228,7 +232,8 @@ class Operators:
     def label(self, node: fx.Node) -> str:
         """Return a name for a node that its author recognises: `layer1.0.conv1`, `layer1.0.add`."""
         path = self.enclosing(node)
-        if node.op == "call_module":
+        # Where modules are traced into, the call inside an activation module goes by the module's name.
+        if node.op == "call_module" or (path in self.modules and match_module(self.modules[path]) is not None):
             return path
         return f"{path}.{self.word(node)}" if path else self.word(node)
 

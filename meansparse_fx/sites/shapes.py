@@ -21,6 +21,8 @@ from torch.utils import _pytree as pytree
 _NORMS: set[Any] = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm}
 _NORMS |= {F.batch_norm, F.group_norm, F.layer_norm}
 
+_UNKNOWN_SIZE = 8191  # stands for a size that depends on values; a prime, so that no other sizes multiply to it
+
 
 class Shape(tuple):
     """The shape of a tensor, which a node that yields one has in its place. What ``x.shape`` yields is a torch.Size."""
@@ -61,6 +63,26 @@ def propagate(graph_module: fx.GraphModule, images: Tensor) -> Flow:
         # Some operator has no fake or looks at values. The model has run on these images before: run it.
         with torch.random.fork_rng([images.device] if images.is_cuda else []):
             return _Recorder(graph_module).record(images.clone())
+
+
+def recorded(graph: fx.Graph) -> Flow:
+    """Return the flow that Dynamo saw while it traced a graph; sizes that may vary are those of its example."""
+    flow = Flow()
+    for node in graph.nodes:
+        result = node.meta.get("example_value")
+        tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.layout is torch.strided]
+        flow.memory[node] = frozenset(t.untyped_storage()._cdata for t in tensors)
+        flow.values[node] = pytree.tree_map(_plain, result)
+    return flow
+
+
+def _plain(value: Any) -> Any:
+    """Return a tensor's shape, and numbers without symbols: comparing symbols would add guards to the graph."""
+    if isinstance(value, Tensor):
+        return Shape(map(_plain, value.shape))
+    if isinstance(value, torch.SymInt):
+        return _UNKNOWN_SIZE if value.node.hint is None else int(value.node.hint)
+    return value
 
 
 class _Recorder(fx.Interpreter):

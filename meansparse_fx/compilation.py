@@ -1,0 +1,258 @@
+"""Floor 5: what belongs to a compiled model as a whole, over all the graphs that Dynamo makes of it.
+
+`Options` is what was asked; `CompileReport` holds the operators that the graphs share, counts their sites, and
+refuses what does not fit. Mutates no graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .errors import CalibrationError, SiteError, StateError, StatisticsError
+from .nn import MeanSparse
+from .operators import set_alpha, set_backward
+from .passes.instrument import Moments
+from .sites import Placement, SitePlan
+from .sites.find import check_channel_dims
+from .statistics import ChannelStatistics, Statistics, fingerprint
+
+if TYPE_CHECKING:
+    from .sites.dynamo import DynamoGraph
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What ``torch.compile(..., options=...)`` may hold.
+
+    Attributes:
+        statistics: Of `calibrate` on the same model, or the path of their file.
+        alpha: Width of the band in standard deviations: one number, or by site name (0 for sites not named).
+        placement: Which sites to take, as for `transform`.
+        backward: ``exact``, ``identity`` or ``smooth``; compiled in.
+        inner: The back end that compiles the rewritten graph: a registered name, or a callable.
+        inner_options: Options of that back end.
+        mode: Inductor's, such as ``max-autotune``: torch.compile takes either its own ``mode=`` or options.
+        allow_missing: Leave out sites without statistics, and accept statistics without a site.
+        check_weights: Refuse statistics measured on other weights.
+        observe: Insert observers instead of operators; `CompileReport.statistics` gives the result.
+    """
+
+    statistics: Statistics | str | Path | None = None
+    alpha: float | Mapping[str, float] = 0.0
+    placement: Placement = field(default_factory=Placement)
+    backward: str = "exact"
+    inner: str | Callable = "inductor"
+    inner_options: Mapping[str, Any] | None = None
+    mode: str | None = None
+    allow_missing: bool = False
+    check_weights: bool = True
+    observe: bool = False
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+        """Return the options given to torch.compile, or say which of them does not exist."""
+        given = {"mode": mode} | dict(given or {})
+        known = [f.name for f in dataclasses.fields(cls)]
+        if unknown := sorted(given.keys() - set(known)):
+            raise StateError(
+                f"the meansparse back end has no option {unknown[0]!r}; it knows {', '.join(known)}. Options of the "
+                "inner back end go into inner_options"
+            )
+        asked = cls(**given)
+        if asked.observe and (asked.statistics is not None or asked.alpha != 0):
+            raise StateError("option observe measures the base model: leave out statistics and alpha")
+        if asked.statistics is None and (
+            any(asked.alpha.values()) if isinstance(asked.alpha, Mapping) else asked.alpha
+        ):
+            raise StateError(
+                f"option alpha is {asked.alpha}, but there are no statistics: pass options={{'statistics': ...}}, the "
+                "result of meansparse_fx.calibrate, or measure them with options={'observe': True}"
+            )
+        return asked
+
+
+class CompileReport:
+    """What the back end did to one model with one set of options; printing it gives the table.
+
+    Attributes:
+        options: What torch.compile was given.
+        transformed: The model came with its operators; nothing was inserted.
+        operators: By site name. Their buffers are inputs of the compiled code, everything else is compiled in.
+        compilations: How many graphs were compiled, recompilations included.
+        axes: Channel dimension of the tensors that are on their way from one graph to the next.
+    """
+
+    def __init__(self, model: nn.Module | None, options: Options) -> None:
+        self.options = options
+        self.operators: dict[str, MeanSparse] = {}
+        self.transformed = any(isinstance(m, MeanSparse) for m in model.modules()) if model is not None else False
+        self.compilations = 0
+        self.axes = WeakTensorKeyDictionary()
+        self._alpha = options.alpha
+        self._moments: dict[str, Moments] = {}
+        self._plans: dict[tuple[CodeType, tuple[str, ...]], SitePlan] = {}
+        self._starts: dict[tuple[CodeType, str], int] = {}
+        self._calls: Counter[str] = Counter()
+        if self.transformed:
+            if options != Options(inner=options.inner, inner_options=options.inner_options, mode=options.mode):
+                raise StateError(
+                    "this model is transformed already: only the options inner, inner_options and mode apply. Set its "
+                    "statistics, alpha and backward by meansparse_fx.set_statistics, set_alpha and set_backward"
+                )
+            return
+        training = [name or "the model itself" for name, m in model.named_modules() if m.training] if model else []
+        if training:
+            raise StateError(f"the model is in train mode ({training[0]}): call model.eval() before it is compiled")
+        self._statistics, self._fingerprint = options.statistics, ""
+        if isinstance(self._statistics, str | Path):
+            self._statistics = Statistics.load(self._statistics)
+        if model is not None and (options.observe or (options.check_weights and self._statistics is not None)):
+            self._fingerprint = fingerprint(model)
+        if self._statistics is not None and self._fingerprint not in ("", self._statistics.fingerprint):
+            raise StatisticsError(
+                "these statistics were measured on other weights (fingerprints differ): calibrate this model, or pass "
+                "option check_weights=False if it is the same model in another precision"
+            )
+
+    # What a user asks.
+
+    @property
+    def plan(self) -> SitePlan:
+        """Every candidate site of all graphs."""
+        sites = {site.name: site for plan in self._plans.values() for site in plan}
+        return SitePlan(tuple(sites.values()), f"torch.compile in {len(self._plans)} graph(s)")
+
+    @property
+    def graphs(self) -> tuple[SitePlan, ...]:
+        """The plans of the single graphs, in the order they were compiled; recompilations are not counted again."""
+        return tuple(self._plans.values())
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Names that the statistics have and no graph so far."""
+        return tuple(sorted((self._statistics or {}).keys() - {site.name for site in self.plan.active}))
+
+    def set_alpha(self, alpha: float | Mapping[str, float]) -> None:
+        """Set the width of the band as `meansparse_fx.set_alpha` does, for graphs yet to come too.
+
+        Recompiles nothing.
+        """
+        set_alpha(nn.ModuleList(self.operators.values()), alpha)
+        if isinstance(alpha, Mapping):
+            alpha = {name: float(operator.alpha) for name, operator in self.operators.items()}
+        self._alpha = alpha
+
+    def statistics(self, images: int = 0, metadata: dict[str, str] | None = None) -> Statistics:
+        """Return what the observers saw so far.
+
+        Args:
+            images: How many images that was, for the record; graphs do not tell images from other tensors.
+            metadata: Facts to keep with the statistics.
+
+        Raises:
+            CalibrationError: No observers, nothing seen, or NaN or inf.
+        """
+        if not self._moments:
+            raise CalibrationError("nothing was observed: compile with options={'observe': True} and run the model")
+        for name, m in self._moments.items():
+            if not (m.count > 0 and m.mean.isfinite().all() and m.m2.isfinite().all()):
+                raise CalibrationError(f"{name}: no values, NaN or inf in the site's input: check the data and weights")
+        sites = {n: ChannelStatistics(int(m.count), m.mean.clone(), m.m2.clone()) for n, m in self._moments.items()}
+        return Statistics(sites, self._fingerprint, images, {"torch": torch.__version__} | (metadata or {}))
+
+    def __str__(self) -> str:
+        return "transformed before it was compiled: nothing inserted" if self.transformed else str(self.plan)
+
+    # What the back end tells it, graph by graph.
+
+    def count(self, code: CodeType, first: bool, calls: Mapping[str, int]) -> dict[str, int]:
+        """Return how often other graphs call each path, before this one; a recompilation gets the same answer."""
+        starts = {path: self._starts.setdefault((code, path), 0 if first else self._calls[path]) for path in calls}
+        for path, start in starts.items():
+            self._calls[path] = max(self._calls[path], start + calls[path])
+        return starts
+
+    def accept(self, plan: SitePlan) -> SitePlan:
+        """Return the plan without the sites that the statistics lack, if that is allowed; check the others."""
+        if self._statistics is None:
+            return plan
+        lacking = [site.name for site in plan.active if site.name not in self._statistics]
+        if lacking and self.options.allow_missing:
+            reason = "missing: not in the statistics"
+            sites = (replace(s, skipped=reason) if s.name in lacking else s for s in plan)
+            plan = SitePlan(tuple(sites), plan.route)
+        channels = {site.name: site.channels for site in plan.active}
+        known = {name: s for name, s in self._statistics.items() if name in channels}
+        replace(self._statistics, sites=known).check(channels)
+        return plan
+
+    def share(self, graph_module: fx.GraphModule) -> None:
+        """Take over the operators of a graph that are new; those of other graphs and compilations serve on."""
+        set_backward(graph_module, self.options.backward)
+        for node in graph_module.graph.find_nodes(op="call_module"):
+            operator = graph_module.get_submodule(node.target)
+            value = node.args[0].meta["example_value"]
+            shared = self.operators.setdefault(operator.name, operator)
+            shared.to(value.device, torch.float64 if value.dtype == torch.float64 else torch.float32)
+            if shared is operator and self._statistics is not None:
+                alpha = self._alpha
+                operator.set_statistics(self._statistics[operator.name])
+                operator.set_alpha(alpha.get(operator.name, 0.0) if isinstance(alpha, Mapping) else alpha)
+
+    def observe(self, plan: SitePlan, captured: DynamoGraph) -> dict[str, Moments]:
+        """Return where each site's moments are accumulated."""
+        nodes = {node.name: node for node in captured.graph.nodes}
+        for site in plan.active:
+            device = nodes[site.node].meta["example_value"].device
+            self._moments.setdefault(site.name, Moments(site.channels, device)).to(device)
+        return self._moments
+
+    def add(self, captured: DynamoGraph, plan: SitePlan) -> None:
+        """Count a graph; with the model's last, check that all graphs together are what was asked for."""
+        self.compilations += 1
+        # Without the activations' weights, which are nodes and would keep the graph.
+        sites = [replace(s, activation=replace(s.activation, weight=None)) for s in plan]
+        self._plans[captured.code, tuple(s.name for s in sites)] = SitePlan(tuple(sites), plan.route)
+        if captured.model is None and sites:
+            raise SiteError(f"{sites[0].name}: found outside of any module, so that its name says nothing")
+        if captured.last and captured.model is not None:
+            self._check()
+
+    def following(self, compiled: Callable, axes: Sequence[int | None]) -> Callable:
+        """Return a graph's compiled form that notes the channel dimensions of what it puts out."""
+
+        def call(*args: Any) -> Any:
+            outputs = compiled(*args)
+            for value, axis in zip(outputs, axes, strict=True):
+                if axis is not None and isinstance(value, Tensor):
+                    self.axes[value] = axis
+            return outputs
+
+        return call
+
+    def _check(self) -> None:
+        plan = self.plan
+        skipped = {s.name: s.skipped for s in plan if s.skipped}
+        if not plan.active:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
+            raise SiteError(f"none of the {len(plan)} candidate sites can be rewritten ({reasons})")
+        names = {site.name for site in plan}
+        if self.missing and not self.options.allow_missing:
+            reasons = "; ".join(f"{name} ({skipped.get(name, 'no such call')})" for name in self.missing[:3])
+            raise StatisticsError(
+                f"statistics have {len(self.missing)} site(s) that none of the {len(self._plans)} graph(s) has: "
+                f"{reasons}. Pass option allow_missing=True to go on without"
+            )
+        check_channel_dims(self.options.placement, names)
+        if isinstance(self._alpha, Mapping) and (unknown := sorted(self._alpha.keys() - names)):
+            raise StateError(f"option alpha names {unknown[0]!r}, which is no site; sites are {', '.join(names)}")

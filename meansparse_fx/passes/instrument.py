@@ -1,0 +1,57 @@
+"""Floor 4: observers as plain functions of tensors, for compilers.
+
+Requires: any graph and its plan. Ensures: `accumulate` stands before each active site and updates the moments kept
+in buffers; nothing else changes. What `observe` does with modules, whose Python state a compiler would freeze.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..rewrite import PREFIX
+from ..sites import SitePlan
+from ..sites.ops import data_input
+from .lower import read_buffer
+
+
+class Moments(nn.Module):
+    """Count, mean and M2 of one site's channels, all float64 tensors: exact counts up to 2^53."""
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        super().__init__()
+        for name, shape in (("count", ()), ("mean", (channels,)), ("m2", (channels,))):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64, device=device), persistent=False)
+
+
+def accumulate(x: Tensor, count: Tensor, mean: Tensor, m2: Tensor, channel_dim: int) -> Tensor:
+    """Return x ``[..., C, ...]``, having merged its moments into the others by Chan's formula, in float64."""
+    values = x.numel() // x.shape[channel_dim]
+    others = [d for d in range(x.dim()) if d != channel_dim]
+    variance, own_mean = torch.var_mean(x.detach().double(), dim=others, correction=0)
+    share, delta = values / (count + values), own_mean - mean
+    m2.add_(variance * values + delta.square() * (count * share))
+    mean.add_(delta * share)
+    count.add_(values)
+    return x
+
+
+def instrument(graph_module: fx.GraphModule, plan: SitePlan, moments: dict[str, Moments]) -> None:
+    """Insert `accumulate` before every active site of ``plan``, in place.
+
+    Args:
+        moments: By site name, what to accumulate into.
+    """
+    graph = graph_module.graph
+    nodes = {node.name: node for node in graph.nodes}
+    for number, site in enumerate(plan.active):
+        node = nodes[site.node]
+        source = data_input(node)
+        with graph.inserting_before(node):
+            buffers = moments[site.name].named_buffers()
+            state = [read_buffer(graph_module, f"{PREFIX}_{number}_{part}", buffer) for part, buffer in buffers]
+            seen = graph.call_function(accumulate, (source, *state, site.channel_dim))
+        seen.meta = dict(source.meta)
+        node.replace_input_with(source, seen)
+    graph.lint()
+    graph_module.recompile()

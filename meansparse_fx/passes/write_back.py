@@ -1,0 +1,31 @@
+"""Floor 4: let what an in-place activation did to a graph's input still happen to it.
+
+Requires: a graph with operators in the place of in-place activations. Ensures: where the overwritten tensor came
+from outside of the graph, as it does after a graph break, it is overwritten again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from ..rewrite import PREFIX
+
+
+def write_back(graph_module: fx.GraphModule, sites: Iterable[str]) -> None:
+    """Copy the results of the named sites' activations over their inputs, in place."""
+    graph = graph_module.graph
+    for name in sites:
+        operator = next(n for n in graph.nodes if n.target == f"{PREFIX}.{name}")
+        source = operator.args[0]
+        # A bare operator is followed by the activation, which overwrites the operator's result only.
+        fused = graph_module.get_submodule(operator.target).activation is not None
+        result = operator if fused else next(iter(operator.users))
+        with graph.inserting_before(operator):
+            operator.replace_input_with(source, graph.call_method("clone", (source,)))  # backward needs the old values
+        with graph.inserting_after(result):
+            overwritten = graph.call_method("copy_", (source, result))
+        result.replace_all_uses_with(overwritten, delete_user_cb=lambda user, own=overwritten: user is not own)
+    graph.lint()
+    graph_module.recompile()

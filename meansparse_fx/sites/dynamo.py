@@ -1,0 +1,200 @@
+"""Floor 2: the dialect that Dynamo hands to back ends, and the frame it came from.
+
+Parameters are inputs, modules are traced into, and a call names its module by where the frame found it
+(``L['self'].layer1._modules['0'].relu``). After a graph break the frame is a submodule's or a continuation's, so
+the model that site names start from is looked up: the outermost module running inside torch.compile. The only
+file that looks into Dynamo. Imports this folder and floor 1 only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import CodeType, FrameType
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch._dynamo import convert_frame, eval_frame
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import GlobalSource, LocalSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
+
+from .aliases import changed_inputs
+from .find import plan_sites
+from .flow import channel_axes
+from .ops import Operators
+from .plan import Placement, SitePlan
+from .shapes import recorded
+
+_ROUTE = "torch.compile"
+_ENTRANCE = ("compile_wrapper", eval_frame.__file__)
+_HEAD = re.compile(r"([LG])\['([^']+)'\]")
+_STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
+_NAMELESS = "nameless: the code after the graph break does not know which module it belongs to; move the break"
+
+Scope = Mapping[str, Mapping[str, Any]]  # "L": the frame's locals, "G": its globals
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the finder made of one graph.
+
+    Attributes:
+        plan: Its sites.
+        overwriting: Names of those that overwrite one of the graph's inputs in place.
+        output_axes: Channel dimension of each output, as far as known.
+    """
+
+    plan: SitePlan
+    overwriting: frozenset[str]
+    output_axes: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DynamoGraph:
+    """A graph of Dynamo's and what is known of its frame.
+
+    Attributes:
+        graph: The graph.
+        code: The frame's code object: it tells a recompilation from another graph of the same model.
+        model: The module that site names start from; None if the frame has none.
+        inputs: The placeholders that are no state of a module, with the tensors they stood for.
+        first: The model's forward, or whatever torch.compile was given, begins with this graph.
+        last: The model's forward ends with this graph: no more graphs follow in this call.
+        callers: Path of the module that makes each call, where one is known.
+    """
+
+    graph: fx.Graph
+    code: CodeType
+    model: nn.Module | None
+    inputs: dict[fx.Node, Tensor]
+    first: bool
+    last: bool
+    callers: dict[fx.Node, str]
+
+    @classmethod
+    def of(cls, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoGraph:
+        """Return the graph that Dynamo is compiling at this moment, and has passed to the back end calling this."""
+        frame, graph = InstructionTranslator.current_tx().output.root_tx, graph_module.graph
+        scope = {"L": frame.f_locals, "G": frame.f_globals}
+        stacks = {n: stack for n in graph.nodes if (stack := n.meta.get("nn_module_stack"))}
+        sources = {n: next(reversed(stack.values()))[0] for n, stack in stacks.items()}
+        stack_above = _callers()
+        running = [m for f in stack_above if isinstance(m := f.f_locals.get("self"), nn.Module)]
+        model = running[-1] if running else _first_module(sources.values(), scope)
+        names = {id(m): path for path, m in model.named_modules()} if model is not None else {}
+        callers = {n: _path(source, scope, names) for n, source in sources.items()}
+        if not running or any(v is running[0] for v in scope["L"].values()):
+            here = names.get(id(running[0]), "") if running else ""  # of calls outside of any module Dynamo entered
+            callers = {n: here for n in graph.nodes} | callers
+        placeholders = zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+        state = {id(t) for t in (*model.parameters(), *model.buffers())} if model is not None else set()
+        inputs = {
+            node: value
+            for node, value in placeholders
+            if isinstance(value, Tensor) and id(value) not in state and not _belongs_to_module(node, scope)
+        }
+        last = not graph_module.compile_subgraph_reason.graph_break and running[:1] in ([], [model])
+        _pin(dict.fromkeys(sources.values()), running[:1], scope)
+        forward = getattr(type(model).forward, "__code__", None) if model is not None else None
+        first = not stack_above or frame.f_code is forward
+        return cls(graph, frame.f_code, model, inputs, first, last, callers)
+
+    def find(
+        self,
+        placement: Placement,
+        earlier: Callable[[dict[str, int]], dict[str, int]],
+        axis_of: Callable[[Tensor], int | None],
+    ) -> Found:
+        """Return the graph's sites.
+
+        Args:
+            earlier: Given how often this graph calls each path, returns how often graphs before it did.
+            axis_of: The channel dimension of a tensor that another graph put out, if known.
+        """
+        flow = recorded(self.graph)
+        model = self.model or nn.Module()
+        modules = dict(model.named_modules(remove_duplicate=False))
+        operators = Operators(modules, {id(m): path for path, m in model.named_modules()}, self.callers)
+        given = {node: axis for node, value in self.inputs.items() if (axis := axis_of(value)) is not None}
+        known = channel_axes(self.graph, operators, flow, given)
+        plan = plan_sites(self.graph, operators, flow, known, self.inputs, _ROUTE, placement, earlier)
+        named = {node.name for node in self.callers}
+        sites = (s if s.node in named else replace(s, skipped=s.skipped or _NAMELESS) for s in plan)
+        plan = SitePlan(tuple(sites), plan.route)
+        outputs = self.graph.output_node().args[0]
+        return Found(
+            plan,
+            changed_inputs(self.graph, plan.active, flow, self.inputs),
+            tuple(known.get(n) if isinstance(n, fx.Node) else None for n in outputs),
+        )
+
+
+def _pin(sources: Iterable[str], running: list[nn.Module], scope: Scope) -> None:
+    """Let Dynamo compile again for other modules: it would share the code among all that are built alike.
+
+    Their parameters are inputs, so that it may; but each has sites of its own. Recompilations for another module
+    do not count towards ``recompile_limit``.
+    """
+    heads = {head.groups() for source in sources if (head := _HEAD.match(source))}
+    heads |= {("L", name) for name, value in scope["L"].items() if any(value is m for m in running)}
+    for kind, name in heads:
+        # What has no attributes is a container made anew for each call; the modules in it are not known again.
+        if hasattr(scope[kind].get(name), "__dict__"):
+            source = LocalSource(name) if kind == "L" else GlobalSource(name)
+            install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def _callers() -> list[FrameType]:
+    """Return the Python frames that lead from torch.compile to the one being compiled, innermost first."""
+    frames = []
+    frame = inspect.currentframe()
+    while frame is not None and (frame.f_code.co_name, frame.f_code.co_filename) != _ENTRANCE:
+        frames.append(frame)
+        frame = frame.f_back
+    compiling = [i for i, frame in enumerate(frames) if frame.f_code.co_filename == convert_frame.__file__]
+    return frames[compiling[-1] + 1 :] if compiling else frames
+
+
+def _walk(source: str, scope: Scope) -> Iterator[Any]:
+    """Yield the objects along a source such as ``L['self'].conv.weight``, as far as they can be followed."""
+    head = _HEAD.match(source)
+    if head is None or head[2] not in scope[head[1]]:
+        return
+    value = scope[head[1]][head[2]]
+    yield value
+    position = head.end()
+    while step := _STEP.match(source, position):
+        key, index, attribute = step.groups()
+        try:
+            value = getattr(value, attribute) if attribute else value[key or int(index)]
+        except (AttributeError, IndexError, KeyError, TypeError):
+            return
+        yield value
+        position = step.end()
+
+
+def _first_module(sources: Iterable[str], scope: Scope) -> nn.Module | None:
+    modules = (v for source in sources for v in _walk(source, scope) if isinstance(v, nn.Module))
+    return next(modules, None)
+
+
+def _belongs_to_module(placeholder: fx.Node, scope: Scope) -> bool:
+    """Return whether a tensor was found in a module or among the globals; others come from the call's arguments."""
+    argument = placeholder.meta.get("grapharg")
+    if argument is None:
+        return False
+    name = argument.source.name
+    source = name() if callable(name) else name  # a method until torch 2.9
+    return source.startswith("G[") or any(isinstance(v, nn.Module) for v in _walk(source, scope))
+
+
+def _path(source: str, scope: Scope, names: dict[int, str]) -> str:
+    """Return the path of the module at ``source`` in the model; of one that the model lacks, the source's own words."""
+    *_, found = [None, *_walk(source, scope)]
+    if id(found) in names:
+        return names[id(found)]
+    steps = [next(filter(None, step)) for step in _STEP.findall(source)]
+    return ".".join(s for s in steps[1:] if s != "_modules")

@@ -1,0 +1,498 @@
+"""torch.compile(backend="meansparse"): the same sites, values and gradients as transform's, whatever Dynamo does."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import meansparse_fx as msfx
+from meansparse_fx.backend import compile_report
+from meansparse_fx.errors import CalibrationError, StateError
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def plug_in(model, fullgraph=True, **options):
+    """Return the model compiled by the plug-in; run as it is unless a test says otherwise."""
+    options = {"inner": "eager"} | options
+    return torch.compile(model, backend="meansparse", fullgraph=fullgraph, options=options)
+
+
+def calibrated(net, images, **arguments):
+    sparse = msfx.transform(net, images, **arguments)
+    return sparse, msfx.calibrate(sparse, [images], progress=False)
+
+
+def gradients(model, images):
+    x = images.clone().requires_grad_()
+    y = model(x)
+    parameters = [p for n, p in model.named_parameters() if "meansparse" not in n and "unused" not in n]
+    return y, *torch.autograd.grad(y.square().sum(), [x, *parameters])
+
+
+class Excited(nn.Module):
+    """A block with squeeze-and-excitation, whose own activation is no site, and a child called by number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU())
+        self.gate = nn.Sequential(nn.Conv2d(8, 2, 1), nn.ReLU(), nn.Conv2d(2, 8, 1), nn.Sigmoid())
+        self.register_buffer("scale", torch.rand(8, 1, 1))
+        self.bias = nn.Parameter(torch.rand(8))
+
+    def forward(self, x):
+        x = self.stem(x) * self.scale
+        x = x * self.gate(x.mean((2, 3), keepdim=True))
+        return F.leaky_relu(x, 0.2).flatten(2).mean(-1) + F.relu(self.bias)
+
+
+def resnet(_):
+    return pytest.importorskip("torchvision").models.resnet18(num_classes=3), torch.rand(2, 3, 32, 32)
+
+
+def convnext(_):
+    timm = pytest.importorskip("timm")
+    return timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8,) * 4, num_classes=3), torch.rand(
+        2, 3, 64, 64
+    )
+
+
+def vit(_):
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
+    return timm.create_model("vit_tiny_patch16_224", **sizes), torch.rand(2, 3, 32, 32)
+
+
+def tiny(net):
+    return net, torch.rand(12, 3, 9, 9)
+
+
+def excited(_):
+    return Excited(), torch.rand(4, 3, 9, 9)
+
+
+@pytest.mark.parametrize("make", [tiny, excited, pytest.param(resnet, marks=pytest.mark.slow), convnext, vit])
+def test_same_sites_and_values_as_transform(net, make):
+    torch.manual_seed(0)
+    model, images = make(net)
+    sparse, stats = calibrated(model.eval(), images)
+    msfx.set_alpha(sparse, 0.3)
+    compiled = plug_in(model, statistics=stats, alpha=0.3)
+    torch.testing.assert_close(compiled(images), sparse(images), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(compiled(images), model(images))
+    report = compile_report(compiled)
+    rows = ("name", "channel_dim", "channels", "shape", "skipped")
+    expected = [[getattr(s, r) for r in rows] for s in msfx.inspect(model, images)]
+    assert [[getattr(s, r) for r in rows] for s in report.plan] == expected
+    assert [s.producer for s in report.plan.active] == [s.producer for s in msfx.inspect(model, images).active]
+    assert list(report.operators) == list(msfx.operators(sparse))
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backward", ["exact", "identity", "smooth"])
+def test_same_gradients_as_transform(net, images, inner, backward):
+    sparse, stats = calibrated(net, images, backward=backward)
+    msfx.set_alpha(sparse, 0.5)
+    compiled = plug_in(net, statistics=stats, alpha=0.5, backward=backward, inner=inner)
+    # Inductor's cache on disk knows this graph from the other backward modes: it must not mix them up.
+    for own, expected in zip(gradients(compiled, images), gradients(sparse, images), strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_alpha_changes_without_recompiling(net, images, inner):
+    sparse, stats = calibrated(net, images)
+    compiled = plug_in(net, statistics=stats, alpha=0.4, inner=inner)
+    compiled(images)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for alpha in (0.8, {"relu": 0.0, "gelu": 0.1}, 0.0):
+            compile_report(compiled).set_alpha(alpha)
+            msfx.set_alpha(sparse, alpha)
+            torch.testing.assert_close(compiled(images), sparse(images), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(compiled(images), net(images), rtol=1e-5, atol=1e-6)
+
+
+def test_compilers_see_standard_operators_and_no_constants(net, images):
+    _, stats = calibrated(net, images)
+    seen = []
+
+    def compiler(graph_module, _inputs):
+        seen.append({n.target for n in graph_module.graph.nodes if n.op == "call_function"})
+        return graph_module
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    plug_in(net, statistics=stats, alpha=0.4, inner=aot_autograd(fw_compiler=compiler))(images)
+    assert all(str(target).startswith("aten.") or "getitem" in str(target) for target in seen[0])
+    assert torch.ops.aten.where.self in seen[0]
+
+
+def test_statistics_by_path(net, images, tmp_path):
+    sparse, stats = calibrated(net, images)
+    stats.save(tmp_path / "s.safetensors")
+    msfx.set_alpha(sparse, 0.3)
+    compiled = plug_in(net, statistics=str(tmp_path / "s.safetensors"), alpha={"relu": 0.3})
+    compiled(images)
+    assert {n: float(m.alpha) for n, m in compile_report(compiled).operators.items() if m.alpha} == {
+        "relu": pytest.approx(0.3)
+    }
+
+
+def test_recompilations_share_operators(net, images):
+    sparse, stats = calibrated(net, images)
+    compiled = plug_in(net, statistics=stats, alpha=0.3, inner="aot_eager")
+    compiled(images[:2])
+    report = compile_report(compiled)
+    operators = dict(report.operators)
+    report.set_alpha(0.6)
+    msfx.set_alpha(sparse, 0.6)
+    for batch in (images, images[:5]):  # the first makes the batch size dynamic, the second finds it so
+        torch.testing.assert_close(compiled(batch), sparse(batch), rtol=1e-5, atol=1e-6)
+    assert (report.compilations, len(report.graphs), report.operators) == (2, 1, operators)
+
+
+def test_inference_mode_first_then_gradients(net, images):
+    sparse, stats = calibrated(net, images)
+    msfx.set_alpha(sparse, 0.3)
+    compiled = plug_in(net, statistics=stats, alpha=0.3)
+    with torch.inference_mode():
+        compiled(images)
+    for own, expected in zip(gradients(compiled, images), gradients(sparse, images), strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(net, images, dtype):
+    net, images = net.to(dtype), images.to(dtype)
+    sparse, stats = calibrated(net, images)
+    msfx.set_alpha(sparse, 0.5)
+    compiled = plug_in(net, statistics=stats, alpha=0.5)
+    torch.testing.assert_close(compiled(images), sparse(images))
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {m.std.dtype for m in compile_report(compiled).operators.values()} == {expected}
+
+
+def test_placement(net, images):
+    placement = msfx.Placement(exclude=("^relu$", "slope"))
+    sparse, stats = calibrated(net, images, placement=placement)
+    msfx.set_alpha(sparse, 0.3)
+    compiled = plug_in(net, statistics=stats, alpha=0.3, placement=placement)
+    torch.testing.assert_close(compiled(images), sparse(images))
+    assert list(compile_report(compiled).operators) == ["relu_1", "gelu"]
+
+
+def test_models_inside_functions(net, images):
+    sparse, stats = calibrated(net, images)
+    msfx.set_alpha(sparse, 0.3)
+    options = {"statistics": stats, "alpha": 0.3, "inner": "eager"}
+
+    def predict(model, x):
+        return model(x).softmax(-1)
+
+    closed = torch.compile(lambda x: net(x).argmax(-1), backend="meansparse", options=options, fullgraph=True)
+    assert torch.equal(closed(images), sparse(images).argmax(-1))
+    assert torch.equal(
+        torch.compile(predict, backend="meansparse", options=options)(net, images), predict(sparse, images)
+    )
+    net.compile(backend="meansparse", options=options)
+    assert torch.equal(net(images), sparse(images))
+    report = compile_report(net)
+    assert (len(report.graphs), len(report.operators)) == (3, 4)
+
+
+def test_transformed_model_is_only_lowered(net, images):
+    sparse, _ = calibrated(net, images)
+    msfx.set_alpha(sparse, 0.3)
+    compiled = plug_in(sparse, inner="aot_eager")
+    torch.testing.assert_close(compiled(images), sparse(images), rtol=1e-5, atol=1e-6)
+    msfx.set_alpha(sparse, 0.0)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        torch.testing.assert_close(compiled(images), net(images), rtol=1e-5, atol=1e-6)
+    assert compile_report(compiled).transformed
+    with pytest.raises(BackendCompilerFailed, match="StateError: this model is transformed already"):
+        plug_in(sparse, backward="identity")(images)
+
+
+# Graph breaks.
+
+# Dynamo looks at a tensor's .grad where a graph begins, and torch warns of that.
+breaks_graphs = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
+
+class Block(nn.Module):
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.act = nn.ReLU(inplace=True)
+        self.breaks = breaks
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        z = self.act(y)  # overwrites y, which came from another graph
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return self.act(self.conv(y + x)) + z
+
+
+class Broken(nn.Module):
+    """Breaks in a submodule that is there twice, whose frames are compiled once for each."""
+
+    def __init__(self, breaks: bool = True) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(breaks), Block(breaks))
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.act = nn.GELU()
+
+    def forward(self, x):
+        return self.act(self.conv(self.blocks(x)))
+
+
+@pytest.fixture
+def broken(images):
+    torch.manual_seed(0)
+    broken, whole = Broken().eval(), Broken(breaks=False).eval()
+    whole.load_state_dict(broken.state_dict())
+    return broken, *calibrated(whole, images)
+
+
+@breaks_graphs
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_graph_breaks_are_survived(broken, images, inner):
+    model, sparse, stats = broken
+    msfx.set_alpha(sparse, 0.4)
+    compiled = plug_in(model, fullgraph=False, statistics=stats, alpha=0.4, inner=inner)
+    for batch in (images[:3], images):
+        for own, expected in zip(gradients(compiled, batch), gradients(sparse, batch), strict=True):
+            torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+    report = compile_report(compiled)
+    assert set(report.operators) == set(msfx.operators(sparse)) == set(stats)
+    assert "blocks.1.act_1" in stats
+    assert len(report.graphs) > 3
+    assert report.missing == ()
+    assert "blocks.1.act_1" in str(report)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        report.set_alpha(0.1)
+        msfx.set_alpha(sparse, 0.1)
+        for own, expected in zip(gradients(compiled, images), gradients(sparse, images), strict=True):
+            torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+
+
+@breaks_graphs
+def test_site_without_a_graph_is_known_at_the_last_graph(broken, images):
+    model, _, stats = broken
+    more = msfx.Statistics(stats.sites | {"nope": stats["act"]}, stats.fingerprint, stats.images)
+    with pytest.raises(BackendCompilerFailed, match=r"StatisticsError: .* 1 site\(s\) .* nope \(no such call\)"):
+        plug_in(model, fullgraph=False, statistics=more, alpha=0.1)(images)
+    torch.compiler.reset()
+    compiled = plug_in(model, fullgraph=False, statistics=more, alpha=0.1, allow_missing=True)
+    compiled(images)
+    assert compile_report(compiled).missing == ("nope",)
+
+
+class Interrupted(nn.Module):
+    """Something between a convolution and its activation that Dynamo does not follow."""
+
+    def __init__(self, between, functional: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.act = nn.GELU()
+        self.between, self.functional = between, functional
+
+    def forward(self, x):
+        act = F.gelu if self.functional else self.act
+        x = self.conv(x)
+        x = self.between(x)
+        return act(x)
+
+
+def pause(x):
+    torch._dynamo.graph_break()
+    return x
+
+
+@pytest.mark.slow
+@breaks_graphs
+def test_blocks_built_alike_keep_their_own_operators(images):
+    """Dynamo would run the first block's code for all of them: their parameters are inputs."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(Block(True) for _ in range(12))).eval()  # more than recompile_limit
+    whole = copy.deepcopy(net)
+    for block in whole:
+        block.breaks = False
+    with torch.no_grad():
+        sparse, stats = calibrated(whole, images)
+        msfx.set_alpha(sparse, 0.4)
+        compiled = plug_in(net, fullgraph=False, statistics=stats, alpha=0.4)
+        for batch in (images[:3], images):
+            torch.testing.assert_close(compiled(batch), sparse(batch), rtol=1e-4, atol=1e-5)
+    assert compile_report(compiled).operators.keys() == msfx.operators(sparse).keys()
+
+
+def test_models_built_alike_keep_their_own_observers(images):
+    nets = [nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval() for _ in range(2)]
+    compiled = [plug_in(net, observe=True) for net in nets]
+    for model in compiled:
+        model(images)
+    for net, model in zip(nets, compiled, strict=True):
+        _, expected = calibrated(net, images)
+        torch.testing.assert_close(compile_report(model).statistics()["1"].mean, expected["1"].mean)
+
+
+@breaks_graphs
+def test_channel_axis_is_carried_from_graph_to_graph(images):
+    net = Interrupted(pause).eval()
+    compiled = plug_in(net, fullgraph=False)
+    assert torch.equal(compiled(images), net(images))
+    assert [(s.name, s.channel_dim, s.producer) for s in compile_report(compiled).plan] == [("act", 1, "input")]
+
+
+@breaks_graphs
+def test_site_whose_module_is_unknown_after_a_break(images):
+    """Without ``self`` in the frame nothing keeps Dynamo from sharing it among modules."""
+    net = Interrupted(pause, functional=True).eval()
+    with pytest.raises(BackendCompilerFailed, match=r"SiteError: none of the 1 candidate.*nameless"):
+        plug_in(net, fullgraph=False)(images)
+
+
+@breaks_graphs
+def test_graph_breaks_where_the_axis_gets_lost(images):
+    net = Interrupted(torch._dynamo.disable(lambda x: x + 0)).eval()
+    placement = msfx.Placement(channel_dims={"act": 1})
+    with pytest.raises(BackendCompilerFailed, match=r"SiteError: none of the 1 candidate .* channel axis unknown"):
+        plug_in(net, fullgraph=False)(images)
+    torch.compiler.reset()
+    compiled = plug_in(net, fullgraph=False, placement=placement)
+    assert torch.equal(compiled(images), net(images))
+    assert list(compile_report(compiled).operators) == ["act"]
+
+
+# Observing.
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_observed_statistics_are_those_of_calibrate(net, images, inner):
+    sparse, expected = calibrated(net, images)
+    compiled = plug_in(net, observe=True, inner=inner)
+    for batch in images.split(5):
+        torch.testing.assert_close(compiled(batch), net(batch), rtol=1e-5, atol=1e-6)
+    stats = compile_report(compiled).statistics(images=len(images), metadata={"data": "noise"})
+    assert (stats.images, stats.fingerprint, stats.metadata["data"]) == (12, expected.fingerprint, "noise")
+    for name, own in stats.items():
+        assert own.count == expected[name].count
+        torch.testing.assert_close(own.mean, expected[name].mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(own.std, expected[name].std, rtol=1e-5, atol=1e-6)
+    msfx.set_statistics(sparse, stats)
+
+
+@breaks_graphs
+def test_model_that_cannot_be_traced_is_observed_and_rewritten(broken, images):
+    model = broken[0]
+    compiled = plug_in(model, fullgraph=False, observe=True)
+    compiled(images)
+    stats = compile_report(compiled).statistics()
+    assert set(stats) == set(broken[2])
+    sparse = plug_in(model, fullgraph=False, statistics=stats, alpha=0.5)
+    assert not torch.equal(sparse(images), model(images))
+    assert len(compile_report(sparse, {"statistics": stats, "alpha": 0.5, "inner": "eager"}).operators) == 5
+
+
+def test_observing_refuses_nan(net, images):
+    compiled = plug_in(net, observe=True)
+    compiled(images * torch.nan)
+    with pytest.raises(CalibrationError, match="relu: no values, NaN or inf"):
+        compile_report(compiled).statistics()
+
+
+# Bad input.
+
+
+def refused(match, model, images, **options):
+    with pytest.raises(BackendCompilerFailed, match=match):
+        plug_in(model, **options)(images)
+
+
+def test_options_that_do_not_exist(net, images):
+    refused(
+        "StateError: the meansparse back end has no option 'alhpa'; it knows statistics, alpha", net, images, alhpa=1
+    )
+    refused("StateError: option inner is 'nope', which is no inner back end", net, images, inner="nope")
+    refused("StateError: option inner is 'meansparse'", net, images, inner="meansparse")
+    refused("StateError: mode='max-autotune' is for Inductor", net, images, mode="max-autotune")
+    refused("StateError: torch.compile has no mode 'fast'", net, images, mode="fast", inner="inductor")
+    refused("StateError: Inductor has no option 'a'", net, images, inner="inductor", inner_options={"a": 1})
+    refused("backward must be one of exact", net, images, backward="nope")
+
+
+def test_alpha_without_statistics(net, images):
+    refused("StateError: option alpha is 0.2, but there are no statistics: .*calibrate", net, images, alpha=0.2)
+    refused("StateError: option observe measures the base model", net, images, alpha=0.2, observe=True)
+
+
+def test_train_mode(net, images):
+    refused(r"StateError: the model is in train mode \(bn\)", (net.bn.train(), net)[1], images)
+
+
+def test_statistics_that_do_not_fit(net, images):
+    _, stats = calibrated(net, images)
+    fewer = msfx.Statistics({n: s for n, s in stats.items() if n != "gelu"}, stats.fingerprint, 1)
+    refused(r"StatisticsError: statistics lack 1 site\(s\) of the model: gelu", net, images, statistics=fewer)
+    swapped = msfx.Statistics(stats.sites | {"gelu": stats["relu"]}, stats.fingerprint, 1)
+    refused("StatisticsError: gelu: statistics of 8 channels for a site of 6", net, images, statistics=swapped)
+    refused("StateError: option alpha names 'nope'", net, images, statistics=stats, alpha={"nope": 0.1})
+    refused("alpha must be finite and not negative", net, images, statistics=stats, alpha=-0.1)
+    placement = msfx.Placement(channel_dims={"nope": 1})
+    refused("SiteError: placement gives channel_dims for 'nope'", net, images, placement=placement)
+    compiled = plug_in(net, statistics=fewer, alpha=0.2, allow_missing=True)
+    compiled(images)
+    report = compile_report(compiled, {"statistics": fewer, "alpha": 0.2, "allow_missing": True, "inner": "eager"})
+    assert [s.skipped for s in report.plan if s.skipped] == ["missing: not in the statistics"]
+    with torch.no_grad():
+        net.head.bias[0] += 1
+    refused("StatisticsError: .*other weights", net, images, statistics=stats)
+    plug_in(net, statistics=stats, check_weights=False)(images)
+
+
+def test_graph_without_a_site(images):
+    refused("SiteError: none of the 0 candidate sites", nn.Sequential(nn.Conv2d(3, 4, 1)).eval(), images)
+
+
+def test_report_needs_a_compiled_model_and_one_set_of_options(net, images):
+    with pytest.raises(StateError, match="call the compiled model once"):
+        compile_report(net)
+    _, stats = calibrated(net, images)
+    both = [plug_in(net, statistics=stats, alpha=alpha) for alpha in (0.1, 0.9)]
+    outputs = [compiled(images) for compiled in both]
+    assert not torch.equal(*outputs)
+    with pytest.raises(StateError, match="several options"):
+        compile_report(both[0])
+    options = {"statistics": stats, "alpha": 0.9, "inner": "eager"}
+    compile_report(both[1], options).set_alpha(0.1)
+    assert torch.equal(both[1](images), outputs[0])
+    torch.compiler.reset()
+    with pytest.raises(StateError, match="call the compiled model once"):
+        compile_report(net)
+
+
+def test_found_by_name_without_an_import():
+    code = """
+import torch
+net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU()).eval()
+x = torch.rand(2, 1, 8, 8)
+print(torch.equal(torch.compile(net, backend="meansparse", options={"inner": "eager"})(x), net(x)))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
