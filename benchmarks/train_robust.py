@@ -87,12 +87,17 @@ def main() -> None:
     parser.add_argument("--step-size", type=float, default=0.04)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="train through torch.compile (faster, other rounding)")
+    parser.add_argument("--subsets-only", action="store_true", help="write the images, keep the weights")
     args = parser.parse_args()
 
     x, y = load_idx(args.data, "train")
     x_test, y_test = load_idx(args.data, "t10k")
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_subsets((x, y), (x_test, y_test), args.out / "fashion_mnist_subset.npz")
+    if args.subsets_only:
+        return
     model = train(x, y, args)
-    recipe = {k: v for k, v in vars(args).items() if k not in ("data", "out")}
+    recipe = {k: v for k, v in vars(args).items() if k not in ("data", "out", "subsets_only")}
     recipe["torch"] = torch.__version__
     recipe["clean_t10k"] = accuracy(model, x_test, y_test)
     adv = torch.cat(
@@ -104,23 +109,25 @@ def main() -> None:
     recipe["pgd20_t10k_1000"] = accuracy(model, adv, y_test[:1000])
     print(json.dumps(recipe))
 
-    args.out.mkdir(parents=True, exist_ok=True)
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     save_file(state, args.out / "fashion_resnet.safetensors", metadata={"recipe": json.dumps(recipe)})
 
-    # Fixed, disjoint subsets: 2,000 images each.
+
+def write_subsets(train_set: tuple[Tensor, Tensor], test_set: tuple[Tensor, Tensor], path: Path) -> None:
+    """Write three fixed, disjoint sets of 2,000 images each."""
     generator = np.random.default_rng(0)
-    calibration = generator.permutation(len(x))[:2000]
-    held_out = generator.permutation(len(x_test))
+    calibration = generator.permutation(len(train_set[0]))[:2000]
+    held_out = generator.permutation(len(test_set[0]))
     arrays = {}
-    for name, (images, labels, index) in {
-        "calibration": (x, y, calibration),
-        "selection": (x_test, y_test, held_out[:2000]),
-        "test": (x_test, y_test, held_out[2000:4000]),
-    }.items():
+    for name, (images, labels), index in (
+        ("calibration", train_set, calibration),
+        ("selection", test_set, held_out[:2000]),
+        # Images 2000 to 4000 were looked at while the demo's sizes were chosen, so they are no test any more.
+        ("test", test_set, held_out[4000:6000]),
+    ):
         arrays[f"{name}_images"] = (images[index] * 255).round().to(torch.uint8).numpy()
         arrays[f"{name}_labels"] = labels[index].to(torch.uint8).numpy()
-    np.savez_compressed(args.out / "fashion_mnist_subset.npz", **arrays)
+    np.savez_compressed(path, **arrays)
 
 
 if __name__ == "__main__":
