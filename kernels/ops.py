@@ -141,3 +141,19 @@ def mean_sparse(
     return torch.ops.meansparse.mean_sparse.default(
         x, centre, threshold, weight, channel_dim, activation, list(constants), variant, backward, steepness
     )
+
+
+def channel_moments(x: Tensor, channel_dim: int) -> tuple[int, Tensor, Tensor]:
+    """Return the count, the mean ``[C]`` and M2 ``[C]`` (float64) of each channel of x.
+
+    The Triton kernel reads x once and is exact to float32 rounding relative to the deviation; otherwise x is
+    widened to float64 first.
+    """
+    if lowering_of(x, channel_dim) == "triton":
+        from . import moments  # imports triton
+
+        return tuple(moments.channel_moments(x, channel_dim))
+    count = x.numel() // x.shape[channel_dim]
+    others = [d for d in range(x.dim()) if d != channel_dim]
+    variance, mean = torch.var_mean(x.double(), dim=others, correction=0)
+    return count, mean, variance * count

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .activations import ActivationCall
 from .errors import SiteError, StateError
-from .kernels.ops import mean_sparse
+from .kernels.ops import channel_moments, mean_sparse
 from .kernels.reference import BACKWARDS, VARIANTS
 from .rewrite import RecordedCall
 from .statistics import ChannelStatistics
@@ -172,12 +172,9 @@ class ChannelMoments(nn.Module):
                 f"{self.name}: input has {x.shape[self.channel_dim]} channels at dim {self.channel_dim}, "
                 f"the site was planned with {self.channels}"
             )
-        values = x.numel() // self.channels
-        if values == 0:
+        if x.numel() == 0:
             return x
-        others = [d for d in range(x.dim()) if d != self.channel_dim]
-        variance, mean = torch.var_mean(x.double(), dim=others, correction=0)
-        merged = self.moments().merge(ChannelStatistics(values, mean, variance * values))
+        merged = self.moments().merge(ChannelStatistics(*channel_moments(x, self.channel_dim)))
         self.count = merged.count
         self.mean.copy_(merged.mean)
         self.m2.copy_(merged.m2)

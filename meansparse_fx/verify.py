@@ -66,7 +66,8 @@ class Reference:
             except Exception as error:
                 raise CaptureError(
                     f"{type(model).__name__} itself fails on images of shape {list(batch.shape)}, dtype {batch.dtype}, "
-                    f"device {batch.device}: {type(error).__name__}: {error}"
+                    f"device {batch.device}: {type(error).__name__}: {error}. Pass example images as the model takes "
+                    "them (on the command line: --input-shape 1x28x28)"
                 ) from error
         return cls(batches, tuple(outputs), counter.count)
 

@@ -33,3 +33,12 @@ def test_operator_is_the_reference(name, backward, device) -> None:
         torch.autograd.grad(y, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
     ):
         torch.testing.assert_close(own, ref, rtol=1e-5, atol=1e-5)
+
+
+def test_moments_are_those_of_the_observer(device) -> None:
+    x = torch.randn(3, 6, 5, 4, generator=torch.Generator().manual_seed(0)).to(device) + 7
+    count, mean, m2 = ops.channel_moments(x, 1)
+    wide = x.double().transpose(0, 1).flatten(1)
+    assert count == 60
+    torch.testing.assert_close(mean, wide.mean(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(m2, wide.var(1, correction=0) * 60, rtol=2e-6, atol=0)
