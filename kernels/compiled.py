@@ -1,8 +1,7 @@
 """The lowering for large CPU tensors: the eager composition compiled by Inductor into one loop.
 
-torch's CPU comparisons and `where` take 9 of the 12 ns an element that the composition costs; compiled it costs
-about as much as the activation alone (1.6 to 2.2 ms against 1.6 for SiLU on 8x160x32x32 float32, one thread,
-AMD EPYC; eager 6 to 16). Compiled once for each activation, direction and layout, sizes dynamic, kept on disk by
+torch's CPU comparisons and `where` take most of what the composition costs; one loop costs little more than the
+activation alone, where the composition costs several times as much (docs/kernels.md has the table). Compiled once for each activation, direction and layout, sizes dynamic, kept on disk by
 Inductor. Which tensors come here depends on their size alone, so that a result never depends on timing.
 
 Floor 0: torch and nothing else.

@@ -120,7 +120,9 @@ Normalise = Annotated[
 ]
 Data = Annotated[
     Path,
-    typer.Option(help="Directory of one directory of images per class, directory of IDX files, or .npz of arrays."),
+    typer.Option(
+        help="Directory of one directory of images per class, directory of IDX files, or .npz with images and labels (or NAME_images and NAME_labels: --split NAME)."
+    ),
 ]
 Split = Annotated[str | None, typer.Option(help="Split of the data: subdirectory, IDX prefix (t10k), or .npz name.")]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Side images of a folder are resized and cropped to [224].")]
@@ -259,7 +261,9 @@ def evaluate(
     model: Model,
     data: Data,
     statistics: StatisticsFile,
-    alpha: Annotated[float, typer.Option(parser=_fraction, metavar="ALPHA", help="Width of the band, from select.")],
+    alpha: Annotated[
+        float, typer.Option(parser=_fraction, metavar="ALPHA", help="Half width of the band, from select.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Directory for report.json, report.html and plots.")] = None,
     weights: Weights = None,
     num_classes: Classes = None,

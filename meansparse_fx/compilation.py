@@ -36,7 +36,7 @@ class Options:
 
     Attributes:
         statistics: Of `calibrate` on the same model, or the path of their file.
-        alpha: Width of the band in standard deviations: one number, or by site name (0 for sites not named).
+        alpha: Half width of the band in standard deviations: one number, or by site name (0 for sites not named).
         placement: Which sites to take, as for `transform`.
         backward: ``exact``, ``identity`` or ``smooth``; compiled in.
         inner: The back end that compiles the rewritten graph: a registered name, or a callable.
@@ -143,7 +143,7 @@ class CompileReport:
         return tuple(sorted((self._statistics or {}).keys() - {site.name for site in self.plan.active}))
 
     def set_alpha(self, alpha: float | Mapping[str, float]) -> None:
-        """Set the width of the band as `meansparse_fx.set_alpha` does, for graphs yet to come too.
+        """Set the half width of the band as `meansparse_fx.set_alpha` does, for graphs yet to come too.
 
         Recompiles nothing.
         """

@@ -85,7 +85,7 @@ class MeanSparse(nn.Module):
         self._refresh()
 
     def set_alpha(self, alpha: float) -> None:
-        """Set the width of the band in standard deviations; 0 switches the operator off."""
+        """Set the half width of the band in standard deviations; 0 switches the operator off."""
         if not (math.isfinite(alpha) and alpha >= 0):
             raise ValueError(f"{self.name}: alpha must be finite and not negative, got {alpha}")
         if alpha > 0 and not self.calibrated:

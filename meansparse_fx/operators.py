@@ -45,7 +45,7 @@ def get_alpha(model: nn.Module) -> float | dict[str, float]:
 
 
 def set_alpha(model: nn.Module, alpha: float | Mapping[str, float]) -> None:
-    """Set the width of the band, in standard deviations of each channel; 0 gives the base model.
+    """Set the half width of the band, in standard deviations of each channel; 0 gives the base model.
 
     Recompiles nothing.
 

@@ -100,8 +100,8 @@ class Statistics(Mapping[str, ChannelStatistics]):
         """
         if fingerprint is not None and self.fingerprint != fingerprint:
             raise StatisticsError(
-                "these statistics were measured on other weights (fingerprints differ): calibrate this model, or "
-                "pass check_weights=False if it is the same model in another precision"
+                "these statistics were measured on other weights (fingerprints differ): calibrate this model "
+                "(from Python, check_weights=False takes them if it is the same model in another precision)"
             )
         if missing := channels.keys() - self.sites.keys():
             raise StatisticsError(f"statistics lack {len(missing)} site(s) of the model: {_some(missing)}")

@@ -55,7 +55,7 @@ def transform(
         images: ``[N, ...]``, a few example inputs on the model's device.
         placement: Which sites to take; by default every activation.
         statistics: Of an earlier `calibrate`, or the path of their file; without them calibrate the result.
-        alpha: Width of the band in standard deviations; needs statistics unless 0.
+        alpha: Half width of the band in standard deviations; needs statistics unless 0.
         backward: ``exact``, ``identity`` or ``smooth``; see `set_backward`.
 
     Raises:

@@ -172,6 +172,12 @@ def test_verdict(base, exact, identity, word):
     assert result.verdict.startswith(word)
 
 
+def test_no_verdict_without_an_attacker_who_knows():
+    n = torch.arange(1000)
+    models = [ModelOutcome(n < 900, {"a/exact": n < robust}) for robust in (700, 760)]
+    assert msfx.Evaluation(*models, 0.2, 0.1, "Linf", 10, 0, 0, 1.0).verdict.startswith("Not tested against")
+
+
 def test_bad_input_has_its_own_error(sparse, test_set, net):
     x, y = test_set
     cases = [
@@ -181,6 +187,7 @@ def test_bad_input_has_its_own_error(sparse, test_set, net):
         (test_set, {"attacks": ("pgd-9000",)}, "unknown attack 'pgd-9000'"),
         (test_set, {"attacks": ()}, "no attack asked for"),
         (test_set, {"eps": 0}, "eps must be positive"),
+        (test_set, {"eps": 8}, "did you mean 8/255"),
         (test_set, {"norm": "L7"}, "norm must be Linf or L2"),
     ]
     for data, options, message in cases:

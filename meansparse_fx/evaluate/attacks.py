@@ -68,6 +68,8 @@ class AttackSettings:
     def __post_init__(self) -> None:
         if not self.eps > 0:
             raise EvaluationError(f"eps must be positive, got {self.eps}")
+        if self.norm == "Linf" and self.eps > 1:
+            raise EvaluationError(f"eps {self.eps:g} is more than all of [0, 1]: did you mean {self.eps:g}/255?")
         if self.norm not in ("Linf", "L2"):
             raise EvaluationError(f"norm must be Linf or L2, got {self.norm!r}")
 

@@ -122,6 +122,11 @@ class Evaluation:
     def verdict(self) -> str:
         """One plain sentence."""
         gain = self.gain
+        if not any(name.endswith(("/identity", "/smooth")) for name in self.sparse.robust):
+            return (
+                f"Not tested against attackers who know the operator: {gain.points()} points under the attacks that "
+                "were run. Add the identity backward."
+            )
         if gain.low > 0:
             return f"Gain real: worst-case accuracy {gain.points()} points under attackers who know the operator."
         if gain.high < 0:
