@@ -1,8 +1,9 @@
 """The lowering for large CPU tensors: the eager composition compiled by Inductor into one loop.
 
 torch's CPU comparisons and `where` take most of what the composition costs; one loop costs little more than the
-activation alone, where the composition costs several times as much (docs/kernels.md has the table). Compiled once for each activation, direction and layout, sizes dynamic, kept on disk by
-Inductor. Which tensors come here depends on their size alone, so that a result never depends on timing.
+activation alone, where the composition costs several times as much (docs/kernels.md has the table). Compiled once
+for each activation, direction and layout, sizes dynamic, kept on disk by Inductor. Which tensors come here
+depends on their size alone, so that a result never depends on timing.
 
 Floor 0: torch and nothing else.
 """

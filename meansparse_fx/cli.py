@@ -121,7 +121,8 @@ Normalise = Annotated[
 Data = Annotated[
     Path,
     typer.Option(
-        help="Directory of one directory of images per class, directory of IDX files, or .npz with images and labels (or NAME_images and NAME_labels: --split NAME)."
+        help="Directory of one directory of images per class, directory of IDX files, or .npz with arrays images and "
+        "labels (or NAME_images and NAME_labels: --split NAME)."
     ),
 ]
 Split = Annotated[str | None, typer.Option(help="Split of the data: subdirectory, IDX prefix (t10k), or .npz name.")]
