@@ -207,7 +207,11 @@ def test_any_shape_and_stride(shape, data, format_):
         else x.clone()
     )
     assert torch.equal(y, expected)
-    assert y.stride() == torch.empty_like(x).stride() or y.numel() < 2
+    if y.numel() > 1:  # the stride of a dimension of one element addresses nothing, and torch leaves it arbitrary
+        strides = [
+            (own, ref) for own, ref, n in zip(y.stride(), torch.empty_like(x).stride(), x.shape, strict=True) if n > 1
+        ]
+        assert all(own == ref for own, ref in strides)
 
 
 @pytest.mark.parametrize("backward", ["exact", "identity"])
