@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
@@ -17,6 +15,7 @@ from .evaluate.outcome import ModelOutcome
 from .evaluate.run import attack_batch, batches, correct, plan_runs
 from .operators import operators, require_transformed, set_alpha, switched
 from .progress import bar
+from .tables import as_text
 
 ALPHAS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 
@@ -65,9 +64,7 @@ class AlphaSearch:
         return table
 
     def __str__(self) -> str:
-        out = io.StringIO()
-        Console(file=out, width=110).print(self.table())
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+        return as_text(self.table(), width=110)
 
 
 def select_alpha(

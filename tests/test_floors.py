@@ -21,6 +21,7 @@ FLOORS = {
     "activations": 1,
     "data": 1,
     "progress": 1,
+    "tables": 1,
     "bundled": 1,
     "verify": 2,
     "capture": 2,

@@ -5,14 +5,14 @@ Data and arithmetic; runs no model.
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+from ..tables import as_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +182,7 @@ class Evaluation:
         return table
 
     def __str__(self) -> str:
-        out = io.StringIO()
-        Console(file=out, width=110).print(self.table())
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+        return as_text(self.table(), width=110)
 
 
 def _mean(mask: Tensor) -> float:

@@ -12,6 +12,7 @@ from torch import fx
 from ..nn import MeanSparse
 from ..rewrite import PREFIX, RecordedCall, insert_module_before, redirect_later_readers, replace_call
 from ..sites import Site, SitePlan
+from ..sites.ops import data_input
 
 
 def sparsify(graph_module: fx.GraphModule, plan: SitePlan) -> None:
@@ -25,7 +26,7 @@ def sparsify(graph_module: fx.GraphModule, plan: SitePlan) -> None:
 
 
 def _insert(graph_module: fx.GraphModule, node: fx.Node, site: Site) -> None:
-    source = node.args[0] if node.args else node.kwargs["input"]
+    source = data_input(node)
     target = f"{PREFIX}.{site.name}"
     activation = site.activation if site.activation and site.activation.fused else None
     operator = _like_parameters(MeanSparse(site.name, site.channels, site.channel_dim, activation), graph_module)

@@ -5,16 +5,15 @@ Pure data; imports floor 1 only.
 
 from __future__ import annotations
 
-import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from rich.console import Console
 from rich.table import Table
 
 from ..activations import ActivationCall
+from ..tables import as_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +114,4 @@ class SitePlan:
         return table
 
     def __str__(self) -> str:
-        out = io.StringIO()
-        Console(file=out, width=120).print(self.table())
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+        return as_text(self.table(), width=120)
