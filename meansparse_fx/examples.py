@@ -1,0 +1,296 @@
+"""Floor 2: a symbolic trace that asks the example images where plain proxies have no answer.
+
+The graph holds for images of the example's size and for any batch size. Examples are computed without data where every
+operator allows it. Imports torch, `tracing`, `proxies`, `sites.shapes` and floor 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import _symbolic_trace
+from torch.fx.node import map_aggregate
+from torch.fx.proxy import TraceError
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .activations import match_module
+from .errors import CaptureError
+from .proxies import (
+    FACTORIES,
+    IN_PLACE,
+    SIZES,
+    Conditions,
+    ExampleProxy,
+    NewConditions,
+    NumberProxy,
+    Sizes,
+    TensorProxy,
+    replaced_builtins,
+    wrapped,
+)
+from .sites.shapes import cheap_fake, keeps_shape
+from .tracing import ModelTracer, Traced, trace
+
+# What may answer a question while tracing: a number or a description that both batches agree on.
+_ANSWERS = (bool, int, float, complex, str, torch.Size, torch.device, torch.dtype, torch.layout, torch.memory_format)
+
+# They turn a tensor's values into Python's; what images hold must not decide what the graph does.
+_READS_VALUES = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__contains__"}
+
+# Whether gradients are wanted is not the examples' to say: an attack wants them, and gets the same graph.
+_READS_GRADIENTS = {"grad_fn", "requires_grad", "grad", "is_leaf"}
+
+# Where functions come from that fx records without being told.
+_SEEN_BY_FX = {"torch", "_operator", "math", "None"}
+
+_ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.truediv}
+
+
+def trace_by_example(model: nn.Module, images: Tensor) -> Traced:
+    """Return the graph of ``model`` for images of one size.
+
+    The graph takes any batch size, and refuses images of another size.
+
+    Args:
+        images: ``[N, ...]``, not empty, on the model's device.
+
+    Raises:
+        CaptureError: Tracing stopped; names the module and the line.
+
+    Example:
+        >>> class Padding(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return torch.relu(torch.nn.functional.pad(x, (0, 1)) if x.shape[-1] % 2 else x)
+        >>> [node.name for node in trace_by_example(Padding(), torch.rand(2, 3, 5, 5)).graph.nodes]
+        ['x', 'expect_size', 'pad', 'relu', 'output']
+    """
+    rows = torch.arange(max(SIZES), device=images.device) % len(images)
+    conditions = Conditions()
+    with torch.random.fork_rng([images.device] if images.is_cuda else []):
+        batches = images[rows[: SIZES[0]]], images[rows]
+        if images.is_floating_point():
+            # Other pixels in the second batch, so that a size which depends on values differs, too.
+            batches = batches[0], batches[1] + torch.randn_like(batches[1])
+        while True:
+            try:
+                traced = trace(model, lambda leaves, c=conditions: ExampleTracer(leaves, batches, c))
+            except NewConditions as other:
+                conditions = other.conditions
+            else:
+                traced.graph._tracer_cls = ModelTracer  # unpickling a GraphModule makes one, without examples
+                return traced
+
+
+def expect_size(images: Tensor, size: tuple[int, ...]) -> None:
+    """Raise CaptureError unless ``images`` are ``[N, *size]``. First call of a graph that holds for one size only."""
+    if tuple(images.shape[1:]) != size:
+        raise CaptureError(
+            f"this graph was captured for images of shape {['N', *size]} and got {list(images.shape)}: "
+            "capture the model again with example images of that size"
+        )
+
+
+class ExampleTracer(ModelTracer):
+    """Traces a model with proxies that know what the example batches give.
+
+    Args:
+        leaves: Module types not to trace into.
+        batches: The example batches.
+        conditions: How to compute with them.
+    """
+
+    def __init__(self, leaves: frozenset[type], batches: tuple[Tensor, ...], conditions: Conditions) -> None:
+        super().__init__(leaves)
+        self.conditions = conditions
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True) if conditions.fake else None
+        self._batches = batches
+        self._evaluating = False
+        self._pure: list[fx.Node] = []  # sizes, parameters and parts of tuples: without readers they are nothing
+        self._autowrap_search.append(torch)
+        self._autowrap_function_ids |= {id(factory) for factory in FACTORIES}
+
+    def trace(self, root: nn.Module | Callable, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        wrapping = mock.patch.object(_symbolic_trace, "_create_wrapped_func", wrapped)
+        with replaced_builtins(self.conditions.namespaces), wrapping:
+            graph = super().trace(root, concrete_args)
+        for node in reversed(self._pure):
+            if not node.users:
+                graph.erase_node(node)
+        return graph
+
+    def create_args_for_root(
+        self, root_fn: Callable, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable, list[Any]]:
+        function, (root, images) = super().create_args_for_root(root_fn, is_module, concrete_args)
+        size = tuple(self._batches[0].shape[1:])
+        self.create_node("call_function", expect_size, (images.node, size), {}).meta["is_wrapped"] = True
+        return function, [root, images]
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        return forward(*args, **kwargs) if self._evaluating else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, FakeTensor):
+            raise TraceError("a tensor without data, kept by a module that ran on examples, would enter the graph")
+        return super().create_arg(tuple(a) if isinstance(a, torch.Size | Sizes) else a)
+
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
+        proxy_factory_fn: Any = None,
+    ) -> Any:
+        """Return the answer to a question; else a new node's proxy, or a tuple, list or dict of its parts' proxies."""
+        examples, by_value = self._examples(kind, target, args, kwargs)
+        first = examples[0]
+        if len({type(e) for e in examples}) > 1:
+            raise TraceError(f"{target} gives {type(first).__name__} for one batch size and not for another")
+        settled = not (by_value and isinstance(first, int | float | torch.Size))
+        if settled and isinstance(first, _ANSWERS) and all(e == first for e in examples):
+            return first
+        if first is None and target is getattr:
+            return None
+        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr)
+        if kind == "call_function" and _unknown_to_torch(target):
+            node.meta["is_wrapped"] = True  # or unpickling, which traces the generated code, would run it
+        if kind == "get_attr" or (target in (operator.getitem, getattr) and not isinstance(first, Tensor)):
+            self._pure.append(node)
+        return self._present(node, examples, by_value)
+
+    def _present(self, node: fx.Node, examples: tuple, by_value: bool) -> Any:
+        """Return what the model sees of a new node: containers are real ones, of proxies."""
+        first = examples[0]
+        if first is None:
+            return None
+        if isinstance(first, Tensor):
+            return TensorProxy(node, self, examples, by_value)
+        if isinstance(first, int | float):
+            return NumberProxy(node, self, examples, by_value)
+        whole = ExampleProxy(node, self, examples, by_value)
+        if type(first) is dict:
+            return {key: self._part(whole, key) for key in first}
+        if type(first) in (tuple, list, torch.Size):
+            if len({len(e) for e in examples}) > 1:
+                raise TraceError("the number of tensors depends on the batch size")
+            container = Sizes if type(first) is torch.Size else type(first)
+            return container(self._part(whole, i) for i in range(len(first)))
+        return whole
+
+    def _part(self, whole: ExampleProxy, key: Any) -> Any:
+        part = self.create_proxy("call_function", operator.getitem, (whole, key), {})
+        if isinstance(part, fx.Proxy) and part.node not in self._pure[-1:]:
+            self._pure.append(part.node)
+        return part
+
+    # Computing examples.
+
+    def _examples(self, kind: str, target: Any, args: tuple, kwargs: dict) -> tuple[tuple, bool]:
+        """Return what a node yields for each batch, or one value if it does not depend on the images; and whether
+        its sizes depend on values."""
+        if kind == "placeholder":
+            return (tuple(self._fake.from_tensor(b) for b in self._batches) if self._fake else self._batches), False
+        if kind == "get_attr":
+            with self.evaluating():
+                return (operator.attrgetter(target)(self.root),), False
+        proxies: list[ExampleProxy] = []
+        map_aggregate((args, kwargs), lambda a: proxies.append(a) if isinstance(a, ExampleProxy) else None)
+        count = max((len(p.examples) for p in proxies), default=1)
+        spelled = target if isinstance(target, str) else getattr(target, "__name__", "")
+        if count > 1 and spelled in _READS_VALUES:
+            raise TraceError(f"{spelled}() asks for values that are computed from the images")
+        if count > 1 and target is getattr and args[1] in _READS_GRADIENTS:
+            raise TraceError(f".{args[1]} asks whether gradients are wanted, which one graph cannot answer for all")
+        if _changes_input(spelled) and args and isinstance(args[0], ExampleProxy) and len(args[0].examples) == 1:
+            # Parameters are the model's own: change a copy. From here on it depends on what it was changed by.
+            args[0].examples = tuple(args[0].examples[0].clone() for _ in range(count))
+        with _SizeWatch() if count > 1 and self._fake is None else contextlib.nullcontext() as watch:
+            examples = tuple(self._example(kind, target, args, kwargs, k, count > 1) for k in range(count))
+        return examples, any(p.by_value for p in proxies) or bool(watch and watch.by_value)
+
+    def _example(self, kind: str, target: Any, args: tuple, kwargs: dict, k: int, varies: bool) -> Any:
+        """Return what a node yields for the k-th batch."""
+        args, kwargs = map_aggregate((args, kwargs), lambda a: _example_of(a, k))
+        if kind == "call_method":
+            function = getattr(args[0], target)
+            args = args[1:]
+        else:
+            function = self.root.get_submodule(target) if kind == "call_module" else target
+        if not (varies and self._fake):
+            with self.evaluating():
+                return function(*args, **kwargs)
+        if _like_input(function, args):
+            return args[0]
+        try:
+            with self.evaluating(), self._fake:
+                result = cheap_fake(function, args)
+                return function(*args, **kwargs) if result is None else result
+        except Exception as error:
+            raise NewConditions(replace(self.conditions, fake=False)) from error
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Run modules and functions instead of tracing them."""
+        before, self._evaluating = self._evaluating, True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._evaluating = before
+
+
+class _SizeWatch(TorchDispatchMode):
+    """Notices operators whose result has a size that depends on values. Examples without data cannot have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_value = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        masks = args[1] if func is torch.ops.aten.index.Tensor else ()
+        masked = any(mask is not None and mask.dtype in (torch.bool, torch.uint8) for mask in masks)
+        self.by_value |= masked or torch.Tag.dynamic_output_shape in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+def _example_of(argument: Any, k: int) -> Any:
+    return argument.examples[k % len(argument.examples)] if isinstance(argument, ExampleProxy) else argument
+
+
+def _like_input(function: Any, args: tuple) -> bool:
+    """Return whether a result is known to be like the first argument, which then serves as its example."""
+    if not args or not isinstance(args[0], FakeTensor) or torch.is_autocast_enabled(args[0].device.type):
+        return False
+    if isinstance(function, nn.Module) and match_module(function) is not None:
+        return True
+    if function in _ARITHMETIC and len(args) == 2:
+        x, other = args
+        if isinstance(other, Tensor):
+            return x.shape == other.shape and x.dtype == other.dtype and x.stride() == other.stride()
+        return x.is_floating_point() and type(other) in (int, float)
+    return keeps_shape(function)
+
+
+def _unknown_to_torch(function: Any) -> bool:
+    return function is not getattr and str(function.__module__).partition(".")[0] not in _SEEN_BY_FX
+
+
+def _changes_input(name: str) -> bool:
+    return name in IN_PLACE or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))

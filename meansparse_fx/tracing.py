@@ -1,0 +1,172 @@
+"""Floor 2: symbolic traces of a model, as a function of one tensor.
+
+What cannot be traced into becomes a leaf, unless an activation would vanish in it. Imports torch, numpy and floor 1;
+timm is only looked up, never imported.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from .activations import match_module
+from .errors import CaptureError
+from .published import published_operator
+from .verify import plain_attention, shadow
+
+_TORCH = str(Path(torch.__file__).parent)
+_FX = str(Path(fx.__file__).parent)
+_OURS = {str(Path(__file__).with_name(name)) for name in ("tracing.py", "proxies.py", "examples.py")}
+_CALL = nn.Module.__call__  # taken before a tracer patches it
+_MAX_LEAVES = 16
+
+# Their fused inference path shows no activation to anyone, so they are traced through or refused, never leaves.
+_HIDING = (nn.Transformer, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """What tracing a model gave.
+
+    Attributes:
+        graph: The graph.
+        root: The throwaway copy of the model it was traced on.
+        opaque: Why tracing stopped in modules that became leaves: activations in their functions are hidden.
+    """
+
+    graph: fx.Graph
+    root: nn.Module
+    opaque: tuple[str, ...] = ()
+
+
+class Retrace(Exception):
+    """Tracing has to start again under other conditions; no failure of the model."""
+
+
+class ModelTracer(fx.Tracer):
+    """Traces a model as a function of one tensor, into every module that might hide an activation.
+
+    Args:
+        leaves: Module types not to trace into, besides torch.nn's own and those timm marks.
+        trace_buffers: Buffers are read by the graph, as parameters are. Otherwise what the model computes from
+            buffers alone is computed once, while tracing.
+    """
+
+    def __init__(self, leaves: frozenset[type] = frozenset(), trace_buffers: bool = True) -> None:
+        timm = sys.modules.get("timm.layers")
+        functions = tuple(timm.get_notrace_functions()) if timm else ()
+        super().__init__(autowrap_functions=functions)
+        self._leaves = leaves | frozenset(timm.get_notrace_modules() if timm else ())
+        self._trace_buffers = trace_buffers
+        self._state_names: dict[int, str] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if match_module(m) is not None or published_operator(m) is not None:
+            return True
+        if type(m) in self._leaves or super().is_leaf_module(m, module_qualified_name):
+            return not _hides_activations(m)
+        return False
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        # A module that the model holds in a list, or shares through its class, has no path: it is traced into.
+        if self.submodule_paths and m not in self.submodule_paths:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        # A size that numpy computed.
+        return super().create_arg(a.item() if isinstance(a, np.generic) else a)
+
+    def create_args_for_root(
+        self, root_fn: Callable, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable, list[Any]]:
+        """Return a call with one placeholder: optional arguments keep their defaults and the root's hooks run."""
+        state: dict[str, Tensor] = dict(self.root.named_parameters())
+        if self._trace_buffers:
+            state |= dict(self.root.named_buffers())
+        self._state_names = {id(tensor): name for name, tensor in state.items()}
+        images = self.create_proxy("placeholder", _input_name(self.root), (), {})
+        return (lambda root, x: _CALL(root, x)), [self.root, images]
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        # fx's own searches all parameters at each access: quadratic in the size of the model.
+        name = self._state_names.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def innermost(self) -> str:
+        """Return the path of the module being traced; after a failure, of the one that failed. Empty is the root."""
+        return next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
+
+
+def _hides_activations(module: nn.Module) -> bool:
+    return any(match_module(m) is not None or isinstance(m, _HIDING) for m in module.modules())
+
+
+def _input_name(model: nn.Module) -> str:
+    """Return the name of forward's tensor argument."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    first = [p.name for p in named if p.kind is not p.KEYWORD_ONLY][:1]
+    required = [p.name for p in named if p.default is p.empty]
+    if required not in ([], first):
+        raise CaptureError(
+            f"its forward needs the arguments {', '.join(required)}; sites are found in one tensor's flow"
+        )
+    return first[0] if first else "images"
+
+
+def trace(model: nn.Module, make_tracer: Callable[[frozenset[type]], ModelTracer] = ModelTracer) -> Traced:
+    """Return the graph of ``model``.
+
+    What cannot be traced into becomes a leaf, innermost module first, as long as no activation vanishes in it.
+
+    Args:
+        make_tracer: Returns a new tracer, given the module types it must not trace into.
+
+    Raises:
+        CaptureError: Tracing stopped; names the module and the line.
+    """
+    leaves: dict[type, str] = {}
+    while True:
+        # Tracing runs the model's Python, which may store proxies in the modules, and leave them there if it fails.
+        root = shadow(model)
+        tracer = make_tracer(frozenset(leaves))
+        try:
+            with plain_attention():
+                return Traced(tracer.trace(root), root, tuple(leaves.values()))
+        except (CaptureError, Retrace):
+            raise
+        except Exception as error:
+            path = tracer.innermost()
+            culprit = root.get_submodule(path)
+            where = _where_tracing_stopped(error, path, culprit)
+            known = type(culprit) in leaves or len(leaves) >= _MAX_LEAVES
+            if not path or known or _hides_activations(culprit):
+                raise CaptureError(where) from error
+            leaves[type(culprit)] = where
+
+
+def _where_tracing_stopped(error: Exception, path: str, module: nn.Module) -> str:
+    everything = list(traceback.extract_tb(error.__traceback__))
+    frames = [f for f in everything if f.filename not in _OURS and not f.filename.startswith(_FX)] or everything
+    # The last line of the user's or of a library's own; torch's only if there is none.
+    frame = ([f for f in frames if not f.filename.startswith(_TORCH)] or frames)[-1]
+    where = f"{path} ({type(module).__name__})" if path else type(module).__name__
+    reason = str(error).strip().split("\n")[0]
+    return (
+        f"symbolic trace stopped in {where} at {frame.filename}:{frame.lineno}, `{frame.line}`: "
+        f"{type(error).__name__}: {reason}"
+    )
