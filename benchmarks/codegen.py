@@ -48,8 +48,10 @@ OPTIONAL = {
     "forward": (),
     "forward+norm+residual": ("scale_ptr", "shift_ptr", "residual_ptr"),
     "forward+norm+residual+sum": ("scale_ptr", "shift_ptr", "residual_ptr", "sum_ptr"),
+    "forward+residual+sum+norm": ("residual_ptr", "sum_ptr", "norm_scale_ptr", "norm_shift_ptr"),
     "backward": (),
-    "backward+norm+residual": ("scale_ptr", "shift_ptr", "residual_ptr", "grad_u_ptr"),
+    "backward+norm+residual": ("scale_ptr", "shift_ptr", "residual_ptr", "grad_v_ptr"),
+    "backward+sum+norm": ("grad_sum_ptr", "norm_scale_ptr", "norm_shift_ptr"),
     "moments": (),
     "moments+activation": ("y_ptr",),
 }
@@ -58,13 +60,15 @@ STREAMS = {
     "forward": (1, 1),
     "forward+norm+residual": (2, 1),
     "forward+norm+residual+sum": (2, 2),
+    "forward+residual+sum+norm": (2, 2),
     "backward": (2, 1),
     "backward+norm+residual": (3, 2),
+    "backward+sum+norm": (3, 1),
     "moments": (1, 0),
     "moments+activation": (1, 1),
 }
 TENSOR_POINTERS = {
-    "x_ptr", "y_ptr", "sum_ptr", "residual_ptr", "grad_ptr", "grad_sum_ptr", "grad_x_ptr", "grad_u_ptr"
+    "x_ptr", "y_ptr", "sum_ptr", "residual_ptr", "grad_ptr", "grad_sum_ptr", "grad_x_ptr", "grad_v_ptr"
 }  # fmt: skip
 
 
@@ -125,8 +129,8 @@ def compile_case(case: Case) -> triton.compiler.CompiledKernel:
     names = {"value": "VALUE", "gradient": "GRADIENT", "weight_gradient": "WEIGHT_GRADIENT"}
     known = {parameter: getattr(row, field) for field, parameter in names.items()}
     known |= elementwise.compile_time_constants(CONSTANTS.get(case.activation, ()))
-    known |= {"VARIANT": case.variant, "BACKWARD": case.backward, "WEIGHT_STRIDE": 1, "FROM_SUM": False}
-    known |= case.plan.constexprs
+    known |= {"VARIANT": case.variant, "BACKWARD": case.backward, "WEIGHT_STRIDE": 1}
+    known |= {"FROM_SUM": "grad_sum_ptr" in OPTIONAL[case.kernel]} | case.plan.constexprs
     given = {"x_ptr", "grad_ptr", "grad_x_ptr", "centre_ptr", "threshold_ptr", "parts_ptr", *OPTIONAL[case.kernel]}
     given |= {"y_ptr"} if case.kernel.startswith("forward") else set()
     given |= {"weight_ptr", "grad_weight_ptr"} if row.weight_gradient else set()

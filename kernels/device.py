@@ -59,18 +59,24 @@ def load_channel(ptr, channels, channel_mask):
 
 
 @triton.jit
-def pre_activation(x, residual_ptr, scale_ptr, shift_ptr, layer_scale_ptr, channels, channel_mask, dense_offsets, mask):
-    """u in float32: frozen batch norm, LayerScale, residual add, each where its pointer is given."""
-    u = x.to(tl.float32)
+def affine(v, scale_ptr, shift_ptr, channels, channel_mask):
+    """v * scale + shift per channel, each where its pointer is given: a frozen batch norm."""
     if scale_ptr is not None:
-        u = u * load_channel(scale_ptr, channels, channel_mask)
+        v = v * load_channel(scale_ptr, channels, channel_mask)
     if shift_ptr is not None:
-        u = u + load_channel(shift_ptr, channels, channel_mask)
+        v = v + load_channel(shift_ptr, channels, channel_mask)
+    return v
+
+
+@triton.jit
+def pre_activation(x, residual_ptr, scale_ptr, shift_ptr, layer_scale_ptr, channels, channel_mask, dense_offsets, mask):
+    """v in float32: frozen batch norm, LayerScale, residual add, each where its pointer is given."""
+    v = affine(x.to(tl.float32), scale_ptr, shift_ptr, channels, channel_mask)
     if layer_scale_ptr is not None:
-        u = u * load_channel(layer_scale_ptr, channels, channel_mask)
+        v = v * load_channel(layer_scale_ptr, channels, channel_mask)
     if residual_ptr is not None:
-        u = u + tl.load(residual_ptr + dense_offsets, mask=mask, other=0.0).to(tl.float32)
-    return u
+        v = v + tl.load(residual_ptr + dense_offsets, mask=mask, other=0.0).to(tl.float32)
+    return v
 
 
 @triton.jit

@@ -27,7 +27,17 @@ def assert_close(got: Tensor, expected: Tensor, rtol: float) -> None:
     torch.testing.assert_close(got.double(), expected.double(), rtol=rtol, atol=1e-6)
 
 
-@pytest.fixture(params=["scale shift", "scale shift residual", "layer_scale residual", "residual"])
+PROLOGUES = [
+    "scale shift",
+    "scale shift residual",
+    "layer_scale residual",
+    "residual",
+    "residual norm_scale norm_shift",
+    "scale shift residual norm_scale norm_shift",
+]
+
+
+@pytest.fixture(params=PROLOGUES)
 def names(request) -> list[str]:
     return request.param.split()
 
@@ -39,16 +49,17 @@ def memory_format(request) -> torch.memory_format:
 
 @pytest.fixture(params=list(TOLERANCES), ids=str)
 def case(request, names, memory_format, device) -> SimpleNamespace:
-    """x, the prologue's arguments, u in float64 with its graph, and a band whose edges no u is near."""
+    """x, the prologue's arguments, v and u in float64 with their graph, and a band whose edges no u is near."""
     dtype = request.param
     x = random(0, 2, 5, 3, 4).to(device, dtype).contiguous(memory_format=memory_format)
     prologue = {n: random(2, *x.shape).to(x) if n == "residual" else random(3, 5).to(device) + 1 for n in names}
     wide = {n: v.double() if n == "residual" else v.double().view(1, -1, 1, 1) for n, v in prologue.items()}
     factor = wide.get("scale", torch.ones((), device=device)) * wide.get("layer_scale", 1)
     leaf = x.double().requires_grad_()
-    u = leaf * wide.get("scale", 1) + wide.get("shift", 0)
-    u = u * wide.get("layer_scale", 1) + wide.get("residual", 0)
-    u.retain_grad()
+    v = leaf * wide.get("scale", 1) + wide.get("shift", 0)
+    v = v * wide.get("layer_scale", 1) + wide.get("residual", 0)
+    v.retain_grad()
+    u = v * wide.get("norm_scale", 1) + wide.get("norm_shift", 0)
     centre = random(1, 5).to(device) / 2
     # The middle of the widest gap among the inner half of the distances, so that about half the samples are inside.
     distance = (u.detach() - centre.view(1, -1, 1, 1)).abs().transpose(0, 1).flatten(1).sort(1).values[:, 6:18]
@@ -60,8 +71,8 @@ def case(request, names, memory_format, device) -> SimpleNamespace:
     y.backward(grad_y.double())
     arguments = (centre, threshold, 1, "silu")
     return SimpleNamespace(
-        x=x, prologue=prologue, factor=factor, u=u, y=y, grad_y=grad_y, grad_x=leaf.grad, arguments=arguments,
-        rtol=TOLERANCES[dtype],
+        x=x, prologue=prologue, factor=factor, v=v, y=y, grad_y=grad_y, grad_x=leaf.grad, arguments=arguments,
+        rtol=TOLERANCES[dtype], norm={n: t for n, t in prologue.items() if n.startswith("norm")},
     )  # fmt: skip
 
 
@@ -70,25 +81,26 @@ def test_prologue(case) -> None:
     assert_close(y, case.y.detach(), case.rtol)
     grads = mean_sparse_backward(case.grad_y, case.x, *case.arguments, **case.prologue, want_grad_sum=True)
     assert_close(grads.x, case.grad_x, case.rtol)
-    assert_close(grads.u, case.u.grad, case.rtol)
+    assert_close(grads.v, case.v.grad, case.rtol)
 
 
 def test_the_sum_as_a_second_output(case) -> None:
-    y, u = mean_sparse_forward(case.x, *case.arguments, **case.prologue, want_sum=True)
-    assert u.stride() == y.stride() == case.x.stride()
-    assert_close(u, case.u.detach(), case.rtol)
-    # y is the plain operator of the sum as returned, bit for bit.
-    assert torch.equal(y, mean_sparse_forward(u, *case.arguments))
+    y, v = mean_sparse_forward(case.x, *case.arguments, **case.prologue, want_sum=True)
+    assert v.stride() == y.stride() == case.x.stride()
+    assert_close(v, case.v.detach(), case.rtol)
+    # y is the operator of the sum as returned, bit for bit.
+    norm = {n.removeprefix("norm_"): t for n, t in case.norm.items()}
+    assert torch.equal(y, mean_sparse_forward(v, *case.arguments, **norm))
 
 
 def test_gradients_through_both_outputs(case) -> None:
-    _, u = mean_sparse_forward(case.x, *case.arguments, **case.prologue, want_sum=True)
+    _, v = mean_sparse_forward(case.x, *case.arguments, **case.prologue, want_sum=True)
     grads = mean_sparse_backward(
-        case.grad_y, u, *case.arguments, **case.prologue, grad_sum=case.grad_y, from_sum=True, want_grad_sum=True
+        case.grad_y, v, *case.arguments, **case.prologue, grad_sum=case.grad_y, from_sum=True, want_grad_sum=True
     )
-    plain = mean_sparse_backward(case.grad_y, u, *case.arguments).x.double()
+    plain = mean_sparse_backward(case.grad_y, v, *case.arguments, **case.norm, from_sum=True).x.double()
     both = case.grad_y.double() + plain
     rounding = case.rtol * (plain.abs() + both.abs()) + 1e-6  # each is rounded apart
-    assert ((grads.u.double() - both).abs() <= rounding).all()
-    assert_close(grads.x, grads.u.double() * case.factor, 2 * case.rtol)
-    assert (grads.x is grads.u) == (case.factor.dim() == 0)
+    assert ((grads.v.double() - both).abs() <= rounding).all()
+    assert_close(grads.x, grads.v.double() * case.factor, 2 * case.rtol)
+    assert (grads.x is grads.v) == (case.factor.dim() == 0)
