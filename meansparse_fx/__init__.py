@@ -1,16 +1,18 @@
 """MeanSparse as a torch.fx compiler pass: find the activations, measure, rewrite, tune, and attack honestly."""
 
+from .activations import register_activation
 from .alpha import AlphaSearch, select_alpha
 from .backend import compile_report
 from .calibrate import calibrate
 from .errors import MeanSparseError
 from .evaluate import Evaluation, evaluate
-from .operators import get_alpha, operators, set_alpha, set_backward, set_statistics, set_variant
-from .sites import Placement, Site, SitePlan
+from .operators import get_alpha, load_published, operators, set_alpha, set_backward, set_statistics, set_variant
+from .sites import PLACEMENTS, Placement, Site, SitePlan
 from .statistics import Statistics
 from .transform import inspect, restore, transform
 
 __all__ = [
+    "PLACEMENTS",
     "AlphaSearch",
     "Evaluation",
     "MeanSparseError",
@@ -23,7 +25,9 @@ __all__ = [
     "evaluate",
     "get_alpha",
     "inspect",
+    "load_published",
     "operators",
+    "register_activation",
     "restore",
     "select_alpha",
     "set_alpha",

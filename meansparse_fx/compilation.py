@@ -22,7 +22,8 @@ from .errors import CalibrationError, SiteError, StateError, StatisticsError
 from .nn import MeanSparse
 from .operators import set_alpha, set_backward
 from .passes.instrument import Moments
-from .sites import Placement, SitePlan
+from .published import published_operator
+from .sites import Placement, SitePlan, placement_of
 from .sites.find import check_channel_dims
 from .statistics import ChannelStatistics, Statistics, fingerprint
 
@@ -68,7 +69,7 @@ class Options:
                 f"the meansparse back end has no option {unknown[0]!r}; it knows {', '.join(known)}. Options of the "
                 "inner back end go into inner_options"
             )
-        asked = cls(**given)
+        asked = cls(**given | {"placement": placement_of(given.get("placement"))})
         if asked.observe and (asked.statistics is not None or asked.alpha != 0):
             raise StateError("option observe measures the base model: leave out statistics and alpha")
         if asked.statistics is None and (
@@ -110,7 +111,13 @@ class CompileReport:
                     "statistics, alpha and backward by meansparse_fx.set_statistics, set_alpha and set_backward"
                 )
             return
-        training = [name or "the model itself" for name, m in model.named_modules() if m.training] if model else []
+        modules = list(model.named_modules()) if model is not None else []
+        if holding := [name for name, m in modules if published_operator(m) is not None]:
+            raise StateError(
+                f"the model holds {len(holding)} published operators ({holding[0]}): compile "
+                "meansparse_fx.transform(model, images) instead, which takes them over"
+            )
+        training = [name or "the model itself" for name, m in modules if m.training]
         if training:
             raise StateError(f"the model is in train mode ({training[0]}): call model.eval() before it is compiled")
         self._statistics, self._fingerprint = options.statistics, ""
@@ -221,7 +228,7 @@ class CompileReport:
         """Count a graph; with the model's last, check that all graphs together are what was asked for."""
         self.compilations += 1
         # Without the activations' weights, which are nodes and would keep the graph.
-        sites = [replace(s, activation=replace(s.activation, weight=None)) for s in plan]
+        sites = [replace(s, activation=s.activation and replace(s.activation, weight=None)) for s in plan]
         self._plans[captured.code, tuple(s.name for s in sites)] = SitePlan(tuple(sites), plan.route)
         if captured.model is None and sites:
             raise SiteError(f"{sites[0].name}: found outside of any module, so that its name says nothing")

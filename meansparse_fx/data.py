@@ -1,6 +1,6 @@
 """Floor 1: image data from the formats users have, as tensors in [0, 1].
 
-Knows nothing of models or graphs. Imports errors only; torchvision when an image folder is opened. Nothing
+Knows nothing of models or graphs. Imports errors and shards; torchvision when an image folder is opened. Nothing
 is ever unpickled.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import ArtifactError
+from .shards import ShardSampler
 
 _IDX_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -49,9 +50,19 @@ class ImageSet(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], int(self.labels[index])
 
-    def loader(self, batch_size: int) -> DataLoader:
-        """Return batches of (images, labels) in order."""
-        return DataLoader(self, batch_size)
+    def loader(
+        self, batch_size: int, shard: tuple[int, int] = (0, 1), workers: int = 0, pin_memory: bool = False
+    ) -> DataLoader:
+        """Return batches of (images, labels) in order.
+
+        Args:
+            batch_size: Images at a time; the last batch may be shorter.
+            shard: (rank, world) for one of several processes, which gets every world-th image.
+            workers: Processes that read ahead; 0 reads in this one.
+            pin_memory: Read into memory that a GPU can copy from while the host goes on.
+        """
+        sampler = ShardSampler(len(self), *shard)
+        return DataLoader(self, batch_size, sampler=sampler, num_workers=workers, pin_memory=pin_memory)
 
     def check_labels(self, classes: int) -> None:
         """Raise ArtifactError if a label has no logit in a model of that many classes."""

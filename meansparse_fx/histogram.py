@@ -5,6 +5,7 @@ Runs a transformed model and looks on; draws nothing.
 
 from __future__ import annotations
 
+import difflib
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from .errors import StatisticsError
 from .kernels.reference import inside_band, per_channel, sparsify
 from .nn import MeanSparse
 from .operators import operators
+from .statistics import Statistics
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,6 +103,39 @@ def feature_histogram(
     return FeatureHistogram(
         site, channel, edges, counts[0], counts[1], mean, band, float(shares[site][channel]), len(images)
     )
+
+
+def stored_histogram(statistics: Statistics, site: str, channel: int, alpha: float) -> FeatureHistogram:
+    """Return the histogram that calibration counted of one channel, before and after an operator at ``alpha``.
+
+    A bin that the band cuts gives up the share of its width that lies inside.
+
+    Raises:
+        StatisticsError: No such site or channel, or no histograms.
+    """
+    if site not in statistics:
+        near = difflib.get_close_matches(site, statistics, 3) or list(statistics)[:3]
+        raise StatisticsError(f"the statistics have no site {site!r}; there are {', '.join(near)}, ...")
+    moments = statistics[site]
+    if moments.histogram is None:
+        raise StatisticsError(f"{site}: no histograms in the statistics: calibrate with histograms (--histograms)")
+    if channel >= len(moments.mean):
+        raise StatisticsError(f"{site}: no channel {channel}, it has {len(moments.mean)}, counted from 0")
+    mean, std = float(moments.mean[channel]), float(moments.std[channel])
+    low, width = float(moments.histogram.low[channel]), float(moments.histogram.width[channel])
+    counts = moments.histogram.counts[channel].double().numpy()
+    band = alpha * std if alpha * std > 0 else -1.0
+    edges = low + width * np.arange(len(counts) + 1)
+    before = counts / max(counts.sum(), 1)
+    inside = np.clip(np.minimum(edges[1:], mean + band) - np.maximum(edges[:-1], mean - band), 0, None) / width
+    after = before * (1 - inside)
+    after[min(max(int((mean - low) / width), 0), len(counts) - 1)] += (before * inside).sum()
+    seen = np.flatnonzero(counts)
+    first, last = (seen[0], seen[-1] + 1) if len(seen) else (0, len(counts))
+    return FeatureHistogram(
+        site, channel, edges[first : last + 1], before[first:last], after[first:last], mean, band,
+        float((before * inside).sum()), statistics.images,
+    )  # fmt: skip
 
 
 def _run_watched(sparse: fx.GraphModule, images: Tensor, look: Any) -> None:

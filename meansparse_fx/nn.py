@@ -6,14 +6,16 @@ Knows one site each; nothing of graphs. Imports kernels, and statistics for the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from .activations import ActivationCall
 from .errors import SiteError, StateError
-from .kernels.ops import channel_moments, mean_sparse
+from .kernels.ops import activation_moments, channel_moments, mean_sparse
 from .kernels.reference import BACKWARDS, VARIANTS
+from .published import PublishedOperator
 from .rewrite import RecordedCall
 from .statistics import ChannelStatistics
 
@@ -38,6 +40,7 @@ class MeanSparse(nn.Module):
         centre, threshold: ``[C]``, what the kernel reads: derived from the above, so not in the state_dict.
             Always float32, or float64 in a float64 model. A negative threshold switches a channel off.
         replaces: The call this operator took the place of, activation included; None for a bare operator.
+        strict: The band is open, as published checkpoints have it: values at distance alpha * std stay.
         variant, backward, steepness: See `kernels.reference.mean_sparse`.
     """
 
@@ -48,6 +51,7 @@ class MeanSparse(nn.Module):
         self.channel_dim = channel_dim
         self.activation = activation
         self.replaces: RecordedCall | None = None
+        self.strict = False
         self.variant = "mean"
         self.centre_mode = "channel"
         self.backward = "exact"
@@ -84,6 +88,19 @@ class MeanSparse(nn.Module):
         self.std.copy_(statistics.std)
         self._refresh()
 
+    def take_over(self, published: PublishedOperator) -> None:
+        """Become the same function as a published operator: its statistics, its alpha, its open band."""
+        if len(published.mean) != self.channels:
+            raise SiteError(
+                f"{self.name}: the published operator has {len(published.mean)} channels, its input {self.channels} at "
+                f"dim {self.channel_dim}"
+            )
+        self.strict = True
+        if published.variance.any():  # all zero: never calibrated
+            self.mean.copy_(published.mean)
+            self.std.copy_(published.variance.sqrt())
+        self.set_alpha(published.alpha)
+
     def set_alpha(self, alpha: float) -> None:
         """Set the half width of the band in standard deviations; 0 switches the operator off."""
         if not (math.isfinite(alpha) and alpha >= 0):
@@ -111,6 +128,8 @@ class MeanSparse(nn.Module):
     def _refresh(self) -> None:
         with torch.no_grad():
             band = self.alpha * self.std
+            if self.strict:
+                band = torch.where(band > 0, band.nextafter(torch.zeros_like(band)), band)
             self.threshold.copy_(torch.where(band > 0, band, -torch.ones_like(band)))
             match self.centre_mode:
                 case "channel":
@@ -144,45 +163,49 @@ class MeanSparse(nn.Module):
 
 
 class ChannelMoments(nn.Module):
-    """An observer: returns its input unchanged and accumulates the exact moments of each channel.
+    """An observer: measures its input, and returns it unchanged or, fused, activated.
 
-    Batches are reduced in float64 and merged by Chan's formula, so that how the data was split changes
-    nothing beyond float64 rounding. No host synchronisation.
+    It keeps the moments of its latest call alone; `calibrate` merges those of all sites at once, in a few operations
+    a batch instead of a few a site. No host synchronisation.
 
     Args:
         name: The site's name, for messages.
         channels: Number of channels C.
         channel_dim: Dimension of the input that holds them.
+        activation: Returned applied to the input, which a GPU then reads once; None returns the input.
+
+    Attributes:
+        latest: Of the latest call; None before the first.
+        bins: Called with the input ``[C, values]`` too, if set: what counts histograms.
     """
 
-    def __init__(self, name: str, channels: int, channel_dim: int):
+    def __init__(self, name: str, channels: int, channel_dim: int, activation: ActivationCall | None = None):
         super().__init__()
         self.name = name
         self.channels = channels
         self.channel_dim = channel_dim
-        self.count = 0
-        self.register_buffer("mean", torch.zeros(channels, dtype=torch.float64), persistent=False)
-        self.register_buffer("m2", torch.zeros(channels, dtype=torch.float64), persistent=False)
+        self.activation = activation
+        self.latest: ChannelStatistics | None = None
+        self.bins: Callable[[Tensor], None] | None = None
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x ``[..., C, ...]``, having counted it."""
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return x ``[..., C, ...]``, or act(x), having measured it; weight is the activation's learned slope."""
         if x.shape[self.channel_dim] != self.channels:
             raise SiteError(
                 f"{self.name}: input has {x.shape[self.channel_dim]} channels at dim {self.channel_dim}, "
                 f"the site was planned with {self.channels}"
             )
-        if x.numel() == 0:
-            return x
-        merged = self.moments().merge(ChannelStatistics(*channel_moments(x, self.channel_dim)))
-        self.count = merged.count
-        self.mean.copy_(merged.mean)
-        self.m2.copy_(merged.m2)
-        return x
-
-    def moments(self) -> ChannelStatistics:
-        """Return what was accumulated so far."""
-        return ChannelStatistics(self.count, self.mean, self.m2)
+        y = x
+        if self.activation is None:
+            moments = channel_moments(x, self.channel_dim)
+        else:
+            call = self.activation
+            y, moments = activation_moments(x, self.channel_dim, call.name, call.constants, weight)
+        self.latest = ChannelStatistics(*moments)
+        if self.bins is not None:
+            self.bins(x.movedim(self.channel_dim, 0).flatten(1))
+        return y
 
 
 def _positive(name: str, value: float) -> float:

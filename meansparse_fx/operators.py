@@ -9,10 +9,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from .errors import StateError
+from .errors import StateError, StatisticsError
 from .nn import MeanSparse
+from .published import split_checkpoint
+from .rewrite import PREFIX
 from .statistics import Statistics, fingerprint
 
 
@@ -105,9 +107,45 @@ def set_statistics(model: nn.Module, statistics: Statistics | str | Path, check_
     if not isinstance(statistics, Statistics):
         statistics = Statistics.load(statistics)
     found = operators(model)
-    statistics.check({n: m.channels for n, m in found.items()}, fingerprint(model) if check_weights else None)
+    channels = {name: operator.channels for name, operator in found.items()}
+    activations = {name: operator.activation.name for name, operator in found.items() if operator.activation}
+    statistics.check(channels, fingerprint(model) if check_weights else None, activations)
     for name, operator in found.items():
         operator.set_statistics(statistics[name])
+
+
+def load_published(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load a published MeanSparse checkpoint into a transformed base model: weights, statistics and alpha.
+
+    Args:
+        model: The base architecture, transformed with the checkpoint's placement (``robustbench:wrn`` and the like).
+        state_dict: Of RobustBench's ``Meansparse_*`` architecture.
+
+    Raises:
+        StatisticsError: Its operators are not the model's sites, or its weights not the model's; nothing was changed.
+    """
+    weights, published = split_checkpoint(state_dict)
+    found = operators(model)
+    if differing := sorted(published.keys() ^ found.keys()):
+        raise StatisticsError(
+            f"the checkpoint has operators at {len(published)} sites and the model at {len(found)}; {differing[0]} "
+            "is in one of them only: transform the base with the checkpoint's placement"
+        )
+    own = {key: value for key, value in model.state_dict().items() if key.split(".")[0] != PREFIX}
+    shapes, expected = ({key: tuple(v.shape) for key, v in state.items()} for state in (weights, own))
+    if shapes != expected:
+        differing = sorted(key for key in shapes.keys() | expected if shapes.get(key) != expected.get(key))
+        raise StatisticsError(
+            f"the checkpoint's weights are not this model's: {len(differing)} differ, {differing[0]} first"
+        )
+    for name, operator in found.items():
+        if len(published[name].mean) != operator.channels:
+            raise StatisticsError(
+                f"{name}: the checkpoint has {len(published[name].mean)} channels, the model {operator.channels}"
+            )
+    model.load_state_dict(weights, strict=False)
+    for name, operator in found.items():
+        operator.take_over(published[name])
 
 
 @contextmanager

@@ -80,6 +80,15 @@ def insert_module_before(node: fx.Node, source: fx.Node, target: str) -> fx.Node
     return new
 
 
+def insert_module_after(node: fx.Node, target: str) -> fx.Node:
+    """Make every reader of ``node`` read ``target(node)`` instead; return the new node."""
+    with node.graph.inserting_after(node):
+        new = node.graph.call_module(target, (node,))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    return new
+
+
 def redirect_later_readers(source: fx.Node, after: fx.Node) -> None:
     """Let every reader of ``source`` that stands after node ``after`` read ``after`` instead.
 

@@ -6,23 +6,54 @@ Knows tensors and files; nothing of graphs or of loaders.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import tempfile
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from . import artifacts
 from .errors import ArtifactError, StatisticsError
 from .rewrite import PREFIX
 
 FORMAT = "meansparse_fx.statistics"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelHistogram:
+    """How often each channel's values fell into bins of equal width; the end bins also hold what lies beyond.
+
+    Attributes:
+        low: ``[C]`` float64, lower edge of the first bin.
+        width: ``[C]`` float64, of one bin.
+        counts: ``[C, B]`` int64.
+    """
+
+    low: Tensor
+    width: Tensor
+    counts: Tensor
+
+    def merge(self, other: ChannelHistogram | None) -> ChannelHistogram | None:
+        """Return both histograms together, or None where their bins differ."""
+        if other is None or not (torch.equal(self.low, other.low) and torch.equal(self.width, other.width)):
+            return None
+        return ChannelHistogram(self.low, self.width, self.counts + other.counts)
+
+    def share_inside(self, centre: Tensor, half_width: Tensor) -> Tensor:
+        """Return the share ``[C]`` of values within ``half_width`` of ``centre``; values lie evenly within a bin."""
+        below = torch.nn.functional.pad(self.counts.cumsum(1), (1, 0)).double()  # [C, B + 1], below each edge
+
+        def share_below(value: Tensor) -> Tensor:
+            place = ((value - self.low) / self.width).clamp(0, self.counts.shape[1])
+            edge = place.floor().long().clamp_max(self.counts.shape[1] - 1)
+            start, end = (below.gather(1, (edge + step)[:, None])[:, 0] for step in (0, 1))
+            return (start + (end - start) * (place - edge)) / below[:, -1].clamp_min(1)
+
+        return share_below(centre + half_width) - share_below(centre - half_width)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,11 +64,13 @@ class ChannelStatistics:
         count: Values seen per channel (images times positions).
         mean: ``[C]`` float64, in the units of the input.
         m2: ``[C]`` float64, sum of squared deviations from the mean.
+        histogram: Of the same values, if it was asked for.
     """
 
     count: int
     mean: Tensor
     m2: Tensor
+    histogram: ChannelHistogram | None = None
 
     @property
     def std(self) -> Tensor:
@@ -54,7 +87,8 @@ class ChannelStatistics:
         delta = other.mean - self.mean
         mean = self.mean + delta * (other.count / count)
         m2 = self.m2 + other.m2 + delta.square() * (self.count * (other.count / count))
-        return ChannelStatistics(count, mean, m2)
+        histogram = self.histogram and self.histogram.merge(other.histogram)
+        return ChannelStatistics(count, mean, m2, histogram)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,12 +100,16 @@ class Statistics(Mapping[str, ChannelStatistics]):
         fingerprint: Of the base model's weights, from `fingerprint`.
         images: Number of images seen.
         metadata: Further facts as strings: package versions, data description.
+        graph: Of the captured graph, from `graph_fingerprint`: a record, since each capture route has its own graph.
+        table: By site name what the site was: kind, activation, channel_dim, channels, after.
     """
 
     sites: dict[str, ChannelStatistics]
     fingerprint: str
     images: int
     metadata: dict[str, str] = field(default_factory=dict)
+    graph: str = ""
+    table: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> ChannelStatistics:
         return self.sites[name]
@@ -83,20 +121,41 @@ class Statistics(Mapping[str, ChannelStatistics]):
         return len(self.sites)
 
     def merge(self, other: Statistics) -> Statistics:
-        """Return the statistics of both data sets together; both must be of the same model and sites."""
+        """Return the statistics of both data sets together.
+
+        Raises:
+            StatisticsError: They are of different models or sites, or one is a copy of the other.
+        """
         if self.fingerprint != other.fingerprint:
             raise StatisticsError("cannot merge statistics of two different models (fingerprints differ)")
         if self.sites.keys() != other.sites.keys():
             raise StatisticsError(f"cannot merge: sites differ ({_some(self.sites.keys() ^ other.sites.keys())})")
+        for name in self.table.keys() & other.table.keys():
+            if self.table[name] != other.table[name]:
+                raise StatisticsError(f"cannot merge: {name} is {self.table[name]} in one and {other.table[name]}")
+        pairs = [(own, other[name]) for name, own in self.sites.items()]
+        if all(a.count == b.count and torch.equal(a.mean, b.mean) and torch.equal(a.m2, b.m2) for a, b in pairs):
+            raise StatisticsError("cannot merge: both are of the same images, which would count twice")
         sites = {name: own.merge(other[name]) for name, own in self.sites.items()}
-        return Statistics(sites, self.fingerprint, self.images + other.images, self.metadata)
+        metadata = {
+            key: " + ".join(dict.fromkeys(m[key] for m in (self.metadata, other.metadata) if key in m))
+            for key in self.metadata | other.metadata
+        }
+        table = self.table or other.table
+        return Statistics(sites, self.fingerprint, self.images + other.images, metadata, self.graph, table)
 
-    def check(self, channels: Mapping[str, int], fingerprint: str | None = None) -> None:
+    def check(
+        self,
+        channels: Mapping[str, int],
+        fingerprint: str | None = None,
+        activations: Mapping[str, str | None] | None = None,
+    ) -> None:
         """Raise StatisticsError unless these statistics fit a model's sites.
 
         Args:
             channels: Site name to number of channels, of the model they are meant for.
             fingerprint: That model's; None leaves the weights unchecked.
+            activations: Site name to activation, where both are known: equal weights may serve another network.
         """
         if fingerprint is not None and self.fingerprint != fingerprint:
             raise StatisticsError(
@@ -115,30 +174,30 @@ class Statistics(Mapping[str, ChannelStatistics]):
                 raise StatisticsError(f"{name}: statistics hold NaN or inf; calibrate again")
             if own.count < 1 or (own.m2 < 0).any():
                 raise StatisticsError(f"{name}: count {own.count} or a negative m2 is no measurement; calibrate again")
+        for name, activation in (activations or {}).items():
+            measured = self.table.get(name, {}).get("activation")
+            if None not in (activation, measured) and activation != measured:
+                raise StatisticsError(
+                    f"{name}: measured before {measured}, the model has {activation} there: calibrate this model"
+                )
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; a reader sees the old file or the whole new one."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, s in self.sites.items():
             tensors |= {f"{name}:mean": s.mean, f"{name}:m2": s.m2, f"{name}:std": s.std}
+            if s.histogram is not None:
+                h = s.histogram
+                tensors |= {f"{name}:low": h.low, f"{name}:width": h.width, f"{name}:histogram": h.counts}
         header = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
-            "images": str(self.images),
-            "counts": json.dumps({name: s.count for name, s in self.sites.items()}),
-            "metadata": json.dumps(self.metadata),
+            "graph": self.graph,
+            "images": self.images,
+            "counts": {name: s.count for name, s in self.sites.items()},
+            "table": self.table,
+            "metadata": self.metadata,
         }
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent or ".", prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, metadata=header)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        artifacts.write(path, FORMAT, FORMAT_VERSION, header, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -147,24 +206,20 @@ class Statistics(Mapping[str, ChannelStatistics]):
         Raises:
             ArtifactError: The file is truncated, not safetensors, or not written by this package.
         """
+        header, tensors = artifacts.read(path, FORMAT, FORMAT_VERSION, "a statistics file")
         try:
-            with safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
-                if header.get("format") != FORMAT:
-                    raise ArtifactError(f"{path}: a safetensors file, but not statistics of meansparse_fx")
-                if header["format_version"] != FORMAT_VERSION:
-                    raise ArtifactError(
-                        f"{path}: format version {header['format_version']}; this release reads {FORMAT_VERSION}"
-                    )
-                sites = {
-                    name: ChannelStatistics(count, file.get_tensor(f"{name}:mean"), file.get_tensor(f"{name}:m2"))
-                    for name, count in json.loads(header["counts"]).items()
-                }
-                return cls(sites, header["fingerprint"], int(header["images"]), json.loads(header["metadata"]))
-        except FileNotFoundError:
-            raise
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise ArtifactError(f"{path}: truncated or not a statistics file ({error})") from error
+            sites = {name: _site(tensors, name, count) for name, count in header["counts"].items()}
+            facts = (header["fingerprint"], header["images"], header["metadata"], header["graph"], header["table"])
+        except (KeyError, AttributeError) as error:
+            raise ArtifactError(f"{path}: damaged, it lacks {error}") from error
+        return cls(sites, *facts)
+
+
+def _site(tensors: Mapping[str, Tensor], name: str, count: int) -> ChannelStatistics:
+    histogram = None
+    if f"{name}:histogram" in tensors:
+        histogram = ChannelHistogram(*(tensors[f"{name}:{part}"] for part in ("low", "width", "histogram")))
+    return ChannelStatistics(count, tensors[f"{name}:mean"], tensors[f"{name}:m2"], histogram)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -178,6 +233,12 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def graph_fingerprint(graph_module: fx.GraphModule) -> str:
+    """Return a hash of a graph's calls in their order, whatever its weights."""
+    code = re.sub(r"0x[0-9a-f]+", "", graph_module.code)  # addresses in the names of objects
+    return hashlib.blake2b(code.encode(), digest_size=16).hexdigest()
 
 
 def _some(names, limit: int = 3) -> str:

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,14 @@ class Retrace(Exception):
     """Tracing has to start again under other conditions; no failure of the model."""
 
 
+def _timm_registry() -> ModuleType | None:
+    """Return where timm lists what must not be traced into, if a model of it can be about; timm 1.0.9 has it there."""
+    for name in ("timm.layers", "timm.models._features_fx"):
+        if hasattr(module := sys.modules.get(name), "get_notrace_functions"):
+            return module
+    return None
+
+
 class ModelTracer(fx.Tracer):
     """Traces a model as a function of one tensor, into every module that might hide an activation.
 
@@ -62,10 +71,9 @@ class ModelTracer(fx.Tracer):
     """
 
     def __init__(self, leaves: frozenset[type] = frozenset(), trace_buffers: bool = True) -> None:
-        timm = sys.modules.get("timm.layers")
-        functions = tuple(timm.get_notrace_functions()) if timm else ()
-        super().__init__(autowrap_functions=functions)
-        self._leaves = leaves | frozenset(timm.get_notrace_modules() if timm else ())
+        registry = _timm_registry()
+        super().__init__(autowrap_functions=tuple(registry.get_notrace_functions()) if registry else ())
+        self._leaves = leaves | frozenset(registry.get_notrace_modules() if registry else ())
         self._trace_buffers = trace_buffers
         self._state_names: dict[int, str] = {}
 

@@ -10,19 +10,19 @@ from .capture import capture
 from .errors import SiteError
 from .operators import set_alpha, set_backward, set_statistics
 from .passes import restore, sparsify
-from .sites import Placement, SitePlan, find_sites
+from .sites import Placement, SitePlan, find_sites, placement_of
 from .statistics import Statistics
 
 __all__ = ["inspect", "restore", "transform"]
 
 
-def inspect(model: nn.Module, images: Tensor | None = None, placement: Placement | None = None) -> SitePlan:
+def inspect(model: nn.Module, images: Tensor | None = None, placement: Placement | str | None = None) -> SitePlan:
     """Return every candidate site of a model: whether it would be rewritten, and why not.
 
     Args:
         model: In eval mode; not changed. Of a transformed model the plan it was made by is returned.
         images: ``[N, ...]``, a few example inputs; values do not matter, shape and device do.
-        placement: Which sites to take; by default every activation.
+        placement: Which sites to take, or the name of one of `PLACEMENTS`; by default every activation.
 
     Example:
         >>> import torch, meansparse_fx as msfx
@@ -33,29 +33,31 @@ def inspect(model: nn.Module, images: Tensor | None = None, placement: Placement
     if isinstance(model, fx.GraphModule) and "plan" in model.meta:
         return model.meta["plan"]
     captured = capture(model, images)
-    return find_sites(captured.graph_module, captured.route, images, placement or Placement())
+    return find_sites(captured.graph_module, captured.route, images, placement_of(placement))
 
 
 def transform(
     model: nn.Module,
     images: Tensor | None = None,
     *,
-    placement: Placement | None = None,
+    placement: Placement | str | None = None,
     statistics: Statistics | str | Path | None = None,
-    alpha: float = 0.0,
+    alpha: float | None = None,
     backward: str = "exact",
 ) -> fx.GraphModule:
     """Return a copy of ``model`` with a MeanSparse operator at every site (paper, section 3.3).
 
     The copy's state_dict has the model's keys, and the operators' under ``meansparse.``. At alpha = 0 it
-    computes what the model computes.
+    computes what the model computes. Operators that a published checkpoint brings along become ours, with their
+    statistics, alpha and strict comparison; nothing else is inserted, and the copy computes what the model computes.
 
     Args:
         model: A trained network in eval mode; not changed.
         images: ``[N, ...]``, a few example inputs on the model's device.
-        placement: Which sites to take; by default every activation.
+        placement: Which sites to take, or the name of one of `PLACEMENTS`; by default every activation.
         statistics: Of an earlier `calibrate`, or the path of their file; without them calibrate the result.
-        alpha: Half width of the band in standard deviations; needs statistics unless 0.
+        alpha: Half width of the band in standard deviations; needs statistics unless 0. By default 0, or the published
+            operators' own.
         backward: ``exact``, ``identity`` or ``smooth``; see `set_backward`.
 
     Raises:
@@ -75,7 +77,7 @@ def transform(
         False
     """
     captured = capture(model, images)
-    plan = find_sites(captured.graph_module, captured.route, images, placement or Placement())
+    plan = find_sites(captured.graph_module, captured.route, images, placement_of(placement))
     if not plan.active:
         reasons = "; ".join(f"{s.name}: {s.skipped}" for s in list(plan)[:3])
         raise SiteError(f"none of the {len(plan)} candidate sites can be rewritten ({reasons}); see inspect()")
@@ -85,5 +87,6 @@ def transform(
     set_backward(sparse, backward)
     if statistics is not None:
         set_statistics(sparse, statistics)
-    set_alpha(sparse, alpha)
+    if alpha is not None:
+        set_alpha(sparse, alpha)
     return sparse

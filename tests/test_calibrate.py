@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import meansparse_fx as msfx
-from meansparse_fx.errors import CalibrationError, StateError
+from meansparse_fx.calibrate.convergence import Groups, precision
+from meansparse_fx.calibrate.totals import Totals, merge_all
+from meansparse_fx.errors import ArtifactError, CalibrationError, StateError, StatisticsError
+from meansparse_fx.histogram import stored_histogram
+from meansparse_fx.passes import observe
 
 
 def test_statistics_are_those_of_the_base_models_own_values(net, images, sites):
@@ -72,3 +82,281 @@ def test_a_dead_channel_is_left_alone(net, images):
     assert float(stats["gelu"].std[2]) == 0
     msfx.set_alpha(sparse, 0.5)
     assert float(msfx.operators(sparse)["gelu"].threshold[2]) == -1
+
+
+def moments(stats) -> dict[str, tuple]:
+    return {name: (s.count, s.mean.tolist(), s.m2.tolist()) for name, s in stats.items()}
+
+
+@given(order=st.permutations(range(12)), cuts=st.sets(st.integers(1, 11)))
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_order_and_batch_sizes_do_not_matter(order, cuts, net, images):
+    """In float64, so that the convolutions' own rounding does not depend on the batch size to any extent that shows."""
+    net, images = copy.deepcopy(net).double(), images.double()
+    sparse = msfx.transform(net, images)
+    whole = msfx.calibrate(sparse, [images], progress=False)
+    parts = [images[list(order)][a:b] for a, b in itertools.pairwise([0, *sorted(cuts), 12])]
+    split = msfx.calibrate(sparse, parts, progress=False)
+    for name in whole:
+        assert split[name].count == whole[name].count
+        torch.testing.assert_close(split[name].mean, whole[name].mean, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(split[name].m2, whole[name].m2, rtol=1e-11, atol=0)
+
+
+def test_fused_observers_measure_and_compute_the_same(net, images, sites, monkeypatch):
+    """What a GPU runs: the observer makes the activation's call. Here its plain composition."""
+    sparse = msfx.transform(net, images)
+    plain, fused = observe(sparse), observe(sparse, fused=True)
+    torch.testing.assert_close(fused[0](images), plain[0](images), rtol=1e-5, atol=1e-6)
+    for name in sites:
+        assert fused[1][name].activation is not None
+        assert torch.equal(fused[1][name].latest.mean, plain[1][name].latest.mean)
+        assert torch.equal(fused[1][name].latest.m2, plain[1][name].latest.m2)
+    calls = [n for n in fused[0].graph.nodes if n.op.startswith("call") and "relu" in str(n.target)]
+    assert all(str(n.target).startswith("meansparse.") for n in calls)
+
+
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_moments_are_not_rounded(net, images, amp):
+    kept = []
+    net.bn.register_forward_hook(lambda m, i, o: kept.append(o.detach().clone()))
+    with torch.autocast("cpu", amp):
+        net(images)
+    values = kept[0].double().transpose(0, 1).flatten(1)
+    stats = msfx.calibrate(msfx.transform(net, images), [images], amp=amp, channels_last=True, progress=False)
+    # Convolutions of another layout may round a value of 8 or 11 bits the other way, here and there.
+    torch.testing.assert_close(stats["relu"].mean, values.mean(1), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(stats["relu"].std, values.std(1, correction=0), rtol=1e-3, atol=0)
+
+
+def test_the_record(net, images, sites):
+    stats = msfx.calibrate(msfx.transform(net, images), [images * 0.5], progress=False, metadata={"data": "noise"})
+    assert stats.metadata["input_range"] == f"{float(images.min()) / 2:g} to {float(images.max()) / 2:g}"
+    assert stats.metadata["torch"] == torch.__version__
+    assert stats.metadata["data"] == "noise"
+    assert stats.table["gelu"]["channel_dim"] == 3
+    assert stats.table["gelu"]["activation"] == "gelu"
+    assert len(stats.graph) == len(stats.fingerprint) == 32
+
+
+def test_equal_weights_before_another_activation_are_refused(net, images):
+    stats = msfx.calibrate(msfx.transform(net, images), [images], progress=False)
+    table = stats.table | {"gelu": stats.table["gelu"] | {"activation": "silu"}}
+    with pytest.raises(StatisticsError, match="gelu: measured before silu"):
+        msfx.set_statistics(msfx.transform(net, images), replace(stats, table=table))
+
+
+# Checkpoints
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Failing:
+    """Batches until a position, and then an exception, as a crash between two of them."""
+
+    def __init__(self, batches, until: int) -> None:
+        self.batches, self.until = batches, until
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self):
+        for index, batch in enumerate(self.batches):
+            if index == self.until:
+                raise Interrupted
+            yield batch
+
+
+@pytest.mark.parametrize("options", [{}, {"histograms": True}, {"tolerance": 1e-6}], ids=str)
+@pytest.mark.parametrize("kind", ["list", "iterable", "DataLoader"])
+def test_resumed_equals_uninterrupted(net, images, tmp_path, options, kind):
+    many = torch.cat([images, images.flip(3), images.flip(2)])
+    batches = list(many.split(2))  # enough for a precision
+    sparse = msfx.transform(net, images)
+    msfx.calibrate(sparse, Failing(batches, 99), progress=False, **options).save(tmp_path / "whole")
+    keeping = {"checkpoint": tmp_path / "c", "every": 0, "progress": False} | options
+    for until in (1, 7, 17):
+        with pytest.raises(Interrupted):
+            msfx.calibrate(sparse, Failing(batches, until), **keeping)
+    loader = {
+        "list": Failing(batches, 99),
+        "iterable": Failing(batches, 99),
+        "DataLoader": torch.utils.data.DataLoader(torch.utils.data.TensorDataset(many), batch_size=2),
+    }[kind]
+    if kind == "DataLoader":  # the interrupted ones did not know how many images they had
+        (tmp_path / "c").unlink()
+        stopping = torch.utils.data.DataLoader(Exploding(many, 31), batch_size=2)
+        with pytest.raises(Interrupted):
+            msfx.calibrate(sparse, stopping, **keeping)
+    msfx.calibrate(sparse, loader, **keeping).save(tmp_path / "resumed")
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
+    msfx.calibrate(sparse, loader, **keeping).save(tmp_path / "again")  # a finished checkpoint
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert {p.name for p in tmp_path.iterdir()} == {"c", "whole", "resumed", "again"}
+
+
+class Exploding(torch.utils.data.Dataset):
+    """Images, and an exception at one."""
+
+    def __init__(self, images, at: int) -> None:
+        self.images, self.at, self.read = images, at, []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int):
+        self.read.append(index)
+        if index == self.at:
+            raise Interrupted
+        return (self.images[index],)
+
+
+def test_what_was_measured_is_not_read_again(net, images, tmp_path):
+    sparse, data = msfx.transform(net, images), Exploding(images, 9)
+    loader = torch.utils.data.DataLoader(data, batch_size=2)
+    keeping = {"checkpoint": tmp_path / "c", "every": 0, "progress": False}
+    with pytest.raises(Interrupted):
+        msfx.calibrate(sparse, loader, **keeping)
+    data.at, data.read = -1, []
+    msfx.calibrate(sparse, loader, **keeping)
+    assert data.read == [0, 1, 6, 7, 8, 9, 10, 11]  # the first and the last measured batch, to compare
+
+
+def test_checkpoints_of_something_else_are_refused(net, images, tmp_path):
+    sparse = msfx.transform(net, images)
+    keeping = {"checkpoint": tmp_path / "c", "every": 0, "progress": False}
+    with pytest.raises(Interrupted):
+        msfx.calibrate(sparse, Failing(images.split(3), 2), **keeping)
+    with pytest.raises(CalibrationError, match="number of batches"):
+        msfx.calibrate(sparse, Failing(images.split(4), 99), **keeping)
+    with pytest.raises(CalibrationError, match="another order of images: batch 0"):
+        msfx.calibrate(sparse, Failing(images.flip(0).split(3), 99), **keeping)
+    with pytest.raises(CalibrationError, match="another order of images: batch 1"):
+        msfx.calibrate(sparse, Failing(images[[0, 1, 2, 6, 7, 8, 3, 4, 5, 9, 10, 11]].split(3), 99), **keeping)
+    with pytest.raises(CalibrationError, match="precision or layout"):
+        msfx.calibrate(sparse, Failing(images.split(3), 99), amp=torch.bfloat16, **keeping)
+    with pytest.raises(CalibrationError, match="choice of histograms"):
+        msfx.calibrate(sparse, Failing(images.split(3), 99), histograms=True, **keeping)
+    with torch.no_grad():
+        net.head.bias += 1
+    with pytest.raises(CalibrationError, match="weights"):
+        msfx.calibrate(msfx.transform(net, images), Failing(images.split(3), 99), **keeping)
+    shuffled = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images), batch_size=3, shuffle=True)
+    with pytest.raises(CalibrationError, match="shuffles"):
+        msfx.calibrate(sparse, shuffled, **keeping)
+    (tmp_path / "c").write_text("x")
+    with pytest.raises(ArtifactError, match="truncated or not a checkpoint"):
+        msfx.calibrate(sparse, images.split(3), **keeping)
+    (tmp_path / "c").rename(tmp_path / "c.rank0-of-2")
+    with pytest.raises(CalibrationError, match=r"2 process.* now there are 1"):
+        msfx.calibrate(sparse, images.split(3), **keeping)
+
+
+def test_non_finite_values_keep_the_checkpoint_before_them(net, images, tmp_path):
+    bad = images.clone()
+    bad[7, 0, 3, 3] = float("inf")
+    sparse = msfx.transform(net, images)
+    keeping = {"checkpoint": tmp_path / "c", "every": 0, "progress": False}
+    with pytest.raises(CalibrationError, match=r"relu: NaN or inf .* batch 2"):
+        msfx.calibrate(sparse, Failing(bad.split(3), 99), **keeping)
+    mended = msfx.calibrate(sparse, Failing(images.split(3), 99), **keeping)
+    assert moments(mended) == moments(msfx.calibrate(sparse, images.split(3), progress=False))
+
+
+# Stopping by itself
+
+
+def noise(images: int, channels: int = 5, seed: int = 0) -> torch.Tensor:
+    """Values of one image share a random offset and scale: what makes pixels a poor count of samples."""
+    g = torch.Generator().manual_seed(seed)
+    offset = torch.randn(images, channels, 1, 1, generator=g)
+    return offset + 0.5 * torch.randn(images, channels, 16, 16, generator=g)
+
+
+def test_standard_errors_are_those_of_repeated_experiments():
+    """Twenty-five data sets, measured by NumPy: how means and deviations really scatter, in units of the deviation."""
+    net = torch.nn.Sequential(torch.nn.ReLU())
+    values = [noise(320, seed=seed) for seed in range(25)]
+    sparse = msfx.transform(net.eval(), values[0][:2], placement=msfx.Placement(channel_dims={"0": 1}))
+    arrays = [v.double().numpy().transpose(1, 0, 2, 3).reshape(5, -1) for v in values]
+    std = np.mean([a.std(1) for a in arrays])
+    true_mean_error = np.std([a.mean(1) for a in arrays], axis=0).mean() / std
+    true_std_error = np.std([a.std(1) for a in arrays], axis=0).mean() / std
+    found = []
+    for v in values[:5]:
+        empty = Totals.empty([5], torch.device("cpu"))
+        tally = Groups(empty)
+        observed, observers = observe(sparse)
+        for batch in v.split(8):
+            observed(batch)
+            tally.add(empty.of_batch(list(observers.values())))
+        found.append(precision(tally.closed, ["0"]))
+    # 40 groups and 25 experiments, five channels: each estimate is good to about a tenth.
+    assert np.mean([p.mean_error for p in found]) == pytest.approx(true_mean_error, rel=0.25)
+    assert np.mean([p.std_error for p in found]) == pytest.approx(true_std_error, rel=0.25)
+    by_pixels = 1 / np.sqrt(320 * 256)
+    assert found[0].mean_error > 5 * by_pixels
+
+
+def test_stops_when_the_tolerance_is_reached(net):
+    images = torch.rand(400, 3, 9, 9, generator=torch.Generator().manual_seed(3))
+    sparse = msfx.transform(net, images[:2])
+    stats = msfx.calibrate(sparse, images.split(4), tolerance=0.05, progress=False)
+    assert 16 * 4 <= stats.images < 400
+    assert stats.metadata["tolerance"] == "0.05, reached"
+    assert "channel" in stats.metadata["precision"]
+    whole = msfx.calibrate(sparse, images.split(4), progress=False)
+    for name in whole:
+        # Three standard errors: one of 30 channels may leave two.
+        assert ((stats[name].mean - whole[name].mean).abs() <= 0.15 * whole[name].std).all()
+        torch.testing.assert_close(stats[name].std, whole[name].std, rtol=0.15, atol=0)
+    unreached = msfx.calibrate(sparse, images.split(4), tolerance=1e-5, progress=False)
+    assert unreached.images == 400
+    assert unreached.metadata["tolerance"] == "1e-05, not reached"
+    with pytest.raises(CalibrationError, match="tolerance must be positive"):
+        msfx.calibrate(sparse, [images], tolerance=0.0)
+
+
+def test_groups_stay_few_and_lose_nothing():
+    empty = Totals.empty([2], torch.device("cpu"))
+    groups, total = Groups(empty), empty
+    g = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        batch = Totals((3,), *torch.rand(2, 2, generator=g, dtype=torch.float64), empty.sizes)
+        total = total.merge(batch)
+        groups.add(batch)
+    assert len(groups.closed) < 64
+    whole = merge_all([*groups.closed, groups.open])
+    assert whole.counts == total.counts == (900,)
+    torch.testing.assert_close(whole.mean, total.mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(whole.m2, total.m2, rtol=1e-12, atol=0)
+
+
+# Histograms
+
+
+def test_histograms_count_every_value(net, images, tmp_path):
+    seen = []
+    net.bn.register_forward_hook(lambda m, i, o: seen.append(o.detach().clone().double().numpy()))
+    for batch in images.split(5):
+        net(batch)
+    values = np.concatenate(seen).transpose(1, 0, 2, 3).reshape(8, -1)
+    sparse = msfx.transform(net, images)
+    stats = msfx.calibrate(sparse, images.split(5), histograms=True, progress=False)
+    assert moments(stats) == moments(msfx.calibrate(sparse, images.split(5), progress=False))
+    stats.save(tmp_path / "s")
+    histogram = msfx.Statistics.load(tmp_path / "s")["relu"].histogram
+    assert histogram.counts.sum(1).tolist() == [values.shape[1]] * 8
+    inside = histogram.share_inside(stats["relu"].mean, 0.3 * stats["relu"].std).numpy()
+    exact = (np.abs(values - values.mean(1)[:, None]) <= 0.3 * values.std(1)[:, None]).mean(1)
+    np.testing.assert_allclose(inside, exact, atol=0.01)  # a bin is a sixteenth of a deviation, 2.5 % of the values
+    drawn = stored_histogram(stats, "relu", 2, 0.3)
+    assert drawn.before.sum() == pytest.approx(1)
+    assert drawn.after.sum() == pytest.approx(1)
+    assert drawn.share == pytest.approx(exact[2], abs=0.01)
+    with pytest.raises(StatisticsError, match="no site 'rleu'; there are relu"):
+        stored_histogram(stats, "rleu", 0, 0.3)
+    with pytest.raises(StatisticsError, match="no channel 8"):
+        stored_histogram(stats, "relu", 8, 0.3)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ import torch
 from typer.testing import CliRunner
 
 from meansparse_fx import demo
-from meansparse_fx.cli import app
+from meansparse_fx.cli import COMMANDS, app
+from meansparse_fx.statistics import Statistics
 
 SOURCE = """
 import torch
@@ -85,7 +88,7 @@ def test_module_is_the_same_command():
     assert done.stdout == run("--version").stdout
 
 
-@pytest.mark.parametrize("command", ["inspect", "calibrate", "select", "evaluate", "demo", "show"])
+@pytest.mark.parametrize("command", [command.__name__ for command in COMMANDS])
 def test_help_says_what_a_command_is_for(command):
     done = run(command, "--help")
     assert done.exit_code == 0
@@ -110,6 +113,69 @@ def test_show(statistics):
     assert done.exit_code == 0, done.output
     assert "1 sites, 20 images" in done.stdout
     assert "data.npz, 20 of 30" in done.stdout
+
+
+def test_calibrate_with_every_option(tmp_path, model, data):
+    out, kept = tmp_path / "s", tmp_path / "c"
+    options = ("--batch-size", 1, "--histograms", "--checkpoint", kept, "--every", 0, "--channels-last")
+    command = ("calibrate", model, "--data", data, "--out", out, *options, "--amp", "bfloat16", "--tolerance")
+    assert run(*command, "50%").exit_code == 2
+    done = run(*command, "1/2")
+    assert done.exit_code == 0, done.output
+    assert "0.5, reached" in done.stdout
+    assert "in band at 0.1, 0.2, 0.3" in done.stdout
+    assert Statistics.load(out).images == 16
+    assert not kept.exists()
+    picture = tmp_path / "h.png"
+    done = run("plot", out, "--site", "2", "--channel", 3, "--alpha", "0.2", "--out", picture)
+    assert done.exit_code == 0, done.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    check_error(run("plot", out, "--site", "3", "--channel", 0), "no site '3'")
+    assert run("calibrate", model, "--data", data, "--out", out, "--amp", "int8").exit_code == 2
+
+
+def test_merged_halves_are_the_whole(tmp_path, model, data, statistics):
+    first, second, whole, merged = (tmp_path / name for name in ("a", "b", "whole", "merged"))
+    for out, options in ((first, ("--limit", 13)), (second, ("--skip", 13)), (whole, ())):
+        done = run("calibrate", model, "--data", data, "--out", out, "--batch-size", 1, *options)
+        assert done.exit_code == 0, done.output
+    done = run("merge", first, second, "-o", merged)
+    assert done.exit_code == 0, done.output
+    assert "1 sites, 30 images" in done.stdout
+    got, expected = Statistics.load(merged), Statistics.load(whole)
+    assert got.images == expected.images
+    assert got["2"].count == expected["2"].count
+    torch.testing.assert_close(got["2"].mean, expected["2"].mean, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(got["2"].m2, expected["2"].m2, rtol=1e-12, atol=0)
+    assert "data.npz, 13 of 30 + data.npz, 17 of 30" in run("show", merged).stdout
+    check_error(run("merge", first, first, "-o", merged), "same images")
+    check_error(run("merge", first, "-o", merged), "two files")
+    check_error(run("merge", first, data, "-o", merged), "not a statistics file")
+    check_error(run("plot", merged, "--site", "2", "--channel", 0), "--histograms")
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, model):
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "many.npz", images=random.integers(0, 256, (1500, 8, 8), np.uint8),
+             labels=random.integers(0, 3, 1500))  # fmt: skip
+    command = [sys.executable, "-m", "meansparse_fx", "calibrate", model, "--data", tmp_path / "many.npz",
+               "--batch-size", "1", "--histograms", "--every", "0"]  # fmt: skip
+    subprocess.run([*command, "--out", tmp_path / "whole"], check=True, capture_output=True)
+    kept, interrupted, kills = tmp_path / "c", [*command, "--checkpoint", tmp_path / "c", "--out", tmp_path / "out"], 0
+    for moment in (0.0, 0.3, 0.61):
+        before = kept.stat().st_mtime_ns if kept.exists() else 0
+        process = subprocess.Popen(interrupted, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while process.poll() is None and not (kept.exists() and kept.stat().st_mtime_ns > before):
+            time.sleep(0.005)
+        time.sleep(moment)
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills == 3, "the calibration was over too soon to be killed: give it more images"
+    subprocess.run(interrupted, check=True, capture_output=True)
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert not list(tmp_path.glob("*c*.partial")) + list(tmp_path.glob(".c*")) + ([kept] if kept.exists() else [])
 
 
 def test_select(model, data, statistics):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,14 +13,16 @@ from safetensors.torch import save_file
 
 from meansparse_fx.errors import ArtifactError, StatisticsError
 from meansparse_fx.nn import ChannelMoments
-from meansparse_fx.statistics import ChannelStatistics, Statistics, fingerprint
+from meansparse_fx.statistics import FORMAT, ChannelHistogram, ChannelStatistics, Statistics, fingerprint
 
 
 def observed(x: torch.Tensor, splits: list[int], dim: int = 1) -> ChannelStatistics:
-    moments = ChannelMoments("site", x.shape[dim], dim)
+    observer = ChannelMoments("site", x.shape[dim], dim)
+    total = ChannelStatistics(0, torch.zeros(x.shape[dim]).double(), torch.zeros(x.shape[dim]).double())
     for part in x.split(splits):
-        assert moments(part) is part
-    return moments.moments()
+        assert observer(part) is part
+        total = total.merge(observer.latest)
+    return total
 
 
 @given(
@@ -73,7 +77,7 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("meansparse_fx.statistics.save_file", broken)
+    monkeypatch.setattr("meansparse_fx.artifacts.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         some(1).save(path)
     assert path.read_bytes() == before
@@ -89,7 +93,7 @@ def test_truncated_and_foreign_files_are_refused(tmp_path):
     for path in (cut, text):
         with pytest.raises(ArtifactError, match="truncated or not a statistics file"):
             Statistics.load(path)
-    with pytest.raises(ArtifactError, match="not statistics of meansparse_fx"):
+    with pytest.raises(ArtifactError, match="not a statistics file of meansparse_fx"):
         Statistics.load(other)
     with pytest.raises(FileNotFoundError):
         Statistics.load(tmp_path / "missing")
@@ -138,3 +142,47 @@ def test_fingerprint_sees_weights_and_not_our_own_buffers(net):
     with torch.no_grad():
         net.head.bias[0] += 1
     assert fingerprint(net) != before
+
+
+def test_files_of_the_first_format_are_named_as_such(tmp_path):
+    save_file({"a:mean": torch.zeros(2)}, tmp_path / "old", metadata={"format": FORMAT, "format_version": "1"})
+    with pytest.raises(ArtifactError, match="format version 1; this release reads 2"):
+        Statistics.load(tmp_path / "old")
+
+
+def test_equal_statistics_are_equal_bytes(tmp_path):
+    for name in ("a", "b"):
+        some().save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_merge_refuses_the_same_images_twice():
+    with pytest.raises(StatisticsError, match="same images"):
+        some().merge(some())
+
+
+def test_merge_refuses_sites_that_were_something_else():
+    own, other = (replace(some(seed), table={"b": {"activation": a}}) for seed, a in enumerate(("relu", "gelu")))
+    with pytest.raises(StatisticsError, match=r"b is .*relu.* in one and .*gelu"):
+        own.merge(other)
+
+
+@given(seed=st.integers(0, 99), alpha=st.floats(0, 3))
+@settings(max_examples=30, deadline=None)
+def test_share_inside_lies_between_the_bins(seed, alpha):
+    """The estimate is at most one bin at each edge away from the truth."""
+    x = torch.randn(500, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    bins, width = 64, 0.125
+    counts = torch.bincount(((x + 4) / width).clamp(0, bins - 1).long(), minlength=bins)
+    histogram = ChannelHistogram(torch.tensor([-4.0]).double(), torch.tensor([width]).double(), counts[None])
+    got = float(histogram.share_inside(torch.zeros(1).double(), torch.tensor([alpha]).double()))
+    low, high = (float((x.abs() <= a).double().mean()) for a in (alpha - width, alpha + width))
+    assert low - 1e-12 <= got <= high + 1e-12
+
+
+def test_histograms_of_equal_bins_merge_and_others_are_dropped():
+    low, width = torch.zeros(1).double(), torch.ones(1).double()
+    one = ChannelHistogram(low, width, torch.tensor([[1, 2]]))
+    assert one.merge(ChannelHistogram(low, width, torch.tensor([[5, 0]]))).counts.tolist() == [[6, 2]]
+    assert one.merge(ChannelHistogram(low, 2 * width, torch.tensor([[5, 0]]))) is None
+    assert one.merge(None) is None

@@ -11,7 +11,6 @@ from torch import Tensor, fx, nn
 
 from ..rewrite import PREFIX
 from ..sites import SitePlan
-from ..sites.ops import data_input
 from .lower import read_buffer
 
 
@@ -28,9 +27,16 @@ def accumulate(x: Tensor, count: Tensor, mean: Tensor, m2: Tensor, channel_dim: 
     """Return x ``[..., C, ...]``, having merged its moments into the others by Chan's formula, in float64."""
     values = x.numel() // x.shape[channel_dim]
     others = [d for d in range(x.dim()) if d != channel_dim]
-    variance, own_mean = torch.var_mean(x.detach().double(), dim=others, correction=0)
+    # Relative to the channel's first value, so that the sums cancel nothing; var_mean's one-pass updates cost more.
+    first = x.detach().double()
+    for d in reversed(others):
+        first = first.select(d, 0)
+    shape = [-1 if d == channel_dim else 1 for d in range(x.dim())]
+    centred = x.detach().double() - first.view(shape)
+    total, squares = centred.sum(others), centred.square().sum(others)
+    own_mean = first + total / values
     share, delta = values / (count + values), own_mean - mean
-    m2.add_(variance * values + delta.square() * (count * share))
+    m2.add_((squares - total.square() / values).clamp_min(0) + delta.square() * (count * share))
     mean.add_(delta * share)
     count.add_(values)
     return x
@@ -43,15 +49,15 @@ def instrument(graph_module: fx.GraphModule, plan: SitePlan, moments: dict[str, 
         moments: By site name, what to accumulate into.
     """
     graph = graph_module.graph
-    nodes = {node.name: node for node in graph.nodes}
-    for number, site in enumerate(plan.active):
-        node = nodes[site.node]
-        source = data_input(node)
-        with graph.inserting_before(node):
+    for number, place in enumerate(plan.places(graph)):
+        site, node, source = place.site, place.node, place.source
+        readers = list(source.users) if node is source else [node]  # a residual sum is seen by all who read it
+        with graph.inserting_before(node.next if node is source else node):
             buffers = moments[site.name].named_buffers()
             state = [read_buffer(graph_module, f"{PREFIX}_{number}_{part}", buffer) for part, buffer in buffers]
             seen = graph.call_function(accumulate, (source, *state, site.channel_dim))
         seen.meta = dict(source.meta)
-        node.replace_input_with(source, seen)
+        for reader in readers:
+            reader.replace_input_with(source, seen)
     graph.lint()
     graph_module.recompile()

@@ -1,49 +1,106 @@
 """Floor 4: put the operators in.
 
 Requires: a captured GraphModule and its plan. Ensures: each active site is one call of a `MeanSparse` module
-under ``meansparse.``, its activation fused where the kernels have it; everything else is as it was.
+under ``meansparse.``, its activation fused where the kernels have it; published operators are gone, everything else
+is as it was.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import fx
 
 from ..nn import MeanSparse
-from ..rewrite import PREFIX, RecordedCall, insert_module_before, redirect_later_readers, replace_call
+from ..published import published_operator
+from ..rewrite import (
+    PREFIX,
+    RecordedCall,
+    bypass,
+    insert_module_after,
+    insert_module_before,
+    redirect_later_readers,
+    replace_call,
+)
 from ..sites import Site, SitePlan
-from ..sites.ops import data_input
 
 
 def sparsify(graph_module: fx.GraphModule, plan: SitePlan) -> None:
-    """Insert an operator at every active site of ``plan``, in place; alpha is 0, so nothing changes in value."""
-    nodes = {node.name: node for node in graph_module.graph.nodes}
-    for site in plan.active:
-        _insert(graph_module, nodes[site.node], site)
+    """Insert an operator at every active site of ``plan``, in place.
+
+    Alpha is 0, so nothing changes in value; an operator that takes a published one's place takes over what it holds.
+    """
+    for place in plan.places(graph_module.graph):
+        site = place.site
+        operator = _operator(site, graph_module)
+        graph_module.add_submodule(f"{PREFIX}.{site.name}", operator)
+        if site.published is not None:
+            _take_over(graph_module, place.node, site, operator)
+        else:
+            _INSERT[site.kind](place.node, place.source, site, operator)
     graph_module.get_submodule(PREFIX).eval()
     graph_module.graph.lint()
     graph_module.recompile()
 
 
-def _insert(graph_module: fx.GraphModule, node: fx.Node, site: Site) -> None:
-    source = data_input(node)
-    target = f"{PREFIX}.{site.name}"
-    activation = site.activation if site.activation and site.activation.fused else None
-    operator = _like_parameters(MeanSparse(site.name, site.channels, site.channel_dim, activation), graph_module)
-    graph_module.add_submodule(target, operator)
-    if activation is None:
-        insert_module_before(node, source, target)
-        result = node
+def _operator(site: Site, graph_module: fx.GraphModule) -> MeanSparse:
+    """Return the site's operator on the device of the model's parameters, in float64 if they are."""
+    fused = site.activation if site.activation and site.activation.fused else None
+    operator = MeanSparse(site.name, site.channels, site.channel_dim, fused)
+    for p in graph_module.parameters():
+        if p.is_floating_point():
+            return operator.to(p.device, torch.float64 if p.dtype == torch.float64 else torch.float32)
+    return operator
+
+
+def _before_activation(node: fx.Node, source: fx.Node, site: Site, operator: MeanSparse) -> None:
+    result = node
+    if operator.activation is None:
+        insert_module_before(node, source, f"{PREFIX}.{site.name}")
     else:
-        inputs = [source]
-        if activation.weight is not None:
-            inputs.append(_weight_node(node, activation.weight))
-        # A module's weight is read by the module itself, not by its call.
-        read = [n for n in inputs if n in node.all_input_nodes]
-        operator.replaces = RecordedCall.of(node, read)
-        result = replace_call(node, target, inputs)
-    if site.activation and site.activation.inplace:
+        result = _fuse(node, source, site, operator)
+    if site.activation.inplace:
         redirect_later_readers(source, result)
+
+
+def _before_sum(node: fx.Node, source: fx.Node, site: Site, operator: MeanSparse) -> None:
+    insert_module_before(node, source, f"{PREFIX}.{site.name}")
+
+
+def _after_sum(node: fx.Node, source: fx.Node, site: Site, operator: MeanSparse) -> None:
+    insert_module_after(node, f"{PREFIX}.{site.name}")
+
+
+_INSERT: dict[str, Callable[[fx.Node, fx.Node, Site, MeanSparse], None]] = {
+    "activation": _before_activation,
+    "residual_branch": _before_sum,
+    "residual_sum": _after_sum,
+}
+
+
+def _fuse(node: fx.Node, source: fx.Node, site: Site, operator: MeanSparse) -> fx.Node:
+    """Replace an activation's call by the operator's, which remembers it; return the new node."""
+    inputs = [source]
+    if site.activation.weight is not None:
+        inputs.append(_weight_node(node, site.activation.weight))
+    # A module's weight is read by the module itself, not by its call.
+    operator.replaces = RecordedCall.of(node, [n for n in inputs if n in node.all_input_nodes])
+    return replace_call(node, f"{PREFIX}.{site.name}", inputs)
+
+
+def _take_over(graph_module: fx.GraphModule, published: fx.Node, site: Site, operator: MeanSparse) -> None:
+    """Put the operator where a published one stands, with all that holds; that one leaves the model."""
+    path, source = published.target, published.args[0]
+    operator.take_over(published_operator(graph_module.get_submodule(path)))
+    if operator.activation is None:
+        replace_call(published, f"{PREFIX}.{site.name}", [source])
+    else:
+        (activation,) = published.users
+        bypass(published)
+        _fuse(activation, source, site, operator)
+    if not any(node.target == path for node in graph_module.graph.find_nodes(op="call_module")):
+        graph_module.delete_submodule(path)
 
 
 def _weight_node(node: fx.Node, weight: str | fx.Node) -> fx.Node:
@@ -51,11 +108,3 @@ def _weight_node(node: fx.Node, weight: str | fx.Node) -> fx.Node:
         return weight
     with node.graph.inserting_before(node):
         return node.graph.get_attr(f"{node.target}.{weight}")
-
-
-def _like_parameters(operator: MeanSparse, graph_module: fx.GraphModule) -> MeanSparse:
-    """Return ``operator`` on the device of the model's parameters, in float64 if they are."""
-    for p in graph_module.parameters():
-        if p.is_floating_point():
-            return operator.to(p.device, torch.float64 if p.dtype == torch.float64 else torch.float32)
-    return operator

@@ -1,7 +1,7 @@
 """Floor 2: from a captured graph to the plan of its sites.
 
-Every call of a known activation is a candidate. Each gets a name, a channel dimension, and a reason if it is to be
-left alone. Imports this folder and floor 1 only.
+Each candidate gets a name, a channel dimension, and a reason if it is to be left alone. Imports this folder and floor 1
+only.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from torch import Tensor, fx
 
 from ..errors import SiteError
 from .aliases import check_inplace
+from .candidates import Candidate, find_candidates
 from .flow import channel_axes, expected_axes
 from .gates import gated, reachable
-from .ops import Operators, data_input
+from .ops import Operators
 from .plan import Placement, Site, SitePlan
 from .shapes import Flow, propagate
 
 _INDEPENDENT = "input-independent: computed from parameters alone, the same for every image"
+_ELSEWHERE = "published: the checkpoint has no operator here"
 _UNKNOWN_AXIS = (
     "channel axis unknown: no layer around it tells; give it by hand, Placement(channel_dims={{{!r}: dimension}})"
 )
@@ -83,33 +85,46 @@ def plan_sites(
         inputs: The nodes that depend on the images.
         earlier: Given how often the graph calls each path, returns how often graphs before it did.
     """
-    calls = {node: call for node in graph.nodes if (call := operators.activation(node)) is not None}
-    names = _names(calls, operators, earlier)
     expected = expected_axes(graph, operators, flow)
     data = reachable(graph, flow, inputs)
     gates = gated(graph, operators, flow, data)
+    candidates = find_candidates(graph, operators, flow, data, placement)
+    names = _names(candidates, earlier)
+    calls = {c.node: names[c] for c in candidates if c.call}
     sites = []
-    for node, call in calls.items():
-        name, source = names[node], data_input(node)
+    candidates = [c for c in candidates if c.call or c.published or c.kind in placement.kinds]
+    for candidate in candidates:
+        name, node, source = names[candidate], candidate.node, candidate.source
         shape = tuple(flow.shape(source))
-        axis = known[source] if known[source] is not None else expected[node]
+        told = (known[n] for n in ((node, source) if candidate.kind == "residual_branch" else (source,)))
+        axis = next((a for a in told if a is not None), expected[node if candidate.call else source])
         if name in placement.channel_dims:
             axis = _given(placement, name, shape)
         site = Site(
             name=name,
-            kind="activation",
-            activation=call,
+            kind=candidate.kind,
+            activation=candidate.call,
             channel_dim=axis,
             channels=None if axis is None else shape[axis],
             shape=shape,
             producer=_producer(source, operators),
             node=node.name,
-            skipped=_INDEPENDENT if node not in data else gates.get(node),
+            source=source.name,
+            inside=tuple(calls[n] for n in candidate.inside),
+            published=candidate.published and candidate.published.name,
+            skipped=_INDEPENDENT if node not in data else gates.get(node) or (_ELSEWHERE if candidate.left else None),
         )
         if site.skipped is None and axis is None:
             site = replace(site, skipped=_UNKNOWN_AXIS.format(name))
-        sites.append(replace(site, skipped=site.skipped or placement.refusal(site)))
-    by_name = {name: node for node, name in names.items()}
+        if site.published is None:
+            site = replace(site, skipped=site.skipped or placement.refusal(site))
+        elif site.skipped:
+            raise SiteError(
+                f"{name}: holds the published operator {site.published} and cannot be taken: {site.skipped}"
+            )
+        sites.append(site)
+    sites = _covered(candidates, sites)
+    by_name = {name: candidate.node for candidate, name in names.items()}
     inplace = [s for s in sites if s.skipped is None and s.activation and s.activation.inplace]
     check_inplace(graph, operators, flow, [(s.name, by_name[s.name]) for s in inplace])
     return SitePlan(tuple(sites), route)
@@ -122,20 +137,30 @@ def check_channel_dims(placement: Placement, names: set[str]) -> None:
         raise SiteError(f"placement gives channel_dims for {min(unmatched)!r}, which is no site; see inspect()")
 
 
+def _covered(candidates: Iterable[Candidate], sites: list[Site]) -> list[Site]:
+    """Return the sites without the sums that one activation alone reads, if an operator stands there already."""
+    active = {site.node: site.name for site in sites if site.activation and site.skipped is None}
+    readers = [active.get(c.reader.name) if c.reader and not c.published else None for c in candidates]
+    return [
+        replace(site, skipped=f"covered: read by {reader} alone") if reader and not site.skipped else site
+        for site, reader in zip(sites, readers, strict=True)
+    ]
+
+
 def _names(
-    nodes: Iterable[fx.Node], operators: Operators, earlier: Callable[[dict[str, int]], dict[str, int]] | None
-) -> dict[fx.Node, str]:
-    """Return a name for each node: its path, with a counter where one path is called again."""
-    paths = {node: operators.label(node) for node in nodes}
+    candidates: Iterable[Candidate], earlier: Callable[[dict[str, int]], dict[str, int]] | None
+) -> dict[Candidate, str]:
+    """Return a name for each candidate: its path, with a counter where one path is called again."""
+    paths = {candidate: candidate.path for candidate in candidates}
     taken = set(paths.values())  # relu_1 may be a module of its own: no repeat of relu takes its name
-    names: dict[fx.Node, str] = {}
+    names: dict[Candidate, str] = {}
     calls = earlier(Counter(paths.values())) if earlier else {}
-    for node, path in paths.items():
+    for candidate, path in paths.items():
         count = calls.get(path, 0)
         while count and f"{path}_{count}" in taken:
             count += 1
         calls[path] = count + 1
-        names[node] = f"{path}_{count}" if count else path
+        names[candidate] = f"{path}_{count}" if count else path
     return names
 
 

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.nn.modules import batchnorm, dropout, instancenorm, padding
 
 from ..activations import ActivationCall, match_function, match_module
+from ..published import PublishedOperator, published_operator
 from . import axis
 from .axis import Rule
 
@@ -62,8 +63,8 @@ _ROWS: tuple[tuple[str, Op], ...] = (
     ("embedding", Op(carry=axis.last)),
     ("add add_ iadd __add__ __iadd__ __radd__", Op("add", axis.elementwise)),
     ("mul mul_ imul multiply multiply_ __mul__ __imul__ __rmul__", Op("mul", axis.elementwise)),
-    ("sub sub_ isub rsub subtract __sub__ __rsub__", Op("sub", axis.elementwise)),
-    ("div div_ truediv itruediv divide true_divide __truediv__", Op("div", axis.elementwise)),
+    ("sub sub_ isub rsub subtract __sub__ __rsub__ __isub__", Op("sub", axis.elementwise)),
+    ("div div_ truediv itruediv divide true_divide __truediv__ __itruediv__", Op("div", axis.elementwise)),
     ("addcmul addcmul_ addcdiv lerp where masked_fill masked_fill_ maximum minimum pow pow_ floordiv", _ELEMENTWISE),
     ("neg abs exp expm1 log log1p sqrt rsqrt reciprocal square sin cos erf sign round floor ceil", _ELEMENTWISE),
     ("sigmoid sigmoid_ tanh tanh_ hardsigmoid hardtanh hardtanh_ logsigmoid softsign tanhshrink", _ELEMENTWISE),
@@ -175,7 +176,13 @@ class Operators:
     def of(cls, graph_module: fx.GraphModule) -> Operators:
         """Return the look-up for ``graph_module``."""
         modules = dict(graph_module.named_modules(remove_duplicate=False))
-        return cls(modules, {id(m): path for path, m in graph_module.named_modules()})
+        paths = {id(m): path for path, m in graph_module.named_modules()}
+        for module in modules.values():
+            # A published checkpoint made its place a sequence of two: what was there before goes by the old name.
+            if type(module) is nn.Sequential and len(module) == 2:
+                added = [child for child in module if published_operator(child) is not None]
+                paths |= {id(child): paths[id(module)] for child in module if len(added) == 1 and child is not added[0]}
+        return cls(modules, paths)
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """Return the module a node calls, if it calls one."""
@@ -189,8 +196,19 @@ class Operators:
             return _METHODS.get(str(node.target), UNKNOWN)
         if node.op == "call_function":
             return _FUNCTIONS.get(node.target) or _LIBRARY_FUNCTIONS.get(_qualified(node), UNKNOWN)
-        bases = type(self.module(node)).__mro__
-        return next((_MODULES[base] for base in bases if base in _MODULES), UNKNOWN)
+        module = self.module(node)
+        row = next((_MODULES[base] for base in type(module).__mro__ if base in _MODULES), None)
+        return row or (UNKNOWN if self.published(node) is None else _PUBLISHED)
+
+    def published(self, node: fx.Node) -> PublishedOperator | None:
+        """Return the published operator a node calls, if it calls one."""
+        module = self.module(node)
+        return None if module is None else published_operator(module)
+
+    def moves_only(self, node: fx.Node) -> bool:
+        """Return whether a node changes no values, only where they are."""
+        op = self.op(node)
+        return op.passes or op.word in ("reshape", "permute")
 
     def activation(self, node: fx.Node) -> ActivationCall | None:
         """Return the activation a node calls, if it calls one."""
@@ -239,6 +257,7 @@ class Operators:
 
 
 _ACTIVATION = Op(carry=axis.same)
+_PUBLISHED = Op("published", axis.same, passes=True)
 
 
 def data_input(node: fx.Node) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from rich.table import Table
+from torch import fx
 
 from ..activations import ActivationCall
 from ..tables import as_text
@@ -22,13 +23,17 @@ class Site:
 
     Attributes:
         name: Qualified path with a counter for repeats, the same from every capture route.
-        kind: ``activation``, ``residual_sum`` or ``residual_branch``.
-        activation: The activation the call makes; None for the residual kinds.
+        kind: ``activation``, ``residual_sum``, ``residual_branch``, or ``published`` for an operator of a published
+            checkpoint that stands at none of these.
+        activation: The activation the call makes; None for the other kinds.
         channel_dim: Dimension that holds the channels, not negative; None if unknown.
         channels: Number of channels; None if unknown.
         shape: Shape of the operator's input for the example images, batch included.
         producer: What makes the input, in a word: ``conv``, ``batch_norm``, ``linear``, ``add``, ...
-        node: Name of the call's node in the captured graph.
+        node: Name of the node in the captured graph: the activation's call, the addition, the published operator.
+        source: Name of the node whose value the operator reads.
+        inside: Of a residual kind: the names of the activations in its branch.
+        published: Name of the published operator's node that stands here already; None if there is none.
         skipped: None, or why this site is left alone, in words.
     """
 
@@ -40,6 +45,9 @@ class Site:
     shape: tuple[int, ...]
     producer: str
     node: str
+    source: str
+    inside: tuple[str, ...] = ()
+    published: str | None = None
     skipped: str | None = None
 
 
@@ -48,7 +56,8 @@ class Placement:
     """Which of the candidate sites to rewrite.
 
     Attributes:
-        kinds: Kinds of site to take.
+        kinds: Kinds of site to take: ``activation`` (the paper's), ``residual_sum`` (what closes a residual
+            connection), ``residual_branch`` (the branch's end, before the sum).
         include: Regular expressions; a site is taken if any of them is found in its name. Empty takes all.
         exclude: Regular expressions; a site is left if any of them is found in its name.
         channel_dims: Channel dimension by site name, for sites whose axis the data flow does not tell.
@@ -75,6 +84,26 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """A site in its graph, while passes put other things at other sites.
+
+    Attributes:
+        site: The site.
+        node: The activation's call, the addition, or the published operator.
+        position: Which of the node's inputs the operator reads; None if it reads the node itself.
+    """
+
+    site: Site
+    node: fx.Node
+    position: int | None
+
+    @property
+    def source(self) -> fx.Node:
+        """What the operator reads, now."""
+        return self.node if self.position is None else self.node.all_input_nodes[self.position]
+
+
+@dataclass(frozen=True, slots=True)
 class SitePlan:
     """Every candidate site of one captured model, in graph order; iterable, and printing it gives the table.
 
@@ -96,6 +125,17 @@ class SitePlan:
     def active(self) -> tuple[Site, ...]:
         """The sites that are rewritten."""
         return tuple(s for s in self.sites if s.skipped is None)
+
+    def places(self, graph: fx.Graph) -> list[Place]:
+        """Return where the active sites are in ``graph``, which the plan was made of; ask before it is changed."""
+        nodes = {node.name: node for node in graph.nodes}
+        found = []
+        for site in self.active:
+            node, source = nodes[site.node], nodes[site.source]
+            if site.published is not None:
+                node = nodes[site.published]
+            found.append(Place(site, node, None if node is source else node.all_input_nodes.index(source)))
+        return found
 
     def table(self) -> Table:
         """Return the plan as a rich table, one row a site."""

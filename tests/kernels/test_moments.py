@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meansparse_fx.activations import ActivationCall
 from meansparse_fx.kernels import layout as layouts
 from meansparse_fx.kernels import moments as module
 from meansparse_fx.kernels.moments import activation_moments, channel_moments
+from meansparse_fx.nn import ChannelMoments
 
 LAYOUTS = {
     "contiguous": (lambda x: x, 1),
@@ -148,3 +150,14 @@ def test_twice_the_same_bits(device) -> None:
 def test_any_shape(device, shape, order, channel_dim) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device).permute(order)
     check(channel_moments(x, channel_dim), x, channel_dim)
+
+
+def test_observers_on_a_gpu_read_once(device, monkeypatch) -> None:
+    """The operator that observers call: the kernel's activation and moments, not torch's."""
+    monkeypatch.setenv("MEANSPARSE_FX_LOWERING", "triton")
+    x = sample((3, 6, 5, 7), torch.float32, device)
+    observer = ChannelMoments("site", 6, 1, ActivationCall("leaky_relu", (0.1,)))
+    expected, moments = activation_moments(x, 1, "leaky_relu", (0.1,))
+    assert torch.equal(observer(x), expected)
+    assert torch.equal(observer.latest.mean, moments.mean)
+    check(observer.latest, x, 1)

@@ -1,0 +1,277 @@
+"""Time calibration beside the plain forward pass over the same images, and see how many images it needs.
+
+    python -m benchmarks.calibration [--compiled] [--out benchmarks/results/calibration-cpu.csv]
+    python -m benchmarks.calibration images --data DIRECTORY [--out benchmarks/results/calibration-images.csv]
+
+Contenders: the plain forward pass, this package's calibration, the same through torch.compile and
+``options={"observe": True}`` beside its own compiled forward pass, and the published module's pass: forward pre-hooks
+that add up the means of batch means and unbiased batch variances, in torch operators. `images` wants the IDX files of
+Fashion-MNIST: how many of the 60,000 training images a tolerance takes, how far the statistics then are from those
+of all, and what that does to accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import meansparse_fx as msfx
+from meansparse_fx import bundled
+from meansparse_fx.data import ImageSet, load_images
+from meansparse_fx.statistics import Statistics
+
+from .harness import Row, measure, report
+
+ALPHA = 0.3
+TOLERANCES = (0.1, 0.05, 0.02, 0.01)
+BATCH = 128
+
+
+def models(device: str) -> dict[str, tuple[nn.Module, list[Tensor]]]:
+    """Return by case a model and its batches, all in one device's memory."""
+    cases: dict[str, tuple[nn.Module, list[Tensor]]] = {}
+    # All 6,000: what a pass costs once, some 25 milliseconds, must not weigh.
+    images = torch.cat([bundled.load_split(name)[0] for name in bundled.SPLITS])
+    cases["bundled, 6,000 images 1x28x28"] = (bundled.load_model(), list(images.split(BATCH)))
+    try:
+        from torchvision.models import resnet18
+    except ImportError:
+        pass
+    else:
+        noise = torch.rand(32, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(0)
+        cases["resnet18, 32 images 3x224x224"] = (resnet18().eval(), list(noise.split(16)))
+    return {name: (model.to(device), [b.to(device) for b in data]) for name, (model, data) in cases.items()}
+
+
+class PublishedPass:
+    """Calibration as published checkpoints were made: means over batches of batch mean and unbiased variance."""
+
+    def __init__(self, model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+        self.sums: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        for module in model.modules():
+            if isinstance(module, kinds):
+                module.register_forward_pre_hook(self._look)
+
+    def _look(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3))
+        before = self.sums.get(module)
+        self.sums[module] = (mean, variance) if before is None else (before[0] + mean, before[1] + variance)
+
+
+def over(batches: list[Tensor], run: Callable[[Tensor], object]) -> Callable[[], None]:
+    """Return a pass of ``run`` over the batches."""
+
+    def call() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                run(batch)
+
+    return call
+
+
+def contenders(model: nn.Module, batches: list[Tensor]) -> dict[str, Callable[[], object]]:
+    """Return the calls to time; the published pass is compared first, as far as it agrees."""
+    sparse = msfx.transform(model, batches[0][:2])
+    hooked = copy.deepcopy(model)  # the other contenders share the model's own modules
+    published = PublishedPass(hooked, (nn.ReLU, nn.GELU))
+    over(batches, hooked)()
+    own = msfx.calibrate(sparse, batches, progress=False)
+    first, (mean, _) = next(iter(own.values())), next(iter(published.sums.values()))
+    # A short last batch weighs as much as a long one there.
+    torch.testing.assert_close((mean / len(batches)).double(), first.mean, rtol=0.05, atol=0.05)
+    return {
+        "plain forward": over(batches, model),
+        "meansparse_fx.calibrate": lambda: msfx.calibrate(sparse, batches, progress=False),
+        "published form": over(batches, hooked),
+    }
+
+
+def compiled_contenders(model: nn.Module, batches: list[Tensor]) -> dict[str, Callable[[], object]]:
+    """Return the calls through torch.compile, their statistics compared first."""
+    torch.compiler.reset()
+    own = msfx.calibrate(msfx.transform(model, batches[0][:2]), batches, progress=False)
+    plain, observing = torch.compile(model), torch.compile(model, backend="meansparse", options={"observe": True})
+    over(batches, observing)()
+    theirs = msfx.compile_report(observing).statistics()
+    for name, site in own.items():
+        # Convolutions and norms of the compiled model round differently.
+        torch.testing.assert_close(theirs[name].mean, site.mean, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(theirs[name].std, site.std, rtol=1e-3, atol=1e-4)
+    return {"plain forward, compiled": over(batches, plain), "torch.compile, observe": over(batches, observing)}
+
+
+def time_all(device: str, repetitions: int, compiled: bool) -> list[Row]:
+    """Return the rows of all cases."""
+    rows: list[Row] = []
+    for case, (model, batches) in models(device).items():
+        rows += measure("calibration", case, contenders(model, batches), "plain forward", device, repetitions)
+        if compiled:
+            calls = compiled_contenders(model, batches)
+            rows += measure("calibration", case, calls, "plain forward, compiled", device, repetitions)
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """How many images one tolerance took, and how good the result is against all images; the CSV's columns.
+
+    Attributes:
+        tolerance: Asked for, relative to each channel's deviation; 0 is the full pass.
+        images: How many it took.
+        estimated: Largest standard error of any channel's mean or deviation, as calibration said.
+        mean_error, std_error: Largest real distance of a channel's mean and deviation from those of all images.
+        moved_estimated, moved: Share of activations of test images on the other side of the band at `ALPHA`.
+        accuracy: Of the test images at `ALPHA`.
+        test_images, torch: What it was measured with.
+    """
+
+    tolerance: float
+    images: int
+    estimated: float
+    mean_error: float
+    std_error: float
+    moved_estimated: float
+    moved: float
+    accuracy: float
+    test_images: int
+    torch: str
+
+
+def images_needed(directory: Path) -> list[Need]:
+    """Return a row for each tolerance; calibration sees training images only, in the fixed shuffled order."""
+    train, test = load_images(directory, "train"), load_images(directory, "t10k")
+    sparse = msfx.transform(bundled.load_model(), train.images[:2])
+    whole = msfx.calibrate(sparse, train.images.split(BATCH))
+    rows = []
+    for tolerance in (0.0, *TOLERANCES):
+        if tolerance:
+            found = msfx.calibrate(sparse, train.images.split(BATCH), tolerance=tolerance, progress=False)
+        else:
+            found = whole
+        estimated, moved_estimated = _promised(found)
+        distances = [
+            (
+                float(((s.mean - whole[name].mean).abs() / whole[name].std).max()),
+                float((s.std / whole[name].std - 1).abs().max()),
+            )
+            for name, s in found.items()
+        ]
+        rows.append(
+            Need(
+                tolerance,
+                found.images,
+                estimated,
+                max(mean for mean, _ in distances),
+                max(std for _, std in distances),
+                moved_estimated,
+                _moved(sparse, found, whole, test.images[:1000]),
+                _accuracy(sparse, found, test),
+                len(test),
+                torch.__version__,
+            )
+        )
+    return rows
+
+
+def _promised(statistics: Statistics) -> tuple[float, float]:
+    """Return the largest error and the share moved that calibration estimated, from its record."""
+    if "precision" not in statistics.metadata:
+        return 0.0, 0.0
+    error, moved = re.findall(r"([0-9.e-]+) %", statistics.metadata["precision"])[:2]
+    return float(error) / 100, float(moved) / 100
+
+
+def _moved(sparse: nn.Module, one: Statistics, other: Statistics, images: Tensor) -> float:
+    """Return the share of all activations that lie inside the band of one and outside that of the other."""
+    changed = total = 0
+    hooks = []
+
+    def look(operator: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal changed, total
+        shape = [1, -1, 1, 1]
+        sides = [
+            (inputs[0] - s.mean.float().view(shape)).abs() <= ALPHA * s.std.float().view(shape)
+            for s in (one[operator.name], other[operator.name])
+        ]
+        changed += int((sides[0] != sides[1]).sum())
+        total += inputs[0].numel()
+
+    msfx.set_alpha(sparse, 0.0)
+    for operator in msfx.operators(sparse).values():
+        hooks.append(operator.register_forward_pre_hook(look))
+    with torch.inference_mode():
+        for batch in images.split(BATCH):
+            sparse(batch)
+    for hook in hooks:
+        hook.remove()
+    return changed / total
+
+
+def _accuracy(sparse: nn.Module, statistics: Statistics, test: ImageSet) -> float:
+    msfx.set_statistics(sparse, statistics)
+    msfx.set_alpha(sparse, ALPHA)
+    with torch.inference_mode():
+        guesses = torch.cat([sparse(batch).argmax(1) for batch in test.images.split(BATCH)])
+    return float((guesses == test.labels).float().mean())
+
+
+def report_needs(rows: list[Need], path: Path | None) -> None:
+    """Print the rows as a table, and write them as CSV if a path is given."""
+    table = Table(
+        title=f"images a tolerance takes, bundled network, alpha {ALPHA:g}, {rows[0].test_images} test images"
+    )
+    for column in (
+        "tolerance",
+        "images",
+        "estimated",
+        "mean off by",
+        "std off by",
+        "moved (est.)",
+        "moved",
+        "accuracy",
+    ):
+        table.add_column(column, justify="right")
+    for row in rows:
+        shares = (row.estimated, row.mean_error, row.std_error, row.moved_estimated, row.moved, row.accuracy)
+        asked = f"{100 * row.tolerance:g} %" if row.tolerance else "all"
+        table.add_row(asked, f"{row.images:,}", *(f"{100 * share:.2f} %" for share in shares))
+    Console(width=120).print(table)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(Need)])
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("time", "images"), default="time")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--data", type=Path, help="directory of Fashion-MNIST's IDX files, for images")
+    parser.add_argument("--compiled", action="store_true", help="time torch.compile too")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--repetitions", type=int, default=11)
+    args = parser.parse_args()
+    if args.what == "images":
+        if args.data is None:
+            parser.error("images needs --data")
+        report_needs(images_needed(args.data), args.out)
+    else:
+        report(time_all(args.device, args.repetitions, args.compiled), args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+"""Floor 5: measure each site's statistics with the instrumented graph, in one pass over the data.
+
+`run` is the verb; `batches` reads a loader, `totals` holds the moments of all sites, `convergence` says when they
+are good enough, `bins` counts histograms, `checkpoint` keeps a pass, `ranks` shares it among processes.
+"""
+
+from .run import calibrate
+
+__all__ = ["calibrate"]

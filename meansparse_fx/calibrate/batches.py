@@ -1,0 +1,97 @@
+"""Floor 5: a loader's batches from a given position on, and how to know them again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+
+from ..errors import CalibrationError
+
+
+class Source:
+    """Batches of images in a fixed order.
+
+    Attributes:
+        batches: How many there are; None if the loader does not say.
+        images: How many images there are; None if unknown.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self._loader = loader
+        self.batches = len(loader) if isinstance(loader, Sized) else None
+        self.images: int | None = None
+        if self._by_index:
+            sampler = loader.sampler  # type: ignore[attr-defined]
+            self.images = len(sampler) if not loader.drop_last else self.batches * loader.batch_size  # type: ignore
+        elif isinstance(loader, (list, tuple)):
+            self.images = sum(len(images_of(batch)) for batch in loader)
+
+    @property
+    def _by_index(self) -> bool:
+        """Whether batches can be left out without reading them."""
+        return (
+            type(self._loader) is DataLoader
+            and not isinstance(self._loader.dataset, IterableDataset)
+            and type(self._loader.batch_sampler) is torch.utils.data.BatchSampler
+        )
+
+    def require_repeatable(self) -> None:
+        """Raise CalibrationError if the loader is sure to give another order next time."""
+        sampler = getattr(self._loader, "sampler", None)
+        if isinstance(sampler, RandomSampler) and sampler.generator is None:
+            raise CalibrationError(
+                "a checkpoint needs the same order of images each time, and this loader shuffles: use shuffle=False, "
+                "or give it a generator with a fixed seed"
+            )
+
+    def read(self, start: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield (position, images) from batch ``start`` on, and before them what tells whether the order is the same.
+
+        Those are the first batch and batch ``start - 1``. Others before ``start`` are not read where the loader
+        works by index.
+        """
+        again = sorted({0, start - 1}) if start else []
+        loader = self._loader
+        batches: Iterable[tuple[int, Any]]
+        if start and self._by_index:
+            assert isinstance(loader, DataLoader)
+            order = list(loader.batch_sampler)  # type: ignore[arg-type]
+            chosen = [i for i in again if i < len(order)] + list(range(start, len(order)))
+            part = DataLoader(
+                loader.dataset,
+                batch_sampler=[order[i] for i in chosen],
+                num_workers=loader.num_workers,
+                collate_fn=loader.collate_fn,
+                pin_memory=loader.pin_memory,
+                timeout=loader.timeout,
+                worker_init_fn=loader.worker_init_fn,
+                multiprocessing_context=loader.multiprocessing_context,
+                prefetch_factor=loader.prefetch_factor,
+            )
+            batches = zip(chosen, part, strict=True)
+        elif isinstance(loader, Sequence):
+            batches = ((i, loader[i]) for i in [*again, *range(start, len(loader))] if i < len(loader))
+        else:
+            batches = ((i, batch) for i, batch in enumerate(loader) if i >= start or i in again)
+        for index, batch in batches:
+            yield index, images_of(batch)
+
+
+def images_of(batch: Any) -> Tensor:
+    """Return the images of a loader's batch: the batch itself, or its first element."""
+    images = batch[0] if isinstance(batch, (tuple, list)) else batch
+    if not isinstance(images, Tensor):
+        raise CalibrationError(f"the loader yielded {type(images).__name__} where a tensor of images was expected")
+    return images
+
+
+def digest(images: Tensor) -> str:
+    """Return a hash of a batch: values, shape and type."""
+    state = hashlib.blake2b(f"{images.dtype} {tuple(images.shape)}".encode(), digest_size=16)
+    state.update(images.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return state.hexdigest()

@@ -1,0 +1,131 @@
+"""Floor 5: a pass kept on disk, so that a killed one goes on where it was and ends with the same bytes.
+
+Everything is kept in float64 at a batch boundary, so the merges to come are those of an uninterrupted pass.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import artifacts
+from ..errors import CalibrationError
+from .batches import digest
+from .bins import Bins
+from .tally import Tally
+from .totals import Totals
+
+FORMAT, VERSION = "meansparse_fx.checkpoint", "1"
+
+
+class Checkpoint:
+    """One process's checkpoint file.
+
+    Args:
+        path: Of one process; several have ``PATH.rank0-of-2`` and so on.
+        every: Seconds between two writings.
+        identity: What must be the same for a pass to go on, by what it is in words.
+        rank, world: Of this process.
+
+    Raises:
+        CalibrationError: From any method, if the file is of another calibration.
+    """
+
+    def __init__(self, path: str | Path, every: float, identity: dict[str, Any], rank: int, world: int) -> None:
+        path = Path(path)
+        self.path = path if world == 1 else path.with_name(f"{path.name}.rank{rank}-of-{world}")
+        others = {int(f.name.rpartition("-of-")[2]) for f in path.parent.glob(f"{path.name}.rank*-of-*")}
+        others |= {1} if path.exists() else set()
+        if strangers := others - {world}:
+            raise CalibrationError(
+                f"{path}: a checkpoint of {strangers.pop()} process(es), and now there are {world}: start as many "
+                "again, or remove it to start from the beginning"
+            )
+        self._every, self._identity = every, identity
+        self._last_write = time.monotonic()
+        self._digests: dict[int, str] = {}
+        self._first = ""
+        artifacts.remove_partial(self.path)
+
+    def resume(self, tally: Tally) -> None:
+        """Take over what the file holds, if there is one."""
+        if not self.path.exists():
+            return
+        header, tensors = artifacts.read(self.path, FORMAT, VERSION, "a checkpoint")
+        for what, value in self._identity.items():
+            if header["identity"].get(what) != value:
+                raise CalibrationError(
+                    f"{self.path}: a checkpoint of another calibration, its {what} differs: remove it to start from "
+                    "the beginning"
+                )
+        device, sizes = tally.totals.mean.device, tally.totals.sizes
+        tensors = {name: value.to(device) for name, value in tensors.items()}
+
+        def totals(name: str) -> Totals:
+            mean, m2 = tensors[name]
+            return Totals(tuple(header["counts"][name]), mean, m2, sizes)
+
+        tally.totals, tally.input_range = totals("totals"), tensors["input_range"]
+        tally.batches, tally.images = header["batches"], header["images"]
+        if tally.groups is not None:
+            kept = header["groups"]
+            tally.groups.closed = [totals(f"group{i}") for i in range(kept["closed"])]
+            tally.groups.open, tally.groups.open_batches = totals("open"), kept["open_batches"]
+            tally.groups.length = kept["length"]
+        if "histograms" in tensors:
+            low, width = tensors["edges"]
+            tally.bins = Bins(low, width, tensors["histograms"], sizes.tolist())
+        self._digests = {int(index): value for index, value in header["digests"].items()}
+
+    def compare(self, index: int, images: Tensor) -> None:
+        """Raise CalibrationError if a batch that an earlier process saw is not what it was; remember the first."""
+        if index == 0:
+            self._first = digest(images)
+        if (expected := self._digests.pop(index, None)) is not None and digest(images) != expected:
+            raise CalibrationError(
+                f"{self.path}: a checkpoint of another data set or of another order of images: batch {index} differs. "
+                "Use the same data, batch size and order, or remove it to start from the beginning"
+            )
+
+    def require_compared(self) -> None:
+        """Raise CalibrationError if the loader ended before every batch was compared."""
+        if self._digests:
+            raise CalibrationError(
+                f"{self.path}: a checkpoint after {max(self._digests) + 1} batches, more than the loader has now: "
+                "remove it to start from the beginning"
+            )
+
+    def due(self) -> bool:
+        """Return whether it is time to write."""
+        return time.monotonic() - self._last_write >= self._every
+
+    def write(self, tally: Tally, images: Tensor) -> None:
+        """Replace the file by what was measured so far; ``images`` is the latest batch."""
+        totals = {"totals": tally.totals}
+        groups: dict[str, int] = {}
+        if tally.groups is not None:
+            totals |= {f"group{i}": group for i, group in enumerate(tally.groups.closed)} | {"open": tally.groups.open}
+            groups = {
+                "closed": len(tally.groups.closed),
+                "open_batches": tally.groups.open_batches,
+                "length": tally.groups.length,
+            }
+        tensors = {name: torch.stack([t.mean, t.m2]) for name, t in totals.items()}
+        tensors["input_range"] = tally.input_range
+        if tally.bins is not None:
+            tensors["edges"] = torch.stack([tally.bins.low, tally.bins.width])
+            tensors["histograms"] = tally.bins.counts
+        header = {
+            "identity": self._identity,
+            "batches": tally.batches,
+            "images": tally.images,
+            "counts": {name: list(t.counts) for name, t in totals.items()},
+            "groups": groups,
+            "digests": {"0": self._first, str(tally.batches - 1): digest(images)},
+        }
+        artifacts.write(self.path, FORMAT, VERSION, header, tensors)
+        self._last_write = time.monotonic()

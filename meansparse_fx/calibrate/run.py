@@ -1,0 +1,268 @@
+"""Floor 5: the verb. One pass of the instrumented graph over the data."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, fx
+
+from ..errors import CalibrationError
+from ..kernels import ops
+from ..operators import operators, require_transformed, set_statistics
+from ..passes import observe
+from ..progress import bar
+from ..statistics import ChannelStatistics, Statistics, fingerprint, graph_fingerprint
+from .batches import Source
+from .bins import Bins
+from .checkpoint import Checkpoint
+from .convergence import MIN_GROUPS, Precision, precision
+from .ranks import Ranks
+from .tally import Tally
+from .totals import Totals, merge_all
+
+LOOK_SECONDS = 10.0  # between two looks for NaN on a GPU, each of which waits for it
+
+
+def calibrate(
+    sparse: fx.GraphModule,
+    loader: Iterable[Any],
+    *,
+    progress: bool = True,
+    metadata: dict[str, str] | None = None,
+    tolerance: float | None = None,
+    histograms: bool = False,
+    amp: torch.dtype | None = None,
+    channels_last: bool = False,
+    checkpoint: str | Path | None = None,
+    every: float = 60.0,
+    group: Any = None,
+    timeout: float = 600.0,
+) -> Statistics:
+    """Return the exact mean and deviation of every site's channels over the data, and set them in ``sparse``.
+
+    The instrumented graph makes the base model's own calls, so alpha plays no part. A second calibration
+    replaces the first; alpha keeps its value. How the data is cut into batches and shards changes the result by
+    float64 rounding alone.
+
+    Args:
+        sparse: A transformed model in eval mode.
+        loader: Yields batches of images ``[N, ...]``, alone or first in a tuple or list (labels are ignored).
+        progress: Show a progress bar.
+        metadata: Facts to keep with the statistics, such as what the data was.
+        tolerance: Stop when the standard errors of every channel's mean and deviation are estimated below this
+            share of the deviation (0.01: one per cent); the images must come in shuffled order.
+        histograms: Count each channel's values in bins too, for `plot` and `show`.
+        amp: Run the model under autocast to this type; moments are measured in float32 or better all the same.
+        channels_last: Give images to the model in that layout, which its convolutions then keep.
+        checkpoint: File to write now and then; if it exists, go on from it. It stays: remove it when the result
+            is saved. The loader must yield the same images in the same order each time.
+        every: Seconds between two checkpoints.
+        group: Of torch.distributed, such as ``torch.distributed.group.WORLD``: every process of it calls this with
+            its own shard of the data (`shards.ShardSampler`), and all get the statistics of the whole.
+        timeout: Seconds without a sign of life after which a process of the group counts as dead.
+
+    Raises:
+        StateError: The model is not transformed, or in train mode.
+        CalibrationError: The loader is empty, a site saw NaN or inf, the checkpoint is of another calibration, or
+            another process failed.
+
+    Example:
+        >>> import torch, meansparse_fx as msfx
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.GELU()).eval()
+        >>> images = torch.rand(64, 1, 8, 8)
+        >>> sparse = msfx.transform(net, images[:2])
+        >>> stats = msfx.calibrate(sparse, images.split(10), progress=False)
+        >>> stats.images, stats["1"].count, stats["1"].std.shape
+        (64, 2304, torch.Size([4]))
+    """
+    require_transformed(sparse, "calibrate")
+    if tolerance is not None and not (math.isfinite(tolerance) and tolerance > 0):
+        raise CalibrationError(f"tolerance must be positive, such as 0.01 for one per cent, got {tolerance}")
+    with Ranks(group, timeout) as ranks, torch.inference_mode():
+        if ranks.world > 1 and checkpoint is not None and (tolerance is not None or histograms):
+            raise CalibrationError("with several processes a checkpoint goes with neither tolerance nor histograms")
+        one_pass = _Pass(sparse, Source(loader), ranks, tolerance, histograms, amp, channels_last)
+        if checkpoint is not None:
+            one_pass.keep(checkpoint, every)
+        with bar(progress and ranks.rank == 0) as display:
+            one_pass.run(display)
+        statistics = one_pass.result(metadata or {})
+    set_statistics(sparse, statistics, check_weights=False)
+    return statistics
+
+
+class _Pass:
+    """One process's pass over its batches, and the meetings with the others."""
+
+    def __init__(
+        self,
+        sparse: fx.GraphModule,
+        source: Source,
+        ranks: Ranks,
+        tolerance: float | None,
+        histograms: bool,
+        amp: torch.dtype | None,
+        channels_last: bool,
+    ) -> None:
+        self._plan = sparse.meta.get("plan", ())
+        self._device = next(iter(operators(sparse).values())).get_buffer("mean").device
+        lowering = ops.lowering()
+        # One read of each tensor for the moments and the activation, where one kernel does both.
+        fused = lowering == "triton" or (lowering == "auto" and self._device.type == "cuda")
+        self._observed, observers = observe(sparse, fused)
+        self._names, self._observers = list(observers), list(observers.values())
+        self._source, self._ranks = source, ranks
+        self._tolerance, self._histograms, self._amp, self._channels_last = tolerance, histograms, amp, channels_last
+        self._weights, self._graph = fingerprint(sparse), graph_fingerprint(self._observed)
+        self._tally = Tally(self._observers, self._device, grouped=tolerance is not None)
+        self._precision: Precision | None = None
+        self._checkpoint: Checkpoint | None = None
+        own = torch.tensor(list(bytes.fromhex(self._weights + self._graph)))
+        if any(not torch.equal(theirs, own) for theirs in ranks.gather(own, "start")):
+            raise CalibrationError("the processes have different models: load the same weights in each")
+
+    def keep(self, path: str | Path, every: float) -> None:
+        """Write checkpoints from now on; go on from the one there is."""
+        self._source.require_repeatable()
+        identity = {
+            "model (weights)": self._weights,
+            "model (graph)": self._graph,
+            "number of batches": self._source.batches,
+            "number of images": self._source.images,
+            "tolerance": self._tolerance,
+            "choice of histograms": self._histograms,
+            "precision or layout": [str(self._amp), self._channels_last],
+        }
+        self._checkpoint = Checkpoint(path, every, identity, self._ranks.rank, self._ranks.world)
+        self._checkpoint.resume(self._tally)
+        if self._tally.bins is not None:
+            self._tally.bins.watch(self._observers)
+        self._look_at_precision()
+
+    def run(self, display: Progress) -> None:
+        """Measure batch after batch, to the end or to the precision asked for."""
+        tally, kept = self._tally, self._checkpoint
+        # Where they stop together, all must look at the precision equally often, whatever their shards.
+        shared_end = 0
+        if self._tolerance is not None and self._ranks.world > 1:
+            if self._source.batches is None:
+                raise CalibrationError("several processes with a tolerance need loaders that know their length")
+            shared_end = int(max(self._ranks.gather(torch.tensor(self._source.batches), "batches")))
+        task = display.add_task("calibrate", total=self._source.images, completed=tally.images, note="")
+        began = looked = time.monotonic()
+        already, latest = tally.images, None
+        for index, images in self._source.read(tally.batches):
+            if kept is not None:
+                kept.compare(index, images)
+            if index < tally.batches or self._settled:
+                continue
+            batch, latest = self._measure(images), images
+            rate = (tally.images - already) / max(time.monotonic() - began, 1e-9)
+            display.update(task, completed=tally.images, note=f"{rate:,.0f} images/s")
+            due = kept is not None and kept.due()
+            if due or self._device.type == "cpu" or time.monotonic() - looked > LOOK_SECONDS:
+                looked = time.monotonic()
+                tally.refuse_non_finite()
+            if tally.groups is not None and tally.groups.add(batch):
+                self._look_at_precision()
+            if kept is not None and due:
+                kept.write(tally, images)
+            if self._settled:
+                break
+            self._ranks.beat(f"batch {index}")
+        tally.refuse_non_finite()
+        if kept is not None:
+            kept.require_compared()
+            if latest is not None:
+                kept.write(tally, latest)
+        for _ in range(tally.batches, shared_end):  # the others have more batches
+            if self._settled:
+                break
+            if tally.groups is not None and tally.groups.add(None):
+                self._look_at_precision()
+        if self._histograms and tally.bins is None:  # a shard without images
+            self._make_bins(tally.totals)
+
+    def result(self, metadata: dict[str, str]) -> Statistics:
+        """Return the statistics of all processes together."""
+        tally, ranks = self._tally, self._ranks
+        images = [int(n) for n in ranks.gather(torch.tensor(tally.images), "images")]
+        if not sum(images):
+            raise CalibrationError("the loader yielded no images: nothing to calibrate on")
+        sites = merge_all(ranks.gather_totals(tally.totals, "end")).by_site()
+        if tally.bins is not None:
+            tally.bins.counts = torch.stack(ranks.gather(tally.bins.counts, "histograms")).sum(0)
+            counted = zip(sites, tally.bins.by_site(), strict=True)
+            sites = [ChannelStatistics(s.count, s.mean, s.m2, histogram) for s, histogram in counted]
+        ranges = torch.stack(ranks.gather(tally.input_range, "range"))
+        facts = {
+            "meansparse_fx": version("meansparse_fx"),
+            "torch": torch.__version__,
+            "input_range": f"{float(ranges[:, 0].min()):g} to {float(ranges[:, 1].max()):g}",
+        }
+        if self._tolerance is not None:
+            facts["tolerance"] = f"{self._tolerance:g}, " + ("reached" if self._settled else "not reached")
+            facts["precision"] = str(self._precision or "unknown: too few batches")
+        table = {
+            site.name: {
+                "kind": site.kind,
+                "activation": site.activation and site.activation.name,
+                "channel_dim": site.channel_dim,
+                "channels": site.channels,
+                "after": site.producer,
+            }
+            for site in self._plan
+            if site.skipped is None
+        }
+        by_name = dict(zip(self._names, sites, strict=True))
+        return Statistics(by_name, self._weights, sum(images), facts | metadata, self._graph, table)
+
+    @property
+    def _settled(self) -> bool:
+        """Whether the precision asked for is reached."""
+        return self._tolerance is not None and self._precision is not None and self._precision.error < self._tolerance
+
+    def _measure(self, images: Tensor) -> Totals:
+        """Run one batch through the instrumented graph and return its totals."""
+        images = images.to(self._device, non_blocking=True)
+        if self._channels_last and images.dim() == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        self._forward(images)
+        batch = self._tally.add(images)
+        if self._histograms and self._tally.bins is None:
+            self._make_bins(batch)
+            self._forward(images)  # once more, to be counted
+        return batch
+
+    def _forward(self, images: Tensor) -> None:
+        with torch.autocast(self._device.type, self._amp) if self._amp is not None else nullcontext():
+            self._observed(images)
+
+    def _make_bins(self, first: Totals) -> None:
+        """Lay the bins around what all processes saw first."""
+        self._tally.bins = Bins.around(merge_all(self._ranks.gather_totals(first, "bins")))
+        self._tally.bins.watch(self._observers)
+
+    def _look_at_precision(self) -> None:
+        """Estimate the precision from the groups of all processes, which all call this after as many batches."""
+        groups = self._tally.groups
+        if groups is None or groups.open_batches or len(groups.closed) < MIN_GROUPS // self._ranks.world:
+            return
+        point = f"precision {len(groups.closed)} x {groups.length}"
+        counts = self._ranks.gather(torch.tensor([g.counts for g in groups.closed]), f"{point}, counts")
+        values = self._ranks.gather(torch.stack([torch.stack([g.mean, g.m2]) for g in groups.closed]), point)
+        sizes = self._tally.totals.sizes
+        everyone = [
+            Totals(tuple(count.tolist()), mean, m2, sizes)
+            for rank_counts, rank_values in zip(counts, values, strict=True)
+            for count, (mean, m2) in zip(rank_counts, rank_values, strict=True)
+        ]
+        self._precision = precision(everyone, self._names)

@@ -1,0 +1,62 @@
+"""Floor 6: the command line. Each command loads, calls one verb of the package, and prints what it returned.
+
+A command is a plain function in a file of its group; here they become one program. `options` has what commands share.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from ..errors import MeanSparseError
+from .demo import demo
+from .model import inspect
+from .options import spread
+from .robustness import evaluate, select
+from .statistics import calibrate, merge, plot, show
+
+COMMANDS = (inspect, calibrate, select, evaluate, demo, show, merge, plot)
+
+
+class _Commands(TyperGroup):
+    """A group that turns the user's errors into one line; bugs keep their traceback."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except MeanSparseError as error:
+            Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"meansparse-fx {version('meansparse_fx')} (torch {torch.__version__})")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """MeanSparse as a compiler pass: find the activations, measure, rewrite, tune, and attack honestly."""
+
+
+for command in COMMANDS:
+    app.command()(spread(command))

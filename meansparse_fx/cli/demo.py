@@ -1,0 +1,32 @@
+"""Floor 6: the whole job on the bundled model, as a command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import demo as demo_run
+from .loading import console
+from .options import Seed, Steps
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for the report.")] = Path("demo-out"),
+    calibration_images: Annotated[int, typer.Option(min=2, max=2000)] = demo_run.CALIBRATION_IMAGES,
+    selection_images: Annotated[int, typer.Option(min=1, max=2000)] = demo_run.SELECTION_IMAGES,
+    test_images: Annotated[int, typer.Option(min=1, max=2000)] = demo_run.TEST_IMAGES,
+    steps: Steps = demo_run.STEPS,
+    seed: Seed = 0,
+) -> None:
+    """Run the whole job on the bundled robust network: a few minutes on a CPU, no download."""
+    demo_run.run(
+        out,
+        console(),
+        calibration_images=calibration_images,
+        selection_images=selection_images,
+        test_images=test_images,
+        steps=steps,
+        seed=seed,
+    )

@@ -1,0 +1,61 @@
+"""Floor 6: from options to what the verbs take: the model, the transformed model, the images; and the console."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, fx, nn
+
+from ..data import ImageSet, load_images
+from ..errors import ModelError
+from ..transform import transform
+from ..zoo import Normalised, load_model
+from .options import DataOptions, ModelOptions
+
+
+def console() -> Console:
+    """Return the console for results: standard output, wide enough for a table where that is no terminal."""
+    found = Console()
+    return found if found.is_terminal else Console(width=120)
+
+
+def device_of(options: ModelOptions) -> torch.device:
+    """Return the device asked for, by default a GPU if there is one; raise ModelError if it cannot be used."""
+    name = options.device
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ModelError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def open_model(options: ModelOptions) -> nn.Module:
+    """Return the model in eval mode on its device, normalising inside if asked to."""
+    model = load_model(options.model, options.weights, options.num_classes)
+    if options.normalise is not None:
+        model = Normalised(model, *options.normalise)
+    return model.eval().to(device_of(options))
+
+
+def open_images(options: DataOptions) -> ImageSet:
+    """Return the images asked for."""
+    return load_images(
+        options.data, options.split, image_size=options.image_size, limit=options.limit, skip=options.skip
+    )
+
+
+def open_sparse(options: ModelOptions, images: ImageSet, statistics: Path | None = None) -> fx.GraphModule:
+    """Return the model transformed, its logits checked against the labels of ``images``."""
+    examples = first_images(images, 2, device_of(options))
+    sparse = transform(open_model(options), examples, statistics=statistics)
+    with torch.no_grad():
+        images.check_labels(sparse(examples).shape[-1])
+    return sparse
+
+
+def first_images(images: ImageSet, count: int, device: torch.device) -> Tensor:
+    """Return the first images ``[count, C, H, W]`` on ``device``, or as many as there are."""
+    return torch.stack([images[i][0] for i in range(min(count, len(images)))]).to(device)

@@ -1,0 +1,127 @@
+"""Floor 6: the options that commands share, in groups, each written once.
+
+A group is a frozen dataclass whose fields are options; a command takes the group as one parameter, and `spread`
+shows typer the fields. To give all commands that load a model one more option, add one field to `ModelOptions`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from ..evaluate.attacks import ATTACKS
+from ..kernels.reference import BACKWARDS
+from ..zoo import SPECS
+from . import parsing
+
+Steps = Annotated[int, typer.Option(min=1, help="Steps of the gradient attacks.")]
+Queries = Annotated[int, typer.Option(min=1, help="Queries of the Square attack.")]
+Seed = Annotated[int, typer.Option(help="Of the attacks.")]
+StatisticsFile = Annotated[Path, typer.Option("--statistics", exists=True, dir_okay=False, help="From calibrate.")]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which model, and where it runs."""
+
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=SPECS)]
+    weights: Annotated[
+        Path | None, typer.Option(help="safetensors, or a state_dict (loaded with weights_only=True).")
+    ] = None
+    num_classes: Annotated[
+        int | None, typer.Option("--num-classes", min=1, help="Logits of a timm or torchvision model.")
+    ] = None
+    normalise: Annotated[
+        tuple | None,
+        typer.Option(
+            parser=parsing.normalisation,
+            metavar="imagenet|MEANS/DEVIATIONS",
+            help="Normalise inside the model: images, and so eps, stay in [0, 1].",
+        ),
+    ] = None
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [cuda if there is one]")] = None
+
+
+@dataclass(frozen=True, slots=True)
+class DataOptions:
+    """Which labelled images, and how many at a time."""
+
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Directory of one directory of images per class, directory of IDX files, or .npz with arrays images "
+            "and labels (or NAME_images and NAME_labels: --split NAME)."
+        ),
+    ]
+    split: Annotated[
+        str | None, typer.Option(help="Split of the data: subdirectory, IDX prefix (t10k), or .npz name.")
+    ] = None
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side images of a folder are resized and cropped to [224].")
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use at most this many images, of a fixed shuffled order.")
+    ] = None
+    skip: Annotated[
+        int, typer.Option(min=0, help="Leave out the first images of that order: other commands saw them.")
+    ] = 0
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 128
+
+
+@dataclass(frozen=True, slots=True)
+class ThreatOptions:
+    """What the attacker may do."""
+
+    # Any: defaults are text too, and go through the parser.
+    eps: Annotated[
+        Any, typer.Option(parser=parsing.fraction, metavar="EPS", help="Radius of the ball: 0.1, 8/255, ...")
+    ] = "8/255"
+    norm: Annotated[str, typer.Option(help="Linf or L2.")] = "Linf"
+    attacks: Annotated[
+        Any, typer.Option(parser=parsing.names(ATTACKS), metavar="NAMES", help=f"Of {', '.join(ATTACKS)}.")
+    ] = "apgd-ce"
+    backwards: Annotated[
+        Any,
+        typer.Option(parser=parsing.names(BACKWARDS), metavar="NAMES", help=f"Gradients: of {', '.join(BACKWARDS)}."),
+    ] = "exact,identity"
+    seed: Seed = 0
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `select_alpha` and `evaluate`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Return ``command`` with every parameter that is a group replaced by the group's fields, as typer reads them."""
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
+    members = {name: [field.name for field in fields(group)] for name, group in groups.items()}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if (group := groups.get(parameter.name)) is None:
+            annotated = [(parameter.name, hints[parameter.name], parameter.default)]
+        else:
+            types = get_type_hints(group, include_extras=True)
+            annotated = [(f.name, types[f.name], f.default) for f in fields(group)]
+        parameters += [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                annotation=hint,
+                default=inspect.Parameter.empty if default is MISSING else default,
+            )
+            for name, hint, default in annotated
+        ]
+
+    def call(**given: Any) -> None:
+        made = {name: group(**{n: given.pop(n) for n in members[name]}) for name, group in groups.items()}
+        command(**given, **made)
+
+    call.__name__, call.__doc__ = command.__name__, command.__doc__
+    call.__signature__ = inspect.Signature(sorted(parameters, key=lambda p: p.default is not p.empty))  # type: ignore[attr-defined]
+    return call

@@ -1,0 +1,138 @@
+"""Floor 6: commands that make statistics files and look into them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ..calibrate import calibrate as run_calibrate
+from ..errors import ArtifactError, StatisticsError
+from ..histogram import stored_histogram
+from ..statistics import Statistics
+from ..summary import summary_table
+from . import parsing
+from .loading import console, open_images, open_sparse
+from .options import DataOptions, ModelOptions
+
+AMP = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def calibrate(
+    model: ModelOptions,
+    data: DataOptions,
+    out: Annotated[Path, typer.Option(help="Statistics file to write (safetensors).")],
+    tolerance: Annotated[
+        Any,
+        typer.Option(
+            parser=parsing.fraction,
+            metavar="SHARE",
+            help="Stop when every mean and deviation is known this well: 0.01 is one per cent of the deviation.",
+        ),
+    ] = None,
+    histograms: Annotated[bool, typer.Option("--histograms", help="Count each channel's values, for plot.")] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Written now and then; the same command goes on from it. Removed at the end.")
+    ] = None,
+    every: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Between two checkpoints.")] = 60.0,
+    amp: Annotated[str | None, typer.Option(help=f"Autocast the model to {' or '.join(AMP)}.")] = None,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Give images to the model in that layout.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images ahead; 0 reads in this one.")] = 0,
+    timeout: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="Silence after which another process counts as dead.")
+    ] = 600.0,
+) -> None:
+    """Measure mean and deviation of every site's channels in one pass over training images.
+
+    Under torchrun each process takes its share: torchrun --nproc-per-node 4 -m meansparse_fx calibrate ...
+    """
+    if not out.parent.is_dir():
+        raise ArtifactError(f"{out}: its directory does not exist")
+    if amp is not None and amp not in AMP:
+        raise typer.BadParameter(f"{amp!r} is none of {', '.join(AMP)}", param_hint="--amp")
+    model, group = _join_processes(model)
+    rank, world = (group.rank(), group.size()) if group is not None else (0, 1)
+    images = open_images(data)
+    sparse = open_sparse(model, images)
+    found = run_calibrate(
+        sparse,
+        images.loader(data.batch_size, (rank, world), workers, next(sparse.parameters()).is_cuda),
+        metadata={"data": images.description, "model": model.model},
+        tolerance=tolerance,
+        histograms=histograms,
+        checkpoint=checkpoint,
+        every=every,
+        amp=AMP.get(amp or ""),
+        channels_last=channels_last,
+        group=group,
+        timeout=timeout,
+    )
+    if rank == 0:
+        found.save(out)
+        console().print(summary_table(found))
+        console().print(f"{len(found)} sites, {found.images} images: {out}")
+    if group is not None:
+        torch.distributed.barrier()
+    if checkpoint is not None:  # the result is saved
+        for name in (checkpoint.name, f"{checkpoint.name}.rank{rank}-of-{world}"):
+            checkpoint.with_name(name).unlink(missing_ok=True)
+    if group is not None:
+        torch.distributed.destroy_process_group()
+
+
+def show(file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Statistics file.")]) -> None:
+    """Show what a statistics file holds."""
+    console().print(summary_table(Statistics.load(file)))
+
+
+def merge(
+    files: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Statistics files of one model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Statistics file to write.")],
+) -> None:
+    """Merge statistics of different images into what one pass over all of them would have measured."""
+    if len(files) < 2:
+        raise StatisticsError("merge needs two files or more")
+    if not out.parent.is_dir():
+        raise ArtifactError(f"{out}: its directory does not exist")
+    merged = Statistics.load(files[0])
+    for file in files[1:]:
+        merged = merged.merge(Statistics.load(file))
+    merged.save(out)
+    console().print(f"{len(merged)} sites, {merged.images} images: {out}")
+
+
+def plot(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="From calibrate --histograms.")],
+    site: Annotated[str, typer.Option(help="Name of the site, as show lists it.")],
+    channel: Annotated[int, typer.Option(min=0)],
+    alpha: Annotated[
+        Any, typer.Option(parser=parsing.fraction, metavar="ALPHA", help="Half width of the band to draw.")
+    ] = "0.3",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write.")] = Path("histogram.png"),
+) -> None:
+    """Draw one channel's values before and after the operator (the paper's Figure 1)."""
+    from ..plots import histogram_figure, png  # matplotlib takes a second to import, and other commands do without
+
+    drawn = stored_histogram(Statistics.load(file), site, channel, alpha)
+    if not out.parent.is_dir():
+        raise ArtifactError(f"{out}: its directory does not exist")
+    out.write_bytes(png(histogram_figure(drawn)))
+    console().print(f"{100 * drawn.share:.1f} % of the values lie in the band: {out}")
+
+
+def _join_processes(model: ModelOptions) -> tuple[ModelOptions, Any]:
+    """Return the model on this process's device, and the process group if torchrun started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return model, None
+    gpu = torch.cuda.is_available() and (model.device or "cuda").startswith("cuda")
+    if gpu:
+        model = replace(model, device=f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(model.device)
+    torch.distributed.init_process_group("nccl" if gpu else "gloo")
+    return model, torch.distributed.group.WORLD

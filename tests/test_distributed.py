@@ -1,0 +1,229 @@
+"""Calibration by several processes over gloo: the same result as by one, uneven shards, and ranks that fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import meansparse_fx as msfx
+from meansparse_fx.shards import ShardSampler
+
+SOURCE = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten(), nn.Linear(4 * 36, 3)).double()
+"""
+
+WORKER = """
+import os, sys, time
+import torch
+torch.set_num_threads(1)
+import torch.distributed as dist
+import meansparse_fx as msfx
+from meansparse_fx.shards import ShardSampler
+from meansparse_fx.zoo import load_model
+
+what, spec, images, out = sys.argv[1:]
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+images = torch.load(images, weights_only=True)
+model = load_model(spec).eval()
+if what == "other-model" and rank == 1:
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+if what == "nan" and rank == 1:
+    images[1::world][4] = float("nan")
+
+class Slow(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(images)
+    def __getitem__(self, index):
+        if what in ("die", "hang"):
+            time.sleep(0.05)
+            if rank == 1 and index > len(images) // 2:
+                if what == "die":
+                    os.kill(os.getpid(), 9)
+                time.sleep(20 if index < len(images) // 2 + 4 else 0)
+        return images[index]
+
+loader = torch.utils.data.DataLoader(Slow(), batch_size=3, sampler=ShardSampler(len(images), rank, world))
+options = {"tolerance": {"tolerance": 0.05}, "histograms": {"histograms": True}}.get(what, {})
+if what in ("die", "hang", "keep"):
+    options = {"checkpoint": out + ".checkpoint", "every": 0.0}
+sparse = msfx.transform(model, images[:2])
+try:
+    stats = msfx.calibrate(sparse, loader, group=dist.group.WORLD, timeout=5, progress=False, **options)
+except msfx.MeanSparseError as error:
+    print("error:", error)
+    sys.stdout.flush()
+    os._exit(3)
+stats.save(f"{out}.{rank}")
+dist.barrier()
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Start WORLD processes of the worker; return what each printed, its exit code, and the seconds it took."""
+    (tmp_path / "tiny_distributed.py").write_text(SOURCE)
+    (tmp_path / "worker.py").write_text(WORKER)
+
+    def start(what: str, world: int, images: torch.Tensor):
+        torch.save(images, tmp_path / "images.pt")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        spec = f"{tmp_path / 'tiny_distributed.py'}:net"
+        command = [sys.executable, "-W", "ignore", tmp_path / "worker.py", what, spec, tmp_path / "images.pt"]
+        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared |= {"MEANSPARSE_FX_LOWERING": "eager"}
+        processes = [
+            subprocess.Popen(
+                [*command, tmp_path / "out"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | shared | {"RANK": str(rank)},
+            )
+            for rank in range(world)
+        ]
+        found = []
+        try:
+            for process in processes:
+                out, err = process.communicate(timeout=300)  # imports, on a busy machine
+                found.append((process.returncode, out, err))
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+                    process.communicate()
+        return found
+
+    return start
+
+
+@pytest.fixture
+def images():
+    return torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def alone(tmp_path, images, **options):
+    """Return the statistics that one process measures."""
+    from meansparse_fx.zoo import load_model
+
+    sparse = msfx.transform(load_model(f"{tmp_path / 'tiny_distributed.py'}:net").eval(), images[:2])
+    return msfx.calibrate(sparse, images.split(3), progress=False, **options)
+
+
+def check_equal(got, expected) -> None:
+    assert got.images == expected.images
+    for name, site in expected.items():
+        assert got[name].count == site.count
+        # The merge rounds in float64, by another tree; the mean relative to the deviation it is used with.
+        assert float(((got[name].mean - site.mean) / site.std).abs().max()) < 1e-12
+        torch.testing.assert_close(got[name].m2, site.m2, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("length", [0, 1, 6, 10])
+def test_shards_are_every_image_once(world, length) -> None:
+    shards = [list(ShardSampler(length, rank, world)) for rank in range(world)]
+    assert sorted(i for shard in shards for i in shard) == list(range(length))
+    assert [len(ShardSampler(length, rank, world)) for rank in range(world)] == [len(s) for s in shards]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "count"), [(2, 40), (3, 40), (3, 2)], ids=["even", "uneven", "one rank has nothing"])
+def test_many_equal_one(job, tmp_path, images, world, count) -> None:
+    done = job("plain", world, images[:count])
+    assert [code for code, _, _ in done] == [0] * world, done
+    files = [tmp_path / f"out.{rank}" for rank in range(world)]
+    assert len({file.read_bytes() for file in files}) == 1
+    check_equal(msfx.Statistics.load(files[0]), alone(tmp_path, images[:count]))
+
+
+@pytest.mark.slow
+def test_histograms_of_many_count_every_value(job, tmp_path, images) -> None:
+    done = job("histograms", 3, images)
+    assert [code for code, _, _ in done] == [0] * 3, done
+    got = msfx.Statistics.load(tmp_path / "out.2")
+    check_equal(got, alone(tmp_path, images))
+    assert got["2"].histogram.counts.sum(1).tolist() == [got["2"].count] * 4
+
+
+@pytest.mark.slow
+def test_many_stop_together(job, tmp_path) -> None:
+    images = torch.rand(301, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    done = job("tolerance", 2, images)
+    assert [code for code, _, _ in done] == [0, 0], done
+    first, second = (tmp_path / f"out.{rank}" for rank in range(2))
+    assert first.read_bytes() == second.read_bytes()
+    stats = msfx.Statistics.load(first)
+    assert 48 <= stats.images < 301
+    assert stats.metadata["tolerance"] == "0.05, reached"
+
+
+@pytest.mark.slow
+def test_a_failing_rank_tells_the_others_why(job, images) -> None:
+    done = job("nan", 3, images)
+    assert [code for code, _, _ in done] == [3, 3, 3], done
+    assert "2: NaN or inf in the site's input, first in batch 1" in done[1][1]
+    for rank in (0, 2):
+        assert "rank 1 failed: 2: NaN or inf" in done[rank][1]
+
+
+@pytest.mark.slow
+def test_different_models_are_refused(job, images) -> None:
+    done = job("other-model", 2, images)
+    assert [code for code, _, _ in done] == [3, 3], done
+    assert "different models" in done[0][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["die", "hang"])
+def test_a_dead_rank_is_an_error_and_the_checkpoint_is_kept(job, tmp_path, images, how) -> None:
+    start = time.monotonic()
+    done = job(how, 3, images)
+    assert done[0][0] == done[2][0] == 3, done
+    assert done[1][0] == (-signal.SIGKILL if how == "die" else 3)
+    for rank in (0, 2):
+        assert "rank 1 died or hangs" in done[rank][1] or "lost another process" in done[rank][1]
+    if how == "die":
+        assert time.monotonic() - start < 60
+    assert {p.name for p in tmp_path.glob("*.checkpoint*")} == {f"out.checkpoint.rank{r}-of-3" for r in range(3)}
+    again = job("keep", 3, images)
+    assert [code for code, _, _ in again] == [0] * 3, again
+    check_equal(msfx.Statistics.load(tmp_path / "out.0"), alone(tmp_path, images))
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path) -> None:
+    (tmp_path / "tiny_distributed.py").write_text(SOURCE.replace(".double()", ""))
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "data.npz", images=random.integers(0, 256, (31, 8, 8), np.uint8),
+             labels=random.integers(0, 3, 31))  # fmt: skip
+    command = ["calibrate", f"{tmp_path / 'tiny_distributed.py'}:net", "--data", tmp_path / "data.npz",
+               "--batch-size", "4", "--checkpoint", tmp_path / "c", "--out"]  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"MEANSPARSE_FX_LOWERING": "eager"}
+    for before, out in ((launch, "two"), ([sys.executable], "one")):
+        full = [*before, "-m", "meansparse_fx", *command, tmp_path / out]
+        done = subprocess.run(full, env=environment, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("1 sites, 31 images: ") == 1
+    two, one = (msfx.Statistics.load(tmp_path / name) for name in ("two", "one"))
+    assert two.images == one.images == 31
+    # Float32 convolutions over batches of other sizes.
+    torch.testing.assert_close(two["2"].mean, one["2"].mean, rtol=1e-5, atol=1e-6)
+    assert not list(tmp_path.glob("c*"))
