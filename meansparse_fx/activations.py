@@ -1,19 +1,28 @@
 """Floor 1: which calls are activations, and what each means to the kernels.
 
-One table a dialect: module types, functions and tensor methods. Another activation is one line in each
-that applies. Imports kernels only.
+One table a dialect: module types, functions and tensor methods; `register_activation` adds to them. Another activation
+is one line in each that applies. Imports kernels and errors only.
+
+What counts: elementwise non-linearities that a layer's output passes through (the paper: "before each activation").
+What does not, because it makes a weight or a probability of its input and not a feature: Sigmoid, Hardsigmoid and
+LogSigmoid, the softmax family, GLU, attention.
+
+An activation is fused only where the kernels' row has the bits of the original, so that a model at alpha = 0 equals its
+base exactly. RobustBench's and timm's own Swish compute x * sigmoid(x), which differs from torch's SiLU in the last
+bit: they keep their own code, behind the bare operator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .errors import SiteError
 from .kernels.reference import ACTIVATIONS
 
 
@@ -36,32 +45,96 @@ class ActivationCall:
     fused: bool = True
 
 
+_Reader = Callable[[Any], ActivationCall | None]  # of a module; its attributes are known to the table alone
+
+
+def _fused(name: str, *constants: str, weight: str | None = None) -> _Reader:
+    """Return a reader of modules that are a row of the kernels; ``constants`` are their attributes, in its order."""
+
+    def read(module: nn.Module) -> ActivationCall:
+        values = tuple(float(getattr(module, c)) for c in constants)
+        return ActivationCall(name, values, bool(getattr(module, "inplace", False)), weight)
+
+    return read
+
+
+def _bare(name: str) -> _Reader:
+    """Return a reader of modules that keep their own code, behind the bare operator."""
+    return lambda module: ActivationCall(name, inplace=bool(getattr(module, "inplace", False)), fused=False)
+
+
 def _gelu_name(approximate: str) -> str:
     return "gelu_tanh" if approximate == "tanh" else "gelu"
 
 
-# Module type -> (name, constants) read off the instance. Exact types: a subclass may compute something else.
-_MODULES: dict[type[nn.Module], Callable[[nn.Module], tuple[str, tuple[float, ...]]]] = {
-    nn.ReLU: lambda m: ("relu", ()),
-    nn.ReLU6: lambda m: ("relu6", ()),
-    nn.LeakyReLU: lambda m: ("leaky_relu", (m.negative_slope,)),
-    nn.PReLU: lambda m: ("prelu", ()),
-    nn.ELU: lambda m: ("elu", (m.alpha,)),
-    nn.GELU: lambda m: (_gelu_name(m.approximate), ()),
-    nn.SiLU: lambda m: ("silu", ()),
-    nn.Hardswish: lambda m: ("hardswish", ()),
-    nn.Mish: lambda m: ("mish", ()),
-    nn.Softplus: lambda m: ("softplus", (float(m.beta), float(m.threshold))),
+def _hardtanh_name(low: Any, high: Any) -> str:
+    return "relu6" if (low, high) == (0.0, 6.0) else "hardtanh"
+
+
+def _hardtanh(module: Any) -> ActivationCall:
+    name = _hardtanh_name(module.min_val, module.max_val)
+    return ActivationCall(name, inplace=bool(module.inplace), fused=name in ACTIVATIONS)
+
+
+def _squared(name: str) -> _Reader:
+    # Working in place they leave relu(x) in their input and return something else: the ReLU inside is the site then.
+    return lambda module: None if module.relu.inplace else ActivationCall(name, fused=False)
+
+
+# Functions of timm's that take `inplace` and ignore it.
+_NEVER_IN_PLACE = frozenset(
+    {"gelu", "gelu_tanh", "quick_gelu", "mish", "swish_me", "mish_me", "hard_swish_me", "hard_mish_me"}
+)
+
+
+def _gamma(module: Any) -> ActivationCall:
+    # An activation, then its result times a constant, in place.
+    function = getattr(module.act_fn, "__name__", "activation")
+    ignored = function in _NEVER_IN_PLACE and module.act_fn.__module__.startswith("timm.")
+    return ActivationCall(f"gamma_{function}", inplace=bool(module.inplace) and not ignored, fused=False)
+
+
+# Module type -> reader of an instance. Exact types: a subclass may compute something else.
+_MODULES: dict[type[nn.Module], _Reader] = {
+    nn.ReLU: _fused("relu"),
+    nn.ReLU6: _fused("relu6"),
+    nn.LeakyReLU: _fused("leaky_relu", "negative_slope"),
+    nn.PReLU: _fused("prelu", weight="weight"),
+    nn.ELU: _fused("elu", "alpha"),
+    nn.GELU: lambda m: ActivationCall(_gelu_name(m.approximate)),
+    nn.SiLU: _fused("silu"),
+    nn.Hardswish: _fused("hardswish"),
+    nn.Mish: _fused("mish"),
+    nn.Softplus: _fused("softplus", "beta", "threshold"),
+    nn.Hardtanh: _hardtanh,
+    **{cls: _bare(cls.__name__.lower()) for cls in (nn.CELU, nn.SELU, nn.RReLU, nn.Tanh, nn.Softsign, nn.Threshold)},
+    **{cls: _bare(cls.__name__.lower()) for cls in (nn.Tanhshrink, nn.Softshrink, nn.Hardshrink)},
 }
 
+_TIMM, _ROBUSTBENCH = "timm.layers.activations", "robustbench.model_zoo.architectures"
+
 # The same by qualified name, for libraries that may not be installed.
-_MODULES_BY_NAME: dict[str, Callable[[nn.Module], tuple[str, tuple[float, ...]]]] = {
-    "timm.layers.activations.Swish": lambda m: ("silu", ()),
-    "timm.layers.activations.Mish": lambda m: ("mish", ()),
-    "timm.layers.activations.HardSwish": lambda m: ("hardswish", ()),
-    "timm.layers.activations.PReLU": lambda m: ("prelu", ()),
-    "timm.layers.activations.GELU": lambda m: ("gelu", ()),
-    "timm.layers.activations.GELUTanh": lambda m: ("gelu_tanh", ()),
+_MODULES_BY_NAME: dict[str, _Reader] = {
+    f"{_TIMM}.PReLU": _fused("prelu", weight="weight"),
+    f"{_TIMM}.GELU": _fused("gelu"),
+    f"{_TIMM}.GELUTanh": _fused("gelu_tanh"),
+    f"{_TIMM}.Tanh": _bare("tanh"),
+    f"{_TIMM}.QuickGELU": _bare("quick_gelu"),
+    f"{_TIMM}.Swish": _bare("swish"),
+    f"{_TIMM}.Mish": _bare("mish"),
+    f"{_TIMM}.HardSwish": _bare("hardswish"),
+    f"{_TIMM}.HardMish": _bare("hard_mish"),
+    f"{_TIMM}_me.SwishMe": _bare("swish"),
+    f"{_TIMM}_me.MishMe": _bare("mish"),
+    f"{_TIMM}_me.HardSwishMe": _bare("hardswish"),
+    f"{_TIMM}_me.HardMishMe": _bare("hard_mish"),
+    "timm.models.metaformer.SquaredReLU": _squared("squared_relu"),
+    "timm.models.metaformer.StarReLU": _squared("star_relu"),
+    "timm.models.nfnet.GammaAct": _gamma,
+    **{f"{_ROBUSTBENCH}.{file}.Swish": _bare("swish") for file in ("dm_wide_resnet", "dm_rn")},
+    **{f"{_ROBUSTBENCH}.Meansparse_wrn_{size}_16.Swish": _bare("swish") for size in (70, 94)},
+    # Both its slope and its shift are learned; the kernels' row would freeze the shift at the value of the moment.
+    f"{_ROBUSTBENCH}.paf_wide_resnet.PSSiLU": _bare("pssilu"),
 }
 
 # Function -> (name, names of its scalar arguments in signature order after the input).
@@ -82,24 +155,124 @@ _FUNCTIONS: dict[Callable, tuple[str, tuple[str, ...]]] = {
     F.hardswish: ("hardswish", ("inplace",)),
     F.mish: ("mish", ("inplace",)),
     F.softplus: ("softplus", ("beta", "threshold")),
+    # torch.nn.ReLU6 calls it, which torch.compile gets to see.
+    F.hardtanh: ("hardtanh", ("min_val", "max_val", "inplace")),
+    F.hardtanh_: ("hardtanh", ("min_val", "max_val")),
+    F.celu: ("celu", ("alpha", "inplace")),
+    torch.celu: ("celu", ("alpha",)),
+    torch.celu_: ("celu", ("alpha",)),
+    F.selu: ("selu", ("inplace",)),
+    torch.selu: ("selu", ()),
+    torch.selu_: ("selu", ()),
+    F.rrelu: ("rrelu", ("lower", "upper", "training", "inplace")),
+    torch.rrelu: ("rrelu", ("lower", "upper", "training")),
+    torch.rrelu_: ("rrelu", ("lower", "upper", "training")),
+    F.tanh: ("tanh", ()),
+    torch.tanh: ("tanh", ()),
+    torch.tanh_: ("tanh", ()),
+    F.softsign: ("softsign", ()),
+    F.tanhshrink: ("tanhshrink", ()),
+    F.softshrink: ("softshrink", ("lambd",)),
+    F.hardshrink: ("hardshrink", ("lambd",)),
+    F.threshold: ("threshold", ("threshold", "value", "inplace")),
+    torch.threshold: ("threshold", ("threshold", "value")),
+    torch.threshold_: ("threshold", ("threshold", "value")),
 }
 
 _METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "relu": ("relu", ()),
     "relu_": ("relu", ()),
     "prelu": ("prelu", ("weight",)),
+    "tanh": ("tanh", ()),
+    "tanh_": ("tanh", ()),
+    "hardshrink": ("hardshrink", ("lambd",)),
 }
+
+# Functions whose arguments decide which row they are.
+_NAMES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "gelu": lambda given: _gelu_name(given.get("approximate", "none")),
+    "hardtanh": lambda given: _hardtanh_name(given.get("min_val", -1.0), given.get("max_val", 1.0)),
+}
+
+_REGISTERED_MODULES: dict[type[nn.Module], _Reader] = {}
+_REGISTERED_CALLS: dict[Callable | str, ActivationCall] = {}
+
+
+def register_activation(
+    target: type[nn.Module] | Callable | str,
+    name: str,
+    *,
+    constants: tuple[float, ...] | Callable[[nn.Module], tuple[float, ...]] = (),
+    weight: str | None = None,
+    fused: bool = False,
+) -> None:
+    """Make ``target`` an activation: each of its calls is a site from now on, and is not traced into.
+
+    By default the operator goes before the call, which keeps its own code: right for every activation. It takes
+    precedence over what this package knows of ``target``; instances of subclasses are not meant.
+
+    Args:
+        target: A module class; a function that is one call in a graph (torch's own, an operator of a
+            `torch.library`, or your own under `torch.fx.wrap`); or the name of a tensor's method.
+        name: What plans call it; where ``fused``, the row of the kernels that computes it
+            (`meansparse_fx.kernels.reference.ACTIVATIONS`).
+        constants: The row's scalar arguments, or a function that reads them off an instance of the class.
+        weight: Name of the module's parameter that is the row's learned slope.
+        fused: Let the kernels compute it, in one launch with the operator. At alpha = 0 the model then equals its base
+            as closely as the row equals ``target``.
+
+    Raises:
+        SiteError: ``target`` is nothing that can be called in a graph, or the row is not as described.
+
+    Example:
+        RobustBench's and timm's Swish are known, but not fused: they differ from torch's SiLU by rounding.
+        Who does not mind that gets one kernel instead of three:
+
+        >>> import torch, meansparse_fx as msfx
+        >>> class Swish(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x * torch.sigmoid(x)
+        >>> msfx.register_activation(Swish, "silu", fused=True)
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), Swish()).eval()
+        >>> [(s.name, s.activation.name, s.activation.fused) for s in msfx.inspect(net, torch.rand(2, 1, 8, 8))]
+        [('1', 'silu', True)]
+    """
+    if fused:
+        _check_row(name, None if callable(constants) else constants, weight)
+    if isinstance(target, type) and issubclass(target, nn.Module):
+
+        def read(module: nn.Module) -> ActivationCall:
+            values = constants(module) if callable(constants) else constants
+            inplace = bool(getattr(module, "inplace", False))
+            return ActivationCall(name, tuple(map(float, values)), inplace, weight, fused)
+
+        _REGISTERED_MODULES[target] = read
+    elif isinstance(target, type | nn.Module) or not (callable(target) or isinstance(target, str)):
+        raise SiteError(f"activation {name!r}: {target!r} is no module class, function or name of a method")
+    elif callable(constants) or weight is not None:
+        raise SiteError(f"activation {name!r}: only a module class has a weight, or constants to read off")
+    else:
+        _REGISTERED_CALLS[target] = ActivationCall(name, tuple(map(float, constants)), fused=fused)
+
+
+def _check_row(name: str, constants: tuple[float, ...] | None, weight: str | None) -> None:
+    row = ACTIVATIONS.get(name)
+    if row is None:
+        raise SiteError(f"the kernels have no activation {name!r}; they have {', '.join(ACTIVATIONS)}. Drop fused=True")
+    if constants is not None and len(constants) != len(row.constants):
+        wanted = ", ".join(c for c, _ in row.constants) or "none"
+        raise SiteError(f"activation {name!r}: {len(constants)} constants given, the kernels' row takes {wanted}")
+    if (row.weight_backward is None) != (weight is None):
+        has = "has no" if row.weight_backward is None else "has a"
+        raise SiteError(f"activation {name!r}: the kernels' row {has} learned slope; weight is {weight!r}")
 
 
 def match_module(module: nn.Module) -> ActivationCall | None:
     """Return the activation that calling ``module`` makes, or None."""
     cls = type(module)
-    reader = _MODULES.get(cls) or _MODULES_BY_NAME.get(f"{cls.__module__}.{cls.__qualname__}")
-    if reader is None:
-        return None
-    name, constants = reader(module)
-    inplace = bool(getattr(module, "inplace", False))
-    return ActivationCall(name, constants, inplace, weight="weight" if name == "prelu" else None)
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    reader = _REGISTERED_MODULES.get(cls) or _MODULES.get(cls) or _MODULES_BY_NAME.get(name)
+    return None if reader is None else reader(module)
 
 
 def match_function(target: Callable | str, args: tuple, kwargs: dict) -> ActivationCall | None:
@@ -108,14 +281,18 @@ def match_function(target: Callable | str, args: tuple, kwargs: dict) -> Activat
     Args:
         args: Positional arguments, the input first; may hold graph nodes.
     """
-    row = (_METHODS if isinstance(target, str) else _FUNCTIONS).get(target)
+    spelled = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if (registered := _REGISTERED_CALLS.get(target)) is not None:
+        return replace(registered, inplace=bool(kwargs.get("inplace", False)) or spelled.endswith("_"))
+    row = _METHODS.get(target) if isinstance(target, str) else _FUNCTIONS.get(target)
     if row is None:
         return None
     name, parameters = row
     given = dict(zip(parameters, args[1:], strict=False)) | kwargs
-    if name == "gelu":
-        name = _gelu_name(given.get("approximate", "none"))
-    spelled = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if name in _NAMES:
+        name = _NAMES[name](given)
     inplace = bool(given.get("inplace", False)) or spelled.endswith("_")
+    if name not in ACTIVATIONS:
+        return ActivationCall(name, inplace=inplace, fused=False)
     constants = tuple(float(given.get(k, default)) for k, default in ACTIVATIONS[name].constants)
     return ActivationCall(name, constants, inplace, weight=given.get("weight"))

@@ -1,7 +1,8 @@
-"""Floor 5: from a short text to a model: ``timm:NAME``, ``torchvision:NAME``, ``file.py:function``, ``bundled``.
+"""Floor 5: from a short text to a model: ``timm:NAME``, ``torchvision:NAME``, ``robustbench:THREAT/DATA/NAME``,
+``file.py:function``, ``bundled``.
 
-Nothing is downloaded: weights come from a file or stay as the model's builder set them. timm and torchvision
-are imported only when asked for.
+Weights come from a file, or stay as the model's builder set them; only RobustBench's, which are the point of it, are
+downloaded. The libraries are imported only when asked for.
 """
 
 from __future__ import annotations
@@ -9,23 +10,21 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-import pickle
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from . import bundled
+from . import bundled, robustbench_zoo
 from .bundled.network import FashionResNet
-from .errors import ArtifactError, ModelError
+from .errors import ModelError
+from .weights import load_weights, some
 
-SPECS = "timm:NAME, torchvision:NAME, path/to/file.py:function, or bundled"
+SPECS = "timm:NAME, torchvision:NAME, robustbench:Linf/cifar10/NAME, path/to/file.py:function, or bundled"
 
 # Mean and deviation per colour that most ImageNet weights were trained with.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -55,10 +54,11 @@ def load_model(spec: str, weights: str | Path | None = None, num_classes: int | 
     """Return the model that ``spec`` names, in eval mode.
 
     Args:
-        spec: ``timm:NAME``, ``torchvision:NAME``, ``path/to/file.py:function`` (called without arguments), or
-            ``bundled``.
+        spec: ``timm:NAME``, ``torchvision:NAME``, ``robustbench:THREAT/DATASET/NAME`` as on RobustBench's pages,
+            ``path/to/file.py:function`` (called without arguments), or ``bundled``.
         weights: safetensors, or a state_dict that ``torch.load(weights_only=True)`` reads: bare or under the
-            key ``state_dict``, with or without DataParallel's ``module.`` prefix.
+            key ``state_dict``, with or without DataParallel's ``module.`` prefix. For RobustBench its own files, or
+            the directory of an ensemble's; None takes what lies where RobustBench keeps it, or downloads it there.
         num_classes: Length of the logits, for timm and torchvision.
 
     Raises:
@@ -72,6 +72,8 @@ def load_model(spec: str, weights: str | Path | None = None, num_classes: int | 
     source, _, name = spec.rpartition(":")
     if num_classes is not None and source not in ("timm", "torchvision"):
         raise ModelError(f"{spec}: a number of classes can be chosen for timm and torchvision models only")
+    if source == "robustbench":
+        return robustbench_zoo.load(name, weights)
     if spec == "bundled":
         model: nn.Module = bundled.load_model()
     elif source == "timm":
@@ -92,60 +94,6 @@ def input_shape(model: nn.Module) -> tuple[int, ...]:
     if isinstance(model, FashionResNet):
         return (1, 28, 28)
     return tuple(getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224)))  # timm's convention
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load the weights kept in a file into ``model``; every one of its tensors, and no others.
-
-    Raises:
-        ArtifactError: The file cannot be read.
-        ModelError: Names or shapes differ; the model is unchanged.
-    """
-    state, own = read_state_dict(path), model.state_dict()
-    problems = [
-        f"{len(names)} {what}: {_some(names)}"
-        for what, names in (
-            ("missing", own.keys() - state.keys()),
-            ("unexpected", state.keys() - own.keys()),
-            (
-                "of another shape",
-                {
-                    f"{n} {list(state[n].shape)} for {list(own[n].shape)}"
-                    for n in own.keys() & state.keys()
-                    if state[n].shape != own[n].shape
-                },
-            ),
-        )
-        if names
-    ]
-    if problems:
-        raise ModelError(f"{path}: weights of another model; {'; '.join(problems)}")
-    model.load_state_dict(state)
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file or of a saved state_dict, by name, without ``module.`` prefix."""
-    path = Path(path)
-    if not path.is_file():
-        raise ArtifactError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, OSError) as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise ArtifactError(
-            f"{path}: truncated, or neither safetensors nor a plain state_dict ({first}); files that need "
-            "unpickling are not read: save model.state_dict()"
-        ) from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ArtifactError(f"{path}: not a state_dict, bare or under the key 'state_dict'")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    return dict(state)
 
 
 def _from_timm(name: str, num_classes: int | None) -> nn.Module:
@@ -190,7 +138,7 @@ def _from_file(path: Path, function: str) -> nn.Module:
     build = getattr(module, function, None)
     if not callable(build):
         functions = [n for n, v in vars(module).items() if getattr(v, "__module__", None) == module_spec.name]
-        raise ModelError(f"{path} has no function {function!r}; it has {_some(functions) or 'none'}")
+        raise ModelError(f"{path} has no function {function!r}; it has {some(functions) or 'none'}")
     model = build()
     if not isinstance(model, nn.Module):
         raise ModelError(f"{path}:{function} returned {type(model).__name__}, not a torch.nn.Module")
@@ -201,8 +149,3 @@ def _unknown(library: str, name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=3)
     hint = f"; close: {', '.join(close)}" if close else f"; {library}'s own list_models() has the names"
     return f"{library} has no model {name!r}{hint}"
-
-
-def _some(names: Iterable[str], limit: int = 3) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:limit]) + (", ..." if len(ordered) > limit else "")

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections import Counter
+from pathlib import Path
 
+import gdown
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import meansparse_fx as msfx
+from benchmarks import zoo as table
+from benchmarks.zoo_models import MODELS, build
+from meansparse_fx import robustbench_mend, robustbench_zoo
 from meansparse_fx.errors import ArtifactError, MeanSparseError, ModelError
 from meansparse_fx.zoo import Normalised, input_shape, load_model
 
@@ -161,3 +169,231 @@ def test_normalised():
 
 def test_errors_are_of_the_packages_family():
     assert issubclass(ModelError, MeanSparseError)
+
+
+# RobustBench.
+
+WRN = "corruptions/cifar10/Hendrycks2020AugMix_WRN"
+
+
+def random_state(model):
+    generator = torch.Generator().manual_seed(5)
+    return {
+        name: torch.rand(value.shape, generator=generator) if value.is_floating_point() else value
+        for name, value in model.state_dict().items()
+    }
+
+
+def check_filled(model, state, prefix=""):
+    own = model.state_dict()
+    assert {name.removeprefix(prefix) for name in own} >= state.keys()
+    assert all(torch.equal(own[prefix + name], value) for name, value in state.items())
+    assert not any(module.training for module in model.modules())
+
+
+def test_robustbench_lists_its_models():
+    names = robustbench_zoo.entries()
+    assert len(names) == len(set(names)) == 206  # robustbench 1.1.1
+    assert {name.split("/")[0] for name in names} == {"Linf", "L2", "corruptions"}
+
+
+def test_robustbench_architectures():
+    model = robustbench_zoo.architecture(WRN)
+    assert not model.training
+    assert input_shape(model) == (3, 32, 32)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    assert input_shape(robustbench_zoo.architecture("corruptions/imagenet/AlexNet")) == (3, 224, 224)
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file], ids=["pt", "safetensors"])
+def test_robustbench_weights_of_the_model_itself(tmp_path, save):
+    state = random_state(robustbench_zoo.architecture(WRN))
+    path = tmp_path / ("a.pt" if save is torch.save else "a.safetensors")
+    save(state, path)
+    check_filled(load_model(f"robustbench:{WRN}", path), state)
+
+
+# Forms in which RobustBench's files come: its name, what the file has before each name, what is around it.
+FORMS = {
+    "DataParallel": (WRN, "module.", "state_dict"),
+    "wrapped": (WRN, "module.model.", "state_dict"),
+    "bare": (WRN, "model.", None),
+    "last": ("Linf/cifar10/Andriushchenko2020Understanding", "", "last"),
+    "imagenet": ("Linf/imagenet/Salman2020Do_R18", "module.model.", "state_dict"),
+    "timm": ("Linf/cifar10/Debenedetti2022Light_XCiT-S12", "", "state_dict"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_robustbench_weights_as_published(tmp_path, form):
+    """The normalisation's constants are in the model and not in the files."""
+    name, prefix, key = FORMS[form]
+    model = robustbench_zoo.architecture(name)
+    inner = model.model if isinstance(model, nn.Sequential) else model
+    state = {n: v for n, v in random_state(inner).items() if n not in ("mu", "sigma")}
+    saved = {prefix + n: v for n, v in state.items()}
+    torch.save({key: saved, "epoch": 3} if key else saved, tmp_path / "a.pt")
+    loaded = robustbench_zoo.load(name, tmp_path / "a.pt")
+    check_filled(loaded, state, "model." if inner is not model else "")
+    constants = {n: v for n, v in model.state_dict().items() if n.split(".")[-1] in ("mu", "sigma", "mean", "std")}
+    assert all(torch.equal(loaded.state_dict()[n], v) for n, v in constants.items())
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.pt"]
+
+
+@pytest.mark.slow
+def test_robustbench_ensembles(tmp_path):
+    name = "Linf/cifar10/Chen2020Adversarial"
+    model = robustbench_zoo.architecture(name)
+    states = [random_state(part) for part in model.models]
+    for i, state in enumerate(states):
+        torch.save({"state_dict": {f"module.{n}": v for n, v in state.items()}}, tmp_path / f"x{i}")
+        (tmp_path / f"x{i}").rename(tmp_path / f"Chen2020Adversarial.pt_m{i}.pt")
+    loaded = robustbench_zoo.load(name, tmp_path)
+    for part, state in zip(loaded.models, states, strict=True):
+        check_filled(part, state)
+    with pytest.raises(ModelError, match="has 3 files: give the directory"):
+        robustbench_zoo.load(name, tmp_path / "Chen2020Adversarial.pt_m0.pt")
+    (tmp_path / "Chen2020Adversarial.pt_m1.pt").unlink()
+    with pytest.raises(ModelError, match=r"lacks Chen2020Adversarial\.pt_m1\.pt"):
+        robustbench_zoo.load(name, tmp_path)
+
+
+def test_robustbench_weights_of_another_model(tmp_path):
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(3)}}, tmp_path / "a.pt")
+    with pytest.raises(ModelError, match=r"a\.pt: weights of another model than robustbench:corruptions.*Missing key"):
+        load_model(f"robustbench:{WRN}", tmp_path / "a.pt")
+
+
+def test_robustbench_weights_are_never_unpickled(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # torch.load itself would
+    torch.save({"state_dict": Custom()}, tmp_path / "a.pt")
+    for name in (WRN, FORMS["timm"][0]):
+        with pytest.raises(ArtifactError, match="unpickling"):
+            load_model(f"robustbench:{name}", tmp_path / "a.pt")
+
+
+def no_network(*args, **kwargs):
+    raise ConnectionError("no network\nin a test")
+
+
+def test_robustbench_without_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gdown, "download", no_network)
+    place = tmp_path / "models" / "cifar10" / "corruptions" / "Hendrycks2020AugMix_WRN.pt"
+    message = rf"cannot fetch https://drive\.google\.com/uc\?id=\S+ to {place} \(ConnectionError: no network.*--weights"
+    with pytest.raises(ModelError, match=message):
+        load_model(f"robustbench:{WRN}")
+    monkeypatch.setattr(gdown, "download", lambda **_: None)
+    with pytest.raises(ModelError, match="nothing came"):
+        load_model(f"robustbench:{WRN}")
+    state = random_state(robustbench_zoo.architecture(WRN))
+    torch.save(state, place)
+    check_filled(load_model(f"robustbench:{WRN}"), state)
+
+
+def test_robustbench_without_network_for_timm(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(ModelError, match=rf"cannot fetch https://github\.com/RobustBench/\S+ to {tmp_path}.*--weights"):
+        load_model("robustbench:Linf/cifar10/Debenedetti2022Light_XCiT-S12")
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("Linf/cifar10/Wang2023Better", "close: .*Linf/cifar10/Wang2023Better_WRN-28-10"),
+        ("L1/cifar10/Standard", "has no model 'L1/cifar10/Standard', written as Linf/cifar10/NAME"),
+        ("Standard", "written as Linf/cifar10/NAME"),
+        ("Linf/imagenet/Standard_R50", "torchvision's own weights: use torchvision:resnet50"),
+    ],
+)
+def test_unknown_robustbench_models(name, problem):
+    with pytest.raises(ModelError, match=problem):
+        load_model(f"robustbench:{name}")
+
+
+def test_robustbench_s_stand_ins_are_gone():
+    robustbench_mend.library()
+    for name in ("pkg_resources", "autoattack", "autoattack.state"):
+        assert name not in sys.modules or sys.modules[name].__spec__.name == name
+
+
+def test_robustbench_gets_no_stand_in_for_what_is_there(tmp_path, monkeypatch):
+    (tmp_path / "pkg_resources.py").write_text("")
+    (tmp_path / "autoattack.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("pkg_resources", "autoattack"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with robustbench_mend._missing_modules():
+        assert "autoattack" not in sys.modules
+        assert Path(importlib.import_module("pkg_resources").__file__).parent == tmp_path
+    assert "pkg_resources" in sys.modules
+
+
+def test_robustbench_finds_its_own_files():
+    loaders = importlib.import_module("robustbench.loaders") if robustbench_mend.library() else None
+    path = loaders.pkg_resources.resource_filename("robustbench.loaders", "helper_files")
+    assert Path(path).is_dir()
+
+
+def test_robustbench_not_installed(monkeypatch):
+    robustbench_mend.library.cache_clear()
+    monkeypatch.setitem(sys.modules, "robustbench", None)
+    with pytest.raises(ModelError, match=r"pip install 'meansparse_fx\[robustbench\]'"):
+        load_model(f"robustbench:{WRN}")
+    monkeypatch.undo()
+    assert robustbench_mend.library().__name__ == "robustbench"
+
+
+# The table. Activations called and gates among them, counted at run time over other code than ours.
+
+COUNTS = {
+    "torchvision:mobilenet_v2": (35, 0),
+    "torchvision:regnet_y_400mf": (65, 16),
+    "torchvision:shufflenet_v2_x0_5": (37, 0),
+    "torchvision:squeezenet1_0": (26, 0),
+    "timm:dla34": (33, 0),
+    "timm:ese_vovnet19b_dw": (23, 0),
+    "timm:ghostnet_100": (42, 7),
+    "timm:hardcorenas_a": (32, 8),
+    "timm:lcnet_050": (30, 2),
+    "timm:poolformerv2_s12": (12, 0),
+    "timm:rexnet_100": (46, 13),
+    "timm:skresnet18": (33, 8),
+    "robustbench:Linf/cifar10/Dai2021Parameterizing": (13, 0),
+    "robustbench:Linf/cifar10/Rebuffi2021Fixing_R18_ddpm": (17, 0),
+    "robustbench:Linf/cifar10/Wong2020Fast": (16, 0),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_every_activation_is_accounted_for(name):
+    model = build(name)
+    size = min(64, input_shape(model)[-1])
+    plan = msfx.inspect(model, torch.linspace(0, 1, 2 * 3 * size * size).view(2, 3, size, size))
+    skipped = Counter(site.skipped.split(":")[0] for site in plan if site.skipped)
+    activations, gates = COUNTS[name]
+    assert (len(plan), skipped) == (activations, Counter({"gate": gates} if gates else {}))
+
+
+def test_the_table_resumes(tmp_path):
+    path = tmp_path / "zoo.csv"
+    failed = table.Row(MODELS[1], error="SiteError: a | b")
+    done = table.Row(MODELS[0], 96, "symbolic trace", "activation:3", "gate:2", 9, "bitwise", transform_s=0.5)
+    table.write({failed.model: failed, done.model: done}, path)
+    assert table.read(path) == {done.model: done, failed.model: failed}
+    assert table.read(tmp_path / "none.csv") == {}
+    text = table.page([done, failed])
+    assert "1 of 2 models are transformed (50.0%)" in text
+    assert f"| {failed.model} | SiteError: a \\| b |" in text
+    path.write_text("model,old\nx,y\n")
+    assert table.read(path) == {}
+
+
+def test_a_row_of_the_table(monkeypatch):
+    monkeypatch.setenv("MEANSPARSE_FX_LOWERING", "eager")
+    with torch.no_grad():
+        row = table.measure("torchvision:squeezenet1_0")
+    assert (row.error, row.equal, row.rewritten, row.skipped) == ("", "bitwise", "activation:26", "")
+    assert row.nodes > 26
+    assert 0 < row.capture_s + row.find_s <= row.transform_s

@@ -1,0 +1,263 @@
+"""Transform a fixed list of models, and write what became of each as a table.
+
+    python -m benchmarks.zoo [--only PATTERN] [--fresh] [--out FILE] [--doc FILE]
+
+Every RobustBench architecture, the families of timm and of torchvision, with random weights; on one core about a
+quarter of an hour. The CSV is written model by model: what it holds is not measured again unless --fresh. The page
+in docs/ is made from the CSV.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import gc
+import importlib
+import os
+import re
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import meansparse_fx
+from meansparse_fx.zoo import input_shape
+
+from .harness import RESULTS, device_name
+from .zoo_models import MODELS, build
+
+DOC = Path(__file__).parents[1] / "docs" / "zoo.md"
+SMALL = 96  # pixels; models that insist on a size of their own get it
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What became of one model; the fields are the CSV's columns.
+
+    Attributes:
+        model: As `load_model` takes it.
+        image: Side of the images, in pixels.
+        route: How the graph was captured.
+        rewritten, skipped: Sites by kind, and by the first words of the reason.
+        nodes: Of the captured graph.
+        equal: ``bitwise``, or the largest difference between transformed model and base at alpha 0 (eager lowering).
+        forward_s: One forward pass of the base on two images, as a measure for the next ones.
+        capture_s: Capture with its checks, which run the model and the graph on two batches each.
+        find_s: Finding the sites, which runs the graph once.
+        transform_s: All of `transform`.
+        error: What went wrong.
+        device, torch, threads: Where it ran.
+    """
+
+    model: str
+    image: int = 0
+    route: str = ""
+    rewritten: str = ""
+    skipped: str = ""
+    nodes: int = 0
+    equal: str = ""
+    forward_s: float = 0.0
+    capture_s: float = 0.0
+    find_s: float = 0.0
+    transform_s: float = 0.0
+    error: str = ""
+    device: str = ""
+    torch: str = ""
+    threads: int = 0
+
+
+def measure(name: str) -> Row:
+    """Return the row of one model."""
+    known: dict[str, Any] = {
+        "model": name,
+        "device": device_name("cpu"),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    try:
+        model = build(name)
+        images, expected, known["forward_s"] = _first_forward(model)
+        known["image"] = images.shape[-1]
+        with _stopwatch() as seconds:
+            start = time.perf_counter()
+            sparse = meansparse_fx.transform(model, images)
+            known["transform_s"] = round(time.perf_counter() - start, 3)
+        plan = sparse.meta["plan"]
+        known |= {
+            "route": plan.route,
+            "rewritten": _counts(site.kind for site in plan.active),
+            "skipped": _counts(site.skipped.split(":")[0] for site in plan if site.skipped),
+            "nodes": len(sparse.graph.nodes),
+            "equal": _difference(sparse(images), expected),
+            "capture_s": seconds["capture"],
+            "find_s": seconds["find_sites"],
+        }
+    except Exception as error:  # a row with its error, whatever it is
+        known["error"] = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:600]
+    return Row(**known)
+
+
+def _first_forward(model: nn.Module) -> tuple[Tensor, Tensor, float]:
+    """Return images that the model takes, what it makes of them, and the seconds it takes for that."""
+    own = input_shape(model)
+    sizes = [own[-1]] if own[-1] < SMALL else [SMALL, own[-1]]
+    for size in sizes:
+        images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        try:
+            model(images)
+            start = time.perf_counter()
+            return images, model(images), round(time.perf_counter() - start, 3)
+        except Exception:
+            if size == sizes[-1]:
+                raise
+    raise AssertionError("no size")
+
+
+@contextlib.contextmanager
+def _stopwatch() -> Iterator[dict[str, float]]:
+    """Yield the seconds that `transform` spends in its phases."""
+    verbs = importlib.import_module("meansparse_fx.transform")
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, function: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds[name] = round(time.perf_counter() - start, 3)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name in ("capture", "find_sites"):
+            stack.enter_context(mock.patch.object(verbs, name, timed(name, getattr(verbs, name))))
+        yield seconds
+
+
+def _counts(words: Any) -> str:
+    return " ".join(f"{word.replace(' ', '-')}:{count}" for word, count in Counter(words).items())
+
+
+def _difference(actual: Tensor, expected: Tensor) -> str:
+    if not expected.isfinite().all():
+        return "not finite"
+    return "bitwise" if torch.equal(actual, expected) else f"{(actual - expected).abs().max().item():.1e}"
+
+
+def read(path: Path) -> dict[str, Row]:
+    """Return the rows of a CSV by model; those of an older form are left out."""
+    if not path.is_file():
+        return {}
+    kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Row)}
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.keys() == kinds.keys()]
+    return {row["model"]: Row(**{name: kinds[name](value) for name, value in row.items()}) for row in rows}
+
+
+def write(rows: dict[str, Row], path: Path) -> None:
+    """Write the rows, in the order of the list, at once: a killed run leaves a whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(rows[name]) for name in MODELS if name in rows)
+    part.replace(path)
+
+
+# The page.
+
+
+def page(rows: Sequence[Row]) -> str:
+    """Return docs/zoo.md."""
+    captured = [row for row in rows if row.route]
+    routes = Counter(row.route for row in captured)
+    equal = Counter("bitwise" if row.equal == "bitwise" else "within rounding" for row in captured)
+    where = "; ".join(sorted({f"{row.device}, torch {row.torch}, {row.threads} threads" for row in rows}))
+    lines = [
+        "# The zoo",
+        "",
+        "What `transform` makes of real models, random weights, RobustBench's deep networks cut short. Made by",
+        "`python -m benchmarks.zoo`; do not edit by hand.",
+        "",
+        f"- {len(captured)} of {len(rows)} models are transformed ({len(captured) / len(rows):.1%}).",
+        *(f"- {count} by {route}." for route, count in routes.most_common()),
+        f"- Transformed model at alpha 0 and base, torch operators: {_spoken(equal)}.",
+        f"- {_total(captured, 'rewritten')} sites are rewritten; {_total(captured, 'skipped')} are skipped.",
+        f"- Measured on {where}.",
+        "",
+    ]
+    failed = [row for row in rows if not row.route]
+    if failed:
+        lines += ["## What failed", "", "| model | why |", "|---|---|"]
+        lines += [f"| {row.model} | {_cell(row.error)} |" for row in failed]
+        lines += [""]
+    lines += [
+        "## All models",
+        "",
+        "`forward`: seconds for one pass of the base on two images; `transform` makes about six such passes to check",
+        "itself. `capture` and `find` are parts of `transform`.",
+        "",
+        "| model | image | route | rewritten | skipped | nodes | at alpha 0 | forward | capture | find | transform |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.model} | {r.image} | {r.route} | {r.rewritten} | {r.skipped} | {r.nodes} | {r.equal} "
+        f"| {r.forward_s:.2f} | {r.capture_s:.2f} | {r.find_s:.2f} | {r.transform_s:.2f} |"
+        for r in captured
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _spoken(counts: Counter) -> str:
+    return ", ".join(f"{count} {word}" for word, count in counts.most_common())
+
+
+def _total(rows: Sequence[Row], column: str) -> str:
+    totals: Counter = Counter()
+    for row in rows:
+        for item in getattr(row, column).split():
+            word, _, count = item.rpartition(":")
+            totals[word.replace("-", " ") if column == "skipped" else word] += int(count)
+    return _spoken(totals) or "none"
+
+
+def _cell(text: str) -> str:
+    # Paths of one machine mean nothing on another.
+    return re.sub(r"/\S*/(?:site-packages|lib/python[\d.]+)/", "", text).replace("|", "\\|")
+
+
+def main() -> None:
+    """Measure what the CSV lacks, and write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="PATTERN", help="models whose name matches this expression")
+    parser.add_argument("--fresh", action="store_true", help="measure also what the CSV holds")
+    parser.add_argument("--out", type=Path, default=RESULTS / "zoo.csv")
+    parser.add_argument("--doc", type=Path, default=DOC)
+    args = parser.parse_args()
+    os.environ["MEANSPARSE_FX_LOWERING"] = "eager"
+    torch.backends.mha.set_fastpath_enabled(False)  # rounds differently, and transform turns it off, too
+    torch.set_grad_enabled(False)
+    warnings.simplefilter("ignore")  # the libraries' own
+    rows = read(args.out)
+    for name in MODELS:
+        if not re.search(args.only, name) or (name in rows and not args.fresh):
+            continue
+        rows[name] = row = measure(name)
+        print(f"{name}: {row.route or row.error} {row.rewritten} {row.skipped} {row.equal}", flush=True)
+        write(rows, args.out)
+        gc.collect()
+    args.doc.write_text(page([rows[name] for name in MODELS if name in rows]))
+
+
+if __name__ == "__main__":
+    main()
