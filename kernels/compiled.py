@@ -14,7 +14,7 @@ import functools
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -73,9 +73,9 @@ def forward(
     steepness: float,
 ) -> Tensor:
     """Return act(s(x)); arguments as in `reference.mean_sparse`."""
-    kernel = _kernel("forward", x.dim() > 2, 1, activation, tuple(constants), variant, steepness)
+    call = kernel(eager.forward, activation, x.dim() > 2, 1, activation, tuple(constants), variant, steepness)
     with torch.no_grad():
-        return unflatten(kernel(flatten(x.detach(), channel_dim), centre, threshold, None), x, channel_dim)
+        return unflatten(call(flatten(x.detach(), channel_dim), centre, threshold, None), x, channel_dim)
 
 
 def backward(
@@ -92,24 +92,34 @@ def backward(
     steepness: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of x, and an empty one for the weight."""
-    grad = torch.empty_like(x).copy_(grad) if grad.stride() != x.stride() else grad
-    flat_grad, flat = flatten(grad, channel_dim), flatten(x.detach(), channel_dim)
-    kernel = _kernel("backward", x.dim() > 2, 1, activation, tuple(constants), variant, backward, steepness)
+    flat_grad, flat = flatten(laid_out_like(grad, x), channel_dim), flatten(x.detach(), channel_dim)
+    options = (1, activation, tuple(constants), variant, backward, steepness)
+    call = kernel(eager.backward, activation, x.dim() > 2, *options)
     with torch.no_grad():
-        grad_x, grad_weight = kernel(flat_grad, flat, centre, threshold, None)
+        grad_x, grad_weight = call(flat_grad, flat, centre, threshold, None)
     return unflatten(grad_x, x, channel_dim), grad_weight
 
 
+def laid_out_like(t: Tensor, x: Tensor) -> Tensor:
+    """Return t with the strides of x, copied if it has others."""
+    return t if t.stride() == x.stride() else torch.empty_like(x).copy_(t)
+
+
 @functools.cache
-def _kernel(direction: str, spatial: bool, *options) -> Callable:
-    """Return the compiled form of ``eager.forward`` or ``eager.backward`` with its options bound."""
-    plain = getattr(eager, direction)
+def kernel(plain: Callable, label: str, case: Hashable, *options) -> Callable:
+    """Return the compiled form of ``plain(*tensors, *options)``.
+
+    Args:
+        label: For the log and for profiles: the activation.
+        case: What else gets code of its own, such as the number of dimensions.
+    """
+    name = f"mean_sparse_{plain.__name__}_{label}"
 
     def call(*tensors):
         return plain(*tensors, *options)
 
     # Dynamo keeps its cache, and counts recompilations, by code object: give each kernel its own.
-    call.__code__ = call.__code__.replace(co_name=f"mean_sparse_{direction}_{options[1]}")
+    call.__code__ = call.__code__.replace(co_name=name)
     compiled = torch.compile(call, dynamic=True, fullgraph=True)
 
     def guarded(*tensors):
@@ -122,5 +132,5 @@ def _kernel(direction: str, spatial: bool, *options) -> Callable:
                 compiled = call
         return call(*tensors)
 
-    _LOGGER.info("compiling the CPU kernel mean_sparse_%s for %s", direction, options[1])
+    _LOGGER.info("compiling the CPU kernel %s", name)
     return guarded

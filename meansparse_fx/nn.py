@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from .activations import ActivationCall
 from .errors import SiteError, StateError
+from .frozen import Before
+from .kernels.fused import Options, Vectors, fused
 from .kernels.ops import activation_moments, channel_moments, mean_sparse
 from .kernels.reference import BACKWARDS, VARIANTS
 from .published import PublishedOperator
@@ -40,6 +42,7 @@ class MeanSparse(nn.Module):
         centre, threshold: ``[C]``, what the kernel reads: derived from the above, so not in the state_dict.
             Always float32, or float64 in a float64 model. A negative threshold switches a channel off.
         replaces: The call this operator took the place of, activation included; None for a bare operator.
+        before: What a fused call takes in besides; see `passes.fuse`.
         strict: The band is open, as published checkpoints have it: values at distance alpha * std stay.
         variant, backward, steepness: See `kernels.reference.mean_sparse`.
     """
@@ -51,6 +54,7 @@ class MeanSparse(nn.Module):
         self.channel_dim = channel_dim
         self.activation = activation
         self.replaces: RecordedCall | None = None
+        self.before = Before()
         self.strict = False
         self.variant = "mean"
         self.centre_mode = "channel"
@@ -62,8 +66,19 @@ class MeanSparse(nn.Module):
         self.register_buffer("centre", torch.zeros(channels), persistent=False)
         self.register_buffer("threshold", torch.full((channels,), -1.0), persistent=False)
 
-    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return act(s(x)), shaped like x; weight is the activation's learned slope, if it has one."""
+    def forward(
+        self, x: Tensor, weight: Tensor | None = None, residual: Tensor | None = None, fused: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return act(s(x)), shaped like x.
+
+        Args:
+            x: ``[..., C, ...]``.
+            weight: The activation's learned slope, if it has one.
+            residual: Of x's shape, for a fused call.
+            fused: Take in what stands before the operator, too; see `fused`.
+        """
+        if fused:
+            return self.fused(x, weight, residual)
         return mean_sparse(
             x,
             self.centre,
@@ -76,6 +91,36 @@ class MeanSparse(nn.Module):
             self.backward,
             self.steepness,
         )
+
+    def fused(self, x: Tensor, weight: Tensor | None, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        """Return act(s(u)) of u = outer(norm(x) + residual), and norm(x) + residual if `before` wants it."""
+        if any(norm is not None and norm.module.training for norm in (self.before.norm, self.before.outer)):
+            raise StateError(f"{self.name}: fused with a batch norm in eval mode, which is in train mode: call eval()")
+        if torch.compiler.is_compiling():
+            return self._composed(x, weight, residual)
+        inner, outer = (
+            (None, None) if norm is None else norm.affine() for norm in (self.before.norm, self.before.outer)
+        )
+        vectors = Vectors(self.centre, self.threshold, weight, *inner, None, *outer)
+        activation = self.activation
+        options = Options(
+            self.channel_dim,
+            activation.name if activation else "identity",
+            activation.constants if activation else (),
+            self.variant,
+            self.backward,
+            self.steepness,
+            self.before.want_sum,
+        )
+        return fused(x, residual, vectors, options)
+
+    def _composed(self, x: Tensor, weight: Tensor | None, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the same as single calls, which compilers fuse themselves."""
+        v = x if self.before.norm is None else self.before.norm(x)
+        v = v if residual is None else v + residual
+        u = v if self.before.outer is None else self.before.outer(v)
+        y = self.forward(u, weight)
+        return (y, v) if self.before.want_sum else y
 
     @property
     def calibrated(self) -> bool:

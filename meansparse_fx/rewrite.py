@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 PREFIX = "meansparse"  # everything added to a model lives under this name
+_UNFUSED = "unfused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +112,26 @@ def adopt(graph_module: fx.GraphModule, root: nn.Module) -> fx.GraphModule:
     return graph_module
 
 
+def keep_unfused(graph_module: fx.GraphModule) -> None:
+    """Remember the graph as it is now as the one that `sharing_copy` starts from.
+
+    With the added modules, which both copies and pickles of a GraphModule keep; of its own attributes neither keeps
+    all. In a tuple, so that it is no child; and over a container of its own, or it would hold itself.
+    """
+    added = graph_module.get_submodule(PREFIX)
+    unfused = sharing_copy(graph_module)
+    unfused._modules[PREFIX] = nn.Module()
+    unfused._modules[PREFIX]._modules = dict(added._modules)
+    setattr(added, _UNFUSED, (unfused,))
+
+
 def sharing_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Return a GraphModule with a graph of its own over the same submodules, parameters and buffers."""
-    clone = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph), graph_module._get_name())
+    """Return a GraphModule with a graph of its own over the same submodules, parameters and buffers.
+
+    Of a fused one, the graph is that before fusion.
+    """
+    (source,) = getattr(graph_module._modules.get(PREFIX), _UNFUSED, (graph_module,))
+    clone = fx.GraphModule(graph_module, copy.deepcopy(source.graph), graph_module._get_name())
     clone.meta = dict(graph_module.meta)
     clone.training = graph_module.training
     return adopt(clone, graph_module)

@@ -7,13 +7,16 @@ from pathlib import Path
 from torch import Tensor, fx, nn
 
 from .capture import capture
-from .errors import SiteError
+from .errors import SiteError, StateError
 from .operators import set_alpha, set_backward, set_statistics
+from .passes import fuse as fuse_all
 from .passes import restore, sparsify
 from .sites import Placement, SitePlan, find_sites, placement_of
 from .statistics import Statistics
 
 __all__ = ["inspect", "restore", "transform"]
+
+FUSIONS = ("activation", "all")
 
 
 def inspect(model: nn.Module, images: Tensor | None = None, placement: Placement | str | None = None) -> SitePlan:
@@ -44,6 +47,7 @@ def transform(
     statistics: Statistics | str | Path | None = None,
     alpha: float | None = None,
     backward: str = "exact",
+    fuse: str = "activation",
 ) -> fx.GraphModule:
     """Return a copy of ``model`` with a MeanSparse operator at every site (paper, section 3.3).
 
@@ -59,9 +63,12 @@ def transform(
         alpha: Half width of the band in standard deviations; needs statistics unless 0. By default 0, or the published
             operators' own.
         backward: ``exact``, ``identity`` or ``smooth``; see `set_backward`.
+        fuse: ``activation`` makes one call of operator and activation, so that at alpha = 0 the result is the model's,
+            bit for bit. ``all`` is faster: frozen batch norms and residual sums before an operator become part of it,
+            equal to rounding. The norms' parameters then get no gradients: model.requires_grad_(False) first.
 
     Raises:
-        StateError: The model is in train mode or already transformed, or alpha lacks statistics.
+        StateError: The model is in train mode or already transformed, alpha lacks statistics, or no such fusion.
         CaptureError: The model cannot be captured as a graph.
         SiteError: No site found, or one that cannot be rewritten safely.
         StatisticsError: The statistics do not fit.
@@ -76,6 +83,8 @@ def transform(
         >>> bool((sparse(images) == net(images)).all())
         False
     """
+    if fuse not in FUSIONS:
+        raise StateError(f"fuse must be one of {', '.join(FUSIONS)}, got {fuse!r}")
     captured = capture(model, images)
     plan = find_sites(captured.graph_module, captured.route, images, placement_of(placement))
     if not plan.active:
@@ -83,6 +92,8 @@ def transform(
         raise SiteError(f"none of the {len(plan)} candidate sites can be rewritten ({reasons}); see inspect()")
     sparse = captured.graph_module
     sparsify(sparse, plan)
+    if fuse == "all":
+        plan = plan.with_fusion(fuse_all(sparse, images))
     sparse.meta["plan"] = plan
     set_backward(sparse, backward)
     if statistics is not None:

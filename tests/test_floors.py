@@ -37,6 +37,7 @@ FLOORS = {
     "rewrite": 2,
     "nn": 3,
     "statistics": 3,
+    "frozen": 3,
     "passes": 4,
     "operators": 4,
     "transform": 5,

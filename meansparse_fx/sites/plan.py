@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from rich.table import Table
 from torch import fx
@@ -35,6 +35,7 @@ class Site:
         inside: Of a residual kind: the names of the activations in its branch.
         published: Name of the published operator's node that stands here already; None if there is none.
         skipped: None, or why this site is left alone, in words.
+        fused: What `transform` took into the operator besides the activation, or why nothing.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Site:
     inside: tuple[str, ...] = ()
     published: str | None = None
     skipped: str | None = None
+    fused: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,10 @@ class SitePlan:
         """The sites that are rewritten."""
         return tuple(s for s in self.sites if s.skipped is None)
 
+    def with_fusion(self, fused: Mapping[str, str]) -> SitePlan:
+        """Return the plan with what was fused at each site, by its name."""
+        return SitePlan(tuple(replace(s, fused=fused.get(s.name)) for s in self.sites), self.route)
+
     def places(self, graph: fx.Graph) -> list[Place]:
         """Return where the active sites are in ``graph``, which the plan was made of; ask before it is changed."""
         nodes = {node.name: node for node in graph.nodes}
@@ -150,8 +156,12 @@ class SitePlan:
             what = s.activation.name if s.activation else s.kind
             axis = "?" if s.channel_dim is None else f"{s.channels} @ dim {s.channel_dim}"
             shape = "x".join(["N", *map(str, s.shape[1:])])
-            table.add_row(s.name, what, shape, axis, s.producer, s.skipped or "rewritten")
+            table.add_row(s.name, what, shape, axis, s.producer, s.skipped or _rewritten(s))
         return table
 
     def __str__(self) -> str:
         return as_text(self.table(), width=120)
+
+
+def _rewritten(site: Site) -> str:
+    return "rewritten" if site.fused is None else f"rewritten; fused: {site.fused}"

@@ -1,0 +1,121 @@
+"""The operator with norm, sum and LayerScale before it, against the same written out in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meansparse_fx.kernels.fused import Options, Vectors, fused
+
+PROLOGUES = [
+    ("scale", "shift"),
+    ("residual",),
+    ("scale", "shift", "residual"),
+    ("layer_scale", "residual"),
+    ("residual", "norm_scale", "norm_shift"),
+    ("scale", "shift", "residual", "norm_scale", "norm_shift"),
+]
+LAYOUTS = {
+    "rows": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "sliced": lambda t: torch.cat([t, t], 3)[..., : t.shape[3]],
+}
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def case(names, shape, dtype):
+    """Return the arguments, and the same in float64: a band whose edges no value is near."""
+    channels = shape[1]
+    x = normal(0, *shape).to(dtype)
+    residual = normal(1, *shape).to(dtype) if "residual" in names else None
+    vectors = {n: normal(2 + i, channels).float() + 1 for i, n in enumerate(names) if n != "residual"}
+    wide = {n: v.double().view(1, -1, 1, 1) for n, v in vectors.items()}
+    leaves = [t if t is None else t.double().clone().requires_grad_() for t in (x, residual)]
+    v = leaves[0] * wide.get("scale", 1) + wide.get("shift", 0)
+    v = v * wide.get("layer_scale", 1) + (0 if residual is None else leaves[1])
+    u = v * wide.get("norm_scale", 1) + wide.get("norm_shift", 0)
+    centre = normal(9, channels).float() / 2
+    distance = (u.detach() - centre.double().view(1, -1, 1, 1)).abs().transpose(0, 1).flatten(1).sort(1).values
+    middle = distance[:, distance.shape[1] // 4 : 3 * distance.shape[1] // 4]
+    widest = middle.diff(dim=1).argmax(1, keepdim=True)
+    threshold = (middle.gather(1, widest) + middle.gather(1, widest + 1)).flatten().float() / 2
+    inside = (u - centre.double().view(1, -1, 1, 1)).abs() <= threshold.double().view(1, -1, 1, 1)
+    y = F.silu(torch.where(inside, centre.double().view(1, -1, 1, 1), u))
+    return (x, residual, Vectors(centre, threshold, **vectors)), leaves, v, y
+
+
+def check(names, shape, dtype, layout, want_sum, rtol):
+    (x, residual, vectors), leaves, v, y = case(names, shape, dtype)
+    inputs = [None if t is None else LAYOUTS[layout](t).requires_grad_() for t in (x, residual)]
+    results = fused(*inputs, vectors, Options(1, "silu", want_sum=want_sum))
+    upstream = [normal(20 + i, *shape) for i in range(2 if want_sum else 1)]
+    got = results if want_sum else (results,)
+    for result, expected in zip(got, (y, v), strict=False):
+        assert result.dtype == dtype
+        torch.testing.assert_close(result.double(), expected, rtol=rtol, atol=rtol)
+    torch.autograd.backward(got, [g.to(dtype) for g in upstream])
+    torch.autograd.backward((y, v)[: len(upstream)], [g.to(dtype).double() for g in upstream])
+    for own, expected in zip(inputs, leaves, strict=True):
+        if own is not None:
+            torch.testing.assert_close(own.grad.double(), expected.grad, rtol=2 * rtol, atol=2 * rtol)
+
+
+# Rounded once forward, a few times backward; v is rounded to its dtype before the norm of it.
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-6, torch.bfloat16: 2e-2}  # vectors are float32
+
+
+# Not bfloat16 with v as a result: rounded, it may fall on the other side of the band's edge.
+CASES = [*itertools.product(TOLERANCES, (False,)), (torch.float64, True), (torch.float32, True)]
+
+
+@pytest.mark.parametrize(("dtype", "want_sum"), CASES, ids=str)
+@pytest.mark.parametrize("names", PROLOGUES, ids="+".join)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_against_float64(names, layout, dtype, want_sum):
+    check(names, (3, 4, 5, 2), dtype, layout, want_sum, TOLERANCES[dtype])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("want_sum", [False, True])
+@pytest.mark.parametrize("names", PROLOGUES, ids="+".join)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_for_the_cpu(names, layout, want_sum, monkeypatch):
+    monkeypatch.setenv("MEANSPARSE_FX_LOWERING", "auto")
+    check(names, (8, 16, 32, 32), torch.float32, layout, want_sum, TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("want_sum", [False, True])
+def test_what_is_kept_for_backward(want_sum):
+    """x and the residual, or v alone where it is a result that lives on anyway; nothing else of their size."""
+    (x, residual, vectors), *_ = case(PROLOGUES[-1], (3, 4, 5, 2), torch.float32)
+    x.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        fused(x, residual, vectors, Options(1, "silu", want_sum=want_sum))
+    assert sum(t.numel() == x.numel() for t in kept) == (1 if want_sum else 2)
+
+
+def test_no_gradient_wanted():
+    (x, residual, vectors), *_ = case(PROLOGUES[2], (3, 4, 5, 2), torch.float32)
+    assert not fused(x, residual, vectors, Options(1, "relu")).requires_grad
+    with torch.no_grad():
+        assert not fused(x.requires_grad_(), residual, vectors, Options(1, "relu")).requires_grad
+    residual.requires_grad_()
+    fused(x.detach(), residual, vectors, Options(1, "relu")).sum().backward()
+    assert residual.grad is not None
+
+
+def test_opcheck():
+    (x, residual, vectors), *_ = case(PROLOGUES[2], (3, 4, 5, 2), torch.float32)
+    arguments = (x.requires_grad_(), residual.requires_grad_(), list(vectors), *Options(1, "silu", want_sum=True))
+    # AOT dispatch would see the autograd formula through an autograd.Function, which compilers never do here:
+    # they get the composition.
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.meansparse.fused.default, arguments, test_utils=tests)
