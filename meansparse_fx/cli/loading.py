@@ -50,7 +50,7 @@ def open_images(options: DataOptions) -> ImageSet:
 def open_sparse(options: ModelOptions, images: ImageSet, statistics: Path | None = None) -> fx.GraphModule:
     """Return the model transformed, its logits checked against the labels of ``images``."""
     examples = first_images(images, 2, device_of(options))
-    sparse = transform(open_model(options), examples, statistics=statistics)
+    sparse = transform(open_model(options), examples, placement=options.placement, statistics=statistics)
     with torch.no_grad():
         images.check_labels(sparse(examples).shape[-1])
     return sparse

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import torch
 import typer
+from torch import Tensor, nn
 
 from ..transform import inspect as run_inspect
 from ..zoo import Normalised, input_shape
@@ -13,17 +14,21 @@ from . import parsing
 from .loading import console, device_of, open_model
 from .options import ModelOptions
 
+Shape = Annotated[
+    tuple | None,
+    typer.Option(
+        "--input-shape", parser=parsing.shape, metavar="C,H,W", help="Shape of one image, if not the model's own."
+    ),
+]
 
-def inspect(
-    model: ModelOptions,
-    shape: Annotated[
-        tuple | None,
-        typer.Option(
-            "--input-shape", parser=parsing.shape, metavar="C,H,W", help="Shape of one image, if not the model's own."
-        ),
-    ] = None,
-) -> None:
+
+def inspect(model: ModelOptions, shape: Shape = None) -> None:
     """Show every place in MODEL where the operator belongs, and why the others are left alone."""
     net = open_model(model)
+    console().print(run_inspect(net, random_images(model, net, shape), model.placement).table())
+
+
+def random_images(options: ModelOptions, net: nn.Module, shape: tuple[int, ...] | None) -> Tensor:
+    """Return two images ``[2, C, H, W]`` such as the model takes, on its device."""
     shape = shape or input_shape(net.model if isinstance(net, Normalised) else net)
-    console().print(run_inspect(net, torch.rand(2, *shape, device=device_of(model))).table())
+    return torch.rand(2, *shape, device=device_of(options))

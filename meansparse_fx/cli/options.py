@@ -14,13 +14,15 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ..evaluate.attacks import ATTACKS
+from ..evaluate.attacks import NAMES
 from ..kernels.reference import BACKWARDS
+from ..sites import PLACEMENTS
 from ..zoo import SPECS
 from . import parsing
 
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the gradient attacks.")]
 Queries = Annotated[int, typer.Option(min=1, help="Queries of the Square attack.")]
+Attacks = Annotated[Any, typer.Option(parser=parsing.names(NAMES), metavar="NAMES", help=f"Of {', '.join(NAMES)}.")]
 Seed = Annotated[int, typer.Option(help="Of the attacks.")]
 StatisticsFile = Annotated[Path, typer.Option("--statistics", exists=True, dir_okay=False, help="From calibrate.")]
 
@@ -44,6 +46,9 @@ class ModelOptions:
             help="Normalise inside the model: images, and so eps, stay in [0, 1].",
         ),
     ] = None
+    placement: Annotated[str, typer.Option(metavar="NAME", help=f"Sites to take: of {', '.join(PLACEMENTS)}.")] = (
+        "activations"
+    )
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [cuda if there is one]")] = None
 
 
@@ -82,9 +87,6 @@ class ThreatOptions:
         Any, typer.Option(parser=parsing.fraction, metavar="EPS", help="Radius of the ball: 0.1, 8/255, ...")
     ] = "8/255"
     norm: Annotated[str, typer.Option(help="Linf or L2.")] = "Linf"
-    attacks: Annotated[
-        Any, typer.Option(parser=parsing.names(ATTACKS), metavar="NAMES", help=f"Of {', '.join(ATTACKS)}.")
-    ] = "apgd-ce"
     backwards: Annotated[
         Any,
         typer.Option(parser=parsing.names(BACKWARDS), metavar="NAMES", help=f"Gradients: of {', '.join(BACKWARDS)}."),
