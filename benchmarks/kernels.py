@@ -3,8 +3,8 @@
     python -m benchmarks.kernels [--device cuda] [--out benchmarks/results/kernels-cpu.csv]
 
 Contenders: a clone (what the memory allows), torch's own activation (the base model's cost), this package's
-operator, the same expression in torch operators, the same compiled, and the published module's form. On a GPU the
-tensors are larger than its cache.
+operator, by itself and as torch.compile sees it, the same expression in torch operators, and the published module's
+form. On a GPU the tensors are larger than its cache.
 """
 
 from __future__ import annotations
@@ -15,36 +15,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from meansparse_fx.kernels import ops, reference
 
 from .harness import Row, measure, report
+from .rivals import PublishedForm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 SHAPES = {
     "cpu": {"8x160x32x32": (8, 160, 32, 32), "128x16x28x28": (128, 16, 28, 28)},
     "cuda": {"256x160x32x32": (256, 160, 32, 32), "64x256x56x56": (64, 256, 56, 56)},
 }
-
-
-class PublishedForm(nn.Module):
-    """The operator as published checkpoints have it: a Python branch on a tensor, std from the variance each time."""
-
-    def __init__(self, centre: Tensor, std: Tensor, alpha: float) -> None:
-        super().__init__()
-        self.register_buffer("running_mean", centre)
-        self.register_buffer("running_var", std.square())
-        # Published: `<`. The next float makes that the closed interval the other contenders compute.
-        above = torch.nextafter(torch.tensor(alpha), torch.tensor(1.0))
-        self.register_buffer("threshold", above.to(centre.device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.threshold == 0:
-            return x
-        mean = self.running_mean.view(1, -1, 1, 1)
-        band = self.threshold * torch.sqrt(self.running_var.view(1, -1, 1, 1))
-        return torch.where((x - mean).abs() < band, mean, x)
 
 
 def contenders(x: Tensor, name: str, backward: bool) -> dict[str, Callable[[], object]]:
@@ -64,7 +46,7 @@ def contenders(x: Tensor, name: str, backward: bool) -> dict[str, Callable[[], o
         "torch activation": act,
         "meansparse_fx": lambda x: ops.mean_sparse(x, centre, threshold, 1, name),
         "torch operators": branch_free,
-        "torch operators, compiled": torch.compile(branch_free),
+        "meansparse_fx, compiled": torch.compile(lambda x: ops.mean_sparse(x, centre, threshold, 1, name)),
         "published form": lambda x: act(published(x)),
     }
     upstream = torch.empty_like(x).copy_(torch.randn(x.shape, generator=g))  # in the layout of x, as a network has it

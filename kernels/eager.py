@@ -79,8 +79,14 @@ def backward(
     wide, grad = _widened(x), _widened(grad)
     centre, threshold = _shaped(centre, wide, channel_dim), _shaped(threshold, wide, channel_dim)
     slope = None if weight is None else _shaped(weight, wide, channel_dim)
-    s, inside = _sparsify(wide, centre, threshold, variant, steepness)
     row = ACTIVATIONS[activation]
+    if backward == "exact" and variant != "smooth" and weight is None:
+        scratch = wide - centre
+        inside = scratch.abs_() <= threshold
+        masked = torch.where(inside, grad.new_zeros(()), grad, out=scratch)
+        # x in the place of s: they differ where the gradient is zero.
+        return row.backward(masked, wide, slope, *constants).to(x.dtype), x.new_empty(0)
+    s, inside = _sparsify(wide, centre, threshold, variant, steepness)
     grad_s = row.backward(grad, s, slope, *constants)
     if backward == "smooth" or (backward == "exact" and variant == "smooth"):
         grad_x = grad_s * smooth_gate_derivative(wide, centre, threshold, steepness)

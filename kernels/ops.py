@@ -1,7 +1,7 @@
 """The operators as torch sees them: schema, devices, fake tensors and autograd of ``torch.ops.meansparse``.
 
-`mean_sparse` is the entry point: one node in eager execution, the composition of `reference` under
-torch.compile and torch.export, where Inductor fuses it with what stands around it.
+`mean_sparse` is the entry point: one node in eager execution, the composition of `traced` under torch.compile and
+torch.export, where Inductor fuses it with what stands around it.
 
 Floor 0: torch and, lazily through the CUDA lowering, triton.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import compiled, eager, layout, reference
+from . import compiled, compiled_moments, eager, layout, reference, traced
 
 _TAIL = "int channel_dim, str activation, float[] constants, str variant"
 
@@ -91,18 +91,28 @@ def _(grad, x, centre, threshold, weight, *_args):
 
 
 class _MeanSparse(torch.autograd.Function):
-    """Keeps x, the per-channel vectors and the weight for backward, which computes everything else again."""
+    """Keeps x, the per-channel vectors and the weight for backward, which computes everything else again.
+
+    In the place of a ReLU it keeps the result, as that does: the next convolution keeps the same tensor.
+    """
 
     @staticmethod
     def forward(ctx, x, centre, threshold, weight, *options):
-        ctx.save_for_backward(x, centre, threshold, weight)
-        ctx.options = options
+        ctx.options = _, activation, _, variant, backward, _ = options
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.meansparse.mean_sparse.default(x, centre, threshold, weight, *options)
+            y = torch.ops.meansparse.mean_sparse.default(x, centre, threshold, weight, *options)
+        result = reference.ACTIVATIONS[activation].keeps_result and traced.tells(activation, variant, backward)
+        ctx.bare = result and backward == "identity"
+        ctx.save_for_backward(y if result else x, centre, threshold, weight)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
         weight = ctx.saved_tensors[3]
+        if ctx.bare:  # the activation's own derivative, told from its result
+            _, activation, constants, *_ = ctx.options
+            grad_x = reference.ACTIVATIONS[activation].backward(grad, ctx.saved_tensors[0], None, *constants)
+            return grad_x, *[None] * (3 + len(ctx.options))
         grad_x, grad_weight = torch.ops.meansparse.mean_sparse_backward.default(grad, *ctx.saved_tensors, *ctx.options)
         return grad_x, None, None, None if weight is None else grad_weight, *[None] * len(ctx.options)
 
@@ -132,10 +142,10 @@ def mean_sparse(
 ) -> Tensor:
     """Return act(s(x)); arguments, shapes and semantics as in `reference.mean_sparse`.
 
-    Only x, the per-channel vectors and the weight are kept for backward.
+    Only x, or the result of a ReLU, the per-channel vectors and the weight are kept for backward.
     """
     if torch.compiler.is_compiling():
-        return reference.mean_sparse(
+        return traced.mean_sparse(
             x, centre, threshold, channel_dim, activation, constants, weight, variant, backward, steepness
         )
     return torch.ops.meansparse.mean_sparse.default(
@@ -146,14 +156,37 @@ def mean_sparse(
 def channel_moments(x: Tensor, channel_dim: int) -> tuple[int, Tensor, Tensor]:
     """Return the count, the mean ``[C]`` and M2 ``[C]`` (float64) of each channel of x.
 
-    The Triton kernel reads x once and is exact to float32 rounding relative to the deviation; otherwise x is
-    widened to float64 first.
+    The Triton kernel reads x once and is exact to float32 rounding relative to the deviation; on a CPU everything
+    is float64.
     """
-    if lowering_of(x, channel_dim) == "triton":
-        from . import moments  # imports triton
-
-        return tuple(moments.channel_moments(x, channel_dim))
+    choice = lowering()
+    if choice == "auto" and x.device.type == "cpu" and compiled_moments.takes(x, channel_dim):
+        return compiled_moments.channel_moments(x, channel_dim)
+    if choice != "eager" and lowering_of(x, channel_dim) == "triton":
+        return tuple(_triton_moments().channel_moments(x, channel_dim))
     count = x.numel() // x.shape[channel_dim]
+    if count == 0:
+        zeros = torch.zeros(2, x.shape[channel_dim], dtype=torch.float64, device=x.device)
+        return 0, zeros[0], zeros[1]
     others = [d for d in range(x.dim()) if d != channel_dim]
     variance, mean = torch.var_mean(x.double(), dim=others, correction=0)
     return count, mean, variance * count
+
+
+def activation_moments(
+    x: Tensor, channel_dim: int, activation: str, constants: Sequence[float] = (), weight: Tensor | None = None
+) -> tuple[Tensor, tuple[int, Tensor, Tensor]]:
+    """Return act(x), and the moments of x as `channel_moments` does: on a GPU from one read of x."""
+    if lowering_of(x, channel_dim, weight) == "triton":
+        y, moments = _triton_moments().activation_moments(x, channel_dim, activation, constants, weight)
+        return y, tuple(moments)
+    wide = x if x.dtype == torch.float64 else x.float()
+    slope = None if weight is None else reference.per_channel(weight.to(wide.dtype), x.dim(), channel_dim)
+    y = reference.ACTIVATIONS[activation].forward(wide, slope, *constants).to(x.dtype)
+    return y, channel_moments(x, channel_dim)
+
+
+def _triton_moments():
+    from . import moments  # imports triton, which a CPU does without
+
+    return moments

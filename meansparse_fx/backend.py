@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from .compilation import CompileReport, Options
 from .errors import StateError
-from .kernels import ops, reference
+from .kernels import ops, traced
 from .passes.instrument import instrument
 from .passes.lower import lower
 from .passes.sparsify import sparsify
@@ -70,7 +70,7 @@ def meansparse(
                 sparsify(graph_module, plan)
                 report.share(graph_module)
                 write_back(graph_module, [s.name for s in plan.active if s.name in found.overwriting])
-                lower(graph_module, report.operators, _CALLS.get(asked.inner, reference.mean_sparse))
+                lower(graph_module, report.operators, _CALLS.get(asked.inner, traced.mean_sparse))
             report.add(captured, plan)
     compiled = compile_inner(graph_module, example_inputs)
     if report.transformed or captured.last:

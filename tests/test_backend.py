@@ -124,6 +124,49 @@ def test_alpha_changes_without_recompiling(net, images, inner):
     torch.testing.assert_close(compiled(images), net(images), rtol=1e-5, atol=1e-6)
 
 
+def test_a_backward_mode_is_compiled_once(net, images):
+    from torch._dynamo.utils import counters
+
+    sparse, _ = calibrated(net, images)
+    msfx.set_alpha(sparse, 0.5)
+    compiled = torch.compile(sparse, backend="aot_eager", fullgraph=True)
+    gradients(compiled, images)
+    for mode, graphs in (("identity", 1), ("exact", 0), ("identity", 0)):
+        counters.clear()
+        msfx.set_backward(sparse, mode)
+        for own, expected in zip(gradients(compiled, images), gradients(sparse, images), strict=True):
+            torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_of_inductor(net, images, mode):
+    sparse, stats = calibrated(net, images)
+    msfx.set_alpha(sparse, 0.5)
+    compiled = plug_in(net, statistics=stats, alpha=0.5, inner="inductor", mode=mode)
+    for own, expected in zip(gradients(compiled, images), gradients(sparse, images), strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_autocast(net, images, inner):
+    sparse, stats = calibrated(net, images)
+    msfx.set_alpha(sparse, 0.5)
+    compiled = plug_in(net, statistics=stats, alpha=0.5, inner=inner)
+    seen = {}
+    for name, operator in msfx.operators(sparse).items():
+        operator.register_forward_hook(lambda _, x, y, name=name: seen.update({name: (x[0].dtype, y.dtype)}))
+    with torch.autocast("cpu", torch.bfloat16):
+        own, expected = compiled(images), sparse(images)
+    assert all(before == after for before, after in seen.values())
+    assert torch.bfloat16 in {before for before, _ in seen.values()}
+    assert {m.std.dtype for m in compile_report(compiled).operators.values()} == {torch.float32}
+    assert own.dtype == expected.dtype
+    # Two roundings of bfloat16 (2^-8 each) where Inductor keeps float32 between operators.
+    torch.testing.assert_close(own, expected, rtol=2**-7, atol=2**-7)
+
+
 def test_compilers_see_standard_operators_and_no_constants(net, images):
     _, stats = calibrated(net, images)
     seen = []

@@ -82,3 +82,56 @@ def test_a_broken_toolchain_is_reported_and_survived(auto, monkeypatch):
     monkeypatch.setenv("MEANSPARSE_FX_LOWERING", "eager")
     assert torch.equal(y, ops.mean_sparse(x, centre, threshold, 1, "relu"))
     compiled.kernel.cache_clear()
+
+
+# What torch.compile sees of the operator.
+
+
+def kept_for_backward(act, trainable):
+    """Return the bytes of feature maps that a compiled convolution, norm and activation keep for backward."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    conv, norm = torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.BatchNorm2d(8).eval()
+    after = torch.nn.Conv2d(8, 4, 3)
+    for module in (conv, norm, after):
+        module.requires_grad_(trainable)
+    kept = []
+    compiled = torch.compile(
+        lambda x: after(act(norm(conv(x)))).mean((2, 3)), backend="aot_eager_decomp_partition", fullgraph=True
+    )
+    x = torch.randn(2, 3, 12, 12, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = compiled(x)
+    y.sum().backward()
+    return sum(t.numel() * t.element_size() for t in kept if t.dim() == 4 and t.shape[0] == 2)
+
+
+@pytest.mark.parametrize("backward", ["exact", "identity"])
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("name", ["relu", "relu6", "gelu", "silu"])
+def test_compiled_operator_keeps_no_more_than_the_activation(name, trainable, backward):
+    """Nor a mask: storing and loading one takes longer than all the rest of a CPU's backward pass."""
+    centre, threshold = torch.linspace(-0.5, 0.5, 8), torch.full((8,), 0.3)
+    own = kept_for_backward(lambda x: ops.mean_sparse(x, centre, threshold, 1, name, backward=backward), trainable)
+    assert own <= kept_for_backward(getattr(torch.nn.functional, name), trainable)
+
+
+@pytest.mark.parametrize("backward", ["exact", "identity", "smooth"])
+def test_traced_gradients_with_dynamic_sizes(backward):
+    torch.compiler.reset()
+    centre, threshold = torch.linspace(-0.5, 0.5, 6), torch.full((6,), 0.3)
+    slope = torch.linspace(0.1, 0.4, 6, requires_grad=True)
+
+    def form(x):
+        x = ops.mean_sparse(x, centre, threshold, 1, "relu6", backward=backward)
+        return ops.mean_sparse(x - 1, centre, threshold, 1, "prelu", (), slope, backward=backward)
+
+    compiled = torch.compile(form, backend="aot_eager", fullgraph=True, dynamic=True)
+    for shape in ((4, 6, 5, 5), (3, 6, 7, 2)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        for own, expected in zip(
+            torch.autograd.grad(compiled(x).square().sum(), [x, slope]),
+            torch.autograd.grad(form(x).square().sum(), [x, slope]),
+            strict=True,
+        ):
+            torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-6)

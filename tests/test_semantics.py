@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meansparse_fx.kernels import ops, reference
+from meansparse_fx.kernels import ops, reference, traced
 
 # The oracle: each activation from its own textbook formula, in float64 NumPy.
 SHIFT = 0.15
@@ -67,7 +67,9 @@ def by_hand(x, centre, threshold, name, weight):
 
 @pytest.mark.parametrize("name", reference.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("entry", [ops.mean_sparse, reference.mean_sparse], ids=["operator", "reference"])
+@pytest.mark.parametrize(
+    "entry", [ops.mean_sparse, reference.mean_sparse, traced.mean_sparse], ids=["operator", "reference", "traced"]
+)
 def test_forward_is_the_definition(entry, name, dtype):
     x, centre, threshold = sample(dtype)
     if dtype != torch.float64:
@@ -82,13 +84,17 @@ def test_forward_is_the_definition(entry, name, dtype):
 @pytest.mark.parametrize("name", reference.ACTIVATIONS)
 @pytest.mark.parametrize("variant", reference.VARIANTS)
 @pytest.mark.parametrize("backward", reference.BACKWARDS)
-def test_operator_and_reference_agree(name, variant, backward):
+@pytest.mark.parametrize("entry", [ops.mean_sparse, traced.mean_sparse], ids=["operator", "traced"])
+def test_lowerings_and_reference_agree(entry, name, variant, backward):
     x, centre, threshold = sample()
+    # The edges of the band, and the kink most activations have.
+    x[0, :, 0, 0], x[1, :, 0, 0] = centre + threshold, centre - threshold
+    x[2, :, 0, 0] = 0.0
     constants, weight = arguments(name)
     leaves = [x.requires_grad_()] + ([weight.requires_grad_()] if weight is not None else [])
     y, expected = (
-        entry(x, centre, threshold, 1, name, constants, weight, variant, backward)
-        for entry in (ops.mean_sparse, reference.mean_sparse)
+        form(x, centre, threshold, 1, name, constants, weight, variant, backward)
+        for form in (entry, reference.mean_sparse)
     )
     assert torch.equal(y, expected)
     upstream = torch.randn_like(y)
@@ -153,10 +159,11 @@ def test_the_band_is_closed():
 @pytest.mark.parametrize("name", sorted(set(reference.ACTIVATIONS) - set(SLOPED)))
 @pytest.mark.parametrize("backward", reference.BACKWARDS)
 @pytest.mark.parametrize("threshold", [-1.0, 0.3])
-def test_special_values_pass_as_in_the_activation(name, backward, threshold):
+@pytest.mark.parametrize("entry", [ops.mean_sparse, traced.mean_sparse], ids=["operator", "traced"])
+def test_special_values_pass_as_in_the_activation(entry, name, backward, threshold):
     x = torch.tensor([[math.nan, math.inf, -math.inf, -0.0]])
     constants, _ = arguments(name)
-    y = ops.mean_sparse(x, torch.full((1,), 5.0), torch.full((1,), threshold), 0, name, constants, backward=backward)
+    y = entry(x, torch.full((1,), 5.0), torch.full((1,), threshold), 0, name, constants, backward=backward)
     expected = reference.ACTIVATIONS[name].forward(x, None, *constants)
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(y.nan_to_num(), expected.nan_to_num())
@@ -221,6 +228,30 @@ def test_backward_keeps_the_input_and_nothing_else_of_its_size(backward):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         ops.mean_sparse(x, torch.zeros(6), torch.ones(6), 1, "gelu", backward=backward)
     assert sum(t.numel() for t in kept) == x.numel() + 2 * 6
+
+
+@pytest.mark.parametrize("backward", ["exact", "identity"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("entry", [ops.mean_sparse, traced.mean_sparse], ids=["operator", "traced"])
+def test_a_relu_keeps_its_result_and_the_gradient_is_that_of_the_input(entry, dtype, backward):
+    g = torch.Generator().manual_seed(3)
+    # Few distinct values, so that many are the centre, a band's edge or zero once rounded to the dtype.
+    x = (torch.randint(-12, 13, (64, 40), generator=g) / 8).to(dtype)
+    centre = torch.linspace(-1.2, 1.2, 40, dtype=torch.float64).to(
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+    threshold = torch.tensor([0.0, 1e-9, 1e-3, 0.2, -1.0]).to(centre.dtype).repeat(8)
+    x[0] = centre.to(dtype)
+    x.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = entry(x, centre, threshold, 1, "relu", backward=backward)
+    assert [t.data_ptr() for t in kept if t.numel() == x.numel()] == [y.data_ptr()]
+    upstream = torch.randn(x.shape, generator=g).to(dtype)
+    wide, c, t = x.detach().double(), centre.double(), threshold.double()
+    inside = (wide - c).abs() <= t
+    slope = torch.where(inside, c, wide) > 0 if backward == "identity" else ~inside & (wide > 0)
+    assert torch.equal(torch.autograd.grad(y, x, upstream)[0], torch.where(slope, upstream, 0))
 
 
 # opcheck itself reads .grad of a tensor that is not a leaf.

@@ -1,6 +1,6 @@
 """Floor 4: operators as plain functions of tensors, for compilers.
 
-Requires: a graph that calls `MeanSparse` modules. Ensures: it calls `kernels.reference.mean_sparse` instead, with
+Requires: a graph that calls `MeanSparse` modules. Ensures: it calls `kernels.traced.mean_sparse` instead, with
 centre and threshold read from buffers: compilers see aten operators, and values that may change.
 
 A call of a module would hide its options from AOTAutograd's cache, which takes modules in a graph for torch's own:
@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, fx
 
-from ..kernels import reference
+from ..kernels import traced
 from ..nn import MeanSparse
 from ..rewrite import PREFIX
 
 Call = Callable[..., Tensor]
 
 
-def lower(graph_module: fx.GraphModule, shared: Mapping[str, MeanSparse], call: Call = reference.mean_sparse) -> None:
+def lower(graph_module: fx.GraphModule, shared: Mapping[str, MeanSparse], call: Call = traced.mean_sparse) -> None:
     """Replace each operator's module by ``call``, in place.
 
     Args:

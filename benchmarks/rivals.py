@@ -1,0 +1,75 @@
+"""The operator as others write it, for benchmarks to stand beside ours."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, fx, nn
+
+from meansparse_fx.kernels.reference import ACTIVATIONS
+from meansparse_fx.nn import MeanSparse
+
+
+class PublishedForm(nn.Module):
+    """The operator as published checkpoints have it: a Python branch on a tensor, std from the variance each time."""
+
+    def __init__(self, centre: Tensor, std: Tensor, alpha: float, channel_dim: int = 1) -> None:
+        super().__init__()
+        self.channel_dim = channel_dim
+        self.register_buffer("running_mean", centre.clone())
+        self.register_buffer("running_var", std.square())
+        # Published: `<`. The next float makes that the closed interval the other contenders compute.
+        above = torch.nextafter(torch.tensor(alpha), torch.tensor(1.0))
+        self.register_buffer("threshold", above.to(centre.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.threshold == 0:
+            return x
+        shape = [1] * x.dim()
+        shape[self.channel_dim] = -1
+        mean = self.running_mean.view(shape)
+        band = self.threshold * torch.sqrt(self.running_var.view(shape))
+        return torch.where((x - mean).abs() < band, mean, x)
+
+
+class BranchFreeForm(nn.Module):
+    """The same without the branch, its band computed once: what a careful reader of the paper would write."""
+
+    def __init__(self, centre: Tensor, std: Tensor, alpha: float, channel_dim: int = 1) -> None:
+        super().__init__()
+        self.channel_dim = channel_dim
+        self.register_buffer("centre", centre.clone())
+        self.register_buffer("band", alpha * std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = [1] * x.dim()
+        shape[self.channel_dim] = -1
+        centre = self.centre.view(shape)
+        return torch.where((x - centre).abs() <= self.band.view(shape), centre, x)
+
+
+class Activated(nn.Module):
+    """A form of the operator, then the site's activation, in place where the model has it in place."""
+
+    def __init__(self, form: nn.Module, operator: MeanSparse) -> None:
+        super().__init__()
+        self.form = form
+        call = operator.activation
+        row = ACTIVATIONS[call.name if call else "identity"]
+        self.act = row.overwrite if call and call.inplace and row.overwrite else row.forward
+        self.constants = call.constants if call else ()
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        return self.act(self.form(x), weight, *self.constants)
+
+
+def with_form(sparse: fx.GraphModule, form: type[PublishedForm] | type[BranchFreeForm]) -> nn.Module:
+    """Return a copy of a transformed model that has ``form`` and a plain activation at each site instead."""
+    rival = copy.deepcopy(sparse)
+    for path, operator in list(rival.named_modules()):
+        if isinstance(operator, MeanSparse):
+            inner = form(operator.mean, operator.std, float(operator.alpha), operator.channel_dim)
+            parent, _, name = path.rpartition(".")
+            setattr(rival.get_submodule(parent), name, Activated(inner, operator))
+    return rival

@@ -1,0 +1,39 @@
+"""Floor 6: a transformed model as a file for deployment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..export import FORMATS
+from ..export import export as run_export
+from ..transform import transform
+from .loading import console, open_model
+from .model import Shape, random_images
+from .options import ModelOptions, StatisticsFile
+from .robustness import put_alpha
+
+
+def export(
+    model: ModelOptions,
+    statistics: StatisticsFile,
+    alpha: Annotated[
+        str, typer.Option(metavar="ALPHA|FILE", help="Half width of the band, or the file that select --out wrote.")
+    ],
+    out: Annotated[Path, typer.Option(help="File to write: .pt2, or .onnx.")],
+    format: Annotated[str, typer.Option(help=f"Of {', '.join(FORMATS)}: see docs/export.md.")] = "export",
+    shape: Shape = None,
+    fixed_batch: Annotated[
+        int | None, typer.Option(min=1, help="Take exactly this many images at a time; otherwise any number.")
+    ] = None,
+) -> None:
+    """Write MODEL for deployment, with its statistics and alpha baked in; the file runs without this package."""
+    net = open_model(model)
+    images = random_images(model, net, shape)
+    sparse = transform(net, images, placement=model.placement, statistics=statistics)
+    put_alpha(sparse, alpha)
+    example = images[[0] * (fixed_batch or len(images))]
+    run_export(sparse, example, out, format, dynamic_batch=fixed_batch is None)
+    console().print(f"{format}, {out.stat().st_size / 2**20:.1f} MiB: {out}")

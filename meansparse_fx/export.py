@@ -1,0 +1,148 @@
+"""Floor 5: a transformed model as a file for deployment, which runs without this package.
+
+Statistics and alpha become constants, and the file holds standard operators only. Changes no model.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+from torch.export import Dim, ExportedProgram
+
+from .errors import ArtifactError, CaptureError, StateError
+from .operators import operators, require_transformed
+from .rewrite import sharing_copy
+
+_ONNX_LIMIT = 2**31 - 2**20  # bytes of one ONNX file: a protocol buffer, less some room for the graph
+
+
+def to_exported_program(sparse: fx.GraphModule, images: Tensor, dynamic_batch: bool = True) -> ExportedProgram:
+    """Return a transformed model as an exported program of aten operators, for inference.
+
+    Later changes of the model, of alpha for example, do not reach it. A fused model is exported as it was before
+    fusion: compilers fuse by themselves.
+
+    Args:
+        sparse: What `transform` returned, with statistics, in eval mode.
+        images: ``[N, ...]``, example inputs on the model's device.
+        dynamic_batch: Take any number of images; otherwise N, as many as ``images``.
+
+    Raises:
+        StateError: The model is not transformed, has no statistics, or is in train mode.
+        CaptureError: The model cannot be exported so.
+
+    Example:
+        >>> import torch, meansparse_fx as msfx
+        >>> from meansparse_fx.export import to_exported_program
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.GELU()).eval()
+        >>> images = torch.rand(8, 1, 8, 8)
+        >>> sparse = msfx.transform(net, images)
+        >>> stats = msfx.calibrate(sparse, [images], progress=False)
+        >>> msfx.set_alpha(sparse, 0.2)
+        >>> program = to_exported_program(sparse, images)
+        >>> torch.allclose(program.module()(images[:3]), sparse(images[:3]), atol=1e-6)
+        True
+    """
+    require_transformed(sparse, "export")
+    if lacking := [name for name, operator in operators(sparse).items() if not operator.calibrated]:
+        raise StateError(f"{lacking[0]}: no statistics to export: calibrate the model, or set_statistics, first")
+    baked = _baked(sparse)
+    # With one image torch.export would take the batch size for a constant.
+    example = images if len(images) > 1 or not dynamic_batch else torch.cat([images, images])
+    shapes = ({0: Dim("batch", min=1)},) if dynamic_batch else None
+    try:
+        with torch.no_grad():
+            program = torch.export.export(baked, (example,), dynamic_shapes=shapes)
+    except Exception as error:  # torch raises many kinds; each names the line of the model it failed at
+        advice = "; dynamic_batch=False may be what it can do" if dynamic_batch else ""
+        raise CaptureError(f"torch.export cannot take this model{advice}: {error}") from error
+    own = {
+        str(node.target)
+        for node in program.graph.nodes
+        if "meansparse" in str(node.target) and node.op != "placeholder"
+    }
+    assert not own, f"operators of this package in an exported program: {own}"
+    return program
+
+
+def export(
+    sparse: fx.GraphModule, images: Tensor, path: str | Path, format: str = "export", dynamic_batch: bool = True
+) -> Path:
+    """Write a transformed model to a file for deployment, its statistics and alpha baked in; return the path.
+
+    Args:
+        sparse: What `transform` returned, with statistics, in eval mode.
+        images: ``[N, ...]``, example inputs on the model's device.
+        path: File to write; written whole or not at all.
+        format: ``export``: a ``.pt2`` that `torch.export.load` reads. ``aoti``: machine code for this machine's kind of
+            device, a ``.pt2`` for `torch._inductor.aoti_load_package` or C++. ``onnx``: an ``.onnx``, input ``images``
+            and output ``logits``.
+        dynamic_batch: Take any number of images; otherwise N, as many as ``images``.
+
+    Raises:
+        ArtifactError: Unknown format, wrong suffix, missing packages, or an operator that the format lacks.
+        StateError, CaptureError: As `to_exported_program`.
+    """
+    path = Path(path)
+    if format not in _WRITERS:
+        raise ArtifactError(f"no export format {format!r}: use one of {', '.join(_WRITERS)}")
+    suffix, write = _WRITERS[format]
+    if path.suffix != suffix:
+        raise ArtifactError(f"{path}: a file of format {format!r} ends in {suffix}")
+    if not path.parent.is_dir():
+        raise ArtifactError(f"{path}: its directory does not exist")
+    program = to_exported_program(sparse, images, dynamic_batch)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
+        partial = Path(directory, f"model{suffix}")
+        write(program, partial)
+        os.replace(partial, path)
+    return path
+
+
+def _baked(sparse: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy whose operators keep what the kernel reads, and nothing that it is made of."""
+    baked = copy.deepcopy(sharing_copy(sparse))
+    # Each tensor in a storage of its own, in the one layout that torch.export.save writes without a warning: weights
+    # may be views of a file, and channels-last.
+    baked._apply(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format))
+    for operator in operators(baked).values():
+        del operator.mean, operator.std, operator.alpha
+        operator.backward = "exact"  # the other modes' forward is longer, and its result the same
+    return baked
+
+
+def _write_export(program: ExportedProgram, path: Path) -> None:
+    torch.export.save(program, path)
+
+
+def _write_aoti(program: ExportedProgram, path: Path) -> None:
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
+def _write_onnx(program: ExportedProgram, path: Path) -> None:
+    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
+        raise ArtifactError(f"ONNX export needs {' and '.join(missing)}: pip install 'meansparse_fx[onnx]'")
+    size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
+    if size > _ONNX_LIMIT:
+        raise ArtifactError(f"{size / 2**30:.1f} GiB of weights: an ONNX file holds 2 GiB at most; use another format")
+    try:
+        model = torch.onnx.export(program, input_names=["images"], output_names=["logits"], verbose=False)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ArtifactError(f"torch.onnx cannot express this model: {error}") from error
+    assert model is not None
+    model.save(path, external_data=False)
+
+
+_WRITERS: dict[str, tuple[str, Callable[[ExportedProgram, Path], None]]] = {
+    "export": (".pt2", _write_export),
+    "aoti": (".pt2", _write_aoti),
+    "onnx": (".onnx", _write_onnx),
+}
+FORMATS = tuple(_WRITERS)
