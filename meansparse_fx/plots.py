@@ -1,4 +1,4 @@
-"""Floor 5: the two figures of the report. Knows matplotlib and results; runs no model and writes no file."""
+"""Floor 5: the figures of the report. Knows matplotlib and results; runs no model and writes no file."""
 
 from __future__ import annotations
 
@@ -33,11 +33,14 @@ DARK = Theme("#15171b", "#e9eaec", "#9ba2ab", "#2d3138", "#ff8f57", "#74b4ff")
 
 
 def alpha_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
-    """Return clean accuracy, and below it accuracy under attack, over alpha."""
+    """Return clean accuracy, and below it accuracy under attack, over alpha.
+
+    Where an alpha was attacked on fewer images than the base, its accuracy is the base's and the paired change.
+    """
     alphas = list(search.outcomes)
-    rows = [o.to_dict() for o in search.outcomes.values()]
-    clean, worst = ([r[k] for r in rows] for k in ("clean", "worst_case"))
-    attacks = {name: [r["robust"][name] for r in rows] for name in rows[0]["robust"]}
+    clean = [o.to_dict()["clean"] for o in search.outcomes.values()]
+    worst = [search.comparable(o) for o in search.outcomes.values()]
+    attacks = {name: [search.comparable(o, name) for o in search.outcomes.values()] for name in search.base.robust}
     floor = clean[0] - search.clean_budget
     # Where robustness breaks down it falls by tens of points: such lines leave the axes, the rest stays readable.
     lowest = worst[0] - 0.1
@@ -51,7 +54,7 @@ def alpha_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
     for axes, low_high in zip((top, bottom), limits, strict=True):
         _prepare(axes, theme)
         axes.set_ylim(*low_high)
-        axes.axvline(search.alpha, color=theme.muted, linewidth=1.0, zorder=1)
+        axes.axvline(search.uniform, color=theme.muted, linewidth=1.0, zorder=1)
     top.axhline(clean[0], color=theme.ink, linewidth=1.0, linestyle=(0, (5, 4)), zorder=1.5)
     top.axhline(floor, color=theme.muted, linewidth=0.9, linestyle=(0, (1, 2.5)), zorder=1.5)
     top.plot(alphas, clean, color=theme.second, linewidth=2.2, marker="o", markersize=4.5)
@@ -59,11 +62,11 @@ def alpha_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
     for line in attacks.values():
         bottom.plot(alphas, line, color=theme.accent, linewidth=0.9, alpha=0.65)
     bottom.plot(alphas, worst, color=theme.accent, linewidth=2.4, marker="o", markersize=4.5)
-    chosen = alphas.index(search.alpha)
+    chosen = alphas.index(search.uniform)
     for axes, values, colour in ((top, clean, theme.second), (bottom, worst, theme.accent)):
-        axes.plot([search.alpha], [values[chosen]], "o", markersize=11, mfc="none", mec=colour, mew=1.6)
+        axes.plot([search.uniform], [values[chosen]], "o", markersize=11, mfc="none", mec=colour, mew=1.6)
     top.annotate(
-        f"chosen: alpha {search.alpha:g}", (search.alpha, 1), (0, 4), color=theme.ink, fontsize=9, ha="center",
+        f"chosen: alpha {search.uniform:g}", (search.uniform, 1), (0, 4), color=theme.ink, fontsize=9, ha="center",
         xycoords=top.get_xaxis_transform(), textcoords="offset points",
     )  # fmt: skip
     _label_ends(
@@ -86,6 +89,67 @@ def alpha_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
     bottom.set_title("Accuracy under attack", color=theme.ink, fontsize=10, loc="left")
     bottom.set_xlabel("alpha: half width of the band, in standard deviations", color=theme.muted)
     return figure
+
+
+def tradeoff_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
+    """Return clean accuracy against the worst case, one point an alpha, the choice marked, the base as a cross.
+
+    Hollow points were given up early; accuracies as in `alpha_figure`.
+    """
+    figure = _figure(theme, 7.2, 5.0, right=0.97)
+    axes = figure.subplots()
+    _prepare(axes, theme)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
+    base, *places = (
+        (outcome.to_dict()["clean"], search.comparable(outcome))
+        for outcome in (search.base, *(outcome for _, _, outcome in search.rows()))
+    )
+    if not isinstance(search.alpha, float) and search.refinement is not None:
+        by_site = (search.refinement.outcome.to_dict()["clean"], search.comparable(search.refinement.outcome))
+        places.append(by_site)
+        axes.plot(*([v] for v in by_site), "D", markersize=7, color=theme.ink)
+        _note(axes, by_site, "by site", theme.ink)
+    # Where robustness breaks down it falls by tens of points: such alphas stand at the edge, the rest stays readable.
+    floor = base[1] - 0.1
+    colours = dict(zip((search.variant, *search.others), (theme.accent, theme.second, theme.muted), strict=False))
+    labels: dict[tuple[float, float], list[str]] = {}
+    for (variant, alpha, outcome), (clean, worst) in zip(search.rows(), places, strict=False):
+        if not alpha:
+            continue
+        colour, shown = colours[variant], (clean, max(worst, floor))
+        full = len(outcome.worst) == len(search.base.worst)
+        axes.plot(
+            *([v] for v in shown), "o" if worst >= floor else "v", markersize=6, color=colour,
+            mfc=colour if full else "none",
+        )  # fmt: skip
+        left = f" \N{DOWNWARDS ARROW} {percent(worst, 0)}" if worst < floor else ""
+        label = f"{alpha:g}" if variant == search.variant else f"{variant} {alpha:g}"
+        labels.setdefault(shown, []).append(label + left)
+        if (alpha, variant) == (search.uniform, search.variant):
+            axes.plot(*([v] for v in shown), "o", markersize=13, mfc="none", mec=theme.ink, mew=1.4)
+            _note(axes, shown, "chosen" if isinstance(search.alpha, float) else "best for all", theme.ink, below=True)
+    for place, words in labels.items():  # points may lie upon one another
+        _note(axes, place, ", ".join(words), theme.accent if not search.others else theme.ink)
+    axes.plot(*([v] for v in base), "x", markersize=10, mew=2.2, color=theme.ink)
+    _note(axes, base, "base" if search.uniform else "base, chosen", theme.ink, below=True)
+    allowed = base[0] - search.clean_budget
+    axes.axvline(allowed, color=theme.muted, linewidth=0.9, linestyle=(0, (1, 2.5)), zorder=1)
+    axes.annotate(
+        "clean budget", (allowed, 0), (4, 5), color=theme.muted, fontsize=9, xycoords=axes.get_xaxis_transform(),
+        textcoords="offset points",
+    )  # fmt: skip
+    axes.axhline(base[1], color=theme.ink, linewidth=0.9, linestyle=(0, (5, 4)), zorder=1)
+    axes.set_ylim(*_limits([max(worst, floor) for _, worst in places]))
+    axes.set_xlim(*_limits([max(clean, base[0] - 0.05) for clean, _ in places]))
+    axes.set_title("Worst case under attack", color=theme.ink, fontsize=10, loc="left")
+    axes.set_xlabel("clean accuracy; numbers at the points are alpha", color=theme.muted)
+    return figure
+
+
+def _note(axes: Axes, place: tuple[float, float], text: str, colour: str, below: bool = False) -> None:
+    offset = (8, -13 if below else 5)
+    axes.annotate(text, place, offset, color=colour, fontsize=9, textcoords="offset points")
 
 
 def histogram_figure(histogram: FeatureHistogram, theme: Theme = LIGHT) -> Figure:

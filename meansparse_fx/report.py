@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -25,15 +26,18 @@ from torch import Tensor
 from .alpha import AlphaSearch
 from .evaluate import Evaluation
 from .histogram import FeatureHistogram
-from .plots import DARK, LIGHT, alpha_figure, histogram_figure, percent, png
+from .plots import DARK, LIGHT, alpha_figure, histogram_figure, percent, png, tradeoff_figure
 from .sites import SitePlan
 from .statistics import Statistics
 
-CLEAN_BUDGET = 0.003  # loss of clean accuracy above which the headline says so, as a fraction
 
+def headline(evaluation: Evaluation, search: AlphaSearch | None = None) -> str:
+    """Return the result in plain sentences: gain with its interval, change of clean accuracy, verdict.
 
-def headline(evaluation: Evaluation, clean_budget: float = CLEAN_BUDGET) -> str:
-    """Return the result in plain sentences: gain with its interval, change of clean accuracy, verdict."""
+    Args:
+        evaluation: The comparison.
+        search: That chose alpha, and had a clean budget, if there was one.
+    """
     base, sparse = evaluation.base.to_dict(), evaluation.sparse.to_dict()
     change = evaluation.clean_change
     text = (
@@ -41,12 +45,22 @@ def headline(evaluation: Evaluation, clean_budget: float = CLEAN_BUDGET) -> str:
         f"{percent(base['worst_case'])} to {percent(sparse['worst_case'])}, and clean accuracy from "
         f"{percent(base['clean'])} to {percent(sparse['clean'])}: {change.points()} points (95 % intervals)."
     )
-    if -change.estimate > clean_budget + 1e-12:
+    if search and not chosen(evaluation, search):
+        text += f" The search itself chose {describe_alpha(search.alpha)}: it found nothing better beyond noise."
+    if search and -change.estimate > search.clean_budget + 1e-12:
         text += (
-            f" The clean loss of {-100 * change.estimate:.1f} points is more than the {100 * clean_budget:g} that "
-            "were to be spent."
+            f" The clean loss of {-100 * change.estimate:.1f} points is more than the {100 * search.clean_budget:g} "
+            "that were to be spent."
         )
     return text
+
+
+def chosen(evaluation: Evaluation, search: AlphaSearch) -> bool:
+    """Return whether what was evaluated is what the search chose."""
+    pair = (evaluation.alpha, search.alpha)
+    sites = next((alpha.keys() for alpha in pair if isinstance(alpha, Mapping)), ("all",))
+    by_site = [alpha if isinstance(alpha, Mapping) else dict.fromkeys(sites, alpha) for alpha in pair]
+    return all(math.isclose(by_site[0][s], by_site[1][s], rel_tol=1e-6) for s in sites)  # a model's alpha is float32
 
 
 def describe_alpha(alpha: float | Mapping[str, float]) -> str:
@@ -65,7 +79,6 @@ def write_report(
     search: AlphaSearch | None = None,
     histogram: FeatureHistogram | None = None,
     shares: Mapping[str, Tensor] | None = None,
-    clean_budget: float = CLEAN_BUDGET,
 ) -> dict[str, Any]:
     """Return the contents of ``report.json``, having written it, ``report.html`` and the plots into ``out``.
 
@@ -76,16 +89,17 @@ def write_report(
         statistics: Of its calibration.
         evaluation: The final comparison.
         data: What each set of images was, by its role.
-        search: The search that chose alpha, if there was one: drawn as ``alpha.png``.
+        search: The search that chose alpha, if there was one: drawn as ``alpha.png`` and ``tradeoff.png``. The headline
+            holds the result to its clean budget.
         histogram: From `feature_histogram`: drawn as ``histogram.png``.
         shares: From `band_shares`.
-        clean_budget: Loss of clean accuracy that the headline accepts without a word, as a fraction.
     """
     out.mkdir(parents=True, exist_ok=True)
     sites = _site_rows(plan, shares or {})
+    clean_budget = search.clean_budget if search else None
     report = evaluation.to_dict() | {
         "alpha": _as_written(evaluation.alpha),
-        "headline": headline(evaluation, clean_budget),
+        "headline": headline(evaluation, search),
         "model": model,
         "data": dict(data),
         "calibration": {"images": statistics.images, "fingerprint": statistics.fingerprint},
@@ -97,6 +111,7 @@ def write_report(
     }
     drawings = {
         "alpha": search and (lambda theme: alpha_figure(search, theme)),
+        "tradeoff": search and (lambda theme: tradeoff_figure(search, theme)),
         "histogram": histogram and (lambda theme: histogram_figure(histogram, theme)),
     }
     plots: dict[str, dict[str, str]] = {}
@@ -111,7 +126,11 @@ def write_report(
     page = template.render(
         report=report,
         comparison=evaluation.rows(),
+        legend=evaluation.legend(),
         alpha=describe_alpha(evaluation.alpha),
+        uniform=search and search.uniform,
+        chosen=search and chosen(evaluation, search),
+        choice=search and describe_alpha(search.alpha),
         histogram=histogram,
         fullest_band=histogram and shares and histogram.share >= max(float(s.max()) for s in shares.values()),
         plots=plots,

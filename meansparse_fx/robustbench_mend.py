@@ -50,9 +50,9 @@ def _missing_modules() -> Iterator[None]:
         stand_ins["pkg_resources"] = types.ModuleType("pkg_resources")
         stand_ins["pkg_resources"].resource_filename = _resource_filename  # type: ignore[attr-defined]
     if _lacking("autoattack"):
-        # Its requirement pyautoattack installs the same code under the name pyautoattack.
+        # Its requirement pyautoattack installs the same code under that name, and with another signature.
         with contextlib.suppress(ImportError):
-            stand_ins["autoattack"] = importlib.import_module("pyautoattack")
+            stand_ins["autoattack"] = importlib.import_module(".robustbench_attack", __package__)
             stand_ins["autoattack.state"] = importlib.import_module("pyautoattack.state")
     sys.modules.update(stand_ins)
     try:

@@ -212,7 +212,14 @@ def test_demo_end_to_end(tmp_path):
         assert 0 <= report[which]["worst_case"] <= min(report[which]["robust"].values())
         assert report[which]["clean"] <= 1
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {"report.json", "report.html", "alpha.png", "histogram.png", "statistics.msfx.safetensors"}
+    assert names == {
+        "report.json",
+        "report.html",
+        "alpha.png",
+        "tradeoff.png",
+        "histogram.png",
+        "statistics.msfx.safetensors",
+    }
     order = [done.stdout.index(w) for w in ("stem.2", "Calibrate on 40", "on 12 held-out", "on 12 test", "report.html")]
     assert order == sorted(order)
     assert " ".join(done.stdout.split()).endswith(report["headline"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ import meansparse_fx as msfx
 from meansparse_fx.alpha import AlphaSearch
 from meansparse_fx.evaluate import Evaluation
 from meansparse_fx.evaluate.outcome import ModelOutcome
+from meansparse_fx.evaluate.sanity import Check
 from meansparse_fx.histogram import band_shares, feature_histogram
-from meansparse_fx.plots import alpha_figure, histogram_figure
+from meansparse_fx.plots import alpha_figure, histogram_figure, tradeoff_figure
 from meansparse_fx.report import headline, write_report
 
 
@@ -27,7 +29,8 @@ def outcome(clean: int, exact: int, identity: int) -> ModelOutcome:
 
 
 def evaluation(sparse: ModelOutcome, alpha: float = 0.3) -> Evaluation:
-    return Evaluation(outcome(90, 60, 61), sparse, alpha, 0.1, "Linf", 20, 500, 0, 1.5)
+    checks = (Check("unbounded attack, base", True, "0 survive"), Check("more steps, base", False, "they help"))
+    return Evaluation(outcome(90, 60, 61), sparse, alpha, 0.1, "Linf", 20, 500, 0, 1.5, checks=checks)
 
 
 @pytest.fixture
@@ -80,11 +83,17 @@ def test_report_has_its_files_and_keys(tmp_path, calibrated, images, search):
     assert report["data"] == {"test": "twelve images"}
     page = (out / "report.html").read_text()
     assert "a &lt;tiny&gt; net" in page
-    assert page.count("data:image/png;base64,") == 4  # two plots, light and dark
+    assert page.count("data:image/png;base64,") == 6  # three plots, light and dark
     assert "http" not in page  # self-contained
     assert min(png_size(out / "alpha.png")) > 500
     assert min(png_size(out / "histogram.png")) > 500
-    assert sorted(p.name for p in out.iterdir()) == ["alpha.png", "histogram.png", "report.html", "report.json"]
+    assert min(png_size(out / "tradeoff.png")) > 500
+    files = ["alpha.png", "histogram.png", "report.html", "report.json", "tradeoff.png"]
+    assert sorted(p.name for p in out.iterdir()) == files
+    assert "gradient ascent on cross-entropy with a step size" in page, "each attack's name in a line"
+    assert "BPDA" in page
+    assert "<td>unbounded attack, base</td>" in page
+    assert "FAILED" in page
 
 
 def test_report_without_search_or_histogram(tmp_path, calibrated):
@@ -108,8 +117,24 @@ def test_headline_tells_a_gain():
     assert "clean loss" not in text
 
 
-def test_headline_admits_a_clean_loss():
-    assert "The clean loss of 1.0 points is more than the 0.3" in headline(evaluation(outcome(89, 72, 70)))
+def test_headline_admits_a_clean_loss_where_a_budget_was_agreed(search):
+    lost = evaluation(outcome(89, 72, 70))
+    assert "The clean loss of 1.0 points is more than the 0.3" in headline(lost, search)
+    assert "clean loss" not in headline(lost, replace(search, clean_budget=0.01))
+    assert "clean loss" not in headline(lost), "nobody asked for a budget"
+
+
+def test_headline_admits_that_something_else_was_chosen(search):
+    shown = evaluation(outcome(90, 61, 61))
+    assert "The search itself chose alpha 0: it found nothing" in headline(shown, replace(search, alpha=0.0))
+    assert "The search itself" not in headline(shown, search)
+    by_site = replace(shown, alpha={"a": 0.30000001192092896, "b": 0.0})
+    assert "The search itself" not in headline(by_site, replace(search, alpha={"a": 0.3, "b": 0.0}))
+    assert "The search itself" in headline(by_site, search)
+
+
+def test_headline_admits_that_the_evaluation_is_in_doubt():
+    assert "In doubt, 1 of the checks failed: more steps, base: they help." in headline(evaluation(outcome(90, 72, 70)))
 
 
 def test_headline_admits_that_nothing_was_won():
@@ -159,3 +184,25 @@ def test_alpha_figure_marks_any_choice(search, alpha):
     assert "base 60.0 %" in words
     assert any(word.startswith("worst case") for word in words)
     assert {"apgd-ce/exact", "apgd-ce/identity"} <= {word.split(" ")[0] for word in words}
+
+
+def test_tradeoff_figure_has_a_point_an_alpha_and_the_base_as_a_cross():
+    early = ModelOutcome(mask(90), {"apgd-ce/exact": mask(25, 25), "apgd-ce/identity": mask(24, 25)})
+    rows = {0.0: outcome(90, 60, 61), 0.2: early, 0.3: outcome(90, 72, 70), 0.6: outcome(85, 30, 2)}
+    search = AlphaSearch(0.3, rows, 0.003, "mean", {"edge": {0.0: rows[0.0], 0.3: outcome(89, 65, 66)}})
+    (axes,) = tradeoff_figure(search).axes
+    words = [text.get_text() for text in axes.texts]
+    assert {"0.2", "0.3", "edge 0.3", "chosen", "base", "clean budget"} <= set(words)
+    assert any(word.startswith("0.6") and "2 %" in word for word in words), (
+        "the cliff stands at the edge with its value"
+    )
+    crosses = [line for line in axes.lines if line.get_marker() == "x"]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in crosses] == [(0.9, 0.6)]
+    hollow = [line for line in axes.lines if line.get_marker() == "o" and line.get_markerfacecolor() == "none"]
+    # Given up early: 1 of 25 images fewer than the base, so 4 points under the base's 60 %; and the choice's ring.
+    assert sorted(line.get_ydata()[0] for line in hollow) == pytest.approx([0.56, 0.7])
+
+
+def test_tradeoff_figure_where_the_base_is_the_choice(search):
+    words = [text.get_text() for text in tradeoff_figure(AlphaSearch(0.0, search.outcomes, 0.003)).axes[0].texts]
+    assert "base, chosen" in words

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import fx
 
-from ..alpha import ALPHAS, select_alpha
+from ..alpha import ALPHAS, CLEAN_BUDGET, select_alpha
+from ..errors import ArtifactError
 from ..evaluate import evaluate as run_evaluate
+from ..evaluate.run import DEFAULT_ATTACKS
 from ..histogram import band_shares, feature_histogram
-from ..operators import set_alpha
-from ..report import CLEAN_BUDGET, headline, write_report
+from ..kernels.reference import VARIANTS
+from ..operators import set_alpha, set_variant
+from ..report import headline, write_report
 from ..statistics import Statistics
 from . import parsing
 from .loading import console, device_of, first_images, open_images, open_sparse
-from .options import DataOptions, ModelOptions, Queries, StatisticsFile, Steps, ThreatOptions
+from .options import Attacks, DataOptions, ModelOptions, Queries, StatisticsFile, Steps, ThreatOptions
 
 HISTOGRAM_IMAGES = 64  # of the test images; enough values for a histogram, few enough for any model's memory
+_DEFAULT_ATTACKS = ",".join(DEFAULT_ATTACKS)
 _DEFAULT_ALPHAS = ",".join(f"{a:g}" for a in ALPHAS)
+
+SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Attack only images that no attack before has broken.")]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(dir_okay=False, help="Keep results here as they come, and go on from them if the file exists."),
+]
 
 
 def select(
@@ -36,8 +48,18 @@ def select(
     attacked: Annotated[
         int | None, typer.Option(min=1, help="Attack only the first images; clean accuracy is measured on all.")
     ] = None,
+    variants: Annotated[
+        Any, typer.Option(parser=parsing.names(VARIANTS), metavar="NAMES", help=f"Of {', '.join(VARIANTS)}.")
+    ] = "mean",
+    per_site: Annotated[bool, typer.Option("--per-site", help="Go on from the choice site by site.")] = False,
+    attacks: Attacks = "apgd-ce",
     steps: Steps = 20,
     queries: Queries = 500,
+    skip_broken: SkipBroken = False,
+    checkpoint: Checkpoint = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="JSON file for the search; evaluate takes it as --alpha.")
+    ] = None,
 ) -> None:
     """Choose alpha on held-out images: best worst case under attack within the clean budget."""
     images = open_images(data)
@@ -47,12 +69,21 @@ def select(
         alphas=alphas,
         attacked=attacked,
         clean_budget=clean_budget,
+        variants=variants,
+        per_site=per_site,
+        attacks=attacks,
         steps=steps,
         queries=queries,
+        skip_broken=skip_broken,
+        checkpoint=checkpoint,
         **threat.as_arguments(),
     )
     console().print(search.table())
-    console().print(f"alpha {search.alpha:g}", style="bold", highlight=False)
+    chosen = f"alpha {search.alpha:g}" if isinstance(search.alpha, float) else f"alpha by site: {search.alpha}"
+    variant = f", variant {search.variant}" if search.variant != "mean" else ""
+    console().print(f"{chosen}{variant}", style="bold", highlight=False)
+    if out is not None:
+        out.write_text(json.dumps(search.to_dict(), indent=2) + "\n", "utf-8")
 
 
 def evaluate(
@@ -61,18 +92,28 @@ def evaluate(
     statistics: StatisticsFile,
     threat: ThreatOptions,
     alpha: Annotated[
-        float, typer.Option(parser=parsing.fraction, metavar="ALPHA", help="Half width of the band, from select.")
+        str, typer.Option(metavar="ALPHA|FILE", help="Half width of the band, or the file that select --out wrote.")
     ],
     out: Annotated[Path | None, typer.Option(help="Directory for report.json, report.html and plots.")] = None,
+    attacks: Attacks = _DEFAULT_ATTACKS,
     steps: Steps = 100,
     queries: Queries = 5000,
+    skip_broken: SkipBroken = False,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Compare MODEL with its base under the same attacks, on test images that nothing else saw."""
     images = open_images(data)
     sparse = open_sparse(model, images, statistics)
-    set_alpha(sparse, alpha)
+    put_alpha(sparse, alpha)
     evaluation = run_evaluate(
-        sparse, images.loader(data.batch_size), steps=steps, queries=queries, **threat.as_arguments()
+        sparse,
+        images.loader(data.batch_size),
+        attacks=attacks,
+        steps=steps,
+        queries=queries,
+        skip_broken=skip_broken,
+        checkpoint=checkpoint,
+        **threat.as_arguments(),
     )
     console().print(evaluation.table())
     console().print(headline(evaluation), style="bold", highlight=False)
@@ -93,3 +134,18 @@ def evaluate(
             },
         )
         console().print(f"report: {out / 'report.html'}")
+
+
+def put_alpha(sparse: fx.GraphModule, written: str) -> None:
+    """Set alpha as it was typed: a number, or the file of a search."""
+    path = Path(written)
+    if not path.is_file():
+        set_alpha(sparse, parsing.fraction(written))
+        return
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        alpha, variant = found["alpha"], found["variant"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: not a file that select --out wrote ({error!r})") from error
+    set_variant(sparse, variant)
+    set_alpha(sparse, alpha)

@@ -1,7 +1,22 @@
-"""Floor 5: how robust a transformed model is against those who know the operator, beside its base."""
+"""Floor 5: how robust a transformed model is against those who know the operator, beside its base.
 
-from .attacks import ATTACKS, AttackSettings
-from .outcome import Evaluation, ModelOutcome, PairedDifference
+`run` is the verb; `plan` says which attacks are run and runs one, `attacks` is their table, `descent` holds those of
+our own, `ledger` keeps results on disk, `outcome`, `sanity` and `verdict` say what they mean.
+"""
+
+from .attacks import ATTACKS, VERSIONS, AttackSettings
+from .outcome import ModelOutcome, PairedDifference
 from .run import evaluate
+from .sanity import Check
+from .verdict import Evaluation
 
-__all__ = ["ATTACKS", "AttackSettings", "Evaluation", "ModelOutcome", "PairedDifference", "evaluate"]
+__all__ = [
+    "ATTACKS",
+    "VERSIONS",
+    "AttackSettings",
+    "Check",
+    "Evaluation",
+    "ModelOutcome",
+    "PairedDifference",
+    "evaluate",
+]

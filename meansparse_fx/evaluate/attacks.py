@@ -1,4 +1,4 @@
-"""Floor 5: one attack on one batch, from the maintained AutoAttack package, its result checked.
+"""Floor 5: one attack on one batch, its result checked. Most are from the maintained AutoAttack package.
 
 Knows a model that returns logits; nothing of operators or of reports.
 """
@@ -6,8 +6,9 @@ Knows a model that returns logits; nothing of operators or of reports.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
@@ -16,33 +17,9 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from ..errors import EvaluationError
+from .descent import PGD, Adaptive
 
 _LOGGER = logging.getLogger("meansparse_fx.attacks")
-
-# Name -> (builder, uses gradients, fewest classes its loss needs). AutoAttack's own settings otherwise.
-_BUILDERS: dict[str, tuple[Callable, bool, int]] = {
-    "apgd-ce": (lambda m, s: APGDAttack(m, n_iter=s.steps, loss="ce", **_common(s), logger=_LOGGER), True, 2),
-    "apgd-dlr": (lambda m, s: APGDAttack(m, n_iter=s.steps, loss="dlr", **_common(s), logger=_LOGGER), True, 3),
-    "apgd-t": (
-        lambda m, s: APGDAttack_targeted(
-            m, n_iter=s.steps, n_target_classes=s.target_classes, **_common(s), logger=_LOGGER
-        ),
-        True,
-        4,
-    ),
-    "fab-t": (
-        lambda m, s: FABAttack_PT(m, n_iter=s.steps, targeted=True, n_target_classes=s.target_classes, **_common(s)),
-        True,
-        2,
-    ),
-    "square": (
-        lambda m, s: SquareAttack(m, n_queries=s.queries, p_init=0.8, resc_schedule=False, **_common(s)),
-        False,
-        2,
-    ),
-}
-
-ATTACKS = tuple(_BUILDERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +31,7 @@ class AttackSettings:
         norm: ``Linf`` or ``L2``.
         steps: Iterations of a gradient attack.
         queries: Queries of the Square attack.
-        target_classes: Classes a targeted attack tries.
+        target_classes: Classes a targeted attack tries at most.
         seed: Of the random starts.
     """
 
@@ -74,19 +51,118 @@ class AttackSettings:
             raise EvaluationError(f"norm must be Linf or L2, got {self.norm!r}")
 
 
-def _common(settings: AttackSettings) -> dict:
-    return {"norm": settings.norm, "eps": settings.eps, "n_restarts": 1, "seed": settings.seed, "verbose": False}
+class Perturber(Protocol):
+    """What every attack is, once built."""
+
+    def perturb(self, images: Tensor, labels: Tensor) -> Tensor: ...
 
 
-def uses_gradient(name: str) -> bool:
-    """Return whether an attack's result depends on the operator's backward mode.
+Build = Callable[[nn.Module, AttackSettings, int], Perturber]  # model, settings, number of classes
+
+
+@dataclass(frozen=True, slots=True)
+class AttackKind:
+    """One row of the table.
+
+    Attributes:
+        build: Makes it.
+        summary: What it does, for reports.
+        gradient: It uses gradients, so its result depends on the operator's backward mode.
+        classes: Fewest that its loss needs.
+    """
+
+    build: Build
+    summary: str
+    gradient: bool = True
+    classes: int = 2
+
+
+def _apgd(loss: str, restarts: int = 1, eot: int = 1) -> Build:
+    return lambda model, s, _: APGDAttack(
+        model, n_iter=s.steps, loss=loss, eot_iter=eot, **_common(s, restarts), logger=_LOGGER
+    )
+
+
+def _apgd_targeted(model: nn.Module, s: AttackSettings, classes: int) -> Perturber:
+    targets = min(s.target_classes, classes - 1)
+    return APGDAttack_targeted(model, n_iter=s.steps, n_target_classes=targets, **_common(s), logger=_LOGGER)
+
+
+def _fab(targeted: bool, restarts: int = 1) -> Build:
+    def build(model: nn.Module, s: AttackSettings, classes: int) -> Perturber:
+        targets = min(s.target_classes, classes - 1)
+        return FABAttack_PT(model, n_iter=s.steps, targeted=targeted, n_target_classes=targets, **_common(s, restarts))
+
+    return build
+
+
+def _square(model: nn.Module, s: AttackSettings, _: int) -> Perturber:
+    return SquareAttack(model, n_queries=s.queries, p_init=0.8, resc_schedule=False, **_common(s))
+
+
+def _adaptive(power: int) -> Build:
+    return lambda model, s, _: Adaptive(model, s.norm, s.eps, s.steps, s.seed, power)
+
+
+def _common(s: AttackSettings, restarts: int = 1) -> dict:
+    return {"norm": s.norm, "eps": s.eps, "n_restarts": restarts, "seed": s.seed, "verbose": False}
+
+
+_KINDS: dict[str, AttackKind] = {
+    "apgd-ce": AttackKind(_apgd("ce"), "gradient ascent on cross-entropy with a step size that adapts (AutoAttack)"),
+    "apgd-dlr": AttackKind(_apgd("dlr"), "the same on the difference-of-logits ratio (AutoAttack)", classes=3),
+    "apgd-t": AttackKind(_apgd_targeted, "the same towards each of the nearest wrong classes (AutoAttack)", classes=4),
+    "fab": AttackKind(_fab(False, 5), "steps to the nearest decision boundary, 5 restarts (AutoAttack plus)"),
+    "fab-t": AttackKind(_fab(True), "steps to the boundary of each of the nearest wrong classes (AutoAttack)"),
+    "square": AttackKind(_square, "random search by queries; needs no gradient, so none can be masked", gradient=False),
+    "pgd": AttackKind(
+        lambda model, s, _: PGD(model, s.norm, s.eps, s.steps, s.seed),
+        "gradient ascent on cross-entropy in steps of eps / 8 (the paper's PGD)",
+    ),
+    "adaptive-1-1": AttackKind(
+        _adaptive(1), "PGD that also leaves features in the operators' bands where they are (the paper's equation 8)"
+    ),
+    "adaptive-2-2": AttackKind(_adaptive(2), "the same with squared changes of features (equation 8)"),
+    "apgd-ce-r5": AttackKind(_apgd("ce", restarts=5), "apgd-ce with 5 restarts (AutoAttack plus)"),
+    "apgd-dlr-r5": AttackKind(_apgd("dlr", restarts=5), "apgd-dlr with 5 restarts (AutoAttack plus)", classes=3),
+    "apgd-ce-eot20": AttackKind(_apgd("ce", eot=20), "apgd-ce on the mean of 20 gradients (AutoAttack rand)"),
+    "apgd-dlr-eot20": AttackKind(
+        _apgd("dlr", eot=20), "apgd-dlr on the mean of 20 gradients (AutoAttack rand)", classes=3
+    ),
+}
+ATTACKS = tuple(_KINDS)
+
+# AutoAttack's versions; with 100 steps and 5000 queries each is AutoAttack itself.
+VERSIONS: dict[str, tuple[str, ...]] = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce-r5", "apgd-dlr-r5", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce-eot20", "apgd-dlr-eot20"),
+}
+NAMES = (*ATTACKS, *VERSIONS)
+
+
+def kind(name: str) -> AttackKind:
+    """Return the row of an attack.
 
     Raises:
         EvaluationError: There is no attack of that name.
     """
-    if name not in _BUILDERS:
-        raise EvaluationError(f"unknown attack {name!r}: expected one of {', '.join(ATTACKS)}")
-    return _BUILDERS[name][1]
+    if name not in _KINDS:
+        raise EvaluationError(f"unknown attack {name!r}: expected one of {', '.join(NAMES)}")
+    return _KINDS[name]
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """Return attacks for names of attacks and of AutoAttack's versions, each once.
+
+    Example:
+        >>> expand(["standard", "pgd", "square"])
+        ['apgd-ce', 'apgd-t', 'fab-t', 'square', 'pgd']
+    """
+    found = dict.fromkeys(attack for name in names for attack in VERSIONS.get(name, (name,)))
+    for name in found:
+        kind(name)
+    return list(found)
 
 
 def attack(name: str, model: nn.Module, images: Tensor, labels: Tensor, settings: AttackSettings) -> Tensor:
@@ -98,15 +174,16 @@ def attack(name: str, model: nn.Module, images: Tensor, labels: Tensor, settings
     Raises:
         EvaluationError: The attack does not exist, needs more classes, or left the ball.
     """
-    uses_gradient(name)
-    build, _, fewest = _BUILDERS[name]
+    row = kind(name)
+    if not len(images):
+        return images
     with torch.no_grad():
         classes = logits_of(model, images[:1]).shape[1]
-    if classes < fewest:
-        raise EvaluationError(f"{name} needs at least {fewest} classes, the model has {classes}")
+    if classes < row.classes:
+        raise EvaluationError(f"{name} needs at least {row.classes} classes, the model has {classes}")
     devices = [images.device] if images.is_cuda else []
     with torch.random.fork_rng(devices=devices):
-        adversarial = build(model, settings).perturb(images.clone(), labels.clone()).detach()
+        adversarial = row.build(model, settings, classes).perturb(images.clone(), labels.clone()).detach()
     _check_ball(name, images, adversarial, settings)
     return adversarial
 
@@ -126,7 +203,8 @@ def _check_ball(name: str, images: Tensor, adversarial: Tensor, settings: Attack
     distance = (adversarial - images).flatten(1)
     radius = distance.abs().amax(1) if settings.norm == "Linf" else distance.norm(dim=1)
     slack = 1e-6 if settings.norm == "Linf" else 1e-5  # float32 rounding of x + eps, and of a norm over all pixels
-    if radius.max() > settings.eps + slack or adversarial.min() < 0 or adversarial.max() > 1:
+    # Written so that NaN fails, too.
+    if not (radius.max() <= settings.eps + slack and adversarial.min() >= 0 and adversarial.max() <= 1):
         raise EvaluationError(
             f"{name} left its ball: {settings.norm} distance {radius.max():.6f} with eps {settings.eps:.6f}, "
             f"values {adversarial.min():.4f} to {adversarial.max():.4f}"

@@ -1,0 +1,9 @@
+"""Floor 5: choose alpha on held-out data, against the worst of several attacks.
+
+`run` is the verb; `race` attacks the candidates, `result` is what came of it and the rule of choice.
+"""
+
+from .result import AlphaSearch
+from .run import ALPHAS, CLEAN_BUDGET, select_alpha
+
+__all__ = ["ALPHAS", "CLEAN_BUDGET", "AlphaSearch", "select_alpha"]

@@ -1,0 +1,226 @@
+"""Floor 5: what a search over alpha found, and the rule by which one is chosen. Data and arithmetic; runs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from rich.table import Table
+from torch import fx
+
+from ..evaluate.outcome import ModelOutcome, PairedDifference, mean
+from ..operators import operators, set_alpha
+from ..tables import as_text
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One proposal of the search site by site.
+
+    Attributes:
+        group: What was moved: a site, or the name of a group of them.
+        alpha: What it was to get there.
+        clean: Clean accuracy with it.
+        attacked: Images attacked with it, before it fell behind or to the end.
+        change: Against what stood before, on these images; None if the clean budget refused it.
+        taken: Whether it stands now.
+    """
+
+    group: str
+    alpha: float
+    clean: float
+    attacked: int
+    change: PairedDifference | None
+    taken: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Refinement:
+    """What the search site by site made of one alpha for all.
+
+    Attributes:
+        start: That alpha.
+        outcome: Of what it ended with.
+        moves: All proposals, in order.
+    """
+
+    start: float
+    outcome: ModelOutcome
+    moves: tuple[Move, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AlphaSearch:
+    """What a search over alpha found.
+
+    Attributes:
+        alpha: The choice; a mapping by site where the search site by site moved some.
+        outcomes: alpha to what the model did there, ascending, for the chosen variant; clean on all images, robust on
+            those attacked, which are the first ones: fewer where an alpha was given up early.
+        clean_budget: Clean accuracy that was allowed to be lost, as a fraction.
+        variant: The chosen variant of the operator.
+        others: The same as ``outcomes`` for the variants not chosen.
+        refinement: Of the search site by site, if there was one.
+    """
+
+    alpha: float | dict[str, float]
+    outcomes: dict[float, ModelOutcome]
+    clean_budget: float
+    variant: str = "mean"
+    others: dict[str, dict[float, ModelOutcome]] = field(default_factory=dict)
+    refinement: Refinement | None = None
+
+    @property
+    def uniform(self) -> float:
+        """The best single alpha for all sites."""
+        return self.alpha if isinstance(self.alpha, float) else self.refinement.start  # type: ignore[union-attr]
+
+    @property
+    def leader(self) -> float:
+        """The alpha that looks best of those attacked to the end, beyond noise or not; 0 if none was."""
+        finished = {
+            alpha: int(o.worst.sum())
+            for alpha, o in self.outcomes.items()
+            if alpha and len(o.worst) == len(self.base.worst) and within_budget(self.base, o, self.clean_budget)
+        }
+        return max(finished, key=lambda alpha: finished[alpha], default=0.0)
+
+    @property
+    def base(self) -> ModelOutcome:
+        """What the base did."""
+        return self.outcomes[0.0]
+
+    def change(self, outcome: ModelOutcome) -> PairedDifference:
+        """Return the change of the worst case from the base's, on the images that both met."""
+        n = len(outcome.worst)
+        return PairedDifference.of(self.base.worst[:n], outcome.worst)
+
+    def comparable(self, outcome: ModelOutcome, attack: str | None = None) -> float:
+        """Return the accuracy to be expected on all attacked images: the base's there, and the paired change.
+
+        An alpha given up early met fewer images, easier or harder ones; its plain share says less.
+
+        Args:
+            outcome: Of an alpha.
+            attack: Under this attack; None for the worst case.
+        """
+        own, base = (o.worst if attack is None else o.robust[attack] for o in (outcome, self.base))
+        return mean(base) + mean(own) - mean(base[: len(own)])
+
+    def rows(self) -> Iterator[tuple[str, float, ModelOutcome]]:
+        """Yield (variant, alpha, outcome): the chosen variant's alphas, then the others'."""
+        for variant, outcomes in ({self.variant: self.outcomes} | self.others).items():
+            for alpha, outcome in outcomes.items():
+                if alpha or variant == self.variant:  # the base is the same for all
+                    yield variant, alpha, outcome
+
+    def apply(self, sparse: fx.GraphModule) -> None:
+        """Set the choice in a model."""
+        for operator in operators(sparse).values():
+            operator.set_variant(self.variant, operator.centre_mode, operator.steepness)
+        set_alpha(sparse, self.alpha)
+
+    def to_dict(self) -> dict:
+        """Return the choice and one row an alpha as plain values; accuracies are fractions."""
+        rows = [
+            {
+                "variant": variant,
+                "alpha": alpha,
+                "attacked": len(outcome.worst),
+                **outcome.to_dict(),
+                "change": self.change(outcome).to_dict(),
+            }
+            for variant, alpha, outcome in self.rows()
+        ]
+        found: dict = {"alpha": self.alpha, "variant": self.variant, "clean_budget": self.clean_budget, "rows": rows}
+        if self.refinement is not None:
+            found["refinement"] = {
+                "start": self.refinement.start,
+                **self.refinement.outcome.to_dict(),
+                "change": self.change(self.refinement.outcome).to_dict(),
+                "moves": [
+                    {
+                        "group": move.group,
+                        "alpha": move.alpha,
+                        "clean": move.clean,
+                        "attacked": move.attacked,
+                        "change": move.change and move.change.to_dict(),
+                        "taken": move.taken,
+                    }
+                    for move in self.refinement.moves
+                ],
+            }
+        return found
+
+    def table(self) -> Table:
+        """Return the search as a rich table, in percent."""
+        base = self.base
+        table = Table(
+            title=f"{len(base.clean)} held-out images, {len(base.worst)} of them attacked; "
+            f"at most {100 * self.clean_budget:.1f} points of clean loss",
+            title_justify="left",
+            caption=self._caption(),
+            caption_justify="left",
+            show_edge=False,
+            pad_edge=False,
+        )
+        many = bool(self.others)
+        for column in ("alpha", "clean", "attacked", *base.robust, "worst case", "against base", ""):
+            table.add_column(column, justify="right")
+        for variant, alpha, outcome in self.rows():
+            chosen = (alpha, variant) == (self.uniform, self.variant)
+            self._add_row(table, f"{variant} {alpha:g}" if many and alpha else f"{alpha:g}", outcome, chosen)
+        if self.refinement is not None and not isinstance(self.alpha, float):
+            self._add_row(table, "by site", self.refinement.outcome, True)
+        return table
+
+    def _add_row(self, table: Table, label: str, outcome: ModelOutcome, chosen: bool) -> None:
+        values = outcome.to_dict()
+        shares = [values["clean"], *values["robust"].values(), values["worst_case"]]
+        clean, *robust = (f"{100 * v:.1f}" for v in shares)
+        against = "" if outcome is self.base else self.change(outcome).points()
+        mark = ("chosen" if chosen else "", "bold" if chosen else None)
+        table.add_row(label, clean, str(len(outcome.worst)), *robust, against, mark[0], style=mark[1])
+
+    def _caption(self) -> str | None:
+        if self.refinement is None:
+            return None
+        taken = [f"{move.group} to {move.alpha:g}" for move in self.refinement.moves if move.taken]
+        moved = ", ".join(taken) if taken else "none was better beyond noise"
+        return f"Site by site from alpha {self.refinement.start:g}, {len(self.refinement.moves)} moves tried: {moved}"
+
+    def __str__(self) -> str:
+        return as_text(self.table(), width=120)
+
+
+def within_budget(base: ModelOutcome, outcome: ModelOutcome, clean_budget: float) -> bool:
+    """Return whether the clean accuracy lost to the base is within the budget."""
+    return mean(outcome.clean) >= mean(base.clean) - clean_budget - 1e-12
+
+
+def better(before: ModelOutcome, after: ModelOutcome, significance: float) -> bool:
+    """Return whether the worst case is better beyond noise: one-sided McNemar test on the same images."""
+    change = PairedDifference.of(before.worst, after.worst)
+    return change.estimate > 0 and change.p_value / 2 <= significance
+
+
+def choose(
+    outcomes: Mapping[tuple[float, str], ModelOutcome], clean_budget: float, significance: float
+) -> tuple[float, str]:
+    """Return the (alpha, variant) to take among those that met all attacked images.
+
+    From the smallest alpha up, one takes the place of the one chosen so far only if it is better beyond noise; the
+    first is the base. Those over the clean budget are passed over.
+
+    Args:
+        outcomes: By (alpha, variant), in the order of preference, the base first.
+        clean_budget: As a fraction.
+        significance: Of the test.
+    """
+    (chosen, base), *rest = outcomes.items()
+    standing = base
+    for candidate, outcome in rest:
+        finished = len(outcome.worst) == len(base.worst)
+        if finished and within_budget(base, outcome, clean_budget) and better(standing, outcome, significance):
+            chosen, standing = candidate, outcome
+    return chosen

@@ -1,0 +1,194 @@
+"""Floor 5: the verb. Race the candidates, choose among those that came through, and refine site by site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+from torch import Tensor, fx
+
+from ..evaluate.attacks import AttackSettings
+from ..evaluate.ledger import Ledger, model_identity
+from ..evaluate.outcome import ModelOutcome, PairedDifference, mean
+from ..evaluate.plan import batches, plan_runs
+from ..operators import operators, require_transformed, switched
+from ..progress import bar
+from .race import Candidate, Field, doubling, heats, race
+from .result import AlphaSearch, Move, Refinement, better, choose, within_budget
+
+ALPHAS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
+CLEAN_BUDGET = 0.003  # as a fraction of the images
+RUNGS = 3
+SIGNIFICANCE = 0.05
+
+
+def select_alpha(
+    sparse: fx.GraphModule,
+    held_out: Iterable[Any] | tuple[Tensor, Tensor],
+    *,
+    alphas: Sequence[float] = ALPHAS,
+    eps: float = 8 / 255,
+    norm: str = "Linf",
+    attacks: Sequence[str] = ("apgd-ce",),
+    backwards: Sequence[str] = ("exact", "identity"),
+    steps: int = 20,
+    queries: int = 500,
+    attacked: int | None = None,
+    clean_budget: float = CLEAN_BUDGET,
+    variants: Sequence[str] = ("mean",),
+    per_site: bool | Callable[[str], str] = False,
+    significance: float = SIGNIFICANCE,
+    rungs: int = RUNGS,
+    batch_size: int = 128,
+    seed: int = 0,
+    skip_broken: bool = False,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> AlphaSearch:
+    """Return the alpha with the best worst case on held-out data among those within the clean budget.
+
+    Clean accuracy does not show where robustness breaks down, so every candidate is attacked, by default
+    with the operator's own gradient and with the identity's. The candidates are attacked on a quarter of the images,
+    the better half of them on twice as many, the better half of these on all (successive halving). Among those that
+    come through, from the smallest up, an alpha takes the place of a smaller one only if it is better beyond noise.
+    The model's alpha and variant are left as they were.
+
+    Args:
+        sparse: A transformed and calibrated model in eval mode.
+        held_out: As in `evaluate`: images that calibration did not see and the final test will not use.
+        alphas: Candidates; 0 is always among them, and may be the answer.
+        attacked: Attack only the first so many images. Clean accuracy, which costs one pass, is measured on all of
+            them: a budget of 0.3 points is three images in a thousand.
+        clean_budget: Clean accuracy that may be lost, as a fraction of the images.
+        variants: Of the operator, all in one race: see `set_variant`.
+        per_site: Go on from the choice site by site: each site's alpha one step down, up, to 0, or to the best single
+            alpha, wherever that is better beyond noise; the choice may then be a mapping. A function of a site's name
+            returns the name of the group it is moved with (``lambda site: site.split(".")[0]``: by stage).
+        significance: Of the paired one-sided test that says what is beyond noise; site by site it is divided by the
+            number of moves.
+        rungs: 3 for a quarter, a half and all of the images; 1 attacks every candidate on all of them.
+        eps, norm, attacks, backwards, steps, queries, batch_size, seed, skip_broken, checkpoint, progress: As in
+            `evaluate`.
+
+    Raises:
+        StateError: The model is not transformed or not calibrated, or in train mode.
+        EvaluationError: As in `evaluate`.
+    """
+    require_transformed(sparse, "select_alpha")
+    grid = sorted({0.0, *map(float, alphas)})
+    keys = [(0.0, variants[0]), *((alpha, variant) for alpha in grid[1:] for variant in variants)]
+    candidates = {key: Candidate(*key) for key in keys}
+    settings = AttackSettings(eps=eps, norm=norm, steps=steps, queries=queries, seed=seed)
+    runs = plan_runs(attacks, backwards, seed)
+    identity = model_identity(sparse, alpha=False) | {
+        "attack settings": [f"{settings}", skip_broken],
+        "attacks or backwards": [run.name for run in runs],
+    }
+    ledger = Ledger(checkpoint, identity)
+    with bar(progress) as display, _put_back(sparse), ledger:
+        field = Field(sparse, list(batches(held_out, batch_size)), attacked, runs, settings, ledger, skip_broken)
+        stops = doubling(field.attacked, rungs)
+        _race(field, list(candidates.values()), stops, clean_budget, display)
+        outcomes = {key: field.outcome(candidate) for key, candidate in candidates.items()}
+        alpha, variant = choose(outcomes, clean_budget, significance)
+        table = {v: {a: o for (a, w), o in outcomes.items() if w == v or not a} for v in variants}
+        search = AlphaSearch(alpha, table.pop(variant), clean_budget, variant, table)
+        if not per_site:
+            return search
+        walk = _Walk(field, list(operators(sparse)), per_site, variant, clean_budget, significance)
+        refinement, by_site = walk.from_alpha(alpha, grid, search.leader, stops, display)
+        taken = any(move.taken for move in refinement.moves)
+        return replace(search, alpha=by_site if taken else alpha, refinement=refinement)
+
+
+def _race(
+    field: Field, candidates: Sequence[Candidate], stops: list[int], clean_budget: float, display: Progress
+) -> None:
+    steps = zip(heats(len(candidates), stops), [0, *stops], stops, strict=False)
+    total = sum(count * field.pieces(start, stop) for count, start, stop in steps)
+    task = display.add_task("select alpha", total=total, note="")
+    race(field, candidates, stops, clean_budget, lambda: display.advance(task))
+    base = field.outcome(candidates[0])
+    display.update(task, completed=total, note=f"base: worst case {mean(base.worst):.1%}")
+
+
+class _Walk:
+    """A coordinate search: one group of sites after the other, each tried at other alphas."""
+
+    def __init__(
+        self,
+        field: Field,
+        sites: Sequence[str],
+        per_site: bool | Callable[[str], str],
+        variant: str,
+        clean_budget: float,
+        significance: float,
+    ) -> None:
+        self._field, self._variant, self._budget, self._significance = field, variant, clean_budget, significance
+        self._groups: dict[str, list[str]] = {}
+        for site in sites:
+            self._groups.setdefault(per_site(site) if callable(per_site) else site, []).append(site)
+
+    def from_alpha(
+        self, start: float, grid: Sequence[float], leader: float, stops: Sequence[int], display: Progress
+    ) -> tuple[Refinement, dict[str, float]]:
+        """Return what was tried and the mapping that stands at the end."""
+        proposals = _proposals(grid, start, leader)
+        tests = len(proposals) * len(self._groups)
+        task = display.add_task("site by site", total=tests, note="")
+        alphas = {site: start for sites in self._groups.values() for site in sites}
+        base = self._field.outcome(Candidate(0.0, self._variant))
+        standing, moves = self._field.attack(Candidate(start, self._variant), stops[-1], lambda: None), []
+        for group, sites in self._groups.items():
+            for alpha in proposals:
+                trial = alphas | dict.fromkeys(sites, alpha)
+                move, outcome = self._try(group, alpha, trial, base, standing, stops, self._significance / tests)
+                moves.append(move)
+                if move.taken:
+                    alphas, standing = trial, outcome
+                display.update(task, advance=1, note=f"worst case {mean(standing.worst):.1%}")
+        return Refinement(start, standing, tuple(moves)), alphas
+
+    def _try(
+        self,
+        group: str,
+        alpha: float,
+        trial: dict[str, float],
+        base: ModelOutcome,
+        standing: ModelOutcome,
+        stops: Sequence[int],
+        significance: float,
+    ) -> tuple[Move, ModelOutcome]:
+        candidate = Candidate(trial, self._variant)
+        outcome = self._field.outcome(candidate)
+        if not within_budget(base, outcome, self._budget):
+            return Move(group, alpha, mean(outcome.clean), 0, None, False), outcome
+        for stop in stops:
+            outcome = self._field.attack(candidate, stop, lambda: None)
+            change = PairedDifference.of(standing.worst[:stop], outcome.worst)
+            if change.estimate <= 0:
+                break
+        taken = stop == stops[-1] and better(standing, outcome, significance)
+        return Move(group, alpha, mean(outcome.clean), len(outcome.worst), change, taken), outcome
+
+
+def _proposals(grid: Sequence[float], start: float, leader: float) -> list[float]:
+    """Return the alphas to try at each site: 0, one step down, one step up, and the one that looks best for all."""
+    below, above = [a for a in grid if a < start], [a for a in grid if a > start]
+    return sorted({0.0, *below[-1:], *above[:1], leader} - {start})
+
+
+@contextmanager
+def _put_back(sparse: fx.GraphModule) -> Iterator[None]:
+    """Put alpha, backward and variant of every site back on leaving the block."""
+    variants = {m: m.variant for m in operators(sparse).values()}
+    try:
+        with switched(sparse):
+            yield
+    finally:
+        for operator, variant in variants.items():
+            operator.set_variant(variant, operator.centre_mode, operator.steepness)

@@ -1,0 +1,145 @@
+"""Floor 5: what is known so far, image by image, kept on disk as it comes, so that a killed run goes on where it was.
+
+An entry is the result of one piece of work: masks, by name. A piece is always done the same way, whatever was done
+before it in the same process; so it does not matter where a run was interrupted. Knows files; runs no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import artifacts
+from ..errors import EvaluationError
+from ..operators import operators
+from ..statistics import fingerprint
+
+FORMAT, VERSION = "meansparse_fx.attacked", "1"
+EVERY = 1.0  # seconds between two writings: a piece of work that takes longer is on disk as soon as it is done
+
+Masks = Mapping[str, Tensor]
+
+
+class Ledger:
+    """The results of one run, in memory, and in a file if there is a path.
+
+    Args:
+        path: None keeps nothing on disk.
+        identity: What must be the same for the file to be of this run, by what it is in words.
+
+    Raises:
+        EvaluationError: The file is of another run.
+        ArtifactError: It is not a ledger at all.
+    """
+
+    def __init__(self, path: str | Path | None, identity: Mapping[str, Any]) -> None:
+        self._path = None if path is None else Path(path)
+        self._identity = dict(identity)
+        self._masks: dict[str, dict[str, Tensor]] = {}
+        self._digests: dict[str, str] = {}
+        self._before = 0.0
+        self._began = self._written = time.monotonic()
+        if self._path is not None:
+            if not self._path.parent.is_dir():
+                raise EvaluationError(f"{self._path}: the directory does not exist, so no checkpoint can be written")
+            artifacts.remove_partial(self._path)
+            if self._path.exists():
+                self._load(self._path)
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.write()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent, those of the earlier processes included."""
+        return self._before + time.monotonic() - self._began
+
+    def require_same(self, what: str, images: Tensor, labels: Tensor) -> None:
+        """Raise EvaluationError if a batch is not what it was when its results were found.
+
+        Args:
+            what: Names the batch.
+            images, labels: It.
+        """
+        found = _digest(images, labels)
+        if self._digests.setdefault(what, found) != found:
+            raise EvaluationError(
+                f"{self._path}: a checkpoint of other images, or of another order or batch size: {what} differs. Give "
+                "the same images again, or remove it to start from the beginning"
+            )
+
+    def require_whole(self, met: Collection[str]) -> None:
+        """Raise EvaluationError if the data ended before all batches came that were met earlier."""
+        if missing := self._digests.keys() - set(met):
+            raise EvaluationError(
+                f"{self._path}: a checkpoint of more images, {len(missing)} batches of it did not come again: give the "
+                "same images, or remove it to start from the beginning"
+            )
+
+    def recall(self, piece: str, work: Callable[[], Masks]) -> Masks:
+        """Return the result of a piece of work, doing it if it is not known yet."""
+        if piece not in self._masks:
+            self._masks[piece] = {name: mask.cpu() for name, mask in work().items()}
+            if time.monotonic() - self._written >= EVERY:
+                self.write()
+        return self._masks[piece]
+
+    def write(self) -> None:
+        """Replace the file, if there is one, by what is known now."""
+        if self._path is None:
+            return
+        header = {
+            "identity": self._identity,
+            "digests": self._digests,
+            "pieces": {piece: list(masks) for piece, masks in self._masks.items()},
+            "seconds": self.seconds,
+        }
+        tensors = {f"{piece}:{name}": mask for piece, masks in self._masks.items() for name, mask in masks.items()}
+        artifacts.write(self._path, FORMAT, VERSION, header, tensors)
+        self._written = time.monotonic()
+
+    def _load(self, path: Path) -> None:
+        header, tensors = artifacts.read(path, FORMAT, VERSION, "a checkpoint of an evaluation")
+        for what in {**self._identity, **header["identity"]}:
+            if header["identity"].get(what) != self._identity.get(what):
+                raise EvaluationError(
+                    f"{path}: a checkpoint of another run, its {what} differ: give it the same {what}, or remove it to "
+                    "start from the beginning"
+                )
+        self._digests, self._before = header["digests"], header["seconds"]
+        self._masks = {
+            piece: {name: tensors[f"{piece}:{name}"] for name in names} for piece, names in header["pieces"].items()
+        }
+
+
+def model_identity(sparse: nn.Module, alpha: bool) -> dict[str, str]:
+    """Return fingerprints of a transformed model's weights and of its operators.
+
+    Args:
+        sparse: The model.
+        alpha: Alpha and variant count as well: they do not where they are what is looked for.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, m in operators(sparse).items():
+        options = (m.channels, m.channel_dim, m.centre_mode, m.strict, m.steepness, *([m.variant] if alpha else []))
+        digest.update(f"{name} {options}".encode())
+        for vector in (m.mean, m.std, *([m.alpha] if alpha else [])):
+            digest.update(vector.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return {"weights": fingerprint(sparse), "statistics, alphas or variants": digest.hexdigest()}
+
+
+def _digest(*tensors: Tensor) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        state.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return state.hexdigest()

@@ -1,0 +1,108 @@
+"""Floor 5: which attacks are run, in which order, and one of them on one batch.
+
+Knows attacks and the switches on operators; keeps no results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import EvaluationError
+from ..nn import MeanSparse
+from ..operators import operators, switched
+from .attacks import AttackSettings, attack, expand, kind, logits_of
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One attack under one backward mode of the operator.
+
+    Attributes:
+        attack: Name of the attack.
+        backward: ``exact``, ``identity`` or ``smooth``; None for an attack without gradients.
+        seed: Of its random start; every run has its own, so that two runs are two tries on the base as well.
+    """
+
+    attack: str
+    backward: str | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return self.attack if self.backward is None else f"{self.attack}/{self.backward}"
+
+
+def plan_runs(attacks: Sequence[str], backwards: Sequence[str], seed: int) -> list[Run]:
+    """Return every attack under every backward mode; an attack without gradients once, at the end.
+
+    The operator's own gradient comes first: what survives it is known, whatever those who know leave of it.
+    """
+    kinds = {name: kind(name) for name in expand(attacks)}
+    modes = sorted(dict.fromkeys(backwards), key=lambda mode: mode != "exact")
+    found: list[tuple[str, str | None]] = [(a, mode) for mode in modes for a, row in kinds.items() if row.gradient]
+    found += [(a, None) for a, row in kinds.items() if not row.gradient]
+    if not found:
+        raise EvaluationError("no attack asked for: give at least one, and for gradient attacks a backward")
+    return [Run(a, mode, seed + i) for i, (a, mode) in enumerate(found)]
+
+
+def perturbed(model: nn.Module, run: Run, images: Tensor, labels: Tensor, settings: AttackSettings) -> Tensor:
+    """Return what ``run`` makes of ``images``; the operators' switches are put back."""
+    with switched(model):
+        for operator in model.modules():
+            if isinstance(operator, MeanSparse) and run.backward is not None:
+                operator.set_backward(run.backward, operator.steepness)
+        return attack(run.attack, model, images, labels, replace(settings, seed=run.seed))
+
+
+def correct(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Return the mask ``[N]`` of images classified correctly."""
+    if not len(images):
+        return torch.zeros(0, dtype=torch.bool, device=images.device)
+    with torch.no_grad():
+        return logits_of(model, images).argmax(1) == labels
+
+
+def device_of(sparse: nn.Module) -> torch.device:
+    """Return the device of a transformed model."""
+    statistics = next(iter(operators(sparse).values())).mean
+    assert isinstance(statistics, Tensor)
+    return statistics.device
+
+
+def spread(mask: Tensor, values: Tensor, elsewhere: bool) -> Tensor:
+    """Return ``values`` where ``mask`` ``[N]`` is set, in its order, and ``elsewhere`` in the other places."""
+    whole = torch.full_like(mask, elsewhere)
+    whole[mask] = values
+    return whole
+
+
+def batches(test: Iterable[Any] | tuple[Tensor, Tensor], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (images, labels), checked.
+
+    Raises:
+        EvaluationError: There are none, or images are not in [0, 1].
+    """
+    if isinstance(test, (tuple, list)) and len(test) == 2 and all(isinstance(t, Tensor) for t in test):
+        test = zip(test[0].split(batch_size), test[1].split(batch_size), strict=True)
+    empty = True
+    for batch in test:
+        if not (isinstance(batch, (tuple, list)) and len(batch) >= 2):
+            raise EvaluationError("the loader must yield (images, labels) batches")
+        images, labels = batch[:2]
+        if len(images) == 0:
+            continue
+        if images.min() < 0 or images.max() > 1:
+            raise EvaluationError(
+                f"images must be in [0, 1] (found {images.min():.3f} to {images.max():.3f}): eps has no meaning "
+                "otherwise; put the normalisation into the model"
+            )
+        empty = False
+        yield images, labels
+    if empty:
+        raise EvaluationError("no images to evaluate on")

@@ -1,0 +1,170 @@
+"""Floor 5: the base and the transformed model side by side, and what may be concluded.
+
+Data and arithmetic; runs no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from ..tables import as_text
+from .attacks import kind
+from .outcome import ModelOutcome, PairedDifference, mean
+from .sanity import Check
+
+# What attack names that are no attack's own mean, for reports.
+_OTHER_ROWS = {"transfer": "the adversarial images found against the other of the two models"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evaluation:
+    """The base and the transformed model under the same attacks on the same images.
+
+    Attributes:
+        base, sparse: Their outcomes.
+        alpha: Of the transformed model; a mapping by site if the sites differ.
+        eps, norm, steps, queries, seed: What the attacker might do.
+        seconds: Wall time.
+        cumulative: Each attack met only the images that all before it had left unbroken, so that a row counts the
+            images that survive it and those above it.
+        checks: Whether the evaluation itself can be trusted.
+    """
+
+    base: ModelOutcome
+    sparse: ModelOutcome
+    alpha: float | dict[str, float]
+    eps: float
+    norm: str
+    steps: int
+    queries: int
+    seed: int
+    seconds: float
+    cumulative: bool = False
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def n_test(self) -> int:
+        """Number of images."""
+        return len(self.base.clean)
+
+    @property
+    def clean_change(self) -> PairedDifference:
+        """Change of clean accuracy."""
+        return PairedDifference.of(self.base.clean, self.sparse.clean)
+
+    @property
+    def gain(self) -> PairedDifference:
+        """Change of the worst case over all attacks: what the operator buys."""
+        return PairedDifference.of(self.base.worst, self.sparse.worst)
+
+    @property
+    def exact_gain(self) -> PairedDifference:
+        """Change of the worst case over the attacks that use the operator's own gradient: what is usually reported."""
+        return PairedDifference.of(self.base.worst_of("/exact"), self.sparse.worst_of("/exact"))
+
+    @property
+    def masked(self) -> PairedDifference:
+        """How much of `exact_gain` attackers who know the operator take away: the gap between the two gains."""
+        exact, worst = (
+            after.int() - before.int()
+            for before, after in (
+                (self.base.worst_of("/exact"), self.sparse.worst_of("/exact")),
+                (self.base.worst, self.sparse.worst),
+            )
+        )
+        return PairedDifference.of_changes(exact - worst)
+
+    @property
+    def warnings(self) -> list[str]:
+        """The checks that failed, a sentence each."""
+        return [f"{check.name}: {check.finding}." for check in self.checks if not check.passed]
+
+    @property
+    def verdict(self) -> str:
+        """One plain sentence, and one more where the evaluation itself is in doubt."""
+        doubt = f" In doubt, {len(failed)} of the checks failed: {failed[0]}" if (failed := self.warnings) else ""
+        return self._conclusion() + doubt
+
+    def _conclusion(self) -> str:
+        gain, exact, masked = self.gain, self.exact_gain, self.masked
+        if not any(name.endswith(("/identity", "/smooth")) for name in self.sparse.robust):
+            return (
+                f"Not tested against attackers who know the operator: {gain.points()} points under the attacks that "
+                "were run. Add the identity backward."
+            )
+        under = f"{exact.points()} points under the operator's own gradient"
+        gap = f"the gap of {masked.points()} is gradient masking" if masked.low > 0 else ""
+        if gain.low > 0:
+            rest = f" It is {under}: {gap}." if gap else ""
+            return f"Gain real: worst-case accuracy {gain.points()} points under attackers who know the operator.{rest}"
+        if gain.high < 0:
+            rest = f" It is {under}: {gap}." if gap else ""
+            return f"Loss: worst-case accuracy {gain.points()} points under attackers who know the operator.{rest}"
+        if exact.low > 0 and gap:
+            return f"Gain masked: {under}, but {gain.points()} under attackers who know it; {gap}."
+        if exact.low > 0:
+            return (
+                f"Gain not confirmed: {under}, but {gain.points()} under attackers who know it; the gap of "
+                f"{masked.points()} may be noise, so more images would tell."
+            )
+        return f"No difference shown: worst-case accuracy {gain.points()} points."
+
+    def legend(self) -> dict[str, str]:
+        """Return what each attack that was run does, in a line, by name."""
+        names = dict.fromkeys(name.partition("/")[0] for name in self.sparse.robust)
+        return {name: _OTHER_ROWS.get(name) or kind(name).summary for name in names}
+
+    def to_dict(self) -> dict:
+        """Return everything as plain values; accuracies and differences are fractions."""
+        differences = {
+            "clean_change": self.clean_change,
+            "gain": self.gain,
+            "exact_gain": self.exact_gain,
+            "masked": self.masked,
+        }
+        return {
+            "alpha": self.alpha,
+            "n_test": self.n_test,
+            "threat": {k: getattr(self, k) for k in ("norm", "eps", "steps", "queries", "seed")},
+            "cumulative": self.cumulative,
+            "base": self.base.to_dict(),
+            "sparse": self.sparse.to_dict(),
+            **{name: difference.to_dict() for name, difference in differences.items()},
+            "checks": [check.to_dict() for check in self.checks],
+            "verdict": self.verdict,
+            "seconds": self.seconds,
+        }
+
+    def rows(self) -> list[tuple[str, float, float, PairedDifference]]:
+        """Return (what, base accuracy, transformed accuracy, difference) for clean, each attack and the worst case."""
+        pairs = [("clean", self.base.clean, self.sparse.clean)]
+        pairs += [(name, self.base.robust[name], mask) for name, mask in self.sparse.robust.items()]
+        pairs += [("worst case", self.base.worst, self.sparse.worst)]
+        return [(what, mean(b), mean(s), PairedDifference.of(b, s)) for what, b, s in pairs]
+
+    def table(self) -> Table:
+        """Return the comparison as a rich table, in percent."""
+        alpha = f"{self.alpha:g}" if isinstance(self.alpha, float) else "per site"
+        rows = "; each row: what survives it and all rows above" if self.cumulative else ""
+        passed = sum(check.passed for check in self.checks)
+        trust = f"\nChecks of the evaluation itself: {passed} of {len(self.checks)} passed." if self.checks else ""
+        table = Table(
+            title=f"{self.n_test} images, {self.norm} eps {self.eps:.4g}, {self.steps} steps{rows}",
+            title_justify="left",
+            caption=self.verdict + trust,
+            caption_justify="left",
+            show_edge=False,
+            pad_edge=False,
+        )
+        table.add_column("accuracy in %")
+        for column in ("base", f"alpha {alpha}", "change, 95 % interval"):
+            table.add_column(column, justify="right")
+        for what, base, sparse, difference in self.rows():
+            style = "bold" if what == "worst case" else None
+            table.add_row(what, f"{100 * base:.1f}", f"{100 * sparse:.1f}", difference.points(), style=style)
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self.table(), width=110)

@@ -1,0 +1,194 @@
+"""The attacks of our own and the graph they look through, against hooks, formulas and known radii."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import meansparse_fx as msfx
+from meansparse_fx.evaluate import descent
+from meansparse_fx.evaluate.attacks import ATTACKS, VERSIONS, AttackSettings, attack, expand
+from meansparse_fx.evaluate.plan import plan_runs
+from meansparse_fx.passes.reveal import reveal
+
+
+@pytest.fixture
+def sparse(net, images):
+    sparse = msfx.transform(net, images)
+    msfx.calibrate(sparse, [images], progress=False)
+    msfx.set_alpha(sparse, 0.4)
+    return sparse
+
+
+def seen_by_hooks(sparse, images):
+    """Return the operators' inputs, copied when they are called, and the result."""
+    found, handles = {}, []
+    for name, operator in msfx.operators(sparse).items():
+        handles.append(
+            operator.register_forward_pre_hook(lambda m, args, name=name: found.update({name: args[0].clone()}))
+        )
+    result = sparse(images)
+    for handle in handles:
+        handle.remove()
+    return found, result
+
+
+def test_revealed_graph_gives_inputs_and_masks_beside_the_same_result(sparse, images, sites):
+    result, seen = reveal(sparse)(images)
+    inputs, expected = seen_by_hooks(sparse, images)
+    assert torch.equal(result, expected)
+    assert list(seen) == list(sites)
+    for name, (z, mask) in seen.items():
+        operator = msfx.operators(sparse)[name]
+        assert torch.equal(z, inputs[name])
+        shape = [-1 if d == operator.channel_dim else 1 for d in range(z.dim())]
+        mean, std = operator.mean.view(shape).double(), operator.std.view(shape).double()
+        distance = (z.double() - mean).abs() - 0.4 * std
+        clear = distance.abs() > 1e-6  # float32 and float64 may differ on the very edge
+        assert torch.equal(mask[clear], (distance <= 0)[clear])
+        assert 0 < mask.double().mean() < 1
+
+
+def test_revealed_graph_follows_alpha_and_changes_nothing(sparse, images):
+    code, revealed = sparse.code, reveal(sparse)
+    msfx.set_alpha(sparse, 0.0)
+    result, seen = revealed(images)
+    assert torch.equal(result, sparse(images))
+    assert not any(mask.any() for _, mask in seen.values())
+    assert sparse.code == code
+    assert set(revealed.state_dict()) == set(sparse.state_dict())
+
+
+def test_a_base_reveals_nothing(sparse, images):
+    base = msfx.restore(sparse)
+    result, seen = reveal(base)(images)
+    assert seen == {}
+    assert torch.equal(result, base(images))
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_objective_is_equation_8(sparse, images, labels, power):
+    """Against the sum over the sites written out, with inputs from hooks and masks from the definition."""
+    moved = (images + 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(3))).clamp(0, 1)
+    weight = 7.0
+    adaptive = descent.Adaptive(sparse, "Linf", 0.1, 5, 0, power)
+    _, value = adaptive._penalised(images, weight)(moved, labels)
+    clean, _ = seen_by_hooks(sparse, images)
+    after, logits = seen_by_hooks(sparse, moved)
+    penalty, features = torch.zeros(len(images)), 0
+    for name, operator in msfx.operators(sparse).items():
+        shape = [-1 if d == operator.channel_dim else 1 for d in range(clean[name].dim())]
+        mask = (clean[name] - operator.centre.view(shape)).abs() <= operator.threshold.view(shape)
+        change = (mask * (clean[name] - after[name])).flatten(1)
+        penalty += torch.linalg.vector_norm(change, power, dim=1) ** power
+        features += change.shape[1]
+    expected = F.cross_entropy(logits, labels, reduction="none") - weight / features * penalty
+    # float32 sums over a few thousand features, in another order.
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+    assert (penalty > 0).all()
+
+
+def test_adaptive_without_penalty_is_pgd(sparse, images, labels, monkeypatch):
+    monkeypatch.setattr(descent, "PENALTIES", (0.0,))
+    pgd, adaptive = descent.PGD(sparse, "Linf", 0.05, 8, 3), descent.Adaptive(sparse, "Linf", 0.05, 8, 3, 2)
+    assert torch.equal(pgd.perturb(images, labels), adaptive.perturb(images, labels))
+
+
+def test_the_penalty_keeps_features_in_their_bands(sparse, images):
+    """What the attacker asked for: with a weight that rules, the masked features move less than under PGD."""
+    labels = sparse(images).argmax(1)
+    revealed = reveal(sparse)
+    with torch.no_grad():
+        clean = revealed(images)[1]
+
+    def moved(weight):
+        adaptive = descent.Adaptive(sparse, "Linf", 0.05, 20, 0, 2)
+        torch.manual_seed(0)
+        x = adaptive._project(images, images + adaptive._start(images))
+        for _ in range(20):
+            x.requires_grad_()
+            _, value = adaptive._penalised(images, weight)(x, labels)
+            (gradient,) = torch.autograd.grad(value.sum(), x)
+            x = adaptive._project(images, x.detach() + descent.STEP * 0.05 * gradient.sign())
+        with torch.no_grad():
+            seen = revealed(x)[1]
+        return sum(float((((z - seen[n][0]) * mask) ** 2).sum()) for n, (z, mask) in clean.items())
+
+    assert moved(1e5) < 0.5 * moved(0.0)
+
+
+class Linear(nn.Module):
+    """Margin w . x + b between two classes, so that the distance to the boundary is known."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(1, 27, generator=generator))
+
+    def forward(self, x):
+        margin = (x.flatten(1) - 0.5) @ self.weight.T
+        return torch.cat([margin, -margin], 1)
+
+
+LINEAR = ("apgd-ce", "pgd", "fab", "fab-t", "apgd-ce-r5", "apgd-ce-eot20")  # DLR needs more classes
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("name", LINEAR)
+def test_gradient_attacks_find_the_known_radius(name, norm):
+    model = Linear().eval()
+    x = 0.5 + 0.2 * (torch.rand(200, 3, 3, 3, generator=torch.Generator().manual_seed(1)) - 0.5)  # far from 0 and 1
+    with torch.no_grad():
+        margin = model(x)[:, 0]
+        dual = model.weight.abs().sum() if norm == "Linf" else model.weight.norm()
+    distance = margin.abs() / dual
+    eps = float(distance.median())
+    labels = (margin < 0).long()
+    found = attack(name, model, x, labels, AttackSettings(eps=eps, norm=norm, steps=50))
+    broken = model(found).argmax(1) != labels
+    clear = (distance / eps - 1).abs() > 0.02  # a finite number of steps gets so near
+    assert torch.equal(broken[clear], (distance < eps)[clear])
+    assert clear.sum() > 180
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_keeps_to_its_ball_and_is_repeatable(sparse, images, name, norm):
+    labels = sparse(images).argmax(1)
+    settings = AttackSettings(eps=0.1 if norm == "Linf" else 1.0, norm=norm, steps=3, queries=5, seed=4)
+    first, second = (attack(name, sparse, images, labels, settings) for _ in range(2))
+    distance = (first - images).flatten(1)
+    assert (distance.abs().amax(1) if norm == "Linf" else distance.norm(dim=1)).max() <= settings.eps + 1e-5
+    assert first.min() >= 0
+    assert first.max() <= 1
+    assert torch.equal(first, second)
+    assert len(attack(name, sparse, images[:0], labels[:0], settings)) == 0
+
+
+def test_targeted_attacks_take_the_classes_there_are():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(27, 5)).eval()
+    x = torch.rand(6, 3, 3, 3)
+    for name in ("apgd-t", "fab-t"):
+        assert attack(name, model, x, model(x).argmax(1), AttackSettings(eps=0.01, steps=2)).shape == x.shape
+
+
+def test_versions_are_autoattacks_own():
+    from pyautoattack import AutoAttack
+
+    def names(version):
+        built = AutoAttack(nn.Identity(), eps=0.1, version=version)
+        return set(built.attacks_to_run)
+
+    for version, attacks in VERSIONS.items():
+        plain = {name.removesuffix("-r5").removesuffix("-eot20") for name in attacks}
+        assert plain == names(version)
+    assert expand(["standard", "square", "rand"]) == [*VERSIONS["standard"], *VERSIONS["rand"]]
+
+
+def test_runs_put_the_operators_own_gradient_first_and_queries_last():
+    names = [run.name for run in plan_runs(["square", "apgd-ce", "pgd"], ["identity", "exact"], 5)]
+    assert names == ["apgd-ce/exact", "pgd/exact", "apgd-ce/identity", "pgd/identity", "square"]
+    assert len({run.seed for run in plan_runs(["square", "apgd-ce"], ["exact", "identity"], 0)}) == 3
