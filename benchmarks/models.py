@@ -10,6 +10,7 @@ eagerly, to the compiled base for what is compiled. Untrained weights: time does
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,7 @@ CONTENDERS = {
     "published module": ("base", "branch-free module"),
     "branch-free module": ("base", "branch-free module"),
     "ours": ("base", "branch-free module"),
+    "ours, fused": ("base", "branch-free module"),
     "base compiled": ("base compiled", "base"),
     "published module compiled": ("base compiled", "branch-free module"),
     "branch-free module compiled": ("base compiled", "branch-free module"),
@@ -53,23 +55,32 @@ CONTENDERS = {
 }
 
 
-def build(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
+def build(model: nn.Module, images: Tensor, mode: str) -> dict[str, nn.Module]:
     """Return the contenders, compiled ones not yet compiled."""
     sparse = msfx.transform(model, images)
     statistics = msfx.calibrate(sparse, [images], progress=False)
     msfx.set_alpha(sparse, ALPHA)
     options = {"statistics": statistics, "alpha": ALPHA}
     published, branch_free = with_form(sparse, PublishedForm), with_form(sparse, BranchFreeForm)
-    return {
+    contenders = {
         "base": model,
         "published module": published,
         "branch-free module": branch_free,
         "ours": sparse,
+        "ours, fused": _fused(model, images, statistics),
         "base compiled": torch.compile(model),
         "published module compiled": torch.compile(published),
         "branch-free module compiled": torch.compile(branch_free),
         "ours compiled": torch.compile(model, backend="meansparse", options=options),
     }
+    if mode == "all gradients":
+        del contenders["ours, fused"]  # its norms are frozen
+    return contenders
+
+
+def _fused(model: nn.Module, images: Tensor, statistics: msfx.Statistics) -> nn.Module:
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    return msfx.transform(frozen, images, statistics=statistics, alpha=ALPHA, fuse="all")
 
 
 def call_of(contender: nn.Module, images: Tensor, upstream: Tensor, mode: str) -> Callable[[], tuple[Tensor, ...]]:
@@ -134,14 +145,14 @@ def run(name: str, batch: int, mode: str, args: argparse.Namespace) -> list[Row]
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model = make().eval().to(args.device, memory_format=layout)
     images = torch.rand(batch, 3, side, side, device=args.device).contiguous(memory_format=layout)
-    contenders = build(model, images)
+    contenders = build(model, images, mode)
     with torch.no_grad():
         upstream = torch.randn_like(model(images))
     calls = {name: call_of(contender, images, upstream, mode) for name, contender in contenders.items()}
     facts = {name: facts_of(name, contenders[name], calls[name], args.device, args.cold) for name in calls}
     check({name: call() for name, call in calls.items()}, mode)
     case = f"{name} {batch}x3x{side}x{side} {mode}" + (" channels_last" if args.channels_last else "")
-    baselines = {name: to for name, (to, _) in CONTENDERS.items()}
+    baselines = {name: CONTENDERS[name][0] for name in calls}
     return measure("models", case, calls, baselines, args.device, args.repetitions, facts)
 
 

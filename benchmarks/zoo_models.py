@@ -12,8 +12,8 @@ from unittest import mock
 import torch
 from torch import nn
 
-from meansparse_fx import robustbench_zoo
 from meansparse_fx.zoo import load_model
+from meansparse_fx.zoo import robustbench as robustbench_zoo
 
 # One entry an architecture or forward code; RobustBench's other entries differ from one of these in size or weights.
 _ROBUSTBENCH = {

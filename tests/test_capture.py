@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from meansparse_fx.capture import capture
+from meansparse_fx.capture.verify import count_activations
 from meansparse_fx.errors import CaptureError, StateError
-from meansparse_fx.verify import count_activations
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 SYMBOLIC = "symbolic trace"

@@ -16,9 +16,9 @@ from torch import nn
 import meansparse_fx as msfx
 from benchmarks import zoo as table
 from benchmarks.zoo_models import MODELS, build
-from meansparse_fx import robustbench_mend, robustbench_zoo
 from meansparse_fx.errors import ArtifactError, MeanSparseError, ModelError
-from meansparse_fx.zoo import Normalised, input_shape, load_model
+from meansparse_fx.zoo import Normalised, input_shape, load_model, robustbench_mend
+from meansparse_fx.zoo import robustbench as robustbench_zoo
 
 SOURCE = """
 from torch import nn

@@ -11,10 +11,10 @@ import torch
 import typer
 
 from ..calibrate import calibrate as run_calibrate
+from ..calibrate.summary import summary_table
 from ..errors import ArtifactError, StatisticsError
 from ..histogram import stored_histogram
 from ..statistics import Statistics
-from ..summary import summary_table
 from . import parsing
 from .loading import console, open_images, open_sparse
 from .options import DataOptions, ModelOptions

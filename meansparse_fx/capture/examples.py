@@ -22,8 +22,9 @@ from torch.fx.node import map_aggregate
 from torch.fx.proxy import TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .activations import match_module
-from .errors import CaptureError
+from ..activations import match_module
+from ..errors import CaptureError
+from ..sites.shapes import cheap_fake, keeps_shape
 from .proxies import (
     FACTORIES,
     IN_PLACE,
@@ -37,7 +38,6 @@ from .proxies import (
     replaced_builtins,
     wrapped,
 )
-from .sites.shapes import cheap_fake, keeps_shape
 from .tracing import ModelTracer, Traced, trace
 
 # What may answer a question while tracing: a number or a description that both batches agree on.

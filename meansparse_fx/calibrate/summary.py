@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from .statistics import ChannelStatistics, Statistics
+from ..statistics import ChannelStatistics, Statistics
 
 ALPHAS = (0.1, 0.2, 0.3)  # bands whose share of values is shown, where there are histograms
 

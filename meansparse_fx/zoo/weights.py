@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .errors import ArtifactError, ModelError
+from ..errors import ArtifactError, ModelError
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 
-from .errors import ModelError
+from ..errors import ModelError
 
 
 @functools.cache

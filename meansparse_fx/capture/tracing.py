@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from .activations import match_module
-from .errors import CaptureError
-from .published import published_operator
+from ..activations import match_module
+from ..errors import CaptureError
+from ..published import published_operator
 from .verify import plain_attention, shadow
 
 _TORCH = str(Path(torch.__file__).parent)

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import bundled, robustbench_zoo
-from .bundled.network import FashionResNet
-from .errors import ModelError
+from .. import bundled
+from ..bundled.network import FashionResNet
+from ..errors import ModelError
+from . import robustbench
 from .weights import load_weights, some
 
 SPECS = "timm:NAME, torchvision:NAME, robustbench:Linf/cifar10/NAME, path/to/file.py:function, or bundled"
@@ -73,7 +74,7 @@ def load_model(spec: str, weights: str | Path | None = None, num_classes: int | 
     if num_classes is not None and source not in ("timm", "torchvision"):
         raise ModelError(f"{spec}: a number of classes can be chosen for timm and torchvision models only")
     if source == "robustbench":
-        return robustbench_zoo.load(name, weights)
+        return robustbench.load(name, weights)
     if spec == "bundled":
         model: nn.Module = bundled.load_model()
     elif source == "timm":

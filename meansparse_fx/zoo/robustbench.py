@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from .errors import ModelError
+from ..errors import ModelError
 from .robustbench_mend import construction, library
 from .weights import is_state_dict, load_weights, read_checkpoint, read_state_dict, some
 

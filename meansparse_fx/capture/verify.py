@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .activations import match_function, match_module
-from .errors import CaptureError
+from ..activations import match_function, match_module
+from ..errors import CaptureError
 
 
 def shadow(model: nn.Module) -> nn.Module:

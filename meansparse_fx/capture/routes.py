@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .errors import CaptureError, StateError
+from ..errors import CaptureError, StateError
+from ..rewrite import PREFIX, adopt
 from .examples import trace_by_example
-from .rewrite import PREFIX, adopt
 from .tracing import ModelTracer, Traced, trace
 from .verify import Reference, shadow
 
