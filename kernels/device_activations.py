@@ -250,6 +250,7 @@ ACTIVATIONS: dict[str, Row] = {
     "gelu": Row(gelu, gelu_gradient),
     "gelu_tanh": Row(gelu_tanh, gelu_tanh_gradient),
     "silu": Row(silu, silu_gradient),
+    "swish": Row(silu, silu_gradient),
     "hardswish": Row(hardswish, hardswish_gradient),
     "mish": Row(mish, mish_gradient),
     "softplus": Row(softplus, softplus_gradient),

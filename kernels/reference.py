@@ -48,6 +48,11 @@ class Activation:
     keeps_result: bool = False
 
 
+def _swish_backward(g: Tensor, s: Tensor) -> Tensor:
+    q = torch.sigmoid(s)
+    return g * (q * (1 + s * (1 - q)))
+
+
 def _pssilu_backward(g: Tensor, s: Tensor, w: Tensor, shift: float) -> Tensor:
     q = torch.sigmoid(w * s)
     return g * (q - shift + w * s * q * (1 - q)) / (1 - shift)
@@ -108,6 +113,11 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda s, w: F.silu(s),
         lambda g, s, w: aten.silu_backward(g, s),
         lambda s, w: aten.silu_(s),
+    ),
+    # SiLU as libraries write it out themselves; the last bit differs from torch's own.
+    "swish": Activation(
+        lambda s, w: s * torch.sigmoid(s),
+        lambda g, s, w: _swish_backward(g, s),
     ),
     "hardswish": Activation(
         lambda s, w: F.hardswish(s),

@@ -9,7 +9,7 @@ LogSigmoid, the softmax family, GLU, attention.
 
 An activation is fused only where the kernels' row has the bits of the original, so that a model at alpha = 0 equals its
 base exactly. RobustBench's and timm's own Swish compute x * sigmoid(x), which differs from torch's SiLU in the last
-bit: they keep their own code, behind the bare operator.
+bit, and has a row of its own; timm's own Mish and HardSwish have none, and keep their code behind the bare operator.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ _MODULES_BY_NAME: dict[str, _Reader] = {
     f"{_TIMM}.GELUTanh": _fused("gelu_tanh"),
     f"{_TIMM}.Tanh": _bare("tanh"),
     f"{_TIMM}.QuickGELU": _bare("quick_gelu"),
-    f"{_TIMM}.Swish": _bare("swish"),
+    f"{_TIMM}.Swish": _fused("swish"),
     f"{_TIMM}.Mish": _bare("mish"),
     f"{_TIMM}.HardSwish": _bare("hardswish"),
     f"{_TIMM}.HardMish": _bare("hard_mish"),
@@ -131,8 +131,8 @@ _MODULES_BY_NAME: dict[str, _Reader] = {
     "timm.models.metaformer.SquaredReLU": _squared("squared_relu"),
     "timm.models.metaformer.StarReLU": _squared("star_relu"),
     "timm.models.nfnet.GammaAct": _gamma,
-    **{f"{_ROBUSTBENCH}.{file}.Swish": _bare("swish") for file in ("dm_wide_resnet", "dm_rn")},
-    **{f"{_ROBUSTBENCH}.Meansparse_wrn_{size}_16.Swish": _bare("swish") for size in (70, 94)},
+    **{f"{_ROBUSTBENCH}.{file}.Swish": _fused("swish") for file in ("dm_wide_resnet", "dm_rn")},
+    **{f"{_ROBUSTBENCH}.Meansparse_wrn_{size}_16.Swish": _fused("swish") for size in (70, 94)},
     # Both its slope and its shift are learned; the kernels' row would freeze the shift at the value of the moment.
     f"{_ROBUSTBENCH}.paf_wide_resnet.PSSiLU": _bare("pssilu"),
 }
@@ -225,17 +225,14 @@ def register_activation(
         SiteError: ``target`` is nothing that can be called in a graph, or the row is not as described.
 
     Example:
-        RobustBench's and timm's Swish are known, but not fused: they differ from torch's SiLU by rounding.
-        Who does not mind that gets one kernel instead of three:
-
         >>> import torch, meansparse_fx as msfx
-        >>> class Swish(torch.nn.Module):
+        >>> class MySwish(torch.nn.Module):
         ...     def forward(self, x):
         ...         return x * torch.sigmoid(x)
-        >>> msfx.register_activation(Swish, "silu", fused=True)
-        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), Swish()).eval()
+        >>> msfx.register_activation(MySwish, "swish", fused=True)
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), MySwish()).eval()
         >>> [(s.name, s.activation.name, s.activation.fused) for s in msfx.inspect(net, torch.rand(2, 1, 8, 8))]
-        [('1', 'silu', True)]
+        [('1', 'swish', True)]
     """
     if fused:
         _check_row(name, None if callable(constants) else constants, weight)

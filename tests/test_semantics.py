@@ -26,6 +26,7 @@ FORMULAS = {
     "gelu": lambda s: s * 0.5 * (1 + ERF(s / math.sqrt(2))),
     "gelu_tanh": lambda s: 0.5 * s * (1 + np.tanh(math.sqrt(2 / math.pi) * (s + 0.044715 * s**3))),
     "silu": lambda s: s / (1 + np.exp(-s)),
+    "swish": lambda s: s / (1 + np.exp(-s)),
     "hardswish": lambda s: s * np.clip(s + 3, 0, 6) / 6,
     "mish": lambda s: s * np.tanh(np.log1p(np.exp(s))),
     "softplus": lambda s: np.log1p(np.exp(s)),

@@ -30,6 +30,7 @@ ORACLE = {
     "gelu": lambda s, w: F.gelu(s),
     "gelu_tanh": lambda s, w: F.gelu(s, approximate="tanh"),
     "silu": lambda s, w: F.silu(s),
+    "swish": lambda s, w: s * torch.sigmoid(s),
     "hardswish": lambda s, w: F.hardswish(s),
     "mish": lambda s, w: F.mish(s),
     "softplus": lambda s, w, beta, limit: F.softplus(s, beta, limit),
