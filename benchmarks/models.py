@@ -133,8 +133,8 @@ def check(results: dict[str, tuple[Tensor, ...]], mode: str) -> None:
     for name, own in flat.items():
         expected = flat[CONTENDERS[name][1]]
         error = float((own - expected).norm() / expected.norm())
-        # With random weights a deep network multiplies one moved value: to 2 % of the logits in ResNet-50, where leaving
-        # out all operators changes 7 %. So compiled ones must come closer than half of that, if that is more.
+        # With random weights a deep network multiplies one moved value: to 2 % of the logits in ResNet-50, where
+        # leaving out all operators changes 7 %. So compiled ones must come closer than half of that, if that is more.
         without = float((flat["base"] - expected).norm() / expected.norm())
         limit = max(TOLERANCE[mode], without / 2 if name.endswith("compiled") else 0.0)
         if not error <= limit:
