@@ -50,6 +50,8 @@ class Row:
         repetitions: Number of interleaved repetitions.
         device, torch, threads: Where it ran.
         kept_bytes, peak_bytes, graphs, compile_seconds: See `Facts`.
+        of_clone: Bandwidth as a share of a clone's of the same tensor, counting the tensors that the task must read and
+            write; of kernels only.
     """
 
     benchmark: str
@@ -68,6 +70,7 @@ class Row:
     peak_bytes: int | None = None
     graphs: int | None = None
     compile_seconds: float | None = None
+    of_clone: float | None = None
 
 
 def device_name(device: str) -> str:
@@ -144,6 +147,7 @@ _FACTS: tuple[tuple[str, str, Callable[..., str]], ...] = (
     ("peak_bytes", "peak MiB", lambda n: f"{n / 2**20:.1f}"),
     ("graphs", "graphs", str),
     ("compile_seconds", "compile s", lambda s: f"{s:.1f}"),
+    ("of_clone", "of the clone's bandwidth", lambda share: f"{share:.0%}"),
 )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,7 +30,11 @@ SHAPES = {
 }
 
 
-def contenders(x: Tensor, name: str, backward: bool) -> dict[str, Callable[[], object]]:
+# What is timed, and how many tensors it must read and write at least; a clone's are two.
+STREAMS = {"forward": 2, "backward": 3, "forward+backward": 5}
+
+
+def contenders(x: Tensor, name: str, mode: str) -> dict[str, Callable[[], object]]:
     """Return the calls to time, each checked against the reference first."""
     torch.compiler.reset()  # each case is compiled afresh; at its recompilation limit torch.compile would run eagerly
     g = torch.Generator().manual_seed(0)
@@ -50,20 +55,30 @@ def contenders(x: Tensor, name: str, backward: bool) -> dict[str, Callable[[], o
         "published form": lambda x: act(published(x)),
     }
     upstream = torch.empty_like(x).copy_(torch.randn(x.shape, generator=g))  # in the layout of x, as a network has it
-    leaf = x.clone().requires_grad_(backward)
+    leaf = x.clone().requires_grad_(mode != "forward")
 
-    def run(form: Callable[[Tensor], Tensor]) -> Tensor:
+    def call_of(form: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        if mode == "forward":
+            return lambda: form(leaf)
+        if mode == "forward+backward":
+            return lambda: torch.autograd.grad(form(leaf), leaf, upstream)[0]
         y = form(leaf)
-        return torch.autograd.grad(y, leaf, upstream)[0] if backward else y
+        return lambda: torch.autograd.grad(y, leaf, upstream, retain_graph=True)[0]
 
-    expected = run(branch_free)
+    calls = {label: call_of(form) for label, form in forms.items()}
+    expected = calls["torch operators"]()
     tolerance = 1e-2 if x.dtype == torch.bfloat16 else 1e-5  # one rounding of bfloat16; of exp and erf in float32
-    for label, form in forms.items():
+    for label, call in calls.items():
         if label != "torch activation":
-            torch.testing.assert_close(run(form), expected, rtol=tolerance, atol=tolerance)
-    calls: dict[str, Callable[[], object]] = {"clone": lambda: x.clone()}
-    calls |= {label: (lambda form=form: run(form)) for label, form in forms.items()}
-    return calls
+            torch.testing.assert_close(call(), expected, rtol=tolerance, atol=tolerance)
+    return {"clone": lambda: x.clone()} | calls
+
+
+def with_bandwidth(rows: list[Row], mode: str) -> list[Row]:
+    """Return the rows of one case with each one's bandwidth as a share of the clone's."""
+    clone = next(row.milliseconds for row in rows if row.contender == "clone")
+    streams = {row.contender: 2 if row.contender == "clone" else STREAMS[mode] for row in rows}
+    return [replace(row, of_clone=streams[row.contender] / 2 * clone / row.milliseconds) for row in rows]
 
 
 def main() -> None:
@@ -83,11 +98,11 @@ def main() -> None:
                     .contiguous(memory_format=layout)
                 )
                 for name in ACTIVATIONS:
-                    for backward in (False, True):
+                    for mode in STREAMS:
                         words = (label, str(dtype).removeprefix("torch."), str(layout).removeprefix("torch."), name)
-                        case = " ".join((*words, "forward+backward" if backward else "forward"))
-                        calls = contenders(x, name, backward)
-                        rows += measure("kernels", case, calls, "torch activation", args.device, args.repetitions)
+                        calls, case = contenders(x, name, mode), " ".join((*words, mode))
+                        own = measure("kernels", case, calls, "torch activation", args.device, args.repetitions)
+                        rows += with_bandwidth(own, mode)
     report(rows, args.out)
 
 
