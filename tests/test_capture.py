@@ -11,6 +11,7 @@ from torch import fx, nn
 from meansparse_fx.capture import capture
 from meansparse_fx.capture.verify import count_activations
 from meansparse_fx.errors import CaptureError, StateError
+from tests.models import Functional
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 SYMBOLIC = "symbolic trace"
@@ -31,19 +32,6 @@ class Plain(nn.Module):
 
     def forward(self, x):
         return self.act(self.conv(x) * self.gain + self.shift * 2)
-
-
-class Functional(nn.Module):
-    """Wraps a function of the input as a model; built with what it needs as children."""
-
-    def __init__(self, function, **children):
-        super().__init__()
-        self.function = function
-        for name, child in children.items():
-            self.add_module(name, child)
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 def of(function, **children):

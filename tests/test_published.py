@@ -13,6 +13,7 @@ import meansparse_fx as msfx
 from meansparse_fx.errors import SiteError, StateError, StatisticsError
 from meansparse_fx.nn import MeanSparse
 from meansparse_fx.published import site_name
+from tests.models import Functional
 
 IMAGES = torch.rand(3, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -308,21 +309,10 @@ def test_a_wrong_checkpoint_changes_nothing():
 # Residual connections, by data flow.
 
 
-class Of(nn.Module):
-    def __init__(self, function, **children):
-        super().__init__()
-        self.function = function
-        for name, child in children.items():
-            self.add_module(name, child)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
 def residual_sites(function, **children):
     placement = msfx.Placement(kinds=("residual_sum", "residual_branch"))
     children = {"conv": nn.Conv2d(3, 3, 3, padding=1), "act": nn.ReLU()} | children
-    plan = msfx.inspect(Of(function, **children).double().eval(), IMAGES, placement)
+    plan = msfx.inspect(Functional(function, **children).double().eval(), IMAGES, placement)
     return {s.name: s.inside for s in plan if s.kind != "activation" and s.skipped is None}
 
 
@@ -347,7 +337,7 @@ def test_a_sum_that_one_activation_reads_is_covered_by_it():
         x = m.act(x + m.conv(F.gelu(m.conv(x))))
         return m.act(x + m.conv(x))
 
-    model = Of(post_activation, conv=nn.Conv2d(3, 3, 3, padding=1), act=nn.ReLU()).double().eval()
+    model = Functional(post_activation, conv=nn.Conv2d(3, 3, 3, padding=1), act=nn.ReLU()).double().eval()
     both = msfx.Placement(kinds=("activation", "residual_sum"))
     plan = msfx.inspect(model, IMAGES, both)
     assert {s.name: s.skipped for s in plan if s.kind == "residual_sum"} == {
@@ -367,7 +357,7 @@ def test_sites_that_read_each_other():
         z = y + F.gelu(y)
         return m.act(z) + z
 
-    model = Of(forward, conv=nn.Conv2d(3, 3, 3, padding=1), act=nn.ReLU()).double().eval()
+    model = Functional(forward, conv=nn.Conv2d(3, 3, 3, padding=1), act=nn.ReLU()).double().eval()
     every = msfx.Placement(kinds=("activation", "residual_sum", "residual_branch"))
     sparse = msfx.transform(model, IMAGES, placement=every)
     assert torch.equal(sparse(IMAGES), model(IMAGES))

@@ -11,6 +11,7 @@ from torch import fx, nn
 from meansparse_fx.capture import capture
 from meansparse_fx.errors import SiteError
 from meansparse_fx.sites import Placement, find_sites
+from tests.models import Functional
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 
@@ -18,19 +19,6 @@ IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 def plan_of(model, images=IMAGES, placement=None):
     captured = capture(model.eval(), images)
     return find_sites(captured.graph_module, captured.route, images, placement)
-
-
-class Functional(nn.Module):
-    """Wraps a function of the input as a model; built with what it needs as children."""
-
-    def __init__(self, function, **children):
-        super().__init__()
-        self.function = function
-        for name, child in children.items():
-            self.add_module(name, child)
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 def sites_of(function, images=IMAGES, placement=None, **children):

@@ -19,23 +19,11 @@ from meansparse_fx.capture.verify import count_activations
 from meansparse_fx.errors import CaptureError
 from meansparse_fx.sites import find_sites
 from meansparse_fx.sites.shapes import cheap_fake
+from tests.models import Functional
 
 IMAGES = torch.linspace(-1, 1, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8)
 BY_EXAMPLE = ROUTES[2].name
 GREATEST = 9.0
-
-
-class Functional(nn.Module):
-    """Wraps a function of the input as a model; built with what it needs as children."""
-
-    def __init__(self, function, **children):
-        super().__init__()
-        self.function = function
-        for name, child in children.items():
-            self.add_module(name, child)
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 def captured_by_example(function, activations=1, **children):
