@@ -52,7 +52,7 @@ def alpha_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
         2, 1, sharex=True, gridspec_kw={"height_ratios": [max(heights[0], 0.35 * heights[1]), heights[1]]}
     )
     for axes, low_high in zip((top, bottom), limits, strict=True):
-        _prepare(axes, theme)
+        prepare(axes, theme)
         axes.set_ylim(*low_high)
         axes.axvline(search.uniform, color=theme.muted, linewidth=1.0, zorder=1)
     top.axhline(clean[0], color=theme.ink, linewidth=1.0, linestyle=(0, (5, 4)), zorder=1.5)
@@ -98,7 +98,7 @@ def tradeoff_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
     """
     figure = _figure(theme, 7.2, 5.0, right=0.97)
     axes = figure.subplots()
-    _prepare(axes, theme)
+    prepare(axes, theme)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
     axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     base, *places = (
@@ -158,7 +158,7 @@ def histogram_figure(histogram: FeatureHistogram, theme: Theme = LIGHT) -> Figur
     top, bottom = figure.subplots(2, 1, sharex=True, sharey=True)
     ceiling = 1.25 * histogram.before.max()
     for axes, heights, title in ((top, histogram.before, "Before"), (bottom, histogram.after, "After")):
-        _prepare(axes, theme)
+        prepare(axes, theme)
         if histogram.threshold >= 0:
             axes.axvspan(
                 histogram.mean - histogram.threshold,
@@ -216,7 +216,7 @@ def _figure(theme: Theme, width: float, height: float, right: float) -> Figure:
     return figure
 
 
-def _prepare(axes: Axes, theme: Theme) -> None:
+def prepare(axes: Axes, theme: Theme) -> None:
     axes.set_facecolor(theme.paper)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")

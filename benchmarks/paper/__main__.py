@@ -1,0 +1,54 @@
+"""Measure the paper's tables in small, and write them beside the paper's own numbers.
+
+    python -m benchmarks.paper 2 [--data DIRECTORY]      Table 2: trains what it needs, goes on where it was killed
+    python -m benchmarks.paper all                       tables 1 to 12: a few hours on two cores
+    python -m benchmarks.paper 11 --bundled --attacked 50 --steps 10 --out DIRECTORY      a look, without data
+    python -m benchmarks.paper page                      docs/paper.md and its plots, from the result files
+
+DIRECTORY holds the IDX files of Fashion-MNIST: Debian's package dataset-fashion-mnist has them, and torchvision's
+download in FashionMNIST/raw.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from meansparse_fx.progress import bar
+
+from ..harness import RESULTS
+from .measure import Laboratory, Row, write
+from .page import print_table, write_page
+from .tables import TABLES
+
+ROOT = Path(__file__).parents[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=(*map(str, TABLES), "all", "page"), metavar="TABLE")
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument(
+        "--bundled", action="store_true", help="the bundled network and its selection images, GELU only"
+    )
+    parser.add_argument("--attacked", type=int, default=500, help="images to attack")
+    parser.add_argument("--steps", type=int, help="of each attack, in place of the table's own")
+    parser.add_argument("--cache", type=Path, default=ROOT / ".cache/paper", help="networks and results of attacks")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where paper-TABLE.csv goes")
+    args = parser.parse_args()
+    if args.what == ["page"]:
+        write_page(args.out, ROOT / "docs")
+        return
+    laboratory = Laboratory(None if args.bundled else args.data, args.cache, args.attacked, args.steps)
+    numbers = list(TABLES) if "all" in args.what else [int(what) for what in args.what]
+    for number in numbers:
+        table, rows = TABLES[number], list[Row]()
+        with bar() as display:
+            task = display.add_task(f"table {number}", total=len(table.cells), note=table.title)
+            rows.extend(laboratory.rows(number, table, lambda task=task, display=display: display.advance(task)))
+        write(rows, args.out / f"paper-{number}.csv")
+        print_table(number, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Measure cells: each network once, each attack once, whatever tables ask for them; killed at any moment it goes on."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+
+import meansparse_fx as msfx
+from meansparse_fx import bundled
+from meansparse_fx.alpha.race import Candidate, Field
+from meansparse_fx.data import load_idx
+from meansparse_fx.evaluate import AttackSettings, ModelOutcome, PairedDifference
+from meansparse_fx.evaluate.ledger import Ledger, model_identity
+from meansparse_fx.evaluate.plan import plan_runs
+from meansparse_fx.operators import operators
+
+from ..train_robust import subsets
+from ..training import trained
+from .tables import NETWORKS, Cell, Table
+
+BATCH = 250
+QUERIES = 1000
+BACKWARDS = ("exact", "identity")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One entry of a table as measured; the fields are the CSV's columns. Accuracies are fractions.
+
+    Attributes:
+        table, row, column: Where it stands.
+        alpha, network, sites, centre, split, attacks, norm, eps, steps: What was measured; see `tables.Cell`.
+        images, clean: How many images, and accuracy on them.
+        attacked: How many of them were attacked.
+        own: Accuracy under attacks by the operator's own gradient, or by queries.
+        own_change, own_low, own_high: Against the base under the same attacks; 95 % interval.
+        both, both_change, both_low, both_high: The same after attacks by the identity backward on what was left; None
+            where no gradient is used.
+        torch: Version.
+    """
+
+    table: int
+    row: str
+    column: str
+    alpha: float
+    network: str
+    sites: str
+    centre: str
+    split: str
+    attacks: str
+    norm: str
+    eps: float
+    steps: int
+    images: int
+    clean: float
+    attacked: int
+    own: float
+    own_change: float
+    own_low: float
+    own_high: float
+    both: float | None
+    both_change: float | None
+    both_low: float | None
+    both_high: float | None
+    torch: str
+
+
+class Laboratory:
+    """Networks, images and what was measured so far.
+
+    Args:
+        data: Directory of Fashion-MNIST's IDX files; None takes the bundled network and images, and knows GELU alone.
+        cache_dir: Keeps trained networks, statistics and the attacks' results.
+        attacked: Images to attack.
+        steps: Replaces each attack's steps, if given.
+    """
+
+    def __init__(self, data: Path | None, cache_dir: Path, attacked: int, steps: int | None = None) -> None:
+        self._data, self._cache, self._attacked, self._steps = data, cache_dir, attacked, steps
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        self._sparse: Callable[[str], fx.GraphModule] = cache(self._make)
+        self._images: Callable[[str], tuple[Tensor, Tensor]] = cache(self._load)
+
+    def rows(self, number: int, table: Table, advance: Callable[[], object]) -> Iterator[Row]:
+        """Yield the rows of a table in its order."""
+        for cell in table.cells:
+            base, own = self._outcome(cell, 0.0), self._outcome(cell, cell.alpha)
+            yield self._row(number, cell, base, own)
+            advance()
+
+    def _row(self, number: int, cell: Cell, base: ModelOutcome, own: ModelOutcome) -> Row:
+        gradients = any(name.endswith("/identity") for name in own.robust)
+        before, after = ((o.worst_of("/exact") if gradients else o.worst) for o in (base, own))
+        change = PairedDifference.of(before, after)
+        worst = PairedDifference.of(base.worst, own.worst) if gradients else None
+        threat = cell.threat
+        return Row(
+            number, cell.row, cell.column, cell.alpha, cell.network, " ".join(map(str, cell.sites)), cell.centre,
+            cell.split, " ".join(threat.attacks), threat.norm, threat.eps, self._steps or threat.steps,
+            len(own.clean), _share(own.clean), len(own.worst),
+            _share(after), change.estimate, change.low, change.high,
+            _share(own.worst) if worst else None,
+            worst and worst.estimate, worst and worst.low, worst and worst.high,
+            torch.__version__,
+        )  # fmt: skip
+
+    def _outcome(self, cell: Cell, alpha: float) -> ModelOutcome:
+        sparse, threat = self._sparse(cell.network), cell.threat
+        names = list(operators(sparse))
+        on = {names[i]: alpha for i in cell.sites}
+        msfx.set_variant(sparse, "mean", centre=cell.centre)
+        settings = AttackSettings(threat.eps, threat.norm, self._steps or threat.steps, QUERIES)
+        runs = plan_runs(threat.attacks, BACKWARDS, settings.seed)
+        identity = model_identity(sparse, alpha=False) | {
+            "settings": f"{settings}",
+            "attacks": [run.name for run in runs],
+        }
+        key = (cell.network, cell.split, cell.centre, *threat.attacks, threat.norm, f"{threat.eps:g}", settings.steps)
+        images, labels = self._images(cell.split)
+        data = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
+        with Ledger(self._cache / f"{'-'.join(map(str, key))}.safetensors", identity) as ledger:
+            field = Field(sparse, data, self._attacked, runs, settings, ledger, skip_broken=True)
+            # One number where it is the same everywhere: the base is one candidate, whichever sites a cell is about.
+            setting = Candidate(alpha if len(on) == len(names) or not alpha else dict.fromkeys(names, 0.0) | on)
+            return field.attack(setting, field.attacked, lambda: None)
+
+    def _make(self, network: str) -> fx.GraphModule:
+        model, images = self._network(network)
+        sparse = msfx.transform(model, images[:2])
+        path = self._cache / f"{network}.statistics.safetensors"
+        if not path.exists():
+            msfx.calibrate(sparse, images.split(BATCH)).save(path)
+        msfx.set_statistics(sparse, path)
+        return sparse
+
+    def _network(self, network: str) -> tuple[nn.Module, Tensor]:
+        """Return a network and the images it is calibrated on."""
+        if self._data is None:
+            if network != "GELU":
+                raise SystemExit(f"{network}: only the bundled network is at hand without --data")
+            return bundled.load_model().requires_grad_(False), bundled.load_split("calibration")[0]
+        return trained(NETWORKS[network], self._data, self._cache), load_idx(self._data, "train")[0]
+
+    def _load(self, split: str) -> tuple[Tensor, Tensor]:
+        """Return 2,000 images, none of them in the bundled selection and test sets."""
+        if self._data is None:
+            return bundled.load_split({"train": "calibration", "test": "selection"}[split])
+        sets = {name: load_idx(self._data, file) for name, file in (("train", "train"), ("test", "t10k"))}
+        index = subsets(len(sets["train"][0]), len(sets["test"][0]))[{"train": "calibration", "test": "paper"}[split]]
+        images, labels = sets[split]
+        return images[index], labels[index]
+
+
+def _share(mask: Tensor) -> float:
+    return float(mask.double().mean())
+
+
+def write(rows: Sequence[Row], path: Path) -> None:
+    """Write rows as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
