@@ -1,10 +1,53 @@
-"""Floor 1: a data set's indices, divided among processes. Imports torch only."""
+"""Floor 1: work divided among processes, and what they found brought together.
+
+Imports torch only, and torch.distributed only if there is a group.
+"""
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from torch.utils.data import Sampler
+
+_calls = itertools.count()  # of `gather`, the same number on every rank: each gets keys of its own
+
+
+def place(group: Any) -> tuple[int, int]:
+    """Return this process's rank and the number of processes in a group of torch.distributed; alone without one."""
+    return (0, 1) if group is None else (group.rank(), group.size())
+
+
+def own_file(path: Path, rank: int, world: int) -> Path:
+    """Return the file of one of several processes: ``PATH.rank0-of-2``; of one, ``PATH`` itself.
+
+    Example:
+        >>> own_file(Path("run.safetensors"), 1, 2).name
+        'run.safetensors.rank1-of-2'
+    """
+    return path if world == 1 else path.with_name(f"{path.name}.rank{rank}-of-{world}")
+
+
+def gather(value: Any, group: Any) -> list[Any]:
+    """Return the value of every process of a group, in order, once all have come here, however long that takes.
+
+    Values travel pickled. The launcher must see to it that no process waits for one that is gone, as torchrun does.
+    """
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store  # the only store that every group has
+
+    rank, world = place(group)
+    # Wait by the store: a collective would time out where one process has an hour more to do.
+    store = dist.PrefixStore(f"meansparse_fx.gather/{next(_calls)}", _get_default_store())
+    store.set(str(rank), "here")
+    while not store.check([str(other) for other in range(world)]):
+        time.sleep(0.2)
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, value, group=group)
+    return found
 
 
 class ShardSampler(Sampler[int]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -227,3 +228,30 @@ def test_torchrun(tmp_path) -> None:
     # Float32 convolutions over batches of other sizes.
     torch.testing.assert_close(two["2"].mean, one["2"].mean, rtol=1e-5, atol=1e-6)
     assert not list(tmp_path.glob("c*"))
+
+
+@pytest.mark.slow
+def test_torchrun_evaluates(tmp_path) -> None:
+    (tmp_path / "tiny_distributed.py").write_text(SOURCE.replace(".double()", ""))
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "data.npz", images=random.integers(0, 256, (31, 8, 8), np.uint8),
+             labels=random.integers(0, 3, 31))  # fmt: skip
+    spec, data = f"{tmp_path / 'tiny_distributed.py'}:net", ("--data", tmp_path / "data.npz", "--batch-size", "4")
+    environment = os.environ | {"MEANSPARSE_FX_LOWERING": "eager", "OMP_NUM_THREADS": "1"}
+
+    def run(launch, *command) -> str:
+        full = [*launch, "-m", "meansparse_fx", *command]
+        done = subprocess.run(full, env=environment, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run([sys.executable], "calibrate", spec, *data, "--out", tmp_path / "s")
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = []
+    for launch, out in ((two, "two"), ([sys.executable], "one")):
+        attack = ("--attacks", "pgd,square", "--steps", "3", "--queries", "10", "--eps", "0.05", "--alpha", "0.3")
+        printed = run(launch, "evaluate", spec, *data, "--statistics", tmp_path / "s", *attack, "--out", tmp_path / out)
+        assert printed.count("31 images, Linf eps 0.05") == 1, "one process reports"
+        found.append(json.loads((tmp_path / out / "report.json").read_text()))
+        found[-1].pop("seconds")
+    assert found[0] == found[1]

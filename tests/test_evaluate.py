@@ -14,7 +14,7 @@ from torch import nn
 
 import meansparse_fx as msfx
 from meansparse_fx.errors import EvaluationError, StateError
-from meansparse_fx.evaluate import ModelOutcome, PairedDifference, plan, sanity
+from meansparse_fx.evaluate import ModelOutcome, PairedDifference, plan, run, sanity
 from meansparse_fx.evaluate.attacks import AttackSettings, attack
 
 QUICK: dict = {"steps": 5, "progress": False, "eps": 0.05, "attacks": ("apgd-ce",)}
@@ -434,3 +434,92 @@ def test_what_square_alone_breaks_is_counted(alone, passed):
     assert check.passed == passed
     assert check.finding.startswith(f"{alone} of 1000")
     assert sanity.check_square("base", ModelOutcome(n < 900, {"square": n < 700}), backwards) is None
+
+
+class Confused(nn.Module):
+    """Stands for a compiled model that went wrong: it takes every image for another class than the model does."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return -self.model(x)
+
+
+def test_what_a_compiled_model_falls_for_must_fool_the_model_itself(sparse, test_set, monkeypatch):
+    options = QUICK | {"eps": 0.3, "sanity_images": 0}
+    assert float(msfx.evaluate(sparse, test_set, **options).sparse.worst.double().mean()) < 0.5
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: asked.append(dynamic) or Confused(model))
+    result = msfx.evaluate(sparse, test_set, compile=True, **options)
+    assert asked == [True, True], "the base and the transformed model, for any number of images"
+    for outcome in (result.base, result.sparse):
+        assert torch.equal(outcome.worst, outcome.clean), "the attack left what it took for broken as it was"
+
+
+def test_attacks_in_lower_precision_are_checked_in_full(sparse, test_set):
+    seen = {True: 0, False: 0}
+    operator = next(iter(msfx.operators(sparse).values()))
+    hook = operator.register_forward_pre_hook(
+        lambda *_: seen.update({(low := torch.is_autocast_enabled("cpu")): seen[low] + 1})
+    )
+    result = msfx.evaluate(sparse, test_set, amp=torch.bfloat16, **QUICK | {"sanity_images": 0})
+    hook.remove()
+    # Full precision: clean, then after each of two attacks on it and of two on the base.
+    assert seen[False] == 5
+    assert seen[True] > 2 * QUICK["steps"]
+    assert set(result.sparse.robust) == {"apgd-ce/exact", "apgd-ce/identity", "transfer"}
+
+
+def test_attacks_that_read_the_graph_get_the_model_itself(sparse, test_set, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: Confused(model))
+    options = QUICK | {"attacks": ("adaptive-1-1",), "sanity_images": 0}
+    plain, swift = (msfx.evaluate(sparse, test_set, compile=c, **options) for c in (False, True))
+    assert numbers(swift) == numbers(plain)
+
+
+@pytest.mark.slow
+def test_compiled_attacks_find_as_much(sparse, test_set):
+    options = QUICK | {"eps": 0.03, "sanity_images": 0}
+    plain, compiled = (msfx.evaluate(sparse, test_set, compile=c, **options) for c in (False, True))
+    for which in ("base", "sparse"):
+        differ = getattr(plain, which).worst ^ getattr(compiled, which).worst
+        assert int(differ.sum()) <= 1, "compiled gradients round differently, which may tip an image"
+
+
+class Pair:
+    """A group of two processes, as far as `evaluate` asks it."""
+
+    def __init__(self, rank: int):
+        self._rank = rank
+
+    def rank(self):
+        return self._rank
+
+    def size(self):
+        return 2
+
+
+def test_two_processes_find_what_one_finds(sparse, test_set, tmp_path, monkeypatch):
+    options = QUICK | {"attacks": ("pgd", "square"), "queries": 10, "batch_size": 5, "sanity_images": 7}
+    whole = msfx.evaluate(sparse, test_set, **options)
+    parts = []
+
+    def first_alone(value, group):
+        parts.append(value)
+        raise RuntimeError("connection reset")
+
+    path = tmp_path / "c"
+    monkeypatch.setattr(run, "gather", first_alone)
+    for rank in range(2):
+        with pytest.raises(EvaluationError, match="lost another process"):
+            msfx.evaluate(sparse, test_set, group=Pair(rank), checkpoint=path, **options)
+    assert {file.name for file in tmp_path.iterdir()} == {"c.rank0-of-2", "c.rank1-of-2"}
+    monkeypatch.setattr(run, "gather", lambda value, group: parts)
+    made = count_attacks(monkeypatch)
+    assert numbers(msfx.evaluate(sparse, test_set, group=Pair(1), checkpoint=path, **options)) == numbers(whole)
+    assert not made, "each goes on from its own file"
+    images, labels = test_set
+    with pytest.raises(EvaluationError, match="process 0 evaluated another model, other images"):
+        msfx.evaluate(sparse, (images[:5], labels[:5]), group=Pair(0), **options)

@@ -18,6 +18,7 @@ from ..evaluate.attacks import AttackSettings
 from ..evaluate.ledger import Ledger
 from ..evaluate.outcome import ModelOutcome
 from ..evaluate.plan import Run, correct, device_of, perturbed, spread
+from ..evaluate.swift import Attacked
 from ..operators import operators, set_alpha
 from .result import within_budget
 
@@ -60,6 +61,7 @@ class Field:
         settings: Of the attacks.
         ledger: Keeps the results.
         skip_broken: Attack only images that no attack before has broken.
+        compile, amp: How attacks meet the model; see `evaluate.swift`.
     """
 
     def __init__(
@@ -71,9 +73,12 @@ class Field:
         settings: AttackSettings,
         ledger: Ledger,
         skip_broken: bool,
+        compile: bool = False,
+        amp: torch.dtype | None = None,
     ) -> None:
         self._sparse, self._data, self._runs, self._settings = sparse, data, runs, settings
         self._ledger, self._skip_broken = ledger, skip_broken
+        self._attacked = Attacked({"sparse": sparse}, compile, amp)
         self._device = device_of(sparse)
         count = sum(len(labels) for _, labels in data)
         self.attacked = count if attacked is None else min(attacked, count)
@@ -126,7 +131,7 @@ class Field:
             candidate.set(self._sparse)
             target = standing.to(self._device)
             images, labels = (part[low:high].to(self._device)[target] for part in (self._images, self._labels))
-            found = perturbed(self._sparse, run, images, labels, self._settings)
+            found = perturbed(self._attacked.by(run, "sparse"), run, images, labels, self._settings)
             return {"survived": spread(target, correct(self._sparse, found, labels), False)}
 
         return self._ledger.recall(f"{candidate}, {low} to {high}, {run.name}", work)["survived"]

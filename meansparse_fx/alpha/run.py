@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress
 from torch import Tensor, fx
 
@@ -46,6 +47,8 @@ def select_alpha(
     batch_size: int = 128,
     seed: int = 0,
     skip_broken: bool = False,
+    compile: bool = False,
+    amp: torch.dtype | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> AlphaSearch:
@@ -71,8 +74,8 @@ def select_alpha(
         significance: Of the paired one-sided test that says what is beyond noise; site by site it is divided by the
             number of moves.
         rungs: 3 for a quarter, a half and all of the images; 1 attacks every candidate on all of them.
-        eps, norm, attacks, backwards, steps, queries, batch_size, seed, skip_broken, checkpoint, progress: As in
-            `evaluate`.
+        eps, norm, attacks, backwards, steps, queries, batch_size, seed: As in `evaluate`.
+        skip_broken, compile, amp, checkpoint, progress: As in `evaluate`.
 
     Raises:
         StateError: The model is not transformed or not calibrated, or in train mode.
@@ -85,12 +88,13 @@ def select_alpha(
     settings = AttackSettings(eps=eps, norm=norm, steps=steps, queries=queries, seed=seed)
     runs = plan_runs(attacks, backwards, seed)
     identity = model_identity(sparse, alpha=False) | {
-        "attack settings": [f"{settings}", skip_broken],
+        "attack settings": [f"{settings}", skip_broken, compile, str(amp)],
         "attacks or backwards": [run.name for run in runs],
     }
     ledger = Ledger(checkpoint, identity)
     with bar(progress) as display, _put_back(sparse), ledger:
-        field = Field(sparse, list(batches(held_out, batch_size)), attacked, runs, settings, ledger, skip_broken)
+        data = list(batches(held_out, batch_size))
+        field = Field(sparse, data, attacked, runs, settings, ledger, skip_broken, compile, amp)
         stops = doubling(field.attacked, rungs)
         _race(field, list(candidates.values()), stops, clean_budget, display)
         outcomes = {key: field.outcome(candidate) for key, candidate in candidates.items()}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import artifacts
 from ..errors import CalibrationError
+from ..shards import own_file
 from .batches import digest
 from .bins import Bins
 from .tally import Tally
@@ -37,7 +38,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path, every: float, identity: dict[str, Any], rank: int, world: int) -> None:
         path = Path(path)
-        self.path = path if world == 1 else path.with_name(f"{path.name}.rank{rank}-of-{world}")
+        self.path = own_file(path, rank, world)
         others = {int(f.name.rpartition("-of-")[2]) for f in path.parent.glob(f"{path.name}.rank*-of-*")}
         others |= {1} if path.exists() else set()
         if strangers := others - {world}:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -59,3 +62,25 @@ def open_sparse(options: ModelOptions, images: ImageSet, statistics: Path | None
 def first_images(images: ImageSet, count: int, device: torch.device) -> Tensor:
     """Return the first images ``[count, C, H, W]`` on ``device``, or as many as there are."""
     return torch.stack([images[i][0] for i in range(min(count, len(images)))]).to(device)
+
+
+def join_processes(model: ModelOptions) -> tuple[ModelOptions, Any]:
+    """Return the model on this process's device, and the process group if torchrun started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return model, None
+    gpu = torch.cuda.is_available() and (model.device or "cuda").startswith("cuda")
+    if gpu:
+        model = replace(model, device=f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(model.device)
+    torch.distributed.init_process_group("nccl" if gpu else "gloo")
+    return model, torch.distributed.group.WORLD
+
+
+def leave_processes(group: Any) -> bool:
+    """Leave the group, if there is one, once all have come here; return whether this is the process that reports."""
+    if group is None:
+        return True
+    torch.distributed.barrier()
+    first = group.rank() == 0
+    torch.distributed.destroy_process_group()
+    return first

@@ -24,6 +24,9 @@ Steps = Annotated[int, typer.Option(min=1, help="Steps of the gradient attacks."
 Queries = Annotated[int, typer.Option(min=1, help="Queries of the Square attack.")]
 Attacks = Annotated[Any, typer.Option(parser=parsing.names(NAMES), metavar="NAMES", help=f"Of {', '.join(NAMES)}.")]
 Seed = Annotated[int, typer.Option(help="Of the attacks.")]
+Amp = Annotated[
+    Any, typer.Option(parser=parsing.dtype, metavar="DTYPE", help=f"Autocast the model: {' or '.join(parsing.DTYPES)}.")
+]
 StatisticsFile = Annotated[Path, typer.Option("--statistics", exists=True, dir_okay=False, help="From calibrate.")]
 
 
@@ -92,6 +95,27 @@ class ThreatOptions:
         typer.Option(parser=parsing.names(BACKWARDS), metavar="NAMES", help=f"Gradients: of {', '.join(BACKWARDS)}."),
     ] = "exact,identity"
     seed: Seed = 0
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `select_alpha` and `evaluate`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class PaceOptions:
+    """How attacks get through many images."""
+
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Attack only images that no attack before has broken.")
+    ] = False
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Attack through torch.compile; what is found is checked without it.")
+    ] = False
+    amp: Amp = None
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Keep results here as they come, and go on from them if the file exists."),
+    ] = None
 
     def as_arguments(self) -> dict[str, Any]:
         """Return the arguments of `select_alpha` and `evaluate`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 import typer
 
 from ..zoo import IMAGENET
@@ -20,6 +21,16 @@ def fraction(text: str) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise typer.BadParameter(f"{text!r} is not a number from 0, such as 0.1 or 8/255")
     return value
+
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # that autocast knows
+
+
+def dtype(text: str) -> torch.dtype:
+    """Return the dtype of a name in `DTYPES`."""
+    if text not in DTYPES:
+        raise typer.BadParameter(f"{text!r} is none of {', '.join(DTYPES)}")
+    return DTYPES[text]
 
 
 def numbers(text: str) -> tuple[float, ...]:

@@ -19,18 +19,12 @@ from ..operators import set_alpha, set_variant
 from ..report import headline, write_report
 from ..statistics import Statistics
 from . import parsing
-from .loading import console, device_of, first_images, open_images, open_sparse
-from .options import Attacks, DataOptions, ModelOptions, Queries, StatisticsFile, Steps, ThreatOptions
+from .loading import console, device_of, first_images, join_processes, leave_processes, open_images, open_sparse
+from .options import Attacks, DataOptions, ModelOptions, PaceOptions, Queries, StatisticsFile, Steps, ThreatOptions
 
 HISTOGRAM_IMAGES = 64  # of the test images; enough values for a histogram, few enough for any model's memory
 _DEFAULT_ATTACKS = ",".join(DEFAULT_ATTACKS)
 _DEFAULT_ALPHAS = ",".join(f"{a:g}" for a in ALPHAS)
-
-SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Attack only images that no attack before has broken.")]
-Checkpoint = Annotated[
-    Path | None,
-    typer.Option(dir_okay=False, help="Keep results here as they come, and go on from them if the file exists."),
-]
 
 
 def select(
@@ -38,6 +32,7 @@ def select(
     data: DataOptions,
     statistics: StatisticsFile,
     threat: ThreatOptions,
+    pace: PaceOptions,
     alphas: Annotated[
         Any, typer.Option(parser=parsing.numbers, metavar="NUMBERS", help="Candidates; 0 is always among them.")
     ] = _DEFAULT_ALPHAS,
@@ -55,8 +50,6 @@ def select(
     attacks: Attacks = "apgd-ce",
     steps: Steps = 20,
     queries: Queries = 500,
-    skip_broken: SkipBroken = False,
-    checkpoint: Checkpoint = None,
     out: Annotated[
         Path | None, typer.Option(dir_okay=False, help="JSON file for the search; evaluate takes it as --alpha.")
     ] = None,
@@ -74,9 +67,8 @@ def select(
         attacks=attacks,
         steps=steps,
         queries=queries,
-        skip_broken=skip_broken,
-        checkpoint=checkpoint,
         **threat.as_arguments(),
+        **pace.as_arguments(),
     )
     console().print(search.table())
     chosen = f"alpha {search.alpha:g}" if isinstance(search.alpha, float) else f"alpha by site: {search.alpha}"
@@ -91,6 +83,7 @@ def evaluate(
     data: DataOptions,
     statistics: StatisticsFile,
     threat: ThreatOptions,
+    pace: PaceOptions,
     alpha: Annotated[
         str, typer.Option(metavar="ALPHA|FILE", help="Half width of the band, or the file that select --out wrote.")
     ],
@@ -98,10 +91,12 @@ def evaluate(
     attacks: Attacks = _DEFAULT_ATTACKS,
     steps: Steps = 100,
     queries: Queries = 5000,
-    skip_broken: SkipBroken = False,
-    checkpoint: Checkpoint = None,
 ) -> None:
-    """Compare MODEL with its base under the same attacks, on test images that nothing else saw."""
+    """Compare MODEL with its base under the same attacks, on test images that nothing else saw.
+
+    Under torchrun each process takes its share: torchrun --nproc-per-node 4 -m meansparse_fx evaluate ...
+    """
+    model, group = join_processes(model)
     images = open_images(data)
     sparse = open_sparse(model, images, statistics)
     put_alpha(sparse, alpha)
@@ -111,10 +106,12 @@ def evaluate(
         attacks=attacks,
         steps=steps,
         queries=queries,
-        skip_broken=skip_broken,
-        checkpoint=checkpoint,
+        group=group,
         **threat.as_arguments(),
+        **pace.as_arguments(),
     )
+    if not leave_processes(group):
+        return
     console().print(evaluation.table())
     console().print(headline(evaluation), style="bold", highlight=False)
     if out is not None:

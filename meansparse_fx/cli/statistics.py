@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from ..calibrate import calibrate as run_calibrate
 from ..calibrate.summary import summary_table
 from ..errors import ArtifactError, StatisticsError
 from ..histogram import stored_histogram
+from ..shards import own_file, place
 from ..statistics import Statistics
 from . import parsing
-from .loading import console, open_images, open_sparse
-from .options import DataOptions, ModelOptions
-
-AMP = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+from .loading import console, join_processes, leave_processes, open_images, open_sparse
+from .options import Amp, DataOptions, ModelOptions
 
 
 def calibrate(
@@ -39,7 +35,7 @@ def calibrate(
         Path | None, typer.Option(help="Written now and then; the same command goes on from it. Removed at the end.")
     ] = None,
     every: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Between two checkpoints.")] = 60.0,
-    amp: Annotated[str | None, typer.Option(help=f"Autocast the model to {' or '.join(AMP)}.")] = None,
+    amp: Amp = None,
     channels_last: Annotated[
         bool, typer.Option("--channels-last", help="Give images to the model in that layout.")
     ] = False,
@@ -54,10 +50,8 @@ def calibrate(
     """
     if not out.parent.is_dir():
         raise ArtifactError(f"{out}: its directory does not exist")
-    if amp is not None and amp not in AMP:
-        raise typer.BadParameter(f"{amp!r} is none of {', '.join(AMP)}", param_hint="--amp")
-    model, group = _join_processes(model)
-    rank, world = (group.rank(), group.size()) if group is not None else (0, 1)
+    model, group = join_processes(model)
+    rank, world = place(group)
     images = open_images(data)
     sparse = open_sparse(model, images)
     found = run_calibrate(
@@ -68,7 +62,7 @@ def calibrate(
         histograms=histograms,
         checkpoint=checkpoint,
         every=every,
-        amp=AMP.get(amp or ""),
+        amp=amp,
         channels_last=channels_last,
         group=group,
         timeout=timeout,
@@ -77,13 +71,9 @@ def calibrate(
         found.save(out)
         console().print(summary_table(found))
         console().print(f"{len(found)} sites, {found.images} images: {out}")
-    if group is not None:
-        torch.distributed.barrier()
+    leave_processes(group)
     if checkpoint is not None:  # the result is saved
-        for name in (checkpoint.name, f"{checkpoint.name}.rank{rank}-of-{world}"):
-            checkpoint.with_name(name).unlink(missing_ok=True)
-    if group is not None:
-        torch.distributed.destroy_process_group()
+        own_file(checkpoint, rank, world).unlink(missing_ok=True)
 
 
 def show(file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Statistics file.")]) -> None:
@@ -124,15 +114,3 @@ def plot(
         raise ArtifactError(f"{out}: its directory does not exist")
     out.write_bytes(png(histogram_figure(drawn)))
     console().print(f"{100 * drawn.share:.1f} % of the values lie in the band: {out}")
-
-
-def _join_processes(model: ModelOptions) -> tuple[ModelOptions, Any]:
-    """Return the model on this process's device, and the process group if torchrun started several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return model, None
-    gpu = torch.cuda.is_available() and (model.device or "cuda").startswith("cuda")
-    if gpu:
-        model = replace(model, device=f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(model.device)
-    torch.distributed.init_process_group("nccl" if gpu else "gloo")
-    return model, torch.distributed.group.WORLD

@@ -69,12 +69,14 @@ class AttackKind:
         summary: What it does, for reports.
         gradient: It uses gradients, so its result depends on the operator's backward mode.
         classes: Fewest that its loss needs.
+        reads_graph: It needs the transformed model itself, not a wrapper around it.
     """
 
     build: Build
     summary: str
     gradient: bool = True
     classes: int = 2
+    reads_graph: bool = False
 
 
 def _apgd(loss: str, restarts: int = 1, eot: int = 1) -> Build:
@@ -120,9 +122,13 @@ _KINDS: dict[str, AttackKind] = {
         "gradient ascent on cross-entropy in steps of eps / 8 (the paper's PGD)",
     ),
     "adaptive-1-1": AttackKind(
-        _adaptive(1), "PGD that also leaves features in the operators' bands where they are (the paper's equation 8)"
+        _adaptive(1),
+        "PGD that also leaves features in the operators' bands where they are (the paper's equation 8)",
+        reads_graph=True,
     ),
-    "adaptive-2-2": AttackKind(_adaptive(2), "the same with squared changes of features (equation 8)"),
+    "adaptive-2-2": AttackKind(
+        _adaptive(2), "the same with squared changes of features (equation 8)", reads_graph=True
+    ),
     "apgd-ce-r5": AttackKind(_apgd("ce", restarts=5), "apgd-ce with 5 restarts (AutoAttack plus)"),
     "apgd-dlr-r5": AttackKind(_apgd("dlr", restarts=5), "apgd-dlr with 5 restarts (AutoAttack plus)", classes=3),
     "apgd-ce-eot20": AttackKind(_apgd("ce", eot=20), "apgd-ce on the mean of 20 gradients (AutoAttack rand)"),
@@ -178,7 +184,7 @@ def attack(name: str, model: nn.Module, images: Tensor, labels: Tensor, settings
     if not len(images):
         return images
     with torch.no_grad():
-        classes = logits_of(model, images[:1]).shape[1]
+        classes = logits_of(model, images).shape[1]  # of all: compilers make another program for a batch of one
     if classes < row.classes:
         raise EvaluationError(f"{name} needs at least {row.classes} classes, the model has {classes}")
     devices = [images.device] if images.is_cuda else []
