@@ -4,6 +4,7 @@ from .activations import register_activation
 from .alpha import AlphaSearch, select_alpha
 from .backend import compile_report
 from .calibrate import calibrate
+from .cost import Cost, cost
 from .errors import MeanSparseError
 from .evaluate import Evaluation, evaluate
 from .operators import get_alpha, load_published, operators, set_alpha, set_backward, set_statistics, set_variant
@@ -14,6 +15,7 @@ from .transform import inspect, restore, transform
 __all__ = [
     "PLACEMENTS",
     "AlphaSearch",
+    "Cost",
     "Evaluation",
     "MeanSparseError",
     "Placement",
@@ -22,6 +24,7 @@ __all__ = [
     "Statistics",
     "calibrate",
     "compile_report",
+    "cost",
     "evaluate",
     "get_alpha",
     "inspect",

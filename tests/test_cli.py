@@ -108,6 +108,17 @@ def test_inspect_normalised(model):
     assert "model.2" in done.stdout
 
 
+def test_cost(model):
+    done = run("cost", model, "--input-shape", "1,8,8")
+    assert done.exit_code == 0, done.output
+    # 2 images of 4x6x6 values of 4 bytes, so 1,152 bytes a pass over the site; a norm, a gelu and their gradients.
+    table = done.stdout
+    assert "norm" in table
+    assert "0.01 (4)" in table
+    assert "0.01 (2)" in table
+    assert "2 images, float32" in table
+
+
 def test_show(statistics):
     done = run("show", statistics)
     assert done.exit_code == 0, done.output

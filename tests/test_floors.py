@@ -38,6 +38,7 @@ FLOORS = {
     "calibrate": 5,
     "alpha": 5,
     "evaluate": 5,
+    "cost": 5,
     "zoo": 5,
     "histogram": 5,
     "plots": 5,

@@ -16,12 +16,12 @@ from typer.core import TyperGroup
 from ..errors import MeanSparseError
 from .demo import demo
 from .export import export
-from .model import inspect
+from .model import cost, inspect
 from .options import spread
 from .robustness import evaluate, select
 from .statistics import calibrate, merge, plot, show
 
-COMMANDS = (inspect, calibrate, select, evaluate, export, demo, show, merge, plot)
+COMMANDS = (inspect, calibrate, select, evaluate, export, cost, demo, show, merge, plot)
 
 
 class _Commands(TyperGroup):

@@ -8,6 +8,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from ..cost import cost as run_cost
 from ..transform import inspect as run_inspect
 from ..zoo import Normalised, input_shape
 from . import parsing
@@ -26,6 +27,12 @@ def inspect(model: ModelOptions, shape: Shape = None) -> None:
     """Show every place in MODEL where the operator belongs, and why the others are left alone."""
     net = open_model(model)
     console().print(run_inspect(net, random_images(model, net, shape), model.placement).table())
+
+
+def cost(model: ModelOptions, shape: Shape = None) -> None:
+    """Count the bytes that the operator's forms must move at each site of MODEL, for two images; nothing is timed."""
+    net = open_model(model)
+    console().print(run_cost(net, random_images(model, net, shape), model.placement).table())
 
 
 def random_images(options: ModelOptions, net: nn.Module, shape: tuple[int, ...] | None) -> Tensor:

@@ -1,0 +1,166 @@
+"""Floor 5: what stands at a site, in every form that is compared: what it computes, on tensors without data.
+
+`published` and `branch_free` are the operator as others write it; the benchmarks time the same two functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..activations import ActivationCall
+from ..kernels.fused import Options, Vectors, fused
+from ..kernels.ops import mean_sparse
+from ..kernels.reference import ACTIVATIONS, per_channel
+
+
+def published(x: Tensor, mean: Tensor, variance: Tensor, alpha: Tensor, channel_dim: int) -> Tensor:
+    """Return s(x) as published checkpoints compute it: a Python branch on a tensor, a deviation every time.
+
+    Args:
+        x: ``[..., C, ...]``.
+        mean, variance: ``[C]``.
+        alpha: ``[]``; the band is open.
+    """
+    if alpha == 0:
+        return x
+    mean = per_channel(mean, x.dim(), channel_dim)
+    band = alpha * torch.sqrt(per_channel(variance, x.dim(), channel_dim))
+    return torch.where((x - mean).abs() < band, mean, x)
+
+
+def branch_free(x: Tensor, mean: Tensor, band: Tensor, channel_dim: int) -> Tensor:
+    """Return s(x) without the branch, the band ``[C]`` computed beforehand: what a careful reader would write."""
+    mean = per_channel(mean, x.dim(), channel_dim)
+    return torch.where((x - mean).abs() <= per_channel(band, x.dim(), channel_dim), mean, x)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A site and what `fuse` takes in before it: y = act(s(u)), u = outer(v), v = norm(x) + residual.
+
+    Attributes:
+        shape: Of x, and of all the others.
+        dtype: Of the same.
+        channel_dim: Dimension of x that holds the channels.
+        activation: None for a bare operator.
+        norm, outer: There is a norm of x; of the sum.
+        residual: There is a sum.
+        want_sum: Others read v, too.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    channel_dim: int
+    activation: ActivationCall | None
+    norm: bool
+    residual: bool
+    outer: bool
+    want_sum: bool
+
+    def inputs(self) -> list[Tensor]:
+        """Return x and, where there is one, the residual, without data, wanting gradients."""
+        count = 2 if self.residual else 1
+        return [torch.empty(self.shape, dtype=self.dtype, device="meta", requires_grad=True) for _ in range(count)]
+
+    def vector(self) -> Tensor:
+        """Return one value a channel, ``[C]``, without data."""
+        return torch.empty(self.shape[self.channel_dim], device="meta")
+
+    def taken_in(self) -> str:
+        """Return in words what stands before the operator."""
+        words = (("norm", self.norm), ("sum", self.residual), ("norm", self.outer))
+        return " + ".join(word for word, there in words if there)
+
+
+Results = tuple[Tensor, ...]  # y, and v where others read it
+Form = Callable[[Region, list[Tensor]], Results]
+
+
+def _before(region: Region, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return v and u, as torch computes them call by call."""
+    v = _normed(inputs[0], region) if region.norm else inputs[0]
+    v = v + inputs[1] if region.residual else v
+    return v, _normed(v, region) if region.outer else v
+
+
+def _normed(x: Tensor, region: Region) -> Tensor:
+    state = [region.vector() for _ in range(4)]
+    return F.batch_norm(x, *state, training=False, momentum=0.0, eps=1e-5)
+
+
+def _slope(region: Region) -> Tensor | None:
+    return region.vector() if region.activation and region.activation.weight is not None else None
+
+
+def _activated(s: Tensor, region: Region, fresh: bool) -> Tensor:
+    """Return the activation of s as the model calls it: in place only where it does so, and on a tensor that allows it.
+
+    Args:
+        fresh: s is no input of the region.
+    """
+    call = region.activation
+    if call is None:
+        return s
+    row = ACTIVATIONS[call.name]
+    slope = _slope(region)
+    slope = None if slope is None else per_channel(slope, s.dim(), region.channel_dim)
+    return (row.overwrite if call.inplace and fresh and row.overwrite else row.forward)(s, slope, *call.constants)
+
+
+def _with(operator: Callable[[Tensor, Region], Tensor]) -> Form:
+    """Return the form that is torch's own calls with a form of the operator among them."""
+
+    def form(region: Region, inputs: list[Tensor]) -> Results:
+        v, u = _before(region, inputs)
+        s = operator(u, region)
+        y = _activated(s, region, s is not inputs[0])
+        return (y, v) if region.want_sum else (y,)
+
+    return form
+
+
+def _published(u: Tensor, region: Region) -> Tensor:
+    # The branch asks for the value of alpha: a number with data, which is no tensor of the model's size.
+    return published(u, region.vector(), region.vector(), torch.tensor(0.25), region.channel_dim)
+
+
+def _branch_free(u: Tensor, region: Region) -> Tensor:
+    return branch_free(u, region.vector(), region.vector(), region.channel_dim)
+
+
+def _ours(region: Region, inputs: list[Tensor]) -> Results:
+    v, u = _before(region, inputs)
+    name, constants = _named(region)
+    y = mean_sparse(u, region.vector(), region.vector(), region.channel_dim, name, constants, _slope(region))
+    return (y, v) if region.want_sum else (y,)
+
+
+def _fused(region: Region, inputs: list[Tensor]) -> Results:
+    if not (region.norm or region.residual or region.outer):
+        return _ours(region, inputs)
+    inner, outer = (
+        (region.vector(), region.vector()) if there else (None, None) for there in (region.norm, region.outer)
+    )
+    vectors = Vectors(region.vector(), region.vector(), _slope(region), *inner, None, *outer)
+    options = Options(region.channel_dim, *_named(region), want_sum=region.want_sum)
+    results = fused(inputs[0], inputs[1] if region.residual else None, vectors, options)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _named(region: Region) -> tuple[str, tuple[float, ...]]:
+    call = region.activation
+    return (call.name, call.constants) if call else ("identity", ())
+
+
+FORMS: dict[str, Form] = {
+    "base": _with(lambda u, region: u),
+    "published": _with(_published),
+    "branch-free": _with(_branch_free),
+    "ours": _ours,
+    "ours, fused": _fused,
+}

@@ -1,0 +1,123 @@
+"""Floor 5: counts the calls of operators and the bytes they move, and what autograd keeps. Imports torch only.
+
+Works on tensors without data (device ``meta``) as on any other: only shapes and types are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+# They launch nothing: allocations, and a view that torch does not call one.
+_FREE = {
+    f"aten::{name}"
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
+}
+
+
+def _unread_by_norm(args: Sequence[Any]) -> int:
+    # In eval mode, and without gradients of the parameters, the gradient is scaled; the input is not looked at.
+    *_, train, _, mask = args
+    return 1 if not train and list(mask) == [True, False, False] else 0
+
+
+def _unwritten_by_fused(args: Sequence[Any]) -> int:
+    # Without a scale on x its gradient is the residual's, and one tensor serves as both.
+    _, _, _, residual, vectors, *_ = args
+    _, _, _, scale, _, layer_scale, *_ = vectors
+    return 1 if residual is not None and scale is None and layer_scale is None else 0
+
+
+# Inputs that a call has and does not read, and results that are one tensor: how many, by the call's arguments.
+_UNREAD: dict[str, Callable[[Sequence[Any]], int]] = {"aten::native_batch_norm_backward": _unread_by_norm}
+_UNWRITTEN: dict[str, Callable[[Sequence[Any]], int]] = {"meansparse::fused_backward": _unwritten_by_fused}
+
+
+class Tally(TorchDispatchMode):
+    """While it is active, counts calls of operators: each reads its inputs once and writes its results once.
+
+    Views, and allocations that are not filled, are no calls.
+
+    Args:
+        smallest: Tensors of fewer elements move nothing: numbers, and vectors of one value a channel.
+
+    Attributes:
+        calls: How many.
+        read, written: Bytes.
+
+    Example:
+        >>> with Tally() as tally:
+        ...     _ = torch.rand(10) + 1
+        >>> tally.calls, tally.read, tally.written
+        (2, 40, 80)
+    """
+
+    def __init__(self, smallest: int = 0) -> None:
+        super().__init__()
+        self.smallest = smallest
+        self.calls = self.read = self.written = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if not func.is_view and name not in _FREE:
+            self.calls += 1
+            self.read += self._bytes((args, kwargs), _UNREAD.get(name), args)
+            self.written += self._bytes(result, _UNWRITTEN.get(name), args)
+        return result
+
+    def _bytes(self, values: Any, spared: Callable[[Sequence[Any]], int] | None, args: Sequence[Any]) -> int:
+        # By storage, so that a tensor that is given twice is read once.
+        tensors = {
+            t.untyped_storage()._cdata: t.numel() * t.element_size()
+            for t in pytree.tree_leaves(values)
+            if isinstance(t, Tensor) and t.numel() >= self.smallest
+        }
+        sizes = list(tensors.values())
+        return sum(sizes[: len(sizes) - (spared(args) if spared else 0)])
+
+
+class _Kept:
+    """Stands for a tensor in autograd's graph, and lives as long as the graph needs that tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def kept_bytes(call: Callable[[], object], state: Iterable[Tensor] = (), smallest: int = 0) -> int:
+    """Return the bytes that autograd keeps for backward of what a call returns.
+
+    Each storage counts once and whole. What only passing steps had kept, such as the input of a comparison, is gone
+    by then and counts nothing.
+
+    Args:
+        call: Returns what backward would start from.
+        state: Tensors that are there anyway: parameters and buffers.
+        smallest: Tensors of fewer elements count nothing.
+
+    Example:
+        >>> x = torch.rand(100, requires_grad=True)
+        >>> kept_bytes(lambda: torch.relu(x * 2))
+        400
+    """
+    alive: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def pack(tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor)
+        alive[kept] = None
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        result = call()  # keeps the graph while its tensors are counted
+    tensors = [kept.tensor for kept in alive if kept.tensor.numel() >= smallest]
+    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    for tensor in state:
+        found.pop(tensor.untyped_storage()._cdata, None)
+    del result
+    return sum(found.values())
