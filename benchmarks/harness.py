@@ -10,8 +10,9 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,16 +26,21 @@ class Facts:
     """What is known of a contender beside its time; None where it was not asked or means nothing.
 
     Attributes:
-        kept_bytes: Kept for backward: `kept_bytes`.
-        peak_bytes: Most memory allocated during one call, over what was allocated before; CUDA only.
+        kept_bytes: Kept for backward, parameters and buffers left out.
+        peak_bytes: Most memory allocated during one call, over what was allocated before.
+        launches: Kernels on a GPU, calls of operators on a CPU.
         graphs: Graphs that Dynamo made of it.
         compile_seconds: Time of the first call, caches on disk unused.
+        forward_images, backward_images: Images that an attack sends through its model.
     """
 
     kept_bytes: int | None = None
     peak_bytes: int | None = None
+    launches: int | None = None
     graphs: int | None = None
     compile_seconds: float | None = None
+    forward_images: int | None = None
+    backward_images: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +55,10 @@ class Row:
         baseline: Name of the contender that ratios refer to.
         repetitions: Number of interleaved repetitions.
         device, torch, threads: Where it ran.
-        kept_bytes, peak_bytes, graphs, compile_seconds: See `Facts`.
+        kept_bytes, ..., backward_images: See `Facts`.
         of_clone: Bandwidth as a share of a clone's of the same tensor, counting the tensors that the task must read and
             write; of kernels only.
+        ratio_per_pass: The ratio of times per image pass; of attacks only.
     """
 
     benchmark: str
@@ -68,9 +75,13 @@ class Row:
     threads: int
     kept_bytes: int | None = None
     peak_bytes: int | None = None
+    launches: int | None = None
     graphs: int | None = None
     compile_seconds: float | None = None
+    forward_images: int | None = None
+    backward_images: int | None = None
     of_clone: float | None = None
+    ratio_per_pass: float | None = None
 
 
 def device_name(device: str) -> str:
@@ -82,23 +93,6 @@ def device_name(device: str) -> str:
     return names[0].split(":")[1].strip() if names else platform.processor()
 
 
-def kept_bytes(call: Callable[[], object], state: Sequence[torch.Tensor]) -> int:
-    """Return the bytes that autograd keeps for backward in a call, each storage once, those of ``state`` never."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()  # alive while its bytes are counted, so that no address is used twice
-    for tensor in state:
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    del result
-    return sum(kept.values())
-
-
 def measure(
     benchmark: str,
     case: str,
@@ -107,17 +101,19 @@ def measure(
     device: str,
     repetitions: int = 21,
     facts: Mapping[str, Facts] | None = None,
+    warm_up: int = 3,
 ) -> list[Row]:
     """Return one row a contender, timed in turns so that the machine's moods hit all of them alike.
 
     Args:
         baseline: The contender that ratios refer to, one for all or one for each.
         facts: What else is known of each contender.
+        warm_up: Calls of each contender that are not timed.
     """
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for call in contenders.values():
-        for _ in range(3):
+        for _ in range(warm_up):
             call()
     for _ in range(repetitions):
         for name, call in contenders.items():
@@ -129,7 +125,7 @@ def measure(
     rows = []
     for name, own in times.items():
         reference = baseline if isinstance(baseline, str) else baseline[name]
-        low, middle, high = statistics.quantiles(own, n=4)
+        low, middle, high = statistics.quantiles(own, n=4) if repetitions > 1 else own * 3
         ratio = statistics.median(a / b for a, b in zip(own, times[reference], strict=True))
         rows.append(
             Row(
@@ -145,8 +141,12 @@ def measure(
 _FACTS: tuple[tuple[str, str, Callable[..., str]], ...] = (
     ("kept_bytes", "kept MiB", lambda n: f"{n / 2**20:.1f}"),
     ("peak_bytes", "peak MiB", lambda n: f"{n / 2**20:.1f}"),
+    ("launches", "launches", str),
     ("graphs", "graphs", str),
     ("compile_seconds", "compile s", lambda s: f"{s:.1f}"),
+    ("forward_images", "images forward", "{:,}".format),
+    ("backward_images", "backward", "{:,}".format),
+    ("ratio_per_pass", "ratio per pass", "{:.2f}".format),
     ("of_clone", "of the clone's bandwidth", lambda share: f"{share:.0%}"),
 )
 
@@ -173,8 +173,39 @@ def report(rows: Sequence[Row], path: Path | None) -> None:
         previous = row.case
     Console(width=140).print(table)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        write(rows, path)
+
+
+def print_rows(rows: Sequence[Any], columns: Sequence[str], title: str) -> None:
+    """Print some fields of any rows as a table."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        values = (getattr(row, column) for column in columns)
+        table.add_row(*("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
+    Console(width=140).print(table)
+
+
+def write(rows: Sequence[Any], path: Path) -> None:
+    """Write rows of one dataclass as CSV; its fields are the header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(rows[0])])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+# As annotations are text: how a field's text becomes its value.
+_VALUES: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float}
+
+
+def read(path: Path, kind: type[Any] = Row) -> list[Any]:
+    """Return the rows of a CSV; columns that an older file lacks are None, as are empty ones."""
+
+    def value(field: Field[Any], text: str | None) -> Any:
+        base, *optional = str(field.type).split(" | ")
+        return None if optional and not text else _VALUES[base](text or "")
+
+    with path.open(newline="") as file:
+        return [kind(**{f.name: value(f, row.get(f.name)) for f in fields(kind)}) for row in csv.DictReader(file)]

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, fx, nn
 
+from meansparse_fx.cost.forms import branch_free, published
 from meansparse_fx.kernels.reference import ACTIVATIONS
 from meansparse_fx.nn import MeanSparse
 
@@ -24,13 +25,7 @@ class PublishedForm(nn.Module):
         self.register_buffer("threshold", above.to(centre.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.threshold == 0:
-            return x
-        shape = [1] * x.dim()
-        shape[self.channel_dim] = -1
-        mean = self.running_mean.view(shape)
-        band = self.threshold * torch.sqrt(self.running_var.view(shape))
-        return torch.where((x - mean).abs() < band, mean, x)
+        return published(x, self.running_mean, self.running_var, self.threshold, self.channel_dim)
 
 
 class BranchFreeForm(nn.Module):
@@ -43,10 +38,7 @@ class BranchFreeForm(nn.Module):
         self.register_buffer("band", alpha * std)
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = [1] * x.dim()
-        shape[self.channel_dim] = -1
-        centre = self.centre.view(shape)
-        return torch.where((x - centre).abs() <= self.band.view(shape), centre, x)
+        return branch_free(x, self.centre, self.band, self.channel_dim)
 
 
 class Activated(nn.Module):
@@ -65,11 +57,15 @@ class Activated(nn.Module):
 
 
 def with_form(sparse: fx.GraphModule, form: type[PublishedForm] | type[BranchFreeForm]) -> nn.Module:
-    """Return a copy of a transformed model that has ``form`` and a plain activation at each site instead."""
+    """Return a copy of a transformed model that has ``form`` and a plain activation at each site instead.
+
+    The form's buffers take the model's dtype, as ``model.bfloat16()`` makes them.
+    """
     rival = copy.deepcopy(sparse)
+    dtype = next((p.dtype for p in sparse.parameters() if p.is_floating_point()), None)
     for path, operator in list(rival.named_modules()):
         if isinstance(operator, MeanSparse):
             inner = form(operator.mean, operator.std, float(operator.alpha), operator.channel_dim)
             parent, _, name = path.rpartition(".")
-            setattr(rival.get_submodule(parent), name, Activated(inner, operator))
+            setattr(rival.get_submodule(parent), name, Activated(inner.to(dtype=dtype), operator))
     return rival

@@ -83,7 +83,7 @@ def test_preactivation_by_hand(preactivation, images):
     found = msfx.cost(preactivation, images)
     assert [(site.name, site.before) for site in found] == [("relu", "norm + sum + norm")]
     cost = moved(found.total)
-    # Forward: norm 1:1, sum 2:1, norm 1:1, ReLU 1:1. Backward: ReLU 2:1, norm 1:1, the sum's two gradients 2:1, norm 1:1.
+    # Forward: norm 1:1, sum 2:1, norm 1:1, ReLU 1:1. Backward: ReLU 2:1, norm 1:1, sum 2:1, norm 1:1.
     assert cost["base"] == ((4, 5, 4), (4, 6, 4), 3)
     assert cost["ours"] == cost["base"]
     # Forward reads x and the residual, writes y and the sum; backward reads both gradients and the sum, writes two.

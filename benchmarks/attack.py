@@ -1,0 +1,165 @@
+"""Time attacks on a transformed model beside the same attacks on its base.
+
+    python -m benchmarks.attack [--images 32] [--steps 10] [--device cuda] [--out FILE]
+
+Contenders: the base; the published module in the place of our operators; ours at alpha 0.2 with the operator's own
+gradient and with the identity in its place, plain and fused. Same images, same seed, in turns. Attacks: APGD-CE with a
+fixed number of steps, on the bundled network and, for its cost alone, on a WRN-16-4 with random weights; AutoAttack
+(standard) on the bundled network.
+
+An attack leaves an image alone once it is broken, so that a more robust model costs more time without being slower. So
+AutoAttack's images are some that no contender loses: each model is asked for the same forward and backward passes of
+as many images. What was asked is counted, and stands in each row: image passes, forward and backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import meansparse_fx as msfx
+from meansparse_fx import bundled
+from meansparse_fx.evaluate.attacks import VERSIONS, AttackSettings, attack
+
+from .architectures import build
+from .harness import Facts, Row, measure, report
+from .rivals import PublishedForm, with_form
+
+ALPHA = 0.2
+# The paper reports AutoAttack at 1.02 to 1.03 of the base's time.
+CONTENDERS = {
+    "ours, exact": ("activation", "exact"),
+    "ours, identity": ("activation", "identity"),
+    "ours fused, exact": ("all", "exact"),
+    "ours fused, identity": ("all", "identity"),
+}
+
+
+@dataclass(slots=True)
+class Passes:
+    """How many images went through a model, forward and backward."""
+
+    forward: int = 0
+    backward: int = 0
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[Passes]:
+    """Count the images that go through a model: forward, and backward where their gradient is wanted and taken."""
+    passes = Passes()
+
+    def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        passes.forward += len(inputs[0])
+
+    def behind(_: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: setattr(passes, "backward", passes.backward + len(gradient)))
+
+    hooks = [model.register_forward_pre_hook(before), model.register_forward_hook(behind)]
+    try:
+        yield passes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def contenders(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
+    """Return the base and its rivals, calibrated on ``images``."""
+    model.requires_grad_(False)  # an attack wants the images' gradient alone
+    statistics = msfx.calibrate(msfx.transform(model, images[:2]), [images], progress=False)
+    plain = msfx.transform(model, images[:2], statistics=statistics, alpha=ALPHA)
+    found = {"base": model, "published module": with_form(plain, PublishedForm)}
+    for name, (fuse, backward) in CONTENDERS.items():
+        options = {"statistics": statistics, "alpha": ALPHA, "backward": backward, "fuse": fuse}
+        found[name] = msfx.transform(copy.deepcopy(model), images[:2], **options)
+    return found
+
+
+def run(
+    case: str, names: tuple[str, ...], models: dict[str, nn.Module], data: tuple[Tensor, Tensor],
+    settings: AttackSettings, device: str, repetitions: int,
+) -> list[Row]:  # fmt: skip
+    """Return one row a contender: the time of the attacks ``names`` on all images of ``data``."""
+
+    def call_of(model: nn.Module) -> Callable[[], list[Tensor]]:
+        return lambda: [attack(name, model, *data, settings) for name in names]
+
+    calls = {name: call_of(model) for name, model in models.items()}
+    facts = {}
+    for name, model in models.items():
+        with counted(model) as passes:
+            calls[name]()
+        facts[name] = Facts(forward_images=passes.forward, backward_images=passes.backward)
+    base = facts["base"]
+    rows = measure("attack", case, calls, "base", device, repetitions, facts, warm_up=0)
+    # Per image pass, a backward one counted as two forward ones, as the operations are.
+    work = {n: (f.forward_images or 0) + 2 * (f.backward_images or 0) for n, f in facts.items()}
+    assert base.forward_images, "an attack that asks nothing of its model"
+    return [replace(row, ratio_per_pass=row.ratio * work["base"] / work[row.contender]) for row in rows]
+
+
+def unbroken(
+    models: dict[str, nn.Module], data: tuple[Tensor, Tensor], steps: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return ``count`` of the images that no model loses to APGD-CE at the full radius."""
+    images, labels = data
+    standing = torch.ones(len(images), dtype=torch.bool, device=images.device)
+    for model in models.values():
+        found = attack("apgd-ce", model, images, labels, AttackSettings(bundled.EPS, steps=steps))
+        with torch.no_grad():
+            standing &= model(found).argmax(1) == labels
+    if standing.sum() < count:
+        raise SystemExit(f"{int(standing.sum())} images stand and {count} are wanted: raise --pool")
+    return images[standing][:count], labels[standing][:count]
+
+
+def bundled_data(count: int, device: str) -> tuple[Tensor, Tensor]:
+    """Return the first selection images and their labels."""
+    images, labels = bundled.load_split("selection")
+    return images[:count].to(device), labels[:count].to(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--images", type=int, default=32, help="images of an attack")
+    parser.add_argument("--pool", type=int, default=100, help="images among which those for AutoAttack are looked for")
+    parser.add_argument("--steps", type=int, default=10, help="of the gradient attacks; AutoAttack's own: 100")
+    parser.add_argument("--queries", type=int, default=250, help="of Square; AutoAttack's own: 5000")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    # Half the radius that the images stood at: none breaks on the way, and all models do the same work.
+    settings = AttackSettings(bundled.EPS, steps=args.steps, queries=args.queries)
+    small = replace(settings, eps=bundled.EPS / 2)
+    pool = bundled_data(max(args.pool, args.images), args.device)
+    models = contenders(bundled.load_model().to(args.device), pool[0])
+    chosen = unbroken(models, pool, args.steps, args.images)
+    sizes = f"{args.images} images, {args.steps} steps"
+    rest = (args.device, args.repetitions)
+    rows = run(f"bundled apgd-ce, {sizes}", ("apgd-ce",), models, chosen, small, *rest)
+    report(rows, args.out)
+    words = f"bundled autoattack standard, {sizes}, {args.queries} queries"
+    rows += run(words, VERSIONS["standard"], models, chosen, small, *rest)
+    report(rows, args.out)
+    torch.manual_seed(0)
+    model = build("WRN-16-4").to(args.device)
+    images = torch.rand(args.images, 3, 32, 32, device=args.device)
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    settings = replace(settings, eps=8 / 255)
+    rows += run(
+        f"WRN-16-4 apgd-ce, {sizes}", ("apgd-ce",), contenders(model, images), (images, labels), settings, *rest
+    )
+    report(rows, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Time how transform grows with a model, and calibration with its data; and plan for a million images.
+
+    python -m benchmarks.scaling [--depth 16 28 40 70] [--device cuda] [--out FILE]
+
+- `transform`: WideResNets of growing depth, one image channel wide, so that time goes into the graph and not into
+  convolutions. The baseline is four forward passes on the two example images, which is what capture's check must run.
+- `calibration`: one convolution and one site, for growing numbers of images and of channels, beside the plain pass.
+- `plan`: seconds that calibration on a million images takes on N devices. From two measured pieces, a pass over B and one
+  over 2 B images, come the seconds an image costs and the seconds a pass costs once; then
+
+      seconds(N) = once + 1,000,000 / N * seconds an image costs + merging N statistics
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import meansparse_fx as msfx
+from meansparse_fx.capture import capture
+
+from .architectures import MODELS, Unavailable
+from .architectures import build as build_model
+from .harness import device_name, print_rows, write
+from .wide_resnet import WideResNet
+
+IMAGES = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """One measurement; the fields are the CSV's columns.
+
+    Attributes:
+        what: ``transform``, ``calibration`` or ``plan``.
+        case: Of which model.
+        size: What grows: nodes of the graph; images; channels; devices.
+        unit: Its name.
+        seconds: Of transform or of the pass, a median; of the plan, computed.
+        beside: Seconds of the baseline: forward passes that capture must run; the plain pass over the same images.
+        formula: What a plan was computed from.
+        repetitions: Of the measurement.
+        device, torch, threads: Where it ran.
+    """
+
+    what: str
+    case: str
+    size: int
+    unit: str
+    seconds: float
+    beside: float | None
+    formula: str
+    repetitions: int
+    device: str
+    torch: str
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Where it runs, and how often."""
+
+    device: str
+    repetitions: int
+
+    def seconds(self, *calls: Callable[[], object]) -> list[float]:
+        """Return the median seconds of each call, taken in turns, after one of each that is not counted."""
+        times: list[list[float]] = [[] for _ in calls]
+        for turn in range(self.repetitions + 1):
+            for call, own in zip(calls, times, strict=True):
+                self._wait()
+                start = time.perf_counter()
+                call()
+                self._wait()
+                if turn:
+                    own.append(time.perf_counter() - start)
+        return [statistics.median(own) for own in times]
+
+    def row(self, what: str, case: str, size: int, unit: str, seconds: float, beside: float | None, formula: str = ""):
+        """Return the row of one measurement."""
+        facts = (self.repetitions, device_name(self.device), torch.__version__, torch.get_num_threads())
+        return Scaling(what, case, size, unit, seconds, beside, formula, *facts)
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def transform_rows(bench: Bench, depths: list[int]) -> list[Scaling]:
+    """Return the rows of transform against nodes, one a depth."""
+    images = torch.rand(2, 3, 32, 32, device=bench.device)
+    rows = []
+    for depth in depths:
+        torch.manual_seed(0)
+        model = WideResNet(depth, 1).eval().to(bench.device)
+        nodes = len(capture(model, images).graph_module.graph.nodes)
+
+        def forward(model: nn.Module = model) -> None:
+            with torch.no_grad():
+                for _ in range(4):
+                    model(images)
+
+        transform, beside = bench.seconds(lambda model=model: msfx.transform(model, images), forward)
+        rows.append(bench.row("transform", f"WRN-{depth}-1", nodes, "nodes", transform, beside))
+    return rows
+
+
+def calibration_rows(bench: Bench, images: list[int], channels: list[int], batch: int) -> list[Scaling]:
+    """Return the rows of calibration against images at the least channels, and against channels at the least images."""
+    sizes = [(count, min(channels), count, "images") for count in images]
+    sizes += [(min(images), count, count, "channels") for count in channels]
+    rows = []
+    for count, width, size, unit in sizes:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU()).eval().to(bench.device)
+        batches = list(torch.rand(count, 3, 32, 32, device=bench.device).split(batch))
+        calibrated, plain = bench.seconds(*passes(model, batches))
+        rows.append(bench.row("calibration", f"{count} images, {width} channels", size, unit, calibrated, plain))
+    return rows
+
+
+def passes(model: nn.Module, batches: list[torch.Tensor]) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return calibration over the batches, and the plain pass over the same."""
+    sparse = msfx.transform(model, batches[0][:2])
+
+    def plain() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                model(batch)
+
+    return lambda: msfx.calibrate(sparse, batches, progress=False), plain
+
+
+def plan_rows(bench: Bench, name: str, batch: int, batches: int, devices: list[int]) -> list[Scaling]:
+    """Return a model's measured passes, and the plan that follows from them."""
+    torch.manual_seed(0)
+    side = MODELS[name][1]
+    model = build_model(name).to(bench.device)
+    data = [torch.rand(batch, 3, side, side, device=bench.device)] * batches
+    (short, plain), (long, _) = passes(model, data), passes(model, data + data)
+    half, whole, beside = bench.seconds(short, long, plain)
+    count = batch * batches
+    rows = [
+        bench.row("calibration", name, count, "images", half, beside),
+        bench.row("calibration", name, 2 * count, "images", whole, None),
+    ]
+    each, once = (whole - half) / count, max(0.0, 2 * half - whole)
+    stats = msfx.calibrate(msfx.transform(model, data[0][:2]), data[:1], progress=False)
+    (merging,) = bench.seconds(lambda: stats.merge(stats))
+    for number in devices:
+        seconds = once + IMAGES / number * each + (number - 1) * merging
+        formula = (
+            f"{once:.3g} s + {IMAGES:,} images / {number} * {1e3 * each:.3g} ms + {number - 1} merges * "
+            f"{1e3 * merging:.3g} ms"
+        )
+        rows.append(bench.row("plan", name, number, "devices", seconds, None, formula))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--depth", nargs="+", type=int, default=[16, 40, 94, 202, 400])
+    parser.add_argument("--images", nargs="+", type=int, default=[128, 256, 512, 1024])
+    parser.add_argument("--channels", nargs="+", type=int, default=[16, 64, 256])
+    parser.add_argument("--plan", nargs="*", choices=MODELS, default=["WRN-16-4", "ResNet-50"])
+    parser.add_argument("--devices", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=1, help="of the plan's shorter pass")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    bench = Bench(args.device, args.repetitions)
+    rows = transform_rows(bench, args.depth) + calibration_rows(bench, args.images, args.channels, args.batch)
+    for name in args.plan:
+        try:
+            rows += plan_rows(bench, name, args.batch, args.batches, args.devices)
+        except Unavailable as reason:
+            print(f"skipped the plan for {name}: {reason}")
+    shown = ("what", "case", "size", "unit", "seconds", "beside", "formula")
+    print_rows(rows, shown, f"scaling on {device_name(args.device)}, {torch.get_num_threads()} threads")
+    if args.out is not None:
+        write(rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
