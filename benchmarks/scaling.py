@@ -5,8 +5,8 @@
 - `transform`: WideResNets of growing depth, one image channel wide, so that time goes into the graph and not into
   convolutions. The baseline is four forward passes on the two example images, which is what capture's check must run.
 - `calibration`: one convolution and one site, for growing numbers of images and of channels, beside the plain pass.
-- `plan`: seconds that calibration on a million images takes on N devices. From two measured pieces, a pass over B and one
-  over 2 B images, come the seconds an image costs and the seconds a pass costs once; then
+- `plan`: seconds that calibration on a million images takes on N devices. Two passes are measured, over B and over 2 B
+  images; from them come the seconds that an image costs, and those that a pass costs once. Then
 
       seconds(N) = once + 1,000,000 / N * seconds an image costs + merging N statistics
 """
@@ -83,7 +83,9 @@ class Bench:
                     own.append(time.perf_counter() - start)
         return [statistics.median(own) for own in times]
 
-    def row(self, what: str, case: str, size: int, unit: str, seconds: float, beside: float | None, formula: str = ""):
+    def row(
+        self, what: str, case: str, size: int, unit: str, seconds: float, beside: float | None, formula: str = ""
+    ) -> Scaling:
         """Return the row of one measurement."""
         facts = (self.repetitions, device_name(self.device), torch.__version__, torch.get_num_threads())
         return Scaling(what, case, size, unit, seconds, beside, formula, *facts)
@@ -151,9 +153,11 @@ def plan_rows(bench: Bench, name: str, batch: int, batches: int, devices: list[i
         bench.row("calibration", name, count, "images", half, beside),
         bench.row("calibration", name, 2 * count, "images", whole, None),
     ]
-    each, once = (whole - half) / count, max(0.0, 2 * half - whole)
-    stats = msfx.calibrate(msfx.transform(model, data[0][:2]), data[:1], progress=False)
-    (merging,) = bench.seconds(lambda: stats.merge(stats))
+    once = min(max(0.0, 2 * half - whole), whole / 2)  # noise must not make an image cost nothing
+    each = (whole - once) / (2 * count)
+    sparse = msfx.transform(model, data[0][:2])
+    one, other = (msfx.calibrate(sparse, [part], progress=False) for part in (data[0], data[0].flip(0)[:1]))
+    (merging,) = bench.seconds(lambda: one.merge(other))
     for number in devices:
         seconds = once + IMAGES / number * each + (number - 1) * merging
         formula = (
@@ -167,7 +171,7 @@ def plan_rows(bench: Bench, name: str, batch: int, batches: int, devices: list[i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--depth", nargs="+", type=int, default=[16, 40, 94, 202, 400])
+    parser.add_argument("--depth", nargs="+", type=int, default=[16, 40, 94, 202, 286])
     parser.add_argument("--images", nargs="+", type=int, default=[128, 256, 512, 1024])
     parser.add_argument("--channels", nargs="+", type=int, default=[16, 64, 256])
     parser.add_argument("--plan", nargs="*", choices=MODELS, default=["WRN-16-4", "ResNet-50"])

@@ -1,0 +1,94 @@
+"""What lies in the folder of results, by benchmark and file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..calibration import Need
+from ..harness import Row, read
+from ..models import Case
+from ..roofline import Count
+from ..scaling import Scaling
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file of results.
+
+    Attributes:
+        name: Of the file.
+        rows: In its order; never empty.
+    """
+
+    name: str
+    rows: Sequence[Any]
+
+    @property
+    def gpu(self) -> bool:
+        """Whether it is from a GPU: files from a CPU say so in their names, as benchmarks/README.md asks."""
+        return "-cpu-" not in self.name
+
+    @property
+    def where(self) -> str:
+        """The machine in words."""
+        row = self.rows[0]
+        threads = "" if self.gpu else f", {row.threads} thread{'s' * (row.threads > 1)}"
+        return f"{row.device}{threads}, torch {row.torch}"
+
+    @property
+    def cases(self) -> dict[str, dict[str, Row]]:
+        """The rows by case and contender."""
+        found: dict[str, dict[str, Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.case, {})[row.contender] = row
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """All files that the page is made from.
+
+    Attributes:
+        models, kernels, calibration, attack, scaling: One source a file.
+        images: How many images calibration takes, if that was measured.
+        counts: Bytes and calls, counted.
+    """
+
+    models: list[Source] = field(default_factory=list)
+    kernels: list[Source] = field(default_factory=list)
+    calibration: list[Source] = field(default_factory=list)
+    attack: list[Source] = field(default_factory=list)
+    scaling: list[Source] = field(default_factory=list)
+    images: list[Need] = field(default_factory=list)
+    counts: list[Count] = field(default_factory=list)
+
+    def count(self, model: str, form: str) -> Count | None:
+        """Return the count of a form in a model, if there is one."""
+        return next((c for c in self.counts if (c.model, c.form) == (model, form)), None)
+
+
+def load(folder: Path) -> Results:
+    """Return what lies in ``folder``; what is not there is empty."""
+
+    def sources(benchmark: str, kind: type[Any] = Row) -> Iterator[Source]:
+        for path in sorted(folder.glob(f"{benchmark}-*.csv")):
+            if path.name != "calibration-images.csv" and (rows := read(path, kind)):
+                yield Source(path.name, rows)
+
+    def single(name: str, kind: type[Any]) -> list[Any]:
+        return read(folder / name, kind) if (folder / name).exists() else []
+
+    return Results(
+        *(list(sources(benchmark)) for benchmark in ("models", "kernels", "calibration", "attack")),
+        list(sources("scaling", Scaling)),
+        single("calibration-images.csv", Need),
+        single("roofline.csv", Count),
+    )
+
+
+def case_of(row: Row) -> Case:
+    """Return the case of a row of benchmarks.models."""
+    return Case.read(row.case)

@@ -1,0 +1,243 @@
+"""The tables of the page, each made from results; where there are none it says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from ..harness import Row
+from ..models import CONTENDERS
+from .results import Results, Source, case_of
+from .targets import TARGETS, wins
+
+NOTHING = "Not measured: there is no file of this in `benchmarks/results/`."
+MIB = 2**20
+# Which form of the counts a contender of benchmarks.models is.
+FORMS = {
+    "published module": "published",
+    "branch-free module": "branch-free",
+    "ours": "ours",
+    "ours, fused": "ours, fused",
+}
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown; all columns but the first are numbers, and stand right."""
+    lines = [list(heads), ["---", *["---:"] * (len(heads) - 1)], *map(list, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _each(sources: Sequence[Source], content: Callable[[Source], str]) -> str:
+    """Return what each file says under its name and machine."""
+    if not sources:
+        return NOTHING
+    return "\n\n".join(f"**{source.where}** (`{source.name}`)\n\n{content(source)}" for source in sources)
+
+
+def targets(results: Results) -> str:
+    """Return the table of targets."""
+    lines = ["| target | limit | verdict | figures | file |", "|---|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(target.line(results))} |" for target in TARGETS)])
+
+
+def rivals(results: Results) -> str:
+    """Return how often each of ours is faster and slower than each rival."""
+    found = wins(results)
+    if not found:
+        return NOTHING
+    rows = [(f"{words} (`{file}`)", str(won), str(lost), f"{middle:.2f}") for file, words, won, lost, middle in found]
+    return table(("rows of one run", "ours faster", "ours slower", "median of the ratio"), rows)
+
+
+def models(results: Results) -> str:
+    """Return the times of whole models."""
+    return _each(results.models, lambda source: "\n\n".join(_times(source, kind) for kind in (False, True)))
+
+
+def _times(source: Source, compiled: bool) -> str:
+    base = "base compiled" if compiled else "base"
+    names = [name for name, (own, _) in CONTENDERS.items() if own == base and name != base]
+    rows = []
+    for case, found in source.cases.items():
+        if base in found:
+            cells = [_ratio(found.get(name)) for name in names]
+            rows.append((case, f"{found[base].milliseconds:.1f} ms", *cells))
+    heads = ("case", base, *(name.removesuffix(" compiled") for name in names))
+    return table(heads, rows) if rows else f"No rows of what is {'compiled' if compiled else 'run eagerly'}."
+
+
+def _ratio(row: Row | None) -> str:
+    return "" if row is None else f"{row.ratio:.2f}"
+
+
+def memory(results: Results) -> str:
+    """Return bytes kept, peak, launches, graphs and compile seconds, where they were asked for."""
+    asked: tuple[tuple[str, Callable[[Row], str]], ...] = (
+        ("kept, MiB", lambda r: "" if not r.kept_bytes else f"{r.kept_bytes / MIB:.1f}"),
+        ("peak, MiB", lambda r: "" if r.peak_bytes is None else f"{r.peak_bytes / MIB:.1f}"),
+        ("launches", lambda r: "" if r.launches is None else str(r.launches)),
+        ("graphs", lambda r: "" if r.graphs is None else str(r.graphs)),
+        ("compile, s", lambda r: "" if r.compile_seconds is None else f"{r.compile_seconds:.1f}"),
+    )
+
+    def content(source: Source) -> str:
+        rows = [(row.case, row.contender, *(read(row) for _, read in asked)) for row in source.rows]
+        return table(("case", "contender", *(head for head, _ in asked)), [row for row in rows if any(row[2:])])
+
+    return _each(results.models, content)
+
+
+def counts(results: Results) -> str:
+    """Return the counted bytes and calls, by model."""
+    if not results.counts:
+        return NOTHING
+    forms = list(dict.fromkeys(count.form for count in results.counts))
+    rows = []
+    for model in dict.fromkeys(count.model for count in results.counts):
+        own = {form: results.count(model, form) for form in forms}
+        base = own["base"]
+        for words, size, call in (
+            ("forward", "forward_bytes", "forward_calls"),
+            ("backward", "backward_bytes", "backward_calls"),
+        ):
+            cells = [f"{getattr(c, size) / MIB:.2f} ({getattr(c, call) / c.sites:.1f})" for c in own.values()]
+            rows.append((f"{model}, {base.sites} sites, {words}", *cells))
+        rows.append((f"{model}, kept", *(f"{c.kept_bytes / MIB:.2f}" for c in own.values())))
+    return table(("MiB an image (calls a site)", *forms), rows)
+
+
+def roofline(results: Results) -> str:
+    """Return the counted extra bytes of each measured form beside its measured extra time."""
+
+    def content(source: Source) -> str:
+        rows = []
+        for case, found in source.cases.items():
+            asked = case_of(found["base"]) if "base" in found else None
+            for contender, form in FORMS.items():
+                row = found.get(contender)
+                extra = asked and row and extra_bytes(results, asked.model, form, asked.mode)
+                if row is None or extra is None or asked.dtype != "float32":
+                    continue
+                time = (row.ratio - 1) * found["base"].milliseconds
+                cells = (f"{extra * asked.batch / MIB:+.1f}", f"{time:+.2f}")
+                rows.append((f"{case}, {contender}", *cells, implied(extra * asked.batch, time)))
+        heads = ("over the base", "counted, MiB", "measured, ms", "GB/s")
+        return table(heads, rows) if rows else NOTHING
+
+    return _each(results.models, content) if results.counts else NOTHING
+
+
+def extra_bytes(results: Results, model: str, form: str, mode: str) -> int | None:
+    """Return the bytes that a form moves more than the base, for one image; None where that was not counted."""
+    own, base = results.count(model, form), results.count(model, "base")
+    if own is None or base is None or mode == "all gradients":
+        return None
+    forward = own.forward_bytes - base.forward_bytes
+    return forward if mode == "forward" else forward + own.backward_bytes - base.backward_bytes
+
+
+def implied(extra: float, milliseconds: float) -> str:
+    """Return the bandwidth at which the extra bytes would take the extra time; empty where either is none."""
+    return f"{extra / milliseconds / 1e6:.1f}" if extra * milliseconds > 0 else ""
+
+
+def kernels(results: Results) -> str:
+    """Return the operator alone, beside the activation and other ways to compute it."""
+    names = ("clone", "meansparse_fx", "meansparse_fx, compiled", "torch operators", "published form")
+
+    def content(source: Source) -> str:
+        rows = []
+        for case, found in source.cases.items():
+            alone = found["torch activation"]
+            share = found["meansparse_fx"].of_clone
+            cells = [_ratio(found.get(name)) for name in names]
+            rows.append((case, f"{alone.milliseconds:.2f} ms", *cells, "" if share is None else f"{share:.0%}"))
+        return table(("case", "activation alone", *names, "of the clone's bandwidth"), rows)
+
+    return _each(results.kernels, content)
+
+
+def calibration(results: Results) -> str:
+    """Return calibration beside the plain pass, and how many images it takes."""
+
+    def content(source: Source) -> str:
+        rows = [(r.case, r.contender, f"{r.milliseconds:,.0f}", f"{r.ratio:.2f}", r.baseline) for r in source.rows]
+        return table(("case", "contender", "ms", "ratio", "to"), rows)
+
+    parts = [_each(results.calibration, content)]
+    if results.images:
+        rows = [
+            (
+                f"{100 * need.tolerance:g} %" if need.tolerance else "all images",
+                f"{need.images:,}",
+                f"{100 * need.accuracy:.2f}",
+            )
+            for need in results.images
+        ]
+        parts.append("How many images a tolerance takes (`calibration-images.csv`):")
+        parts.append(table(("tolerance", "images", "accuracy at alpha 0.3, %"), rows))
+    return "\n\n".join(parts)
+
+
+def attacks(results: Results) -> str:
+    """Return the attacks' times over the base's."""
+
+    def content(source: Source) -> str:
+        rows = []
+        for row in source.rows:
+            passes = f"{row.forward_images or 0:,} / {row.backward_images or 0:,}"
+            per_pass = "" if row.ratio_per_pass is None else f"{row.ratio_per_pass:.2f}"
+            rows.append((row.case, row.contender, f"{row.milliseconds:,.0f}", f"{row.ratio:.2f}", per_pass, passes))
+        heads = ("case", "contender", "ms", "over base", "per pass", "images forward / backward")
+        return table(heads, rows)
+
+    return _each(results.attack, content)
+
+
+def scaling(results: Results) -> str:
+    """Return what was measured of growth, and the plans with their formula."""
+
+    def content(source: Source) -> str:
+        rows = []
+        for row in source.rows:
+            each = f"{1e3 * row.seconds / row.size:.3g}" if row.what == "transform" else ""
+            beside = "" if row.beside is None else f"{row.beside:.3g}"
+            words = f"{row.what}, {row.case}"
+            rows.append((words, f"{row.size:,} {row.unit}", f"{row.seconds:,.3g}", beside, each, row.formula))
+        heads = ("what", "size", "seconds", "beside", "ms a node", "computed from")
+        return table(heads, rows)
+
+    return _each(results.scaling, content)
+
+
+SECTIONS: dict[str, Callable[[Results], str]] = {
+    function.__name__: function
+    for function in (targets, rivals, models, memory, counts, roofline, kernels, calibration, attacks, scaling)
+}
+
+
+def headline(results: Results) -> str:
+    """Return the few lines for the README: the eager and compiled ratios of the first CPU file and of each GPU's."""
+    if not results.models:
+        return "Whole models have not been measured."
+    lines = []
+    for source in results.models:
+        parts = [
+            f"{name} {_span([row for row in source.rows if row.contender == name])}"
+            for name in ("ours", "ours, fused", "published module")
+        ]
+        compiled = [
+            f"{name.removesuffix(' compiled')} {_span([row for row in source.rows if row.contender == name])}"
+            for name in ("ours compiled", "published module compiled")
+            if any(row.contender == name for row in source.rows)
+        ]
+        models = dict.fromkeys(case_of(row).model for row in source.rows)
+        behind = f"; compiled over the compiled base: {', '.join(compiled)}" if compiled else ""
+        lines.append(f"- {source.where}, {', '.join(models)}: over the base {', '.join(parts)}{behind}.")
+    return "\n".join(lines)
+
+
+def _span(rows: Sequence[Row]) -> str:
+    if not rows:
+        return "not measured"
+    low, high = min(row.ratio for row in rows), max(row.ratio for row in rows)
+    return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
