@@ -84,12 +84,17 @@ def with_bandwidth(rows: list[Row], mode: str) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=SHAPES, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", nargs="+", help="of the device's, by default all")
+    parser.add_argument("--activation", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS))
+    parser.add_argument("--mode", nargs="+", choices=STREAMS, default=list(STREAMS))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--repetitions", type=int, default=21)
     args = parser.parse_args()
     dtypes = [torch.float32] + ([torch.bfloat16] if args.device == "cuda" else [])
     rows: list[Row] = []
-    for label, shape in SHAPES[args.device].items():
+    shapes = SHAPES[args.device]
+    for label in args.shape or shapes:
+        shape = shapes[label]
         for dtype in dtypes:
             for layout in (torch.contiguous_format, torch.channels_last):
                 x = (
@@ -97,8 +102,8 @@ def main() -> None:
                     .to(args.device, dtype)
                     .contiguous(memory_format=layout)
                 )
-                for name in ACTIVATIONS:
-                    for mode in STREAMS:
+                for name in args.activation:
+                    for mode in args.mode:
                         words = (label, str(dtype).removeprefix("torch."), str(layout).removeprefix("torch."), name)
                         calls, case = contenders(x, name, mode), " ".join((*words, mode))
                         own = measure("kernels", case, calls, "torch activation", args.device, args.repetitions)

@@ -14,7 +14,9 @@ import copy
 import functools
 import itertools
 import re
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import meansparse_fx as msfx
+from meansparse_fx.nn import MeanSparse
 
 from .architectures import MODELS, Unavailable
 from .architectures import build as build_model
@@ -140,8 +143,12 @@ def calls_of(
 
 
 def state_of(name: str, contender: nn.Module) -> Iterable[Tensor]:
-    """Return parameters and buffers, those of operators that the plug-in holds too."""
+    """Return parameters and buffers, those that the plug-in holds too, and the scales of norms that are fused."""
     found = [*contender.parameters(), *contender.buffers()]
+    for module in contender.modules():
+        if isinstance(module, MeanSparse):
+            norms = (module.before.norm, module.before.outer)
+            found += [vector for norm in norms if norm is not None for vector in norm.affine()]
     if name == "ours compiled":
         found += [b for operator in msfx.compile_report(contender).operators.values() for b in operator.buffers()]
     return found
@@ -166,7 +173,13 @@ def check(results: dict[str, tuple[Tensor, ...]], mode: str) -> None:
 def _results(
     contenders: dict[str, nn.Module], images: Tensor, upstream: Tensor, mode: str
 ) -> dict[str, tuple[Tensor, ...]]:
-    return {name: calls_of(net, images, upstream, mode)[0]() for name, net in contenders.items()}
+    with _full_precision():
+        return {name: calls_of(net, images, upstream, mode)[0]() for name, net in contenders.items()}
+
+
+def _full_precision() -> AbstractContextManager[None]:
+    """Return a context without TF32, whose 10 bits would hide what is checked; what is timed runs as torch has it."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
 
 
 def run(case: Case, device: str, repetitions: int, *, compiled: bool = True, cold: bool = False) -> list[Row]:
@@ -195,7 +208,9 @@ def run(case: Case, device: str, repetitions: int, *, compiled: bool = True, col
         state = functools.partial(state_of, name, contender)
         facts[name] = facts_of(calls[name], graph, state, device, name.endswith("compiled"), cold)
     if case.dtype == "float32":
-        check({name: call() for name, call in calls.items()}, case.mode)
+        with _full_precision():
+            results = {name: call() for name, call in calls.items()}
+        check(results, case.mode)
     baselines = {name: CONTENDERS[name][0] for name in calls}
     return measure("models", str(case), calls, baselines, device, repetitions, facts)
 
@@ -216,6 +231,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.compiler.config.force_disable_caches = args.cold
     rows: list[Row] = read(args.out) if args.append and args.out and args.out.exists() else []
+    failed: list[str] = []
     cases = itertools.product(args.model, args.batch, args.mode, args.dtype)
     for name, batch, mode, dtype in cases:
         case = Case(name, batch, MODELS[name][1], mode, args.channels_last, dtype)
@@ -224,8 +240,12 @@ def main() -> None:
         except (Unavailable, msfx.MeanSparseError) as reason:  # RobustBench's models normalise in float32: no bfloat16
             print(f"skipped {case}: {reason}")
             continue
+        except AssertionError as wrong:  # the other cases of a long run are worth having
+            failed.append(f"FAILED {case}: {wrong}")
+            continue
         rows = [row for row in rows if row.case != str(case)] + found
         report(rows, args.out)  # after each case: a long run that is stopped keeps what it had
+    sys.exit("\n".join(failed) or None)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ class Count:
         sites: How many the model has.
         forward_calls, backward_calls: Of operators, at all sites together.
         forward_bytes, backward_bytes: Read and written there, for one image.
-        kept_bytes: Kept for backward there, for one image.
     """
 
     model: str
@@ -39,7 +38,6 @@ class Count:
     forward_bytes: int
     backward_calls: int
     backward_bytes: int
-    kept_bytes: int
 
 
 def counts(name: str) -> list[Count]:
@@ -51,7 +49,7 @@ def counts(name: str) -> list[Count]:
         Count(
             name, form, len(found),
             c.forward.calls, c.forward.bytes // found.images,
-            c.backward.calls, c.backward.bytes // found.images, c.kept // found.images,
+            c.backward.calls, c.backward.bytes // found.images,
         )
         for form, c in found.total.items()
     ]  # fmt: skip

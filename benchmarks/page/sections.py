@@ -101,7 +101,6 @@ def counts(results: Results) -> str:
         ):
             cells = [f"{getattr(c, size) / MIB:.2f} ({getattr(c, call) / c.sites:.1f})" for c in own.values()]
             rows.append((f"{model}, {base.sites} sites, {words}", *cells))
-        rows.append((f"{model}, kept", *(f"{c.kept_bytes / MIB:.2f}" for c in own.values())))
     return table(("MiB an image (calls a site)", *forms), rows)
 
 
@@ -216,28 +215,25 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
 
 
 def headline(results: Results) -> str:
-    """Return the few lines for the README: the eager and compiled ratios of the first CPU file and of each GPU's."""
+    """Return a line a file of whole models, for the README."""
     if not results.models:
         return "Whole models have not been measured."
     lines = []
     for source in results.models:
-        parts = [
-            f"{name} {_span([row for row in source.rows if row.contender == name])}"
-            for name in ("ours", "ours, fused", "published module")
-        ]
-        compiled = [
-            f"{name.removesuffix(' compiled')} {_span([row for row in source.rows if row.contender == name])}"
-            for name in ("ours compiled", "published module compiled")
-            if any(row.contender == name for row in source.rows)
-        ]
-        models = dict.fromkeys(case_of(row).model for row in source.rows)
-        behind = f"; compiled over the compiled base: {', '.join(compiled)}" if compiled else ""
-        lines.append(f"- {source.where}, {', '.join(models)}: over the base {', '.join(parts)}{behind}.")
+        eager = _spans(source, {"ours": "ours", "ours, fused": "fused", "published module": "the published module"})
+        compiled = _spans(source, {"ours compiled": "ours", "published module compiled": "the published module"})
+        models = ", ".join(dict.fromkeys(case_of(row).model for row in source.rows))
+        behind = f"; compiled, over the base compiled: {compiled}" if compiled else ""
+        lines.append(f"- {source.where} ({models}), time over the base: {eager}{behind}.")
     return "\n".join(lines)
 
 
+def _spans(source: Source, names: dict[str, str]) -> str:
+    """Return the least and the largest ratio of each contender, under the words it is called by."""
+    found = {words: [row for row in source.rows if row.contender == name] for name, words in names.items()}
+    return ", ".join(f"{words} {_span(rows)}" for words, rows in found.items() if rows)
+
+
 def _span(rows: Sequence[Row]) -> str:
-    if not rows:
-        return "not measured"
     low, high = min(row.ratio for row in rows), max(row.ratio for row in rows)
     return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"

@@ -54,7 +54,7 @@ class Target:
             return self.what, limit, "not measured", "", ""
         # As it is printed: a figure that reads as the limit meets it.
         values = [round(figure.value, 2) for figure in found]
-        bad = [v < self.limit if self.least else v > self.limit for v in values]
+        bad = [not (v >= self.limit if self.least else v <= self.limit) for v in values]  # NaN is bad
         worst = found[values.index(min(values) if self.least else max(values))]
         span = f"{worst.value:.2f}{self.unit} ({worst.what})"
         low, high = f"{min(values):.2f}", f"{max(values):.2f}"

@@ -151,7 +151,8 @@ def cost(model: nn.Module, images: Tensor, placement: Placement | str | None = N
     - Backward is that of the images' gradient: parameters want none. A frozen norm's backward does not read its input.
       Where others read the sum, too, adding up its two gradients is part of the stretch.
     - An activation that the operator cannot take in is the same in every form and is left out.
-    - Kept for backward is what the stretch keeps, each tensor once; two sites that keep the same tensor both count it.
+    - Kept for backward is what the stretch keeps, each tensor once, and its result, which the layer behind keeps as its
+      input. Two sites that keep the same tensor both count it: a residual is often another site's result.
     - Ours is one call, as the Triton kernels are, and the loops compiled for large CPU tensors. Small CPU tensors take
       several.
 
@@ -205,5 +206,10 @@ def _counted(form: Form, region: Region) -> FormCost:
     gradients = [torch.empty_like(result) for result in results]
     with Tally(values) as backward:
         torch.autograd.grad(results, inputs, gradients)
-    kept = kept_bytes(lambda: form(region, inputs), smallest=values)
+    kept = kept_bytes(lambda: _read_on(form(region, inputs)), smallest=values)
     return FormCost(*(Moves(t.calls, t.read, t.written) for t in (forward, backward)), kept)
+
+
+def _read_on(results: tuple[Tensor, ...]) -> Tensor:
+    """Return what stands for the layer that reads y: like a convolution, it keeps its input."""
+    return results[0].square()

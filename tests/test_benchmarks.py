@@ -1,0 +1,390 @@
+"""Every benchmark at a size that costs seconds: what its rows say, and that the page is what the files say."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import meansparse_fx as msfx
+from benchmarks import architectures, attack, calibration, kernels, models, performance, roofline, scaling
+from benchmarks.harness import RESULTS, Facts, Row, measure, read, write
+from benchmarks.models import CONTENDERS, Case
+from benchmarks.page import results as page_results
+from benchmarks.page.sections import SECTIONS
+from benchmarks.page.targets import TARGETS, Figure, Target
+from benchmarks.wide_resnet import WideResNet
+from meansparse_fx import bundled
+
+ROOT = Path(performance.__file__).parents[1]
+EAGER = [name for name in CONTENDERS if not name.endswith("compiled")]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A model of benchmarks that costs nothing."""
+    monkeypatch.setitem(architectures.MODELS, "tiny", (lambda: WideResNet(10, 1), 8))
+    return "tiny"
+
+
+def main(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+def row(benchmark="models", case="WRN-16-4 8x3x32x32 forward", contender="ours", ratio=1.0, **more) -> Row:
+    return Row(benchmark, case, contender, 10.0, 9.0, 11.0, ratio, "base", 5, "Some CPU", "2.14", 2, **more)
+
+
+# The harness.
+
+
+def test_measure_takes_turns_and_names_its_baseline():
+    order = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    rows = measure("x", "y", calls, {"a": "a", "b": "a"}, "cpu", 4, {"b": Facts(graphs=3)}, warm_up=1)
+    assert order == ["a", "b"] * 5
+    assert [(r.contender, r.baseline, r.graphs, r.repetitions) for r in rows] == [("a", "a", None, 4), ("b", "a", 3, 4)]
+    assert rows[0].ratio == 1
+    assert all(r.low <= r.milliseconds <= r.high for r in rows)
+    (single,) = measure("x", "y", {"a": lambda: None}, "a", "cpu", 1)
+    assert single.low == single.milliseconds == single.high
+
+
+def test_rows_come_back_from_a_file(tmp_path):
+    rows = [row(kept_bytes=7, of_clone=0.5), row(graphs=2)]
+    write(rows, tmp_path / "a" / "rows.csv")
+    assert read(tmp_path / "a" / "rows.csv") == rows
+
+
+def test_an_older_file_has_fewer_columns(tmp_path):
+    path = tmp_path / "old.csv"
+    write([row(kept_bytes=7)], path)
+    old = [line.rsplit(",", 3)[0] for line in path.read_text().splitlines()]
+    path.write_text("\n".join(old))
+    (found,) = read(path)
+    assert found == replace(row(), kept_bytes=7)
+
+
+@pytest.mark.parametrize("mode", models.MODES)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", models.DTYPES)
+def test_a_case_can_be_read_again(mode, channels_last, dtype):
+    case = Case("ResNet-50", 4, 224, mode, channels_last, dtype)
+    assert Case.read(str(case)) == case
+
+
+def test_what_is_no_case():
+    with pytest.raises(ValueError, match="no case"):
+        Case.read("WRN-16-4 8x3x32x32 sideways")
+
+
+# Whole models.
+
+
+def test_eager_models(tiny):
+    forward, gradient = (
+        {r.contender: r for r in models.run(Case(tiny, 2, 8, mode), "cpu", 2, compiled=False)}
+        for mode in ("forward", "images' gradient")
+    )
+    assert list(forward) == list(gradient) == EAGER
+    counts = {form: c for form, c in msfx.cost(WideResNet(10, 1).eval(), torch.rand(2, 3, 8, 8)).total.items()}
+    base, fused = counts["base"], counts["ours, fused"]
+    assert all(r.kept_bytes is None and r.graphs is None and r.baseline == "base" for r in forward.values())
+    assert forward["ours"].launches == forward["base"].launches
+    assert forward["base"].launches - forward["ours, fused"].launches == base.forward.calls - fused.forward.calls
+    # Once, at a site: its value asked and compared, a root, a product, and four passes; eight calls.
+    sites = 7
+    assert forward["published module"].launches - forward["base"].launches == 8 * sites
+    # Fused, two sites keep the stem's result, [2, 16, 8, 8]; nobody keeps what is pooled, [2, 64, 2, 2].
+    twice, never = 4 * 2 * 16 * 8 * 8, 4 * 2 * 64 * 2 * 2
+    for name, form, less in (("ours", "ours", 0), ("ours, fused", "ours, fused", twice + never),
+                             ("published module", "published", 0)):  # fmt: skip
+        more = counts[form].kept - base.kept - less
+        assert gradient[name].kept_bytes - gradient["base"].kept_bytes == more, name
+    assert gradient["ours"].kept_bytes == gradient["base"].kept_bytes < gradient["published module"].kept_bytes
+    assert all(r.peak_bytes > 0 and r.ratio > 0 and r.repetitions == 2 for r in gradient.values())
+
+
+def test_all_gradients_leave_out_what_has_frozen_norms(tiny):
+    rows = models.run(Case(tiny, 2, 8, "all gradients", channels_last=True), "cpu", 1, compiled=False)
+    assert [r.contender for r in rows] == [name for name in EAGER if name != "ours, fused"]
+    assert {r.case for r in rows} == {"tiny 2x3x8x8 all gradients channels_last"}
+
+
+def test_half_precision(tiny):
+    rows = models.run(Case(tiny, 2, 8, "forward", dtype="bfloat16"), "cpu", 1, compiled=False)
+    assert [r.contender for r in rows] == EAGER
+    assert {r.case for r in rows} == {"tiny 2x3x8x8 forward bfloat16"}
+
+
+@pytest.mark.slow
+def test_compiled_models(tiny):
+    rows = {r.contender: r for r in models.run(Case(tiny, 2, 8, "images' gradient"), "cpu", 1, cold=True)}
+    assert list(rows) == list(CONTENDERS)
+    assert rows["ours compiled"].graphs == rows["base compiled"].graphs == 1
+    assert rows["published module compiled"].graphs > 7
+    assert rows["ours compiled"].baseline == "base compiled"
+    for name, found in rows.items():
+        assert (found.compile_seconds is not None) == name.endswith("compiled"), name
+        assert (found.launches is None) == name.endswith("compiled"), name
+
+
+def test_a_wrong_contender_is_not_timed():
+    good, far = (torch.ones(4),), (torch.full((4,), 1.5),)
+    base = (torch.full((4,), 1.2),)
+    right = {"base": base, "branch-free module": good, "ours": good}
+    models.check(right, "forward")
+    with pytest.raises(AssertionError, match=r"ours, forward: relative error 5\.0e-01"):
+        models.check(right | {"ours": far}, "forward")
+    with pytest.raises(AssertionError, match="nothing would be seen"):
+        models.check(dict.fromkeys(right, good), "forward")
+
+
+def test_models_that_are_not_there_are_skipped(tiny, monkeypatch, tmp_path, capsys):
+    def missing():
+        raise architectures.Unavailable("robustbench is not installed")
+
+    monkeypatch.setitem(architectures.MODELS, "missing", (missing, 8))
+    out = tmp_path / "models-cpu-1-thread.csv"
+    write([row(case="other 1x3x8x8 forward"), row(case="tiny 2x3x8x8 forward", contender="old")], out)
+    options = ("--mode", "forward", "--batch", 2, "--eager", "--repetitions", 2, "--device", "cpu")
+    with pytest.raises(SystemExit) as left:
+        main(models, monkeypatch, "--model", "missing", tiny, *options, "--append", "--out", out)
+    assert left.value.code is None
+    assert "skipped missing 2x3x8x8 forward: robustbench is not installed" in capsys.readouterr().out
+    rows = read(out)
+    assert [r.contender for r in rows] == ["ours", *EAGER]
+    assert rows[0].case == "other 1x3x8x8 forward"
+
+
+def test_every_architecture_names_its_package(monkeypatch):
+    monkeypatch.setattr(architectures.importlib.util, "find_spec", lambda name: None)
+    for name in architectures.MODELS:
+        if name.startswith("WRN"):
+            continue
+        with pytest.raises(architectures.Unavailable, match="is not installed"):
+            architectures.build(name)
+
+
+# Kernels, calibration.
+
+
+def test_bandwidth_counts_the_streams():
+    case = {"clone": row("kernels", contender="clone"), "own": row("kernels", contender="meansparse_fx")}
+    rows = [replace(case["clone"], milliseconds=2.0), replace(case["own"], milliseconds=4.0)]
+    assert [r.of_clone for r in kernels.with_bandwidth(rows, "forward")] == [1.0, 0.5]
+    assert [r.of_clone for r in kernels.with_bandwidth(rows, "backward")] == [1.0, 0.75]
+
+
+@pytest.mark.slow
+def test_kernels(monkeypatch, tmp_path):
+    monkeypatch.setitem(kernels.SHAPES, "cpu", {"2x3x4x4": (2, 3, 4, 4), "other": (1, 1, 1, 1)})
+    out = tmp_path / "kernels.csv"
+    options = ("--device", "cpu", "--shape", "2x3x4x4", "--activation", "relu", "--mode", "forward", "backward")
+    main(kernels, monkeypatch, *options, "--repetitions", 2, "--out", out)
+    rows = read(out)
+    cases = [f"2x3x4x4 float32 {layout} relu {mode}" for layout in ("contiguous_format", "channels_last")
+             for mode in ("forward", "backward")]  # fmt: skip
+    assert list(dict.fromkeys(r.case for r in rows)) == cases
+    assert {r.contender for r in rows} >= {"clone", "torch activation", "meansparse_fx", "published form"}
+    assert all(r.of_clone > 0 and r.baseline == "torch activation" for r in rows)
+
+
+def test_calibration(monkeypatch):
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
+    monkeypatch.setattr(calibration, "models", lambda device: {"tiny": (net, list(torch.rand(8, 1, 6, 6).split(4)))})
+    rows = calibration.time_all("cpu", 2, compiled=False)
+    assert [r.contender for r in rows] == ["plain forward", "meansparse_fx.calibrate", "published form"]
+    assert {r.baseline for r in rows} == {"plain forward"}
+
+
+# Attacks.
+
+
+def test_passes_are_counted():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    images = torch.rand(3, 1, 2, 2, requires_grad=True)
+    with attack.counted(model) as passes:
+        torch.autograd.grad(model(images).sum(), images)
+        with torch.no_grad():
+            model(images[:2])
+    model(images)
+    assert (passes.forward, passes.backward) == (5, 3)
+
+
+def test_attacks_ask_all_models_for_the_same(monkeypatch, tmp_path):
+    monkeypatch.setattr(attack, "build", lambda name: WideResNet(10, 1).eval())
+    monkeypatch.setitem(attack.VERSIONS, "standard", ("apgd-ce", "square"))
+    out = tmp_path / "attack.csv"
+    options = ("--images", 3, "--pool", 10, "--steps", 2, "--queries", 3, "--repetitions", 2, "--device", "cpu")
+    main(attack, monkeypatch, *options, "--out", out)
+    rows = read(out)
+    cases = {case: list(group) for case, group in itertools.groupby(rows, lambda r: r.case)}
+    assert list(cases) == [
+        "bundled apgd-ce, 3 images, 2 steps",
+        "bundled autoattack standard, 3 images, 2 steps, 3 queries",
+        "WRN-16-4 apgd-ce, 3 images, 2 steps",
+    ]
+    for case, found in cases.items():
+        assert [r.contender for r in found] == ["base", "published module", *attack.CONTENDERS]
+        assert found[0].backward_images == 3 * 3  # the start and two steps
+        if case.startswith("bundled"):  # no model loses one: same work for all
+            assert len({(r.forward_images, r.backward_images) for r in found}) == 1
+            assert all(r.ratio_per_pass == pytest.approx(r.ratio) for r in found)
+    assert (
+        cases["bundled autoattack standard, 3 images, 2 steps, 3 queries"][0].forward_images > found[0].forward_images
+    )
+
+
+def test_images_that_break_are_not_taken():
+    images, labels = attack.bundled_data(6, "cpu")
+    model = bundled.load_model()
+    wrong = (labels + 1) % 10
+    mixed = torch.where(torch.arange(6) < 3, wrong, labels)
+    chosen, kept = attack.unbroken({"base": model}, (images, mixed), 2, 1)
+    assert len(chosen) == 1
+    assert any(torch.equal(chosen[0], images[i]) and kept[0] == labels[i] for i in range(3, 6))
+    with pytest.raises(SystemExit, match="raise --pool"):
+        attack.unbroken({"base": model}, (images, wrong), 2, 1)
+
+
+# Growth.
+
+
+def test_scaling(tiny, monkeypatch, tmp_path):
+    out = tmp_path / "scaling.csv"
+    options = ("--depth", 10, 16, "--images", 2, 4, "--channels", 2, 3, "--plan", tiny, "--devices", 1, 4)
+    main(scaling, monkeypatch, *options, "--batch", 2, "--repetitions", 1, "--device", "cpu", "--out", out)
+    rows = read(out, scaling.Scaling)
+    assert [(r.what, r.case, r.size, r.unit) for r in rows if r.what == "calibration"] == [
+        ("calibration", "2 images, 2 channels", 2, "images"),
+        ("calibration", "4 images, 2 channels", 4, "images"),
+        ("calibration", "2 images, 2 channels", 2, "channels"),
+        ("calibration", "2 images, 3 channels", 3, "channels"),
+        ("calibration", tiny, 2, "images"),
+        ("calibration", tiny, 4, "images"),
+    ]
+    small, large = (r for r in rows if r.what == "transform")
+    # One block a group more: two norms, two activations, two convolutions and a sum.
+    assert (small.case, large.case, large.size - small.size) == ("WRN-10-1", "WRN-16-1", 3 * 7)
+    for r in rows:
+        assert r.seconds > 0
+        if r.what == "plan":
+            once, images, number, each, merges, merging = (
+                float(n.replace(",", "")) for n in re.findall(r"[\d.,]+(?:e[+-]\d+)?", r.formula)
+            )
+            assert (images, number, merges) == (1e6, r.size, r.size - 1)
+            assert r.seconds == pytest.approx(once + images / number * each / 1e3 + merges * merging / 1e3, rel=0.02)
+
+
+# The page.
+
+
+def test_the_counts_kept_are_todays():
+    kept = read(RESULTS / "roofline.csv", roofline.Count)
+    assert [count for count in kept if count.model == "WRN-16-4"] == roofline.counts("WRN-16-4")
+    assert {count.model for count in kept} >= {"WRN-16-4", "WRN-28-10", "ResNet-50", "ConvNeXt-T", "Swin-T"}
+
+
+def test_the_committed_page_is_what_the_files_say(monkeypatch, tmp_path):
+    readme = tmp_path / "README.md"
+    committed = (ROOT / "README.md").read_text()
+    readme.write_text(committed)
+    main(performance, monkeypatch, "--docs", tmp_path, "--readme", readme)
+    again = "run python -m benchmarks.performance"
+    assert (tmp_path / "performance.md").read_text() == (ROOT / "docs" / "performance.md").read_text(), again
+    assert readme.read_text() == committed, again
+    page = (tmp_path / "performance.md").read_text()
+    assert "{{" not in page
+    for plot in re.findall(r"!\[.*\]\((.*)\)", page):
+        for folder in (tmp_path, ROOT / "docs"):
+            assert (folder / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_files_nothing_was_measured(tmp_path):
+    empty = page_results.load(tmp_path)
+    page = performance.page(empty)
+    assert "![" not in page
+    assert page.count("| not measured |") == len(TARGETS)
+    assert "met |" not in page
+    for name, section in SECTIONS.items():
+        assert section(empty).startswith("| target" if name == "targets" else "Not measured"), name
+
+
+@pytest.mark.parametrize(
+    ("figures", "least", "verdict"),
+    [
+        ([], False, "not measured"),
+        ([1.0, 1.02], False, "met"),
+        ([1.024], False, "met"),  # reads 1.02
+        ([1.026], False, "**missed**"),
+        ([1.0, 1.03], False, "**missed** in 1 of 2"),
+        ([1.02], True, "met"),
+        ([1.0, 1.1], True, "**missed** in 1 of 2"),
+        ([float("nan")], False, "**missed**"),
+    ],
+)
+def test_verdicts(figures, least, verdict):
+    target = Target("t", 1.02, lambda _: (Figure(value, f"case {value}", "f.csv") for value in figures), least)
+    cells = target.line(page_results.Results())
+    assert cells[2] == verdict
+    assert cells[4] == ("`f.csv`" if figures else "")
+
+
+def test_the_page_copes_with_whatever_there_is(tmp_path):
+    case = "WRN-16-4 8x3x32x32 images' gradient"
+    rows = [
+        row(case=case, contender="base", kept_bytes=100),
+        row(case=case, contender="ours", ratio=1.2, kept_bytes=90),
+        row(case="Unknown 1x3x9x9 forward bfloat16", contender="ours compiled", ratio=1.3, graphs=2),
+    ]
+    write(rows, tmp_path / "models-cpu-2-threads.csv")
+    write([replace(r, ratio=0.9) for r in rows[:2]], tmp_path / "models-Some-GPU.csv")
+    (tmp_path / "roofline.csv").write_text((RESULTS / "roofline.csv").read_text())
+    found = page_results.load(tmp_path)
+    assert [(source.name, source.gpu) for source in found.models] == [
+        ("models-Some-GPU.csv", True),
+        ("models-cpu-2-threads.csv", False),
+    ]
+    lines = {cells[0]: cells for cells in (target.line(found) for target in TARGETS)}
+    assert lines["eager over base, CPU"][2:4] == ("**missed**", f"1.20 ({case})")
+    assert lines["compiled over base compiled, CPU"][2] == "**missed**"
+    assert lines["graphs of the compiled model"][2] == "**missed**"
+    assert lines["bytes kept for backward over base"][2] == "met"
+    assert lines["eager, fused, over base, GPU"][2] == "not measured"
+    page = performance.page(found)
+    assert f"| {case}, ours | +0.0 | +2.00 |  |" in page
+    assert "| ours against base (`models-cpu-2-threads.csv`) | 0 | 1 | 1.20 |" in page
+    for draw in performance.PLOTS.values():
+        assert draw(found) is not None
+
+
+def test_the_readme_needs_its_marks():
+    with pytest.raises(SystemExit, match="marks"):
+        performance.with_headline("no marks", page_results.Results())
+
+
+def test_every_command_is_listed():
+    listed = (ROOT / "benchmarks" / "README.md").read_text()
+    programs = [p for p in (ROOT / "benchmarks").glob("*.py") if "__main__" in p.read_text()]
+    for path in programs:
+        assert f"`python -m benchmarks.{path.stem}`" in listed
+    for path in (ROOT / "benchmarks").glob("*.sh"):
+        assert f"`bash benchmarks/{path.name}`" in listed
+        for module in re.findall(r"benchmarks\.(\w+)", path.read_text()):
+            assert module in {p.stem for p in programs}
