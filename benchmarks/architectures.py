@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from .wide_resnet import WideResNet
@@ -56,8 +57,18 @@ def build(name: str) -> nn.Module:
         Unavailable: Its package is not installed.
     """
     model = MODELS[name][0]().eval()
-    for path, parameter in model.named_parameters():
-        if "layer_scale" in path:
-            # ConvNeXt starts with 1e-6: its branches, and whatever goes wrong in them, would not be seen in the logits.
-            nn.init.constant_(parameter, 0.3)
+    _stir(model)
     return model
+
+
+@torch.no_grad()
+def _stir(model: nn.Module) -> None:
+    """Move what starts at 0 or 1, or next to it: a mistake made with it would not be seen in the logits."""
+    for path, parameter in model.named_parameters():
+        if "layer_scale" in path:  # ConvNeXt's, which starts with 1e-6
+            parameter.fill_(0.3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            module.bias.normal_(std=0.1)

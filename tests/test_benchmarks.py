@@ -151,15 +151,33 @@ def test_compiled_models(monkeypatch):
         assert (found.launches is None) == name.endswith("compiled"), name
 
 
-def test_a_wrong_contender_is_not_timed():
+def test_a_wrong_contender_is_not_timed(tiny, monkeypatch):
     good, far = (torch.ones(4),), (torch.full((4,), 1.5),)
-    base = (torch.full((4,), 1.2),)
-    right = {"base": base, "branch-free module": good, "ours": good}
+    right = {"base": (torch.full((4,), 1.2),), "branch-free module": good, "ours": good}
     models.check(right, "forward")
     with pytest.raises(AssertionError, match=r"ours, forward: relative error 5\.0e-01"):
         models.check(right | {"ours": far}, "forward")
+    with pytest.raises(AssertionError, match="error nan"):
+        models.check(right | {"ours": (torch.full((4,), float("nan")),)}, "forward")
+
+    case = Case(tiny, 2, 8, "images' gradient")
+    models.check_exactly(case, "cpu")
+    own = models.build
+
+    def other(change):
+        def build(*args, **kwargs):
+            contenders = own(*args, **kwargs)
+            change(contenders)
+            return contenders
+
+        monkeypatch.setattr(models, "build", build)
+
+    other(lambda found: msfx.set_backward(found["ours, fused"], "identity"))
+    with pytest.raises(AssertionError, match=r"ours, fused, tiny .* in float64"):
+        models.check_exactly(case, "cpu")
+    other(lambda found: found.update(dict.fromkeys(found, found["base"])))
     with pytest.raises(AssertionError, match="nothing would be seen"):
-        models.check(dict.fromkeys(right, good), "forward")
+        models.check_exactly(case, "cpu")
 
 
 def test_models_that_are_not_there_are_skipped(tiny, monkeypatch, tmp_path, capsys):
