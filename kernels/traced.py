@@ -128,6 +128,9 @@ def mean_sparse(
         return reference.mean_sparse(
             x, centre, threshold, channel_dim, activation, constants, weight, variant, backward, steepness
         )
+    # Read the numbers here. With dynamic=True they are symbols that Dynamo makes where one is first used: in torch 2.14
+    # that would be inside the backward of one call, out of reach of the next call's.
+    constants, steepness = tuple(map(float, constants)), float(steepness)
     return _MeanSparse.apply(
-        x, centre, threshold, weight, channel_dim, activation, tuple(constants), variant, backward, steepness
+        x, centre, threshold, weight, channel_dim, activation, constants, variant, backward, steepness
     )

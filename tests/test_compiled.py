@@ -135,3 +135,19 @@ def test_traced_gradients_with_dynamic_sizes(backward):
             strict=True,
         ):
             torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_calls_share_numbers_with_dynamic_sizes():
+    """Two calls with the same constants, from a tuple that Dynamo may take for symbols."""
+    torch.compiler.reset()
+    band, constants = (torch.zeros(6), torch.full((6,), 0.3)), (0.2,)
+
+    def form(x):
+        for _ in range(2):
+            x = ops.mean_sparse(x, *band, 1, "leaky_relu", constants, backward="smooth")
+        return x
+
+    compiled = torch.compile(form, backend="aot_eager", fullgraph=True, dynamic=True)
+    x = torch.randn(4, 6, 5, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    grads = [torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, form)]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
