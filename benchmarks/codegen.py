@@ -25,7 +25,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from meansparse_fx.kernels import elementwise, moments
+from meansparse_fx.kernels import elementwise, launch, moments
 from meansparse_fx.kernels.device_activations import ACTIVATIONS
 from meansparse_fx.kernels.layout import Plan, plan
 
@@ -128,7 +128,7 @@ def compile_case(case: Case) -> triton.compiler.CompiledKernel:
     row = ACTIVATIONS[case.activation]
     names = {"value": "VALUE", "gradient": "GRADIENT", "weight_gradient": "WEIGHT_GRADIENT"}
     known = {parameter: getattr(row, field) for field, parameter in names.items()}
-    known |= elementwise.compile_time_constants(CONSTANTS.get(case.activation, ()))
+    known |= launch.compile_time_constants(CONSTANTS.get(case.activation, ()))
     known |= {"VARIANT": case.variant, "BACKWARD": case.backward, "WEIGHT_STRIDE": 1}
     known |= {"FROM_SUM": "grad_sum_ptr" in OPTIONAL[case.kernel]} | case.plan.constexprs
     given = {"x_ptr", "grad_ptr", "grad_x_ptr", "centre_ptr", "threshold_ptr", "parts_ptr", *OPTIONAL[case.kernel]}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import eager
+from .records import Options, Vectors
 
 MIN_ELEMENTS = 1 << 16  # below, the compiled call's own 50 microseconds cost more than it saves
 
@@ -61,43 +62,39 @@ def takes(x: Tensor, channel_dim: int, weight: Tensor | None) -> bool:
     return x.numel() >= MIN_ELEMENTS and weight is None and flatten(x, channel_dim) is not None and available()
 
 
-def forward(
-    x: Tensor,
-    centre: Tensor,
-    threshold: Tensor,
-    weight: None,
-    channel_dim: int,
-    activation: str,
-    constants: Sequence[float],
-    variant: str,
-    steepness: float,
-) -> Tensor:
-    """Return act(s(x)); arguments as in `reference.mean_sparse`."""
-    call = kernel(eager.forward, activation, x.dim() > 2, 1, activation, tuple(constants), variant, steepness)
-    with torch.no_grad():
-        return unflatten(call(flatten(x.detach(), channel_dim), centre, threshold, None), x, channel_dim)
+def forward(x: Tensor, vectors: Vectors, options: Options) -> Tensor:
+    """Return act(s(x)); arguments as in `eager.forward`."""
+    (y,) = on_views(eager.forward, (x,), x, vectors, options._replace(backward="exact"))
+    return y
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    centre: Tensor,
-    threshold: Tensor,
-    weight: None,
-    channel_dim: int,
-    activation: str,
-    constants: Sequence[float],
-    variant: str,
-    backward: str,
-    steepness: float,
-) -> tuple[Tensor, Tensor]:
+def backward(grad: Tensor, x: Tensor, vectors: Vectors, options: Options) -> tuple[Tensor, Tensor]:
     """Return the gradient of x, and an empty one for the weight."""
-    flat_grad, flat = flatten(laid_out_like(grad, x), channel_dim), flatten(x.detach(), channel_dim)
-    options = (1, activation, tuple(constants), variant, backward, steepness)
-    call = kernel(eager.backward, activation, x.dim() > 2, *options)
+    grad_x, grad_weight = on_views(eager.backward, (grad, x), x, vectors, options)
+    return grad_x, grad_weight
+
+
+def on_views(
+    plain: Callable, tensors: Sequence[Tensor | None], x: Tensor, vectors: Vectors, options: Options
+) -> list[Tensor]:
+    """Return the results of ``plain(*tensors, vectors, options)``, compiled.
+
+    Args:
+        plain: What to compile, for the channels in the middle or innermost.
+        tensors: Shaped like x, or None.
+        x: Whose layout the results get, those of its size.
+        vectors: Per channel.
+        options: Everything else.
+    """
+    dim = options.channel_dim
+    flat = [None if t is None else flatten(laid_out_like(t.detach(), x), dim) for t in tensors]
+    given = tuple(t is not None for t in (*tensors, *vectors))
+    options = options._replace(channel_dim=1, constants=tuple(options.constants))
+    call = kernel(plain, len(flat), (x.dim() > 2, given), options)
     with torch.no_grad():
-        grad_x, grad_weight = call(flat_grad, flat, centre, threshold, None)
-    return unflatten(grad_x, x, channel_dim), grad_weight
+        results = call(*flat, *vectors)
+    results = (results,) if isinstance(results, Tensor) else results
+    return [unflatten(r, x, dim) if r.numel() == x.numel() else r for r in results]
 
 
 def laid_out_like(t: Tensor, x: Tensor) -> Tensor:
@@ -106,17 +103,17 @@ def laid_out_like(t: Tensor, x: Tensor) -> Tensor:
 
 
 @functools.cache
-def kernel(plain: Callable, label: str, case: Hashable, *options) -> Callable:
-    """Return the compiled form of ``plain(*tensors, *options)``.
+def kernel(plain: Callable, count: int, case: Hashable, options: Options) -> Callable:
+    """Return the compiled form of ``plain(*tensors, vectors, options)``, as a function of tensors and vectors.
 
     Args:
-        label: For the log and for profiles: the activation.
+        count: How many tensors come before the vectors.
         case: What else gets code of its own, such as the number of dimensions.
     """
-    name = f"mean_sparse_{plain.__name__}_{label}"
+    name = f"mean_sparse_{plain.__module__.rpartition('.')[2]}_{plain.__name__}_{options.activation}"
 
-    def call(*tensors):
-        return plain(*tensors, *options)
+    def call(*arguments):
+        return plain(*arguments[:count], Vectors(*arguments[count:]), options)
 
     # Dynamo keeps its cache, and counts recompilations, by code object: give each kernel its own.
     call.__code__ = call.__code__.replace(co_name=name)

@@ -8,11 +8,10 @@ Floor 0: torch and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from .records import Options, Vectors
 from .reference import ACTIVATIONS, inside_band, per_channel, smooth_gate, smooth_gate_derivative
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -41,18 +40,10 @@ def _sparsify(x: Tensor, centre: Tensor, threshold: Tensor, variant: str, steepn
     return torch.where(inside, centre, x, out=scratch), inside
 
 
-def forward(
-    x: Tensor,
-    centre: Tensor,
-    threshold: Tensor,
-    weight: Tensor | None,
-    channel_dim: int,
-    activation: str,
-    constants: Sequence[float],
-    variant: str,
-    steepness: float,
-) -> Tensor:
-    """Return act(s(x)) in the dtype and memory format of x; arguments as in `reference.mean_sparse`."""
+def forward(x: Tensor, vectors: Vectors, options: Options) -> Tensor:
+    """Return act(s(x)) in the dtype and memory format of x; of the vectors, the band and the weight count."""
+    centre, threshold, weight, *_ = vectors
+    channel_dim, activation, constants, variant, _, steepness, _ = options
     wide = _widened(x)
     centre, threshold = _shaped(centre, wide, channel_dim), _shaped(threshold, wide, channel_dim)
     slope = None if weight is None else _shaped(weight, wide, channel_dim)
@@ -62,20 +53,10 @@ def forward(
     return y if wide is x else y.to(x.dtype)
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    centre: Tensor,
-    threshold: Tensor,
-    weight: Tensor | None,
-    channel_dim: int,
-    activation: str,
-    constants: Sequence[float],
-    variant: str,
-    backward: str,
-    steepness: float,
-) -> tuple[Tensor, Tensor]:
+def backward(grad: Tensor, x: Tensor, vectors: Vectors, options: Options) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of the weight (empty without one), recomputing s(x) from x."""
+    centre, threshold, weight, *_ = vectors
+    channel_dim, activation, constants, variant, backward, steepness, _ = options
     wide, grad = _widened(x), _widened(grad)
     centre, threshold = _shaped(centre, wide, channel_dim), _shaped(threshold, wide, channel_dim)
     slope = None if weight is None else _shaped(weight, wide, channel_dim)

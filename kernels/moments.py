@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .device import elements, load_channel, tile_offsets
 from .device_activations import ACTIVATIONS
-from .elementwise import compile_time_constants, weight_stride
+from .launch import compile_time_constants, weight_stride
 from .layout import OPTIONS, planned, vector_of_channels
 
 _SIZES = ["outer_slabs", "rows", "cols", "outer_stride", "row_stride", "steps", "parts", "channels", "channel_stride"]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import compiled, compiled_moments, eager, layout, reference, traced
+from .records import Options, Vectors
 
 _TAIL = "int channel_dim, str activation, float[] constants, str variant"
 
@@ -47,33 +48,27 @@ def lowering_of(x: Tensor, channel_dim: int, weight: Tensor | None = None) -> st
     return "eager"
 
 
-def _triton():
-    from . import elementwise  # imports triton, which a CPU does without
+def _launch():
+    from . import launch  # imports triton, which a CPU does without
 
-    return elementwise
+    return launch
 
 
-def _forward(x, centre, threshold, weight, channel_dim, activation, constants, variant, backward, steepness):
-    where = lowering_of(x, channel_dim, weight)
+def _forward(x, centre, threshold, weight, *options):
+    vectors, options = Vectors(centre, threshold, weight), Options(*options)
+    where = lowering_of(x, options.channel_dim, weight)
     if where == "triton":
-        return _triton().mean_sparse_forward(
-            x, centre, threshold, channel_dim, activation, constants, weight, variant, steepness
-        )
-    kernels = compiled if where == "compiled" else eager
-    return kernels.forward(x, centre, threshold, weight, channel_dim, activation, constants, variant, steepness)
+        return _launch().mean_sparse_forward(x, vectors, options)
+    return (compiled if where == "compiled" else eager).forward(x, vectors, options)
 
 
-def _backward(grad, x, centre, threshold, weight, channel_dim, activation, constants, variant, backward, steepness):
-    where = lowering_of(x, channel_dim, weight)
+def _backward(grad, x, centre, threshold, weight, *options):
+    vectors, options = Vectors(centre, threshold, weight), Options(*options)
+    where = lowering_of(x, options.channel_dim, weight)
     if where == "triton":
-        gradients = _triton().mean_sparse_backward(
-            grad, x, centre, threshold, channel_dim, activation, constants, weight, variant, backward, steepness
-        )
+        gradients = _launch().mean_sparse_backward(grad, x, vectors, options)
         return gradients.x, x.new_empty(0) if weight is None else gradients.weight
-    kernels = compiled if where == "compiled" else eager
-    return kernels.backward(
-        grad, x, centre, threshold, weight, channel_dim, activation, constants, variant, backward, steepness
-    )
+    return (compiled if where == "compiled" else eager).backward(grad, x, vectors, options)
 
 
 _library.impl("mean_sparse", _forward, "CompositeExplicitAutograd")

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from .activations import ActivationCall
 from .errors import SiteError, StateError
 from .frozen import Before
-from .kernels.fused import Options, Vectors, fused
+from .kernels.fused import fused
 from .kernels.ops import activation_moments, channel_moments, mean_sparse
+from .kernels.records import Options, Vectors
 from .kernels.reference import BACKWARDS, VARIANTS
 from .published import PublishedOperator
 from .rewrite import RecordedCall

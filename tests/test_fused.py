@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meansparse_fx.kernels.fused import Options, Vectors, fused
+from meansparse_fx.kernels.fused import fused
+from meansparse_fx.kernels.records import Options, Vectors
 
 PROLOGUES = [
     ("scale", "shift"),

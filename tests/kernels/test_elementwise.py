@@ -13,7 +13,8 @@ from torch import Tensor
 
 from meansparse_fx.kernels import layout as layouts
 from meansparse_fx.kernels.device_activations import ACTIVATIONS
-from meansparse_fx.kernels.elementwise import mean_sparse_backward, mean_sparse_forward
+from meansparse_fx.kernels.launch import mean_sparse_backward, mean_sparse_forward
+from meansparse_fx.kernels.records import Options, Vectors
 
 # Relative and absolute; half precision is rounded once, so within half a unit in the last place. A whole unit for
 # bfloat16 under the interpreter, which truncates.
@@ -79,8 +80,10 @@ def gate(x, centre, threshold, steepness):
     return torch.where(threshold > 0, soft, x)
 
 
-def oracle(x, centre, threshold, channel_dim, activation, constants, weight, variant, backward, steepness, grad_y):
+def oracle(x, vectors, options, grad_y):
     """y, grad_x and grad_weight in float64."""
+    centre, threshold, weight, *_ = vectors
+    channel_dim, activation, constants, variant, backward, steepness, _ = options
     along = [n if d == channel_dim else 1 for d, n in enumerate(x.shape)]
     x = x.double().clone().requires_grad_()
     centre, threshold = (v.double().view(along) for v in (centre, threshold))
@@ -113,11 +116,12 @@ def check(x, centre, threshold, weight, channel_dim, activation, variant="mean",
     """Compare forward and backward with the oracle; returns y and the gradients."""
     if activation not in LEARNED:
         weight = None
-    rest = (centre, threshold, channel_dim, activation, CONSTANTS.get(activation, ()), weight, variant)
+    vectors = Vectors(centre, threshold, weight)
+    options = Options(channel_dim, activation, CONSTANTS.get(activation, ()), variant, backward, steepness)
     grad_y = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
-    y = mean_sparse_forward(x, *rest, steepness)
-    grads = mean_sparse_backward(grad_y, x, *rest, backward, steepness)
-    expected_y, expected_x, expected_weight = oracle(x, *rest, backward, steepness, grad_y)
+    y = mean_sparse_forward(x, vectors, options)
+    grads = mean_sparse_backward(grad_y, x, vectors, options)
+    expected_y, expected_x, expected_weight = oracle(x, vectors, options, grad_y)
     assert y.dtype == grads.x.dtype == x.dtype
     assert y.stride() == grads.x.stride() == torch.empty_like(x).stride()
     assert_close(y, expected_y, x.dtype)
@@ -233,13 +237,14 @@ def test_special_values_pass_as_torch_passes_them(activation, threshold, device)
     x, grad = SPECIAL.view(-1, 1).to(device), torch.ones(len(SPECIAL), 1, device=device)
     weight = torch.tensor([0.25], device=device) if activation in LEARNED else None
     constants = CONSTANTS.get(activation, ())
-    vectors = (torch.zeros(1, device=device), torch.full((1,), threshold, device=device))
-    got = mean_sparse_forward(x, *vectors, 1, activation, constants, weight)
+    vectors = Vectors(torch.zeros(1, device=device), torch.full((1,), threshold, device=device), weight)
+    options = Options(1, activation, constants)
+    got = mean_sparse_forward(x, vectors, options)
     leaf = x.clone().requires_grad_()
     s = torch.where(leaf.detach().abs() <= threshold, 0.0, leaf)
     expected = ORACLE[activation](s, weight, *constants)
     torch.testing.assert_close(got, expected.detach(), rtol=1e-5, atol=1e-6, equal_nan=True)
-    grad_x = mean_sparse_backward(grad, x, *vectors, 1, activation, constants, weight).x
+    grad_x = mean_sparse_backward(grad, x, vectors, options).x
     (expected_grad,) = torch.autograd.grad(expected, leaf, grad)
     finite = expected_grad.isfinite() & x.isfinite()
     torch.testing.assert_close(grad_x[finite], expected_grad[finite], rtol=1e-5, atol=1e-6)
@@ -250,18 +255,18 @@ def test_nan_and_infinity_are_never_inside(variant, device) -> None:
     x = torch.tensor([[float("nan")], [float("inf")], [float("-inf")]], device=device)
     ones = torch.ones(1, device=device)
     for threshold in (ones, torch.full_like(ones, 3e38), -ones):
-        y = mean_sparse_forward(x, ones, threshold, 1, "identity", variant=variant)
+        y = mean_sparse_forward(x, Vectors(ones, threshold), Options(1, variant=variant))
         torch.testing.assert_close(y, x, equal_nan=True, rtol=0, atol=0)
 
 
 def test_the_band_is_closed(device) -> None:
     x = torch.tensor([[0.75], [1.25], [0.5], [1.5], [1.0]], device=device)
-    centre, threshold = torch.tensor([1.0], device=device), torch.tensor([0.25], device=device)
-    y = mean_sparse_forward(x, centre, threshold, 1)
+    band = Vectors(torch.tensor([1.0], device=device), torch.tensor([0.25], device=device))
+    y = mean_sparse_forward(x, band, Options(1))
     assert y.flatten().tolist() == [1.0, 1.0, 0.5, 1.5, 1.0]
-    edge = mean_sparse_forward(x, centre, threshold, 1, variant="edge")
+    edge = mean_sparse_forward(x, band, Options(1, variant="edge"))
     assert edge.flatten().tolist() == [0.75, 1.25, 0.5, 1.5, 1.25]
-    grad = mean_sparse_backward(torch.ones_like(x), x, centre, threshold, 1).x
+    grad = mean_sparse_backward(torch.ones_like(x), x, band, Options(1)).x
     assert grad.flatten().tolist() == [0.0, 0.0, 1.0, 1.0, 0.0]
 
 
@@ -269,7 +274,7 @@ def test_gelu_over_its_whole_range(device) -> None:
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(1, 38, 200), -torch.logspace(1, 38, 200)])
     x = x.view(-1, 1).to(device)
     none = -torch.ones(1, device=device)
-    y = mean_sparse_forward(x, none, none, 1, "gelu")
+    y = mean_sparse_forward(x, Vectors(none, none), Options(1, "gelu"))
     torch.testing.assert_close(y.double(), F.gelu(x.double()), rtol=3e-7, atol=1e-7)
 
 
@@ -280,10 +285,10 @@ def test_gelu_over_its_whole_range(device) -> None:
 def test_float64_is_left_to_the_reference(device) -> None:
     x, vector = torch.zeros(2, 3, dtype=torch.float64, device=device), torch.zeros(3, device=device)
     with pytest.raises(TypeError, match="float64"):
-        mean_sparse_forward(x, vector, vector, 1)
+        mean_sparse_forward(x, Vectors(vector, vector), Options(1))
 
 
 def test_vectors_of_another_size_are_refused(device) -> None:
     x, vector = torch.zeros(2, 3, device=device), torch.zeros(3, device=device)
     with pytest.raises(ValueError, match="threshold has 2 elements for 3 channels"):
-        mean_sparse_forward(x, vector, vector[:2], 1)
+        mean_sparse_forward(x, Vectors(vector, vector[:2]), Options(1))

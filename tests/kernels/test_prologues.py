@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meansparse_fx.kernels.elementwise import mean_sparse_backward, mean_sparse_forward
+from meansparse_fx.kernels.launch import mean_sparse_backward, mean_sparse_forward
+from meansparse_fx.kernels.records import Options, Vectors
+
+SILU, BOTH = Options(1, "silu"), Options(1, "silu", want_sum=True)
 
 # As in test_elementwise: rounded once, a whole unit for bfloat16 under the interpreter, which truncates.
 TOLERANCES = {
@@ -69,36 +72,37 @@ def case(request, names, memory_format, device) -> SimpleNamespace:
     y = F.silu(torch.where(inside, centre.double().view(1, -1, 1, 1), u))
     grad_y = random(4, *x.shape).to(x)
     y.backward(grad_y.double())
-    arguments = (centre, threshold, 1, "silu")
+    residual = prologue.pop("residual", None)
+    vectors = Vectors(centre, threshold, **prologue)
     return SimpleNamespace(
-        x=x, prologue=prologue, factor=factor, v=v, y=y, grad_y=grad_y, grad_x=leaf.grad, arguments=arguments,
-        rtol=TOLERANCES[dtype], norm={n: t for n, t in prologue.items() if n.startswith("norm")},
+        x=x, residual=residual, vectors=vectors, factor=factor, v=v, y=y, grad_y=grad_y, grad_x=leaf.grad,
+        rtol=TOLERANCES[dtype],
     )  # fmt: skip
 
 
 def test_prologue(case) -> None:
-    y = mean_sparse_forward(case.x, *case.arguments, **case.prologue)
+    y = mean_sparse_forward(case.x, case.vectors, SILU, case.residual)
     assert_close(y, case.y.detach(), case.rtol)
-    grads = mean_sparse_backward(case.grad_y, case.x, *case.arguments, **case.prologue, want_grad_sum=True)
+    grads = mean_sparse_backward(case.grad_y, case.x, case.vectors, SILU, case.residual, want_grad_sum=True)
     assert_close(grads.x, case.grad_x, case.rtol)
     assert_close(grads.v, case.v.grad, case.rtol)
 
 
 def test_the_sum_as_a_second_output(case) -> None:
-    y, v = mean_sparse_forward(case.x, *case.arguments, **case.prologue, want_sum=True)
+    y, v = mean_sparse_forward(case.x, case.vectors, BOTH, case.residual)
     assert v.stride() == y.stride() == case.x.stride()
     assert_close(v, case.v.detach(), case.rtol)
     # y is the operator of the sum as returned, bit for bit.
-    norm = {n.removeprefix("norm_"): t for n, t in case.norm.items()}
-    assert torch.equal(y, mean_sparse_forward(v, *case.arguments, **norm))
+    centre, threshold, *_, scale, shift = case.vectors
+    norm = Vectors(centre, threshold, scale=scale, shift=shift)
+    assert torch.equal(y, mean_sparse_forward(v, norm, SILU))
 
 
 def test_gradients_through_both_outputs(case) -> None:
-    _, v = mean_sparse_forward(case.x, *case.arguments, **case.prologue, want_sum=True)
-    grads = mean_sparse_backward(
-        case.grad_y, v, *case.arguments, **case.prologue, grad_sum=case.grad_y, from_sum=True, want_grad_sum=True
-    )
-    plain = mean_sparse_backward(case.grad_y, v, *case.arguments, **case.norm, from_sum=True).x.double()
+    _, v = mean_sparse_forward(case.x, case.vectors, BOTH, case.residual)
+    grads = mean_sparse_backward(case.grad_y, v, case.vectors, BOTH, case.residual, case.grad_y, want_grad_sum=True)
+    outer = case.vectors._replace(scale=None, shift=None, layer_scale=None)
+    plain = mean_sparse_backward(case.grad_y, v, outer, BOTH).x.double()
     both = case.grad_y.double() + plain
     rounding = case.rtol * (plain.abs() + both.abs()) + 1e-6  # each is rounded apart
     assert ((grads.v.double() - both).abs() <= rounding).all()
