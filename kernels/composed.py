@@ -31,7 +31,9 @@ def _sum(x: Tensor, residual: Tensor | None, vectors: Vectors, channel_dim: int)
     return v if residual is None else v + residual
 
 
-def forward(x: Tensor, residual: Tensor | None, vectors: Vectors, options: Options) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, residual: Tensor | None, shortcut: Tensor | None, vectors: Vectors, options: Options
+) -> tuple[Tensor, Tensor]:
     """Return y, and v (empty unless wanted), in the dtype and memory format of x."""
     dim, want_sum = options.channel_dim, options.want_sum
     dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
@@ -40,7 +42,10 @@ def forward(x: Tensor, residual: Tensor | None, vectors: Vectors, options: Optio
     if want_sum:
         v = rounded.to(dtype)  # y is the function of exactly what others see
     u = _affine(v, vectors.norm_scale, vectors.norm_shift, dim)
-    y = eager.forward(u, vectors, options).to(x.dtype)
+    y = eager.forward(u, vectors, options)
+    if shortcut is not None:
+        y += shortcut
+    y = y.to(x.dtype)
     return y, (rounded if want_sum else x.new_empty(0))
 
 

@@ -1,11 +1,13 @@
 """The fused operator, forward and backward: one kernel each for every activation, layout and prologue.
 
-    v = (x * scale[c] + shift[c]) * layer_scale[c] + residual,   u = v * norm_scale[c] + norm_shift[c],   y = act(s(u))
+    v = (x * scale[c] + shift[c]) * layer_scale[c] + residual,   u = v * norm_scale[c] + norm_shift[c]
+    y = act(s(u)) + shortcut
 
 Each factor is off unless given (a None pointer is a compile-time constant). Norm, then sum, then activation is what
-post-activation networks do; sum, norm, activation, with v read by the next sum too, is pre-activation. The backward
-kernel recomputes u and s from x: it reads x and the output's gradient and writes the input's gradient, nothing else
-is kept.
+post-activation networks do; sum, norm, activation, with v read by the next sum too, is pre-activation; LayerScale and
+shortcut around a bare operator are the end of a residual branch. The backward kernel recomputes u and s from x: it
+reads x and the output's gradient and writes the input's gradient, nothing else is kept. Of the shortcut it knows
+nothing: that one's gradient is y's.
 
 Floor 0, imported only where a kernel is launched: importing this module imports triton.
 """
@@ -32,14 +34,14 @@ _SIZES = ["rows", "cols", "outer_stride", "row_stride", "steepness"]
 
 @triton.jit(do_not_specialize=_SIZES)
 def mean_sparse_forward_kernel(
-    x_ptr, y_ptr, sum_ptr, residual_ptr,  # [outer, rows, cols]
+    x_ptr, y_ptr, sum_ptr, residual_ptr, shortcut_ptr,  # [outer, rows, cols]
     centre_ptr, threshold_ptr, weight_ptr, scale_ptr, shift_ptr, layer_scale_ptr, norm_scale_ptr, norm_shift_ptr,  # [C]
     rows, cols, outer_stride, row_stride, steepness,
     VALUE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, VARIANT: tl.constexpr, WEIGHT_STRIDE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """y = act(s(u)), and v where ``sum_ptr`` is given."""
+    """y = act(s(u)) + shortcut, and v where ``sum_ptr`` is given."""
     rows, cols = elements(rows, 1, WIDE), elements(cols, VECTOR, WIDE)
     outer_stride, row_stride = elements(outer_stride, VECTOR, WIDE), elements(row_stride, VECTOR, WIDE)
     outer, row_block, col_block = program_tile(rows, cols, BLOCK_ROWS, BLOCK_COLS)
@@ -64,6 +66,8 @@ def mean_sparse_forward_kernel(
         v = rounded.to(tl.float32)
     u = affine(v, norm_scale_ptr, norm_shift_ptr, channels, channel_mask)
     y = VALUE(sparsify(u, centre, threshold, steepness, VARIANT), weight, A, B)
+    if shortcut_ptr is not None:
+        y += tl.load(shortcut_ptr + dense_offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + dense_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 

@@ -1,9 +1,9 @@
-"""The operator together with what stands before it: one call for norm, sum, norm, threshold and activation.
+"""The operator together with what stands around it: one call for norm, sum, norm, threshold, activation and sum.
 
-    v = (x * scale + shift) * layer_scale + residual,   u = v * norm_scale + norm_shift,   y = act(s(u))
+    v = (x * scale + shift) * layer_scale + residual,   u = v * norm_scale + norm_shift,   y = act(s(u)) + shortcut
 
 Every factor is optional; v is a second result where others read it too. Only x, or v, and the residual are kept for
-backward. The norms are frozen: their gradients do not exist here.
+backward. Norms and LayerScale are frozen: their gradients do not exist here. The shortcut's gradient is y's own tensor.
 
 Floor 0: torch and, lazily through the CUDA lowering, triton.
 """
@@ -18,7 +18,7 @@ from .records import Options, Vectors
 
 _library = torch.library.Library("meansparse", "FRAGMENT")
 _TAIL = "int channel_dim, str activation, float[] constants, str variant, str backward, float steepness, bool want_sum"
-_library.define(f"fused(Tensor x, Tensor? residual, Tensor?[] vectors, {_TAIL}) -> (Tensor, Tensor)")
+_library.define(f"fused(Tensor x, Tensor? residual, Tensor? shortcut, Tensor?[] vectors, {_TAIL}) -> (Tensor, Tensor)")
 _library.define(
     f"fused_backward(Tensor grad, Tensor? grad_sum, Tensor x, Tensor? residual, Tensor?[] vectors, {_TAIL})"
     " -> (Tensor, Tensor, Tensor)"
@@ -32,10 +32,10 @@ def _lowering(x: Tensor, vectors: Vectors, options: Options) -> str:
     return "eager" if where == "compiled" and x.dtype not in (torch.float32, torch.float64) else where
 
 
-def _triton_forward(x, residual, vectors, options):
+def _triton_forward(x, residual, shortcut, vectors, options):
     from .launch import mean_sparse_forward  # imports triton, which a CPU does without
 
-    results = mean_sparse_forward(x, vectors, options, residual)
+    results = mean_sparse_forward(x, vectors, options, residual, shortcut)
     return results if options.want_sum else (results, x.new_empty(0))
 
 
@@ -47,8 +47,9 @@ def _triton_backward(grad, grad_sum, x, residual, vectors, options):
     return found.x, grad_residual, x.new_empty(0) if found.weight is None else found.weight
 
 
-def _compiled_forward(x, residual, vectors, options):
-    return tuple(compiled.on_views(composed.forward, (x, residual), x, vectors, options._replace(backward="exact")))
+def _compiled_forward(x, residual, shortcut, vectors, options):
+    options = options._replace(backward="exact")  # which values do not depend on
+    return tuple(compiled.on_views(composed.forward, (x, residual, shortcut), x, vectors, options))
 
 
 def _compiled_backward(grad, grad_sum, x, residual, vectors, options):
@@ -59,9 +60,9 @@ _FORWARD = {"triton": _triton_forward, "compiled": _compiled_forward, "eager": c
 _BACKWARD = {"triton": _triton_backward, "compiled": _compiled_backward, "eager": composed.backward}
 
 
-def _forward(x, residual, vectors, *options):
+def _forward(x, residual, shortcut, vectors, *options):
     vectors, options = Vectors(*vectors), Options(*options)
-    return _FORWARD[_lowering(x, vectors, options)](x, residual, vectors, options)
+    return _FORWARD[_lowering(x, vectors, options)](x, residual, shortcut, vectors, options)
 
 
 def _backward(grad, grad_sum, x, residual, vectors, *options):
@@ -74,7 +75,7 @@ _library.impl("fused_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("meansparse::fused", lib=_library)
-def _(x, residual, vectors, *options):
+def _(x, residual, shortcut, vectors, *options):
     return torch.empty_like(x), torch.empty_like(x) if Options(*options).want_sum else x.new_empty(0)
 
 
@@ -89,9 +90,9 @@ class _Fused(torch.autograd.Function):
     """Keeps x and the residual, or v where it is a result anyway; backward computes everything else again."""
 
     @staticmethod
-    def forward(ctx, x, residual, weight, vectors, options):
+    def forward(ctx, x, residual, shortcut, weight, vectors, options):
         with torch._C._AutoDispatchBelowAutograd():
-            y, v = torch.ops.meansparse.fused.default(x, residual, vectors, *options)
+            y, v = torch.ops.meansparse.fused.default(x, residual, shortcut, vectors, *options)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.has_residual = options, residual is not None
         ctx.given = [vector is not None for vector in vectors]
@@ -101,6 +102,9 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, grad_sum):
+        grad_shortcut = grad if ctx.needs_input_grad[2] else None
+        if not any(ctx.needs_input_grad[i] for i in (0, 1, 3)):
+            return None, None, grad_shortcut, None, None, None
         saved = iter(ctx.saved_tensors)
         x = next(saved)
         residual = x if ctx.options.want_sum and ctx.has_residual else None
@@ -114,30 +118,34 @@ class _Fused(torch.autograd.Function):
         grad_x, grad_residual, grad_weight = torch.ops.meansparse.fused_backward.default(
             grad, grad_sum, x, residual, vectors, *ctx.options
         )
-        has_weight = Vectors(*vectors).weight is not None
-        return grad_x, grad_residual if ctx.has_residual else None, grad_weight if has_weight else None, None, None
+        grad_residual = grad_residual if ctx.has_residual else None
+        grad_weight = None if Vectors(*vectors).weight is None else grad_weight
+        return grad_x, grad_residual, grad_shortcut, grad_weight, None, None
 
 
-def _autograd(x, residual, vectors, *options):
+def _autograd(x, residual, shortcut, vectors, *options):
     vectors, options = Vectors(*vectors), Options(*options)
-    wanted = any(t is not None and t.requires_grad for t in (x, residual, vectors.weight))
+    wanted = any(t is not None and t.requires_grad for t in (x, residual, shortcut, vectors.weight))
     if torch.is_grad_enabled() and wanted:
-        return _Fused.apply(x, residual, vectors.weight, vectors, options)
+        return _Fused.apply(x, residual, shortcut, vectors.weight, vectors, options)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.meansparse.fused.default(x, residual, vectors, *options)
+        return torch.ops.meansparse.fused.default(x, residual, shortcut, vectors, *options)
 
 
 _library.impl("fused", _autograd, "Autograd")
 
 
-def fused(x: Tensor, residual: Tensor | None, vectors: Vectors, options: Options) -> Tensor | tuple[Tensor, Tensor]:
+def fused(
+    x: Tensor, residual: Tensor | None, shortcut: Tensor | None, vectors: Vectors, options: Options
+) -> Tensor | tuple[Tensor, Tensor]:
     """Return y, or y and v where ``options.want_sum`` says so, in the dtype and memory format of x.
 
     Args:
         x: ``[..., C, ...]``, any floating dtype; float16 and bfloat16 are computed in float32.
-        residual: Of x's shape and dtype.
+        residual: Of x's shape and dtype, added before the operator.
+        shortcut: Of x's shape and dtype, added behind it.
         vectors: Per channel.
         options: Everything else.
     """
-    y, v = torch.ops.meansparse.fused.default(x, residual, list(vectors), *options)
+    y, v = torch.ops.meansparse.fused.default(x, residual, shortcut, list(vectors), *options)
     return (y, v) if options.want_sum else y

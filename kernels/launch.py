@@ -36,15 +36,16 @@ def weight_stride(weight: Tensor | None) -> int:
 
 
 def mean_sparse_forward(
-    x: Tensor, vectors: Vectors, options: Options, residual: Tensor | None = None
+    x: Tensor, vectors: Vectors, options: Options, residual: Tensor | None = None, shortcut: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return act(s(u)), and v with ``options.want_sum``, in the dtype and memory format of x.
+    """Return act(s(u)) + shortcut, and v with ``options.want_sum``, in the dtype and memory format of x.
 
     Args:
         x: float32, float16 or bfloat16, of any layout; copied at most once.
         vectors: Per channel, float32.
         options: Everything else. A v that is wanted is rounded to x's dtype first, and y is the function of that.
-        residual: Of x's shape, added behind the norm.
+        residual: Of x's shape, added before the operator and behind the norm.
+        shortcut: Of x's shape, added behind the operator.
     """
     vectors = _checked(vectors, x.shape[options.channel_dim])
     want_sum = options.want_sum
@@ -52,10 +53,10 @@ def mean_sparse_forward(
         return (torch.empty_like(x), torch.empty_like(x)) if want_sum else torch.empty_like(x)
     x, y, plan = planned(x, options.channel_dim)
     v = torch.empty_like(y) if want_sum else None
-    residual = None if residual is None else laid_out_like(residual, y)
+    residual, shortcut = (None if t is None else laid_out_like(t, y) for t in (residual, shortcut))
     with torch.cuda.device_of(x):
         mean_sparse_forward_kernel[plan.grid](
-            x, y, v, residual, *vectors, *plan.sizes, float(options.steepness),
+            x, y, v, residual, shortcut, *vectors, *plan.sizes, float(options.steepness),
             VALUE=ACTIVATIONS[options.activation].value, **compile_time_constants(options.constants),
             VARIANT=options.variant, WEIGHT_STRIDE=weight_stride(vectors.weight), **plan.constexprs, **plan.options,
         )  # fmt: skip

@@ -53,12 +53,12 @@ class FrozenNorm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Before:
-    """What stands before the operator in one call: u = outer(norm(x) + residual), each where there is one.
+    """What stands before the operator in one call: u = outer(norm(x) * layer_scale + residual), where there is one.
 
     Attributes:
         norm: Of x.
         outer: Of the sum.
-        want_sum: Others read norm(x) + residual too: it is a second result.
+        want_sum: Others read norm(x) * layer_scale + residual too: it is a second result.
     """
 
     norm: FrozenNorm | None = None

@@ -17,7 +17,7 @@ from .frozen import Before
 from .kernels.fused import fused
 from .kernels.ops import activation_moments, channel_moments, mean_sparse
 from .kernels.records import Options, Vectors
-from .kernels.reference import BACKWARDS, VARIANTS
+from .kernels.reference import BACKWARDS, VARIANTS, per_channel
 from .published import PublishedOperator
 from .rewrite import RecordedCall
 from .statistics import ChannelStatistics
@@ -43,7 +43,7 @@ class MeanSparse(nn.Module):
         centre, threshold: ``[C]``, what the kernel reads: derived from the above, so not in the state_dict.
             Always float32, or float64 in a float64 model. A negative threshold switches a channel off.
         replaces: The call this operator took the place of, activation included; None for a bare operator.
-        before: What a fused call takes in besides; see `passes.fuse`.
+        before: What a fused call takes in besides its tensors; see `passes.fuse`.
         strict: The band is open, as published checkpoints have it: values at distance alpha * std stay.
         variant, backward, steepness: See `kernels.reference.mean_sparse`.
     """
@@ -68,18 +68,24 @@ class MeanSparse(nn.Module):
         self.register_buffer("threshold", torch.full((channels,), -1.0), persistent=False)
 
     def forward(
-        self, x: Tensor, weight: Tensor | None = None, residual: Tensor | None = None, fused: bool = False
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        fused: bool = False,
+        residual: Tensor | None = None,
+        layer_scale: Tensor | None = None,
+        shortcut: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return act(s(x)), shaped like x.
 
         Args:
             x: ``[..., C, ...]``.
             weight: The activation's learned slope, if it has one.
-            residual: Of x's shape, for a fused call.
-            fused: Take in what stands before the operator, too; see `fused`.
+            fused: Take in what stands around the operator, too; see `fused`.
+            residual, layer_scale, shortcut: For a fused call.
         """
         if fused:
-            return self.fused(x, weight, residual)
+            return self.fused(x, weight, residual, layer_scale, shortcut)
         return mean_sparse(
             x,
             self.centre,
@@ -93,16 +99,33 @@ class MeanSparse(nn.Module):
             self.steepness,
         )
 
-    def fused(self, x: Tensor, weight: Tensor | None, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-        """Return act(s(u)) of u = outer(norm(x) + residual), and norm(x) + residual if `before` wants it."""
+    def fused(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        residual: Tensor | None,
+        layer_scale: Tensor | None,
+        shortcut: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return act(s(outer(v))) + shortcut of v = norm(x) * layer_scale + residual; and v if `before` wants it.
+
+        Args:
+            x: ``[..., C, ...]``.
+            weight: The activation's learned slope, if it has one.
+            residual, shortcut: Of x's shape.
+            layer_scale: C numbers, whatever their shape.
+        """
         if any(norm is not None and norm.module.training for norm in (self.before.norm, self.before.outer)):
             raise StateError(f"{self.name}: fused with a batch norm in eval mode, which is in train mode: call eval()")
-        if torch.compiler.is_compiling():
-            return self._composed(x, weight, residual)
+        # Of several dtypes, as autocast makes them, the result has torch's own.
+        mixed = any(t is not None and t.dtype != x.dtype for t in (residual, layer_scale, shortcut))
+        if mixed or torch.compiler.is_compiling():
+            return self._composed(x, weight, residual, layer_scale, shortcut)
         inner, outer = (
             (None, None) if norm is None else norm.affine() for norm in (self.before.norm, self.before.outer)
         )
-        vectors = Vectors(self.centre, self.threshold, weight, *inner, None, *outer)
+        layer_scale = None if layer_scale is None else layer_scale.detach().flatten()
+        vectors = Vectors(self.centre, self.threshold, weight, *inner, layer_scale, *outer)
         activation = self.activation
         options = Options(
             self.channel_dim,
@@ -113,14 +136,23 @@ class MeanSparse(nn.Module):
             self.steepness,
             self.before.want_sum,
         )
-        return fused(x, residual, vectors, options)
+        return fused(x, residual, shortcut, vectors, options)
 
-    def _composed(self, x: Tensor, weight: Tensor | None, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    def _composed(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        residual: Tensor | None,
+        layer_scale: Tensor | None,
+        shortcut: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the same as single calls, which compilers fuse themselves."""
         v = x if self.before.norm is None else self.before.norm(x)
+        v = v if layer_scale is None else v * per_channel(layer_scale.flatten(), x.dim(), self.channel_dim)
         v = v if residual is None else v + residual
         u = v if self.before.outer is None else self.before.outer(v)
         y = self.forward(u, weight)
+        y = y if shortcut is None else y + shortcut
         return (y, v) if self.before.want_sum else y
 
     @property

@@ -55,7 +55,7 @@ def case(names, shape, dtype):
 def check(names, shape, dtype, layout, want_sum, rtol):
     (x, residual, vectors), leaves, v, y = case(names, shape, dtype)
     inputs = [None if t is None else LAYOUTS[layout](t).requires_grad_() for t in (x, residual)]
-    results = fused(*inputs, vectors, Options(1, "silu", want_sum=want_sum))
+    results = fused(*inputs, None, vectors, Options(1, "silu", want_sum=want_sum))
     upstream = [normal(20 + i, *shape) for i in range(2 if want_sum else 1)]
     got = results if want_sum else (results,)
     for result, expected in zip(got, (y, v), strict=False):
@@ -99,23 +99,23 @@ def test_what_is_kept_for_backward(want_sum):
     x.requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        fused(x, residual, vectors, Options(1, "silu", want_sum=want_sum))
+        fused(x, residual, None, vectors, Options(1, "silu", want_sum=want_sum))
     assert sum(t.numel() == x.numel() for t in kept) == (1 if want_sum else 2)
 
 
 def test_no_gradient_wanted():
     (x, residual, vectors), *_ = case(PROLOGUES[2], (3, 4, 5, 2), torch.float32)
-    assert not fused(x, residual, vectors, Options(1, "relu")).requires_grad
+    assert not fused(x, residual, None, vectors, Options(1, "relu")).requires_grad
     with torch.no_grad():
-        assert not fused(x.requires_grad_(), residual, vectors, Options(1, "relu")).requires_grad
+        assert not fused(x.requires_grad_(), residual, None, vectors, Options(1, "relu")).requires_grad
     residual.requires_grad_()
-    fused(x.detach(), residual, vectors, Options(1, "relu")).sum().backward()
+    fused(x.detach(), residual, None, vectors, Options(1, "relu")).sum().backward()
     assert residual.grad is not None
 
 
 def test_opcheck():
     (x, residual, vectors), *_ = case(PROLOGUES[2], (3, 4, 5, 2), torch.float32)
-    arguments = (x.requires_grad_(), residual.requires_grad_(), list(vectors), *Options(1, "silu", want_sum=True))
+    arguments = (x.requires_grad_(), residual.requires_grad_(), None, list(vectors), *Options(1, "silu", want_sum=True))
     # AOT dispatch would see the autograd formula through an autograd.Function, which compilers never do here:
     # they get the composition.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -8,7 +8,7 @@ Imports torch only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class Call:
     args: tuple
     kwargs: dict
     flow: Flow
-    axes: dict[fx.Node, int | None]
+    axes: Mapping[fx.Node, int | None]
 
     @property
     def source(self) -> Any:

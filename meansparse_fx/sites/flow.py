@@ -30,14 +30,18 @@ def channel_axes(
     """
     axes: dict[fx.Node, int | None] = {}
     for node in graph.nodes:
-        shape = flow.shape(node)
         if not flow.is_tensor(node) or node.op in ("placeholder", "get_attr", "output"):
             axes[node] = given.get(node) if given else None
             continue
-        args, kwargs = (map_arg(a, flow.values.get) for a in (node.args, node.kwargs))
-        axis = operators.op(node).carry(Call(node, operators.module(node), args, kwargs, flow, axes))
-        axes[node] = axis if axis is not None and 0 <= axis < len(shape) else None
+        axes[node] = carried(node, operators, flow, axes)
     return axes
+
+
+def carried(node: fx.Node, operators: Operators, flow: Flow, axes: Mapping[fx.Node, int | None]) -> int | None:
+    """Return the channel dimension of a node's result, from those of what it reads; None is unknown."""
+    args, kwargs = (map_arg(a, flow.values.get) for a in (node.args, node.kwargs))
+    axis = operators.op(node).carry(Call(node, operators.module(node), args, kwargs, flow, axes))
+    return axis if axis is not None and 0 <= axis < len(flow.shape(node)) else None
 
 
 def expected_axes(graph: fx.Graph, operators: Operators, flow: Flow) -> dict[fx.Node, int | None]:

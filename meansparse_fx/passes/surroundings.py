@@ -1,0 +1,300 @@
+"""Floor 4: what stands around an operator in a graph and can be taken into it, or why it cannot. Changes no graph.
+
+By data flow: frozen batch norms, LayerScales (a multiplication by one frozen number per channel), residual sums.
+"""
+
+from __future__ import annotations
+
+import operator as python
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from ..frozen import FrozenNorm
+from ..nn import MeanSparse
+from ..sites.flow import carried
+from ..sites.ops import Operators
+from ..sites.shapes import Flow
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_SUMS = (python.add, python.iadd, torch.add, "add", "add_", "__iadd__")
+_IN_PLACE = (
+    *(python.iadd, python.isub, python.imul, python.itruediv, python.setitem),
+    *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"),
+)
+
+_FREEZE = "model.requires_grad_(False)"
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A batch norm in the graph.
+
+    Attributes:
+        node: Its call.
+        frozen: What it computes.
+    """
+
+    node: fx.Node
+    frozen: FrozenNorm
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A LayerScale in the graph: ``node`` multiplies ``x`` by ``parameter``, which ``views`` shape for it.
+
+    Attributes:
+        direct: The operator, or the sum before it, reads the product itself; otherwise calls stand between that only
+            move values, and that multiplying commutes with.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    parameter: fx.Node
+    views: tuple[fx.Node, ...]
+    direct: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A value that an operator reads or a sum adds: ``x`` behind its own norm and LayerScale, where it has them."""
+
+    x: fx.Node
+    norm: Norm | None
+    scale: Scale | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """A residual sum: ``node`` adds ``branch`` and ``residual``."""
+
+    node: fx.Node
+    branch: Branch
+    residual: fx.Node
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What stands around one operator and can be taken into it.
+
+    Attributes:
+        branch: What the operator computes from: directly, or as an operand of the sum before it.
+        total: The sum before it.
+        outer: A norm of that sum.
+        want_sum: Others read the sum before it, too.
+        behind: The sum behind it.
+        shortcut: What that one adds.
+        reasons: Why what stands there, too, is left.
+    """
+
+    branch: Branch
+    total: Sum | None
+    outer: Norm | None
+    want_sum: bool
+    behind: fx.Node | None
+    shortcut: fx.Node | None
+    reasons: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return any((self.branch.norm, self.branch.scale, self.total, self.behind))
+
+    def __str__(self) -> str:
+        """Say what is taken in, and why something is not."""
+        before = (
+            (self.branch.norm, "norm"),
+            (self.branch.scale, "LayerScale"),
+            (self.total, "sum"),
+            (self.outer, "norm"),
+        )
+        parts = [" + ".join(word for found, word in before if found)]
+        parts += ["both results read"] * self.want_sum + ["sum behind it"] * bool(self.behind)
+        taken = ", ".join(part for part in parts if part)
+        return "; ".join(part for part in (taken, *self.reasons) if part) or "nothing beside it to take in"
+
+
+class _Reasons(dict):
+    """Why something was left: words, each once, in order."""
+
+    def keep(self, found: Any) -> Any:
+        """Return what was found, or None where that is a reason, which is noted."""
+        if not isinstance(found, str):
+            return found
+        self[found] = None
+        return None
+
+
+class Finder:
+    """Recognises norms, LayerScales and sums, and refuses those that cannot be moved."""
+
+    def __init__(self, graph_module: fx.GraphModule, flow: Flow) -> None:
+        self._graph_module = graph_module
+        self._operators = Operators.of(graph_module)
+        self._flow = flow
+        self._order = {node: position for position, node in enumerate(graph_module.graph.nodes)}
+
+    def around(self, node: fx.Node, operator: MeanSparse) -> Surroundings:
+        """Return what stands around the operator that ``node`` calls."""
+        source, reasons = node.args[0], _Reasons()
+        outer = reasons.keep(self._norm(source, operator))
+        total = self._sum(outer.node.args[0] if outer else source, operator, reasons)
+        outer = outer if total else None
+        branch = total.branch if total else self._branch(source, operator, reasons)
+        reader = outer.node if outer else node
+        want_sum = total is not None and any(user is not reader for user in total.node.users)
+        behind = reasons.keep(self._behind(node, branch, want_sum))
+        return Surroundings(branch, total, outer, want_sum, *(behind or (None, None)), tuple(reasons))
+
+    def _branch(self, value: fx.Node, operator: MeanSparse, reasons: _Reasons) -> Branch:
+        """Return where a value comes from."""
+        scale = reasons.keep(self._scale(value, operator))
+        if scale is not None and not scale.direct:
+            return Branch(value, None, scale)
+        x = value if scale is None else scale.x
+        norm = reasons.keep(self._norm(x, operator))
+        return Branch(norm.node.args[0] if norm else x, norm, scale)
+
+    def _norm(self, node: fx.Node, operator: MeanSparse) -> Norm | str | None:
+        """Return the frozen norm that ``node`` calls for a single reader; why it cannot be taken; or None."""
+        found = next((f for f in map(lambda read: read(self, node), _READERS) if f is not None), None)
+        if found is None or operator.channel_dim != 1 or len(node.users) != 1:
+            return None
+        module = found.module
+        if module.running_mean is None:
+            return "the norm has no running statistics"
+        if any(p is not None and p.requires_grad for p in (module.weight, module.bias)):
+            return f"the norm's parameters want gradients: {_FREEZE}"
+        return None if self._changed(node.args[0]) else Norm(node, found)
+
+    def _scale(self, value: fx.Node, operator: MeanSparse) -> Scale | str | None:
+        """Return the LayerScale that ``value`` comes from; why it cannot be taken; or None."""
+        node, path = value, []
+        while self._operators.moves_only(node) and isinstance(node.args[0], fx.Node):
+            path.append(node)
+            node = node.args[0]
+        if self._operators.op(node).word != "mul" or node.kwargs or len(node.args) != 2:
+            return None
+        for x, factor in (node.args, node.args[::-1]):
+            parameter, views = self._parameter(factor)
+            if parameter is not None and self._flow.shape(x) == self._flow.shape(node):
+                break
+        else:
+            return None
+        if any(len(n.users) != 1 for n in (node, *path)):
+            return "others read the LayerScale's result, too"
+        if reduce(getattr, parameter.target.split("."), self._graph_module).requires_grad:
+            return f"the LayerScale's parameter wants gradients: {_FREEZE}"
+        own = len(x.users) == 1 and x is node.args[0]
+        if self._changed(x, node) or any(map(self._changed, (node, *path))) or (_in_place(node) and not own):
+            return "a value around the LayerScale is overwritten"
+        shape = self._flow.shape(factor)
+        dims = [d - len(shape) for d, size in enumerate(shape) if size > 1]
+        axis = dims[0] + len(self._flow.shape(node)) if len(dims) == 1 else None
+        for moved in reversed(path):
+            axis = carried(moved, self._operators, self._flow, {moved.args[0]: axis})
+        if axis != operator.channel_dim:
+            return "what it is multiplied by is not one number for each of its channels"
+        return Scale(node, x, parameter, views, not path)
+
+    def _parameter(self, node: fx.Node) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
+        """Return the node that reads the parameter which ``node`` is, if it is one, and what shapes it."""
+        views = []
+        while isinstance(node, fx.Node) and self._operators.moves_only(node) and node.args:
+            views.append(node)
+            node = node.args[0]
+        found = isinstance(node, fx.Node) and node.op == "get_attr" and self._flow.is_tensor(node)
+        return (node, tuple(views)) if found else (None, ())
+
+    def _sum(self, node: fx.Node, operator: MeanSparse, reasons: _Reasons) -> Sum | None:
+        """Return the residual sum that ``node`` is, if it can be taken."""
+        operands = self._operands(node)
+        if operands is None or self._read_again(node) or any(self._changed(n, node) for n in (node, *operands)):
+            return None
+        for x, residual in (operands, operands[::-1]):
+            branch = self._branch(x, operator, reasons)
+            if branch.norm or branch.scale:
+                return Sum(node, branch, residual)
+        return Sum(node, Branch(operands[0], None, None), operands[1])
+
+    def _behind(self, node: fx.Node, branch: Branch, want_sum: bool) -> tuple[fx.Node, fx.Node] | str | None:
+        """Return the sum of the operator's result and of another value, and that; why it cannot be taken; or None."""
+        total = next(iter(node.users), None)
+        if len(node.users) != 1 or total.target not in _SUMS:
+            return None
+        operands = self._operands(total)
+        if operands is None:
+            return "the sum behind it is not of two tensors of its shape" if len(total.all_input_nodes) == 2 else None
+        shortcut = operands[1] if operands[0] is node else operands[0]
+        if want_sum:  # which is needed before the shortcut may be there
+            return "others read the sum before it, so the one behind it stays"
+        # The call moves to where the sum is.
+        product = branch.scale.node if branch.scale else None
+        if self._changed(branch.x, product) or self._changed(shortcut, total) or self._read_again(total):
+            return "what the sum behind it reads is overwritten"
+        return total, shortcut
+
+    def _operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """Return the two values of one shape that ``node`` adds, if that is what it does."""
+        if node.target not in _SUMS or node.kwargs or len(node.args) != 2:
+            return None
+        operands = tuple(n for n in node.args if isinstance(n, fx.Node))
+        shapes = {self._flow.shape(n) for n in (node, *operands)}
+        return operands if len(operands) == 2 and len(shapes) == 1 and operands[0] is not operands[1] else None
+
+    def _read_again(self, node: fx.Node) -> bool:
+        """Return whether a sum overwrites an operand that others read later: they mean the sum."""
+        return _in_place(node) and any(self._order[r] > self._order[node] for r in node.args[0].users)
+
+    def _changed(self, node: fx.Node, but: fx.Node | None = None) -> bool:
+        """Return whether somebody overwrites a node's value, so that it must not be read at another time."""
+        return any(self._overwrites(reader) for reader in node.users if reader is not but)
+
+    def _overwrites(self, reader: fx.Node) -> bool:
+        activation = self._operators.activation(reader)
+        return _in_place(reader) or bool(activation and activation.inplace)
+
+    def know(self, new: fx.Node, old: fx.Node) -> None:
+        """Note that a new node yields what an old one did."""
+        self._flow.values[new] = self._flow.values[old]
+        self._order[new] = self._order[old]
+
+    # The two forms of a batch norm.
+
+    def read_module(self, node: fx.Node) -> FrozenNorm | None:
+        module = self._operators.module(node)
+        if type(module) not in _NORMS or len(node.args) != 1 or module.training:
+            return None
+        return FrozenNorm(module, module.eps)
+
+    def read_function(self, node: fx.Node) -> FrozenNorm | None:
+        """Of F.batch_norm with all that it reads from one module, as classes that extend torch's norms call it."""
+        if node.target is not F.batch_norm:
+            return None
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        state = [given.get(name) for name in names[1:5]]
+        if given.get("training", False) is not False or not all(isinstance(n, fx.Node) for n in state):
+            return None
+        if any(n.op != "get_attr" for n in state):
+            return None
+        owners = {str(n.target).rpartition(".")[0] for n in state}
+        own = [str(n.target).rpartition(".")[2] for n in state]
+        if len(owners) != 1 or own != list(names[1:5]):
+            return None
+        return FrozenNorm(self._graph_module.get_submodule(owners.pop()), given.get("eps", 1e-5))
+
+
+_READERS: tuple[Callable[[Finder, fx.Node], FrozenNorm | None], ...] = (Finder.read_module, Finder.read_function)
+
+
+def _in_place(node: fx.Node) -> bool:
+    """Return whether a call writes into one of its inputs, as far as its name tells."""
+    if node.target in _IN_PLACE or node.op not in ("call_function", "call_method"):
+        return node.target in _IN_PLACE
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
