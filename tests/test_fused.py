@@ -1,4 +1,4 @@
-"""The operator with norm, sum and LayerScale before it, against the same written out in float64."""
+"""The operator with norm, sum and LayerScale before it and a sum behind it, against the same written out in float64."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from meansparse_fx.kernels.fused import fused
 from meansparse_fx.kernels.records import Options, Vectors
@@ -19,7 +20,11 @@ PROLOGUES = [
     ("layer_scale", "residual"),
     ("residual", "norm_scale", "norm_shift"),
     ("scale", "shift", "residual", "norm_scale", "norm_shift"),
+    ("shortcut",),
+    ("layer_scale", "shortcut"),
+    ("scale", "shift", "layer_scale", "residual", "norm_scale", "norm_shift", "shortcut"),
 ]
+STREAMS = ("residual", "shortcut")
 LAYOUTS = {
     "rows": lambda t: t.contiguous(),
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
@@ -35,10 +40,10 @@ def case(names, shape, dtype):
     """Return the arguments, and the same in float64: a band whose edges no value is near."""
     channels = shape[1]
     x = normal(0, *shape).to(dtype)
-    residual = normal(1, *shape).to(dtype) if "residual" in names else None
-    vectors = {n: normal(2 + i, channels).float() + 1 for i, n in enumerate(names) if n != "residual"}
+    residual, shortcut = (normal(s, *shape).to(dtype) if n in names else None for s, n in enumerate(STREAMS, 1))
+    vectors = {n: normal(3 + i, channels).float() + 1 for i, n in enumerate(names) if n not in STREAMS}
     wide = {n: v.double().view(1, -1, 1, 1) for n, v in vectors.items()}
-    leaves = [t if t is None else t.double().clone().requires_grad_() for t in (x, residual)]
+    leaves = [t if t is None else t.double().clone().requires_grad_() for t in (x, residual, shortcut)]
     v = leaves[0] * wide.get("scale", 1) + wide.get("shift", 0)
     v = v * wide.get("layer_scale", 1) + (0 if residual is None else leaves[1])
     u = v * wide.get("norm_scale", 1) + wide.get("norm_shift", 0)
@@ -48,14 +53,14 @@ def case(names, shape, dtype):
     widest = middle.diff(dim=1).argmax(1, keepdim=True)
     threshold = (middle.gather(1, widest) + middle.gather(1, widest + 1)).flatten().float() / 2
     inside = (u - centre.double().view(1, -1, 1, 1)).abs() <= threshold.double().view(1, -1, 1, 1)
-    y = F.silu(torch.where(inside, centre.double().view(1, -1, 1, 1), u))
-    return (x, residual, Vectors(centre, threshold, **vectors)), leaves, v, y
+    y = F.silu(torch.where(inside, centre.double().view(1, -1, 1, 1), u)) + (0 if shortcut is None else leaves[2])
+    return (x, residual, shortcut, Vectors(centre, threshold, **vectors)), leaves, v, y
 
 
 def check(names, shape, dtype, layout, want_sum, rtol):
-    (x, residual, vectors), leaves, v, y = case(names, shape, dtype)
-    inputs = [None if t is None else LAYOUTS[layout](t).requires_grad_() for t in (x, residual)]
-    results = fused(*inputs, None, vectors, Options(1, "silu", want_sum=want_sum))
+    (*tensors, vectors), leaves, v, y = case(names, shape, dtype)
+    inputs = [None if t is None else LAYOUTS[layout](t).requires_grad_() for t in tensors]
+    results = fused(*inputs, vectors, Options(1, "silu", want_sum=want_sum))
     upstream = [normal(20 + i, *shape) for i in range(2 if want_sum else 1)]
     got = results if want_sum else (results,)
     for result, expected in zip(got, (y, v), strict=False):
@@ -95,16 +100,16 @@ def test_compiled_for_the_cpu(names, layout, want_sum, monkeypatch):
 @pytest.mark.parametrize("want_sum", [False, True])
 def test_what_is_kept_for_backward(want_sum):
     """x and the residual, or v alone where it is a result that lives on anyway; nothing else of their size."""
-    (x, residual, vectors), *_ = case(PROLOGUES[-1], (3, 4, 5, 2), torch.float32)
+    (x, residual, shortcut, vectors), *_ = case(PROLOGUES[-1], (3, 4, 5, 2), torch.float32)
     x.requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        fused(x, residual, None, vectors, Options(1, "silu", want_sum=want_sum))
+        fused(x, residual, shortcut, vectors, Options(1, "silu", want_sum=want_sum))
     assert sum(t.numel() == x.numel() for t in kept) == (1 if want_sum else 2)
 
 
 def test_no_gradient_wanted():
-    (x, residual, vectors), *_ = case(PROLOGUES[2], (3, 4, 5, 2), torch.float32)
+    (x, residual, _, vectors), *_ = case(PROLOGUES[2], (3, 4, 5, 2), torch.float32)
     assert not fused(x, residual, None, vectors, Options(1, "relu")).requires_grad
     with torch.no_grad():
         assert not fused(x.requires_grad_(), residual, None, vectors, Options(1, "relu")).requires_grad
@@ -113,8 +118,44 @@ def test_no_gradient_wanted():
     assert residual.grad is not None
 
 
+def test_the_gradient_of_the_shortcut_is_the_results():
+    """The same tensor, and without a call where nothing else wants one."""
+    (x, _, shortcut, vectors), *_ = case(("layer_scale", "shortcut"), (3, 4, 5, 2), torch.float32)
+    y = fused(x, None, shortcut.requires_grad_(), vectors, Options(1))
+    upstream = torch.rand_like(y)
+    with Calls() as calls:
+        (grad,) = torch.autograd.grad(y, shortcut, upstream, retain_graph=True)
+    assert grad.data_ptr() == upstream.data_ptr()
+    assert calls.names == []
+
+
+class Calls(TorchDispatchMode):
+    """Records the operators called that write a tensor: what a GPU would launch."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func is not torch.ops.aten.detach.default:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_call_forward_and_one_backward():
+    (x, residual, shortcut, vectors), *_ = case(PROLOGUES[-1], (3, 4, 5, 2), torch.float32)
+    leaves = [t.requires_grad_() for t in (x, residual, shortcut)]
+    with Calls() as forward:
+        y = fused(*leaves, vectors, Options(1))
+    upstream = torch.rand_like(y)
+    with Calls() as backward:
+        torch.autograd.grad(y, leaves, upstream)
+    assert forward.names == ["meansparse.fused.default"]
+    assert backward.names == ["meansparse.fused_backward.default"]
+
+
 def test_opcheck():
-    (x, residual, vectors), *_ = case(PROLOGUES[2], (3, 4, 5, 2), torch.float32)
+    (x, residual, _, vectors), *_ = case(PROLOGUES[2], (3, 4, 5, 2), torch.float32)
     arguments = (x.requires_grad_(), residual.requires_grad_(), None, list(vectors), *Options(1, "silu", want_sum=True))
     # AOT dispatch would see the autograd formula through an autograd.Function, which compilers never do here:
     # they get the composition.

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from meansparse_fx.kernels import ops, reference
+from meansparse_fx.kernels.fused import fused
+from meansparse_fx.kernels.records import Options, Vectors
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +35,30 @@ def test_operator_is_the_reference(name, backward, device) -> None:
         torch.autograd.grad(y, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
     ):
         torch.testing.assert_close(own, ref, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("want_sum", [False, True])
+@pytest.mark.parametrize("strides", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_fused_operator_is_its_composition(strides, want_sum, device, monkeypatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    streams = [torch.randn(2, 6, 5, 3, generator=g).to(device) for _ in range(5)]
+    x, residual = (t.contiguous(memory_format=strides) for t in streams[:2])
+    shortcut = streams[2]  # of its own layout
+    vectors = Vectors(
+        *(torch.rand(6, generator=g).to(device) for _ in range(2)),
+        None,
+        *(torch.randn(6, generator=g).to(device) for _ in range(5)),
+    )
+    leaves = [t.requires_grad_() for t in (x, residual, shortcut)]
+    results = []
+    for choice in ("triton", "eager"):
+        monkeypatch.setenv("MEANSPARSE_FX_LOWERING", choice)
+        found = fused(*leaves, vectors, Options(1, want_sum=want_sum))
+        found = found if want_sum else (found,)
+        grads = torch.autograd.grad(found, leaves, streams[3 : 3 + len(found)])
+        results.append((*found, *grads))
+    for own, expected in zip(*results, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_moments_are_those_of_the_observer(device) -> None:

@@ -83,6 +83,10 @@ def case(request, names, memory_format, device) -> SimpleNamespace:
 def test_prologue(case) -> None:
     y = mean_sparse_forward(case.x, case.vectors, SILU, case.residual)
     assert_close(y, case.y.detach(), case.rtol)
+    shortcut = case.grad_y  # as good as any
+    added = mean_sparse_forward(case.x, case.vectors, SILU, case.residual, shortcut)
+    bound = case.rtol * (case.y.abs() + shortcut.double().abs()) + 1e-6
+    assert ((added.double() - case.y - shortcut.double()).abs() <= bound).all()
     grads = mean_sparse_backward(case.grad_y, case.x, case.vectors, SILU, case.residual, want_grad_sum=True)
     assert_close(grads.x, case.grad_x, case.rtol)
     assert_close(grads.v, case.v.grad, case.rtol)
@@ -96,6 +100,9 @@ def test_the_sum_as_a_second_output(case) -> None:
     centre, threshold, *_, scale, shift = case.vectors
     norm = Vectors(centre, threshold, scale=scale, shift=shift)
     assert torch.equal(y, mean_sparse_forward(v, norm, SILU))
+    both = mean_sparse_forward(case.x, case.vectors, BOTH, case.residual, case.grad_y)
+    assert torch.equal(both[1], v)
+    assert torch.equal(both[0], mean_sparse_forward(v, norm, SILU, shortcut=case.grad_y))
 
 
 def test_gradients_through_both_outputs(case) -> None:
