@@ -49,9 +49,11 @@ OPTIONAL = {
     "forward+norm+residual": ("scale_ptr", "shift_ptr", "residual_ptr"),
     "forward+norm+residual+sum": ("scale_ptr", "shift_ptr", "residual_ptr", "sum_ptr"),
     "forward+residual+sum+norm": ("residual_ptr", "sum_ptr", "norm_scale_ptr", "norm_shift_ptr"),
+    "forward+layerscale+shortcut": ("layer_scale_ptr", "shortcut_ptr"),
     "backward": (),
     "backward+norm+residual": ("scale_ptr", "shift_ptr", "residual_ptr", "grad_v_ptr"),
     "backward+sum+norm": ("grad_sum_ptr", "norm_scale_ptr", "norm_shift_ptr"),
+    "backward+layerscale": ("layer_scale_ptr",),
     "moments": (),
     "moments+activation": ("y_ptr",),
 }
@@ -61,14 +63,16 @@ STREAMS = {
     "forward+norm+residual": (2, 1),
     "forward+norm+residual+sum": (2, 2),
     "forward+residual+sum+norm": (2, 2),
+    "forward+layerscale+shortcut": (2, 1),
     "backward": (2, 1),
     "backward+norm+residual": (3, 2),
     "backward+sum+norm": (3, 1),
+    "backward+layerscale": (2, 1),
     "moments": (1, 0),
     "moments+activation": (1, 1),
 }
 TENSOR_POINTERS = {
-    "x_ptr", "y_ptr", "sum_ptr", "residual_ptr", "grad_ptr", "grad_sum_ptr", "grad_x_ptr", "grad_v_ptr"
+    "x_ptr", "y_ptr", "sum_ptr", "residual_ptr", "shortcut_ptr", "grad_ptr", "grad_sum_ptr", "grad_x_ptr", "grad_v_ptr"
 }  # fmt: skip
 
 

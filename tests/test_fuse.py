@@ -14,12 +14,15 @@ from torch import nn
 import meansparse_fx as msfx
 from meansparse_fx.errors import StateError
 from meansparse_fx.nn import MeanSparse
+from tests.models import Functional
 
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class PostActivation(nn.Module):
     """As ResNets: convolution, norm, sum, activation."""
+
+    placement, kept = None, 0.9  # and the bytes kept for backward over those without fusion
 
     def __init__(self):
         super().__init__()
@@ -38,6 +41,8 @@ class PostActivation(nn.Module):
 class PreActivation(nn.Module):
     """As WideResNets: norm, activation, convolution; the sum is read by the norm and by the next sum."""
 
+    placement, kept = None, 0.9
+
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 6, 3, padding=1)
@@ -50,6 +55,32 @@ class PreActivation(nn.Module):
         for norm, conv in zip(self.norms, self.convs, strict=False):
             x = torch.add(x, conv(F.silu(norm(x))))
         return self.slope(self.norms[3](x)).mean((2, 3))
+
+
+class LayerScaled(nn.Module):
+    """As ConvNeXts: a branch that ends in a LayerScale, before or behind a permute, and an operator before the sum."""
+
+    placement, kept = "robustbench:convnext", 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(6, 6, 3, padding=1, groups=6) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(3))
+        self.up, self.down = (nn.ModuleList(nn.Linear(*n) for _ in range(3)) for n in ((6, 12), (12, 6)))
+        self.gammas = nn.ParameterList(nn.Parameter(torch.randn(6)) for _ in range(2))
+        self.drop = nn.Dropout(0.5)
+
+    def branch(self, x, i):
+        y = self.norms[i](self.convs[i](x)).permute(0, 2, 3, 1)
+        return self.down[i](F.gelu(self.up[i](y)))  # [N, H, W, C]
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.drop((self.gammas[0] * self.branch(x, 0)).permute(0, 3, 1, 2))
+        x = self.drop(self.branch(x, 1).permute(0, 3, 1, 2).mul(self.gammas[1].reshape(1, -1, 1, 1))) + x
+        x = x + self.branch(x, 2).permute(0, 3, 1, 2)
+        return x.mean((2, 3))
 
 
 def build(architecture):
@@ -65,7 +96,7 @@ def build(architecture):
     return model.double().eval().requires_grad_(False)
 
 
-@pytest.fixture(params=[PostActivation, PreActivation])
+@pytest.fixture(params=[PostActivation, PreActivation, LayerScaled])
 def model(request):
     return build(request.param)
 
@@ -76,7 +107,7 @@ def images():
 
 
 def calibrated(model, images, **options):
-    sparse = msfx.transform(model, images, **options)
+    sparse = msfx.transform(model, images, placement=getattr(model, "placement", None), **options)
     msfx.calibrate(sparse, [images], progress=False)
     msfx.set_alpha(sparse, 0.4)
     return sparse
@@ -96,6 +127,92 @@ def test_what_is_fused(images):
     assert "rewritten; fused: sum + norm" in str(fused.meta["plan"])
     functions = [n.target for n in fused.graph.nodes if n.op == "call_function"]
     assert set(functions) == {operator.getitem}
+
+
+def test_what_is_fused_at_the_end_of_a_branch(images):
+    fused = msfx.transform(build(LayerScaled), images, fuse="all", placement="robustbench:convnext")
+    assert [(s.kind, s.fused) for s in fused.meta["plan"] if not s.skipped] == [
+        ("activation", "nothing beside it to take in"),
+        ("residual_branch", "LayerScale, sum behind it"),
+        ("activation", "nothing beside it to take in"),
+        ("residual_branch", "LayerScale, sum behind it"),
+        ("activation", "nothing beside it to take in"),
+        ("residual_branch", "sum behind it"),
+    ]
+    methods = [n.target for n in fused.graph.nodes if n.op in ("call_method", "call_function")]
+    assert set(methods) == {"permute", "mean"}
+    calls = [n for n in fused.graph.nodes if n.kwargs.get("fused")]
+    assert [sorted(n.kwargs) for n in calls] == [["fused", "layer_scale", "shortcut"]] * 2 + [["fused", "shortcut"]]
+
+
+def branches(branch):
+    """Return the plan's word for one operator at the end of a branch of x ``[N, 6, 8, 8]``, and both outputs."""
+    model = Functional(lambda m, x: branch(m, m.conv(x)), conv=nn.Conv2d(3, 6, 1))
+    model.gamma = nn.Parameter(torch.linspace(0.5, 1.5, 6).view(6, 1, 1))
+    model.eval().requires_grad_(False)
+    placement = msfx.Placement(kinds=("residual_branch",))
+    images = IMAGES
+    results = []
+    for fuse in ("activation", "all"):
+        sparse = msfx.transform(model, images, placement=placement, fuse=fuse)
+        msfx.calibrate(sparse, [images], progress=False)
+        msfx.set_alpha(sparse, 0.5)
+        results.append(sparse(images))
+    (site,) = (s for s in sparse.meta["plan"] if s.skipped is None)
+    return site.fused, *results
+
+
+def seven(x):
+    return torch.tanh(x) * 7
+
+
+SCALED = "LayerScale, sum behind it"
+BRANCHES = {
+    "gamma first": (lambda m, x: x + m.gamma * seven(x), SCALED),
+    "in place": (lambda m, x: x + seven(x).mul_(m.gamma), SCALED),
+    "the sum in place": (lambda m, x: (seven(x) * m.gamma).add_(x), SCALED),
+    "gamma is indexed": (lambda m, x: x + seven(x) * m.gamma.flatten()[:, None, None], "sum behind it"),
+    "rows are scaled": (
+        lambda m, x: x[:, :, :6] + seven(x[:, :, :6]) * m.gamma.view(6, 1),
+        "sum behind it; what it is multiplied by is not one number for each of its channels",
+    ),
+    "the product is read twice": (
+        lambda m, x: (lambda y: (x + y) * y.mean())(seven(x) * m.gamma),
+        "sum behind it; others read the LayerScale's result, too",
+    ),
+    "what gamma scales changes": (
+        lambda m, x: (lambda y: (lambda z: (y.add_(1), x + z)[1])(y * m.gamma))(seven(x)),
+        "sum behind it; a value around the LayerScale is overwritten",
+    ),
+    "the shortcut changes": (
+        lambda m, x: (lambda s: (lambda t: (s.mul_(2), t)[1])(s + seven(s) * m.gamma))(x * 1),
+        "LayerScale; what the sum behind it reads is overwritten",
+    ),
+    "the sum is read as its operand": (
+        lambda m, x: (lambda s: (lambda t: t * s)(s.add_(seven(s) * m.gamma)))(x * 1),
+        "LayerScale; what the sum behind it reads is overwritten",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_branches_and_what_declines_them(name):
+    branch, expected = BRANCHES[name]
+    said, plain, fused = branches(branch)
+    assert said == expected
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_of_mixed_dtypes_the_result_is_torchs(images):
+    """As under autocast: a half precision branch added to a float32 shortcut, LayerScale in float32."""
+    model = build(LayerScaled).float()
+    sparse = calibrated(model, IMAGES, fuse="all")
+    plain = calibrated(model, IMAGES)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        own, expected = sparse(IMAGES), plain(IMAGES)
+    assert own.dtype == expected.dtype
+    # A value beside the band's edge may fall on its other side where the product is not rounded.
+    torch.testing.assert_close(own, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_the_same_function_and_gradients(model, images):
@@ -139,7 +256,7 @@ def test_new_weights_count(model, images):
     fused(images)
     other = copy.deepcopy(fused.state_dict())
     for key, value in other.items():
-        if key.endswith("running_var"):
+        if key.endswith("running_var") or "gammas" in key:
             value.mul_(2)
     fused.load_state_dict(other)
     plain = calibrated(model, images)
@@ -180,7 +297,7 @@ def test_less_is_kept_for_backward(model, images):
             y = sparse(images.clone().requires_grad_())
         kept.append(sum(seen.values()))
         del y
-    assert kept[1] < 0.9 * kept[0]
+    assert kept[1] <= model.kept * kept[0]
 
 
 def test_gradients_wanted_for_a_norm_decline_it(model, images):
@@ -190,6 +307,9 @@ def test_gradients_wanted_for_a_norm_decline_it(model, images):
         "the norm's parameters want gradients: model.requires_grad_(False)",
         "sum",  # its norm has no parameters, or stays outside
         "norm + sum",
+        "nothing beside it to take in",
+        "sum behind it",
+        "sum behind it; the LayerScale's parameter wants gradients: model.requires_grad_(False)",
     }
     torch.testing.assert_close(fused(images), calibrated(model, images)(images), rtol=1e-9, atol=1e-11)
 
