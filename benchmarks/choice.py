@@ -4,17 +4,16 @@
 
 Each search sees the 2,000 selection images alone. What it chooses, or, where nothing is better than the base beyond
 noise, what looked best to it, is then attacked on the 2,000 test images: APGD-CE (100 steps) and APGD-T (towards the
-three nearest classes) by the operator's own gradient and by the identity, then Square (1,000 queries), each on what those
-before it left. Killed at any moment it goes on; a few hours on one core.
+three nearest classes) by the operator's own gradient and by the identity, then Square (1,000 queries), each on what
+those before it left. Killed at any moment it goes on; a few hours on one core.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ from meansparse_fx.evaluate import AttackSettings, ModelOutcome, PairedDifferenc
 from meansparse_fx.evaluate.ledger import Ledger, model_identity
 from meansparse_fx.evaluate.plan import plan_runs
 from meansparse_fx.progress import bar
+
+from .harness import write
 
 SEARCHES: dict[str, dict[str, Any]] = {
     "one alpha": {},
@@ -97,7 +98,7 @@ def search(sparse: fx.GraphModule, name: str, cache: Path, attacked: int) -> Alp
 
 
 def best(found: AlphaSearch) -> tuple[Candidate, ModelOutcome, bool]:
-    """Return what a search chose, or what looked best to it if that is the base; its outcome; whether it is chosen."""
+    """Return what a search chose, or what looked best to it if that is the base; its outcome; which of the two."""
     if not isinstance(found.alpha, float):
         assert found.refinement is not None
         return Candidate(found.alpha, found.variant), found.refinement.outcome, True
@@ -179,10 +180,7 @@ def report(rows: Sequence[Row], path: Path | None) -> None:
         )
     Console(width=140).print(table)
     if path is not None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        write(rows, path)
 
 
 def _points(change: float, low: float, high: float) -> str:

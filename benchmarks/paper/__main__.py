@@ -16,8 +16,8 @@ from pathlib import Path
 
 from meansparse_fx.progress import bar
 
-from ..harness import RESULTS
-from .measure import Laboratory, Row, write
+from ..harness import RESULTS, write
+from .measure import Laboratory, Row
 from .page import print_table, write_page
 from .tables import TABLES
 

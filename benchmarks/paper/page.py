@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import types
-import typing
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -15,6 +11,8 @@ from rich.table import Table as RichTable
 
 from meansparse_fx.plots import LIGHT, png, prepare
 
+from .. import choice
+from ..harness import read
 from .measure import Row
 from .published import change
 from .tables import NETWORKS, TABLES
@@ -57,7 +55,7 @@ _TREND = ("alpha",)  # tables whose rows are alphas have a plot over them
 
 def write_page(results: Path, docs: Path) -> None:
     """Write paper.md and paper-TABLE.png into ``docs``, from the files in ``results``; missing tables are said."""
-    measured = {number: read(path) for number in TABLES if (path := results / f"paper-{number}.csv").exists()}
+    measured = {number: read(path, Row) for number in TABLES if (path := results / f"paper-{number}.csv").exists()}
     parts = [OPENING.format(sites=7, networks=len(NETWORKS)), _summary(measured)]
     for number, table in TABLES.items():
         parts.append(f"## Table {number}: {table.title}\n")
@@ -72,21 +70,9 @@ def write_page(results: Path, docs: Path) -> None:
             (docs / f"paper-{number}.png").write_bytes(png(_figure(number, rows)))
             parts.append(f"![Change of robust accuracy over alpha, table {number}](paper-{number}.png)\n")
         parts.append(_markdown(number, rows))
+    if (path := results / "choice.csv").exists():
+        parts.append(_choice(read(path, choice.Row)))
     (docs / "paper.md").write_text("\n".join(parts))
-
-
-def read(path: Path) -> list[Row]:
-    """Return the rows of a CSV that `measure.write` wrote."""
-    kinds = typing.get_type_hints(Row)
-    with path.open(newline="") as file:
-        records = list(csv.DictReader(file))
-    return [Row(**{f.name: _parse(record[f.name], kinds[f.name]) for f in fields(Row)}) for record in records]
-
-
-def _parse(text: str, kind: type) -> object:
-    if isinstance(kind, types.UnionType):  # float or None
-        return float(text) if text else None
-    return kind(text)
 
 
 def print_table(number: int, rows: Sequence[Row]) -> None:
@@ -181,6 +167,34 @@ def _finding(number: int, rows: Sequence[Row]) -> str:
             same = sum(c * p > 0 for c, p in compared)
             words.append(f"{name} the change has the paper's sign in {same} of {len(compared)} settings.")
     return " ".join(words)
+
+
+def _choice(rows: Sequence[choice.Row]) -> str:
+    """Return what choosing buys, on images of their own."""
+    chosen = [row for row in rows if row.chosen and row.search != "base"]
+    real = [row for row in chosen if row.worst_low > 0]
+    lines = [
+        "## What the choice of alpha buys\n",
+        "Not in the paper: the bundled network, alpha chosen on 2,000 selection images under attack by both gradients "
+        f"(30 steps), then judged on {rows[0].attacked:,} test images that nothing else saw, by APGD-CE (100 steps) "
+        "and APGD-T by both gradients and Square (1,000 queries). `python -m benchmarks.choice` measures it. "
+        f"Of {len(rows) - 1} searches {len(chosen)} chose something beyond noise, and {len(real)} of these "
+        "are better than the base beyond noise on the test images.\n",
+        "| search | setting | chosen beyond noise | selection: worst case | test: clean | own gradient | worst case |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        base = row.search == "base"
+        changes = [
+            "" if base else " " + _points(*(getattr(row, f"{which}_{end}") for end in ("change", "low", "high")))
+            for which in ("selection", "own", "worst")
+        ]
+        clean = f"{100 * row.clean:.1f}" + ("" if base else f" {100 * row.clean_change:+.1f}")
+        lines.append(
+            f"| {row.search} | {row.setting} | {'' if base else 'yes' if row.chosen else 'no, it looked best'} "
+            f"|{changes[0]} | {clean} | {100 * row.own:.1f}{changes[1]} | {100 * row.worst:.1f}{changes[2]} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def _figure(number: int, rows: Sequence[Row]) -> Figure:
