@@ -99,6 +99,22 @@ def test_a_sum_without_norm_has_one_gradient(images):
     assert cost["ours, fused"] == ((1, 2, 1), (1, 3, 1), 3)  # kept: x, the residual, y
 
 
+def test_layer_scale_and_the_sum_behind_by_hand(images):
+    def run(m, x):
+        x = m.stem(x)
+        return x + m.scale * m.conv(m.act(m.conv(x)))
+
+    model = Functional(run, stem=nn.Conv2d(1, 4, 3), conv=nn.Conv2d(4, 4, 1), act=nn.GELU())
+    model.scale = nn.Parameter(torch.full((4, 1, 1), 0.5))
+    found = msfx.cost(model.eval(), images, msfx.Placement(kinds=("residual_branch",)))
+    assert [site.before for site in found] == ["scale + sum behind"]
+    cost = moved(found.total)
+    # Forward: scale 1:1, sum 2:1; ours puts the operator between them. Backward: scale 1:1, the operator 2:1.
+    assert cost["base"] == ((2, 3, 2), (1, 1, 1), 1)
+    assert cost["ours"] == ((3, 4, 3), (2, 3, 2), 2)
+    assert cost["ours, fused"] == ((1, 2, 1), (1, 2, 1), 2)
+
+
 def test_an_operator_without_its_activation(images):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.CELU()).eval()
     cost = moved(msfx.cost(model, images).total)

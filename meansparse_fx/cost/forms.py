@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import ActivationCall
-from ..kernels.fused import Options, Vectors, fused
+from ..kernels.fused import fused
 from ..kernels.ops import mean_sparse
+from ..kernels.records import Options, Vectors
 from ..kernels.reference import ACTIVATIONS, per_channel
 
 
@@ -41,7 +42,9 @@ def branch_free(x: Tensor, mean: Tensor, band: Tensor, channel_dim: int) -> Tens
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A site and what `fuse` takes in before it: y = act(s(u)), u = outer(v), v = norm(x) + residual.
+    """A site and what `fuse` takes in around it.
+
+    y = act(s(u)) + shortcut,   u = outer(v),   v = norm(x) * layer_scale + residual
 
     Attributes:
         shape: Of x, and of all the others.
@@ -49,7 +52,8 @@ class Region:
         channel_dim: Dimension of x that holds the channels.
         activation: None for a bare operator.
         norm, outer: There is a norm of x; of the sum.
-        residual: There is a sum.
+        layer_scale: There is a LayerScale.
+        residual, shortcut: There is a sum before the operator; behind it.
         want_sum: Others read v, too.
     """
 
@@ -58,13 +62,15 @@ class Region:
     channel_dim: int
     activation: ActivationCall | None
     norm: bool
+    layer_scale: bool
     residual: bool
     outer: bool
+    shortcut: bool
     want_sum: bool
 
     def inputs(self) -> list[Tensor]:
-        """Return x and, where there is one, the residual, without data, wanting gradients."""
-        count = 2 if self.residual else 1
+        """Return x, the residual if there is one and the shortcut if there is one: without data, wanting gradients."""
+        count = 1 + self.residual + self.shortcut
         return [torch.empty(self.shape, dtype=self.dtype, device="meta", requires_grad=True) for _ in range(count)]
 
     def vector(self) -> Tensor:
@@ -72,8 +78,14 @@ class Region:
         return torch.empty(self.shape[self.channel_dim], device="meta")
 
     def taken_in(self) -> str:
-        """Return in words what stands before the operator."""
-        words = (("norm", self.norm), ("sum", self.residual), ("norm", self.outer))
+        """Return in words what is taken in."""
+        words = (
+            ("norm", self.norm),
+            ("scale", self.layer_scale),
+            ("sum", self.residual),
+            ("norm", self.outer),
+            ("sum behind", self.shortcut),
+        )
         return " + ".join(word for word, there in words if there)
 
 
@@ -84,8 +96,13 @@ Form = Callable[[Region, list[Tensor]], Results]
 def _before(region: Region, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return v and u, as torch computes them call by call."""
     v = _normed(inputs[0], region) if region.norm else inputs[0]
+    v = v * per_channel(region.vector(), v.dim(), region.channel_dim) if region.layer_scale else v
     v = v + inputs[1] if region.residual else v
     return v, _normed(v, region) if region.outer else v
+
+
+def _behind(y: Tensor, region: Region, inputs: list[Tensor]) -> Tensor:
+    return y + inputs[-1] if region.shortcut else y
 
 
 def _normed(x: Tensor, region: Region) -> Tensor:
@@ -118,7 +135,7 @@ def _with(operator: Callable[[Tensor, Region], Tensor]) -> Form:
     def form(region: Region, inputs: list[Tensor]) -> Results:
         v, u = _before(region, inputs)
         s = operator(u, region)
-        y = _activated(s, region, s is not inputs[0])
+        y = _behind(_activated(s, region, s is not inputs[0]), region, inputs)
         return (y, v) if region.want_sum else (y,)
 
     return form
@@ -137,18 +154,21 @@ def _ours(region: Region, inputs: list[Tensor]) -> Results:
     v, u = _before(region, inputs)
     name, constants = _named(region)
     y = mean_sparse(u, region.vector(), region.vector(), region.channel_dim, name, constants, _slope(region))
+    y = _behind(y, region, inputs)
     return (y, v) if region.want_sum else (y,)
 
 
 def _fused(region: Region, inputs: list[Tensor]) -> Results:
-    if not (region.norm or region.residual or region.outer):
+    if not region.taken_in():
         return _ours(region, inputs)
     inner, outer = (
         (region.vector(), region.vector()) if there else (None, None) for there in (region.norm, region.outer)
     )
-    vectors = Vectors(region.vector(), region.vector(), _slope(region), *inner, None, *outer)
+    scale = region.vector() if region.layer_scale else None
+    vectors = Vectors(region.vector(), region.vector(), _slope(region), *inner, scale, *outer)
     options = Options(region.channel_dim, *_named(region), want_sum=region.want_sum)
-    results = fused(inputs[0], inputs[1] if region.residual else None, vectors, options)
+    residual, shortcut = inputs[1] if region.residual else None, inputs[-1] if region.shortcut else None
+    results = fused(inputs[0], residual, shortcut, vectors, options)
     return results if isinstance(results, tuple) else (results,)
 
 

@@ -142,8 +142,8 @@ def cost(model: nn.Module, images: Tensor, placement: Placement | str | None = N
 
     Nothing is timed. At each site five forms are laid side by side: the base's own calls, the published operator, the
     same without its branch, ours (``fuse="activation"``), and ours fused (``fuse="all"``). All of them are the same
-    stretch of the graph: the frozen norm, the residual sum and the norm of that sum, where the fused form takes them
-    in, and the activation. They are counted by these rules, and so depend on shapes alone:
+    stretch of the graph: the frozen norm, LayerScale, residual sums and the norm of a sum, where the fused form takes
+    them in, and the activation. They are counted by these rules, and so depend on shapes alone:
 
     - Every call of an operator reads each of its inputs once and writes each of its results once. Views and
       allocations are no calls.
@@ -190,10 +190,10 @@ def cost(model: nn.Module, images: Tensor, placement: Placement | str | None = N
 
 def _region(node: fx.Node, operator: MeanSparse, shape: tuple[int, ...], dtype: torch.dtype) -> Region:
     before = operator.before
-    residual = len(node.args) > 2 and node.args[2] is not None
+    around = {name: name in node.kwargs for name in ("layer_scale", "residual", "shortcut")}
     return Region(
         shape, dtype, operator.channel_dim, operator.activation,
-        before.norm is not None, residual, before.outer is not None, before.want_sum,
+        norm=before.norm is not None, outer=before.outer is not None, want_sum=before.want_sum, **around,
     )  # fmt: skip
 
 
