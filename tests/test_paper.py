@@ -81,6 +81,7 @@ def a_row(number: int, cell, **given) -> Row:
 
 def test_the_page_says_what_the_files_say(tmp_path):
     rows = [a_row(11, cell) for cell in TABLES[11].cells]
+    write([a_row(3, cell) for cell in TABLES[3].only(["L2"]).cells], tmp_path / "paper-3.csv")
     rows[1] = replace(rows[1], both_change=0.04, both_low=0.03, both_high=0.05)
     write(rows, tmp_path / "paper-11.csv")
     assert read(tmp_path / "paper-11.csv", Row) == rows
@@ -91,6 +92,7 @@ def test_the_page_says_what_the_files_say(tmp_path):
     assert "has the paper's sign in 1 of 8 settings" in page
     assert "|  | 0.2 | 80.0 | 50.0 | +2.0 [+1.0, +3.0] | 40.0 | -1.0 [-2.0, +0.0] | +0.5 |" in page
     assert "Not measured yet: `python -m benchmarks.paper 2`" in page
+    assert "Not measured yet: Linf." in page
     assert (tmp_path / "paper-11.png").stat().st_size > 10_000
 
 

@@ -1,6 +1,7 @@
 """Measure the paper's tables in small, and write them beside the paper's own numbers.
 
     python -m benchmarks.paper 2 [--data DIRECTORY]      Table 2: trains what it needs, goes on where it was killed
+    python -m benchmarks.paper 2 --column ReLU GELU      of a table these columns alone
     python -m benchmarks.paper all                       tables 1 to 12: a few hours on two cores
     python -m benchmarks.paper 11 --bundled --attacked 50 --steps 10 --out DIRECTORY      a look, without data
     python -m benchmarks.paper page                      docs/paper.md and its plots, from the result files
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument(
         "--bundled", action="store_true", help="the bundled network and its selection images, GELU only"
     )
+    parser.add_argument("--column", nargs="+", help="only these columns of the tables")
     parser.add_argument("--attacked", type=int, default=500, help="images to attack")
     parser.add_argument("--steps", type=int, help="of each attack, in place of the table's own")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache/paper", help="networks and results of attacks")
@@ -42,7 +44,7 @@ def main() -> None:
     laboratory = Laboratory(None if args.bundled else args.data, args.cache, args.attacked, args.steps)
     numbers = list(TABLES) if "all" in args.what else [int(what) for what in args.what]
     for number in numbers:
-        table, rows = TABLES[number], list[Row]()
+        table, rows = TABLES[number].only(args.column), list[Row]()
         with bar() as display:
             task = display.add_task(f"table {number}", total=len(table.cells), note=table.title)
             rows.extend(laboratory.rows(number, table, lambda task=task, display=display: display.advance(task)))

@@ -65,6 +65,8 @@ def write_page(results: Path, docs: Path) -> None:
             parts.append(f"Not measured yet: `python -m benchmarks.paper {number}`.\n")
             continue
         rows = measured[number]
+        if missing := dict.fromkeys(c.column for c in table.cells if c.column not in {row.column for row in rows}):
+            parts.append(f"Not measured yet: {', '.join(missing)}.\n")
         parts.append(_finding(number, rows) + "\n")
         if table.row in _TREND and len({row.row for row in rows}) > 3:
             (docs / f"paper-{number}.png").write_bytes(png(_figure(number, rows)))

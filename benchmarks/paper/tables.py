@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from ..training import Recipe
@@ -71,6 +72,10 @@ class Table:
     title: str
     row: str
     cells: tuple[Cell, ...]
+
+    def only(self, columns: Collection[str] | None) -> Table:
+        """Return the table with these columns alone; with all of them for None."""
+        return self if columns is None else replace(self, cells=tuple(c for c in self.cells if c.column in columns))
 
 
 def _sweep(column: str, alphas: tuple[float, ...] = ALPHAS, **given: object) -> list[Cell]:
