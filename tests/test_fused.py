@@ -70,7 +70,9 @@ def check(names, shape, dtype, layout, want_sum, rtol):
     torch.autograd.backward((y, v)[: len(upstream)], [g.to(dtype).double() for g in upstream])
     for own, expected in zip(inputs, leaves, strict=True):
         if own is not None:
-            torch.testing.assert_close(own.grad.double(), expected.grad, rtol=2 * rtol, atol=2 * rtol)
+            # Terms of the largest gradient's size cancel in some elements: float32 has 1.2e-7 of those.
+            atol = max(2 * rtol, 2.4e-7 * float(expected.grad.abs().max()))
+            torch.testing.assert_close(own.grad.double(), expected.grad, rtol=2 * rtol, atol=atol)
 
 
 # Rounded once forward, a few times backward; v is rounded to its dtype before the norm of it.

@@ -50,6 +50,7 @@ def _fuse(node: fx.Node, operator: MeanSparse, finder: Finder) -> str:
     finder.know(y, found.behind or node)
     (found.behind or node).replace_all_uses_with(y)
     if found.want_sum:
+        finder.know(y.args[0], total.node)
         with node.graph.inserting_after(y.args[0]):
             v = node.graph.call_function(python.getitem, (y.args[0], 1))
         v.meta = dict(total.node.meta)
