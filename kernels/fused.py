@@ -3,7 +3,8 @@
     v = (x * scale + shift) * layer_scale + residual,   u = v * norm_scale + norm_shift,   y = act(s(u)) + shortcut
 
 Every factor is optional; v is a second result where others read it too. Only x, or v, and the residual are kept for
-backward. Norms and LayerScale are frozen: their gradients do not exist here. The shortcut's gradient is y's own tensor.
+backward; where u is v and a ReLU's gradient can be told from its result, that result alone. Norms and LayerScale are
+frozen: their gradients do not exist here. The shortcut's gradient is y's own tensor.
 
 Floor 0: torch and, lazily through the CUDA lowering, triton.
 """
@@ -13,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import compiled, composed, ops
+from . import compiled, composed, ops, traced
 from .records import Options, Vectors
+from .reference import ACTIVATIONS
 
 _library = torch.library.Library("meansparse", "FRAGMENT")
 _TAIL = "int channel_dim, str activation, float[] constants, str variant, str backward, float steepness, bool want_sum"
@@ -86,18 +88,35 @@ def _(grad, grad_sum, x, residual, vectors, *options):
     return torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x), grad_weight
 
 
+def _told_by_result(x: Tensor, shortcut: Tensor | None, vectors: Vectors, options: Options) -> bool:
+    """Return whether backward needs y alone, which the next convolution keeps anyway.
+
+    y then stands for v. In half precision it is rounded, which could take it to the other side of the band's edge.
+    """
+    plain = shortcut is None and vectors.norm_scale is None and not options.want_sum
+    row = ACTIVATIONS[options.activation]
+    exact = x.dtype in (torch.float32, torch.float64)
+    return plain and exact and row.keeps_result and traced.tells(options.activation, options.variant, options.backward)
+
+
 class _Fused(torch.autograd.Function):
-    """Keeps x and the residual, or v where it is a result anyway; backward computes everything else again."""
+    """Keeps x and the residual, or what stands for their sum; backward computes everything else again."""
 
     @staticmethod
     def forward(ctx, x, residual, shortcut, weight, vectors, options):
         with torch._C._AutoDispatchBelowAutograd():
             y, v = torch.ops.meansparse.fused.default(x, residual, shortcut, vectors, *options)
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.has_residual = options, residual is not None
+        ctx.want_sum, ctx.has_residual = options.want_sum, residual is not None
+        kept = (v,) if options.want_sum else (x, residual)
+        if _told_by_result(x, shortcut, vectors, options):
+            kept, options = (y,), options._replace(want_sum=True)
+            if options.backward == "identity":  # y tells the slope at s(u); a band around it would ask again
+                vectors = vectors._replace(threshold=torch.full_like(vectors.threshold, -1.0))
+        ctx.options = options  # with want_sum: of v, not of x and the residual
         ctx.given = [vector is not None for vector in vectors]
         held = [vector for vector in vectors if vector is not None]
-        ctx.save_for_backward(*((v,) if options.want_sum else (x, residual)), *held)
+        ctx.save_for_backward(*kept, *held)
         return y, v
 
     @staticmethod
@@ -113,7 +132,7 @@ class _Fused(torch.autograd.Function):
         vectors = [next(saved) if given else None for given in ctx.given]
         if grad is None:
             grad = torch.zeros_like(x)
-        if not ctx.options.want_sum:
+        if not ctx.want_sum:
             grad_sum = None
         grad_x, grad_residual, grad_weight = torch.ops.meansparse.fused_backward.default(
             grad, grad_sum, x, residual, vectors, *ctx.options

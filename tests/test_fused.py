@@ -110,6 +110,39 @@ def test_what_is_kept_for_backward(want_sum):
     assert sum(t.numel() == x.numel() for t in kept) == (1 if want_sum else 2)
 
 
+@pytest.mark.parametrize("backward", ["exact", "identity"])
+@pytest.mark.parametrize("names", [("scale", "shift"), ("residual",), ("scale", "shift", "residual")], ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_relus_gradient_is_told_from_its_result(names, backward, dtype):
+    """The result alone is kept, which the next layer keeps anyway; in half precision, where it is rounded, more."""
+    (x, residual, _, vectors), leaves, v, _ = case(names, (3, 6, 5, 2), dtype)
+    # Bands on both sides of zero, some of which hold it: there a result of zero says little of where u was.
+    centre = vectors.centre.clone()
+    centre[:2] *= 0.05
+    vectors = vectors._replace(centre=centre)
+    inputs = [None if t is None else t.requires_grad_() for t in (x, residual)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = fused(*inputs, None, vectors, Options(1, "relu", backward=backward))
+    large = [t for t in kept if t.numel() == x.numel()]
+    if dtype == torch.bfloat16:
+        assert len(large) == 1 + ("residual" in names)
+    else:
+        assert len(large) == 1
+        assert large[0].data_ptr() == y.data_ptr()
+    shaped = [t.double().view(1, -1, 1, 1) for t in (centre, vectors.threshold)]
+    inside = (v.detach() - shaped[0]).abs() <= shaped[1]
+    straight = shaped[0] + (v - v.detach() if backward == "identity" else 0)
+    expected = F.relu(torch.where(inside, straight, v))
+    upstream = normal(20, *x.shape).to(dtype)
+    y.backward(upstream)
+    expected.backward(upstream.double())
+    tolerance = TOLERANCES[dtype]
+    for own, leaf in zip(inputs, leaves, strict=False):
+        if own is not None:
+            torch.testing.assert_close(own.grad.double(), leaf.grad, rtol=2 * tolerance, atol=2 * tolerance)
+
+
 def test_no_gradient_wanted():
     (x, residual, _, vectors), *_ = case(PROLOGUES[2], (3, 4, 5, 2), torch.float32)
     assert not fused(x, residual, None, vectors, Options(1, "relu")).requires_grad
