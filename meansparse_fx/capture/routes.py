@@ -35,10 +35,13 @@ class Capture:
     Attributes:
         graph_module: The graph, on a copy of the model's modules, parameters and buffers.
         route: How it was captured, in words.
+        checked: By what it was seen to compute what the model computes: its ``operations``, which holds for any images
+            of the example's size, or its ``numbers`` on the example images; empty if unchecked.
     """
 
     graph_module: fx.GraphModule
     route: str
+    checked: str = ""
 
 
 def capture(model: nn.Module, images: Tensor | None = None) -> Capture:
@@ -76,8 +79,7 @@ def capture(model: nn.Module, images: Tensor | None = None) -> Capture:
             graph_module = _assemble(model, traced)
             if reference is None:
                 return Capture(graph_module, f"{route.name}, unverified")
-            _check(reference, graph_module, traced)
-            return Capture(graph_module, route.name)
+            return Capture(graph_module, route.name, _check(reference, graph_module, traced))
         except CaptureError as failure:
             failures.append(failure)
     # Each route answers more than the one before it: where the last one stops is what the model has to change.
@@ -87,9 +89,9 @@ def capture(model: nn.Module, images: Tensor | None = None) -> Capture:
     ) from failures[-1]
 
 
-def _check(reference: Reference, graph_module: fx.GraphModule, traced: Traced) -> None:
+def _check(reference: Reference, graph_module: fx.GraphModule, traced: Traced) -> str:
     try:
-        reference.check(graph_module)
+        return reference.check(graph_module)
     except CaptureError as failure:
         raise CaptureError("; ".join((str(failure), *traced.opaque))) from failure
 

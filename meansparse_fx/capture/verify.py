@@ -1,6 +1,8 @@
 """Floor 2: whether a graph is the model: the same values, bit for bit, and every activation in sight.
 
-Runs the model itself on example images, never changing it. Imports torch and floor 1.
+Shown by operations where both can be recorded and are the same: then it holds for any images of the example's size, in
+batches of two and three. Otherwise by numbers: on two batches both are run, on a copy. Imports torch, `recording` and
+floor 1.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import dataclasses
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ..activations import match_function, match_module
 from ..errors import CaptureError
+from .recording import Forms, Recording, record, state_of
 
 
 def shadow(model: nn.Module) -> nn.Module:
@@ -41,46 +44,95 @@ def plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reference:
-    """What the model itself computed, and how many activations it called."""
+    """What a model computes on two batches of different size, and how many activations it calls.
 
+    Recorded where it can be (see `recording`), which costs no arithmetic; the numbers themselves are computed when
+    something has to be decided by them.
+    """
+
+    model: nn.Module
     batches: tuple[Tensor, ...]
-    outputs: tuple[Any, ...]
-    activations: int
+    recordings: tuple[Recording, ...] = ()
+    activations: int = 0
+    _outputs: tuple[Any, ...] | None = None
+    _forms: Forms = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, images: Tensor) -> Reference:
-        """Return the reference on two batches of different size, cycling through the rows if there are too few."""
+        """Return the reference on two batches, cycling through the rows if there are too few."""
         if len(images) == 0:
             raise CaptureError("the example images are an empty batch: pass at least one image")
-        batches = images[:2], images[[row % len(images) for row in range(3)]]
-        own = shadow(model)
-        counter = _ActivationCounter(own)
-        outputs = []
-        for batch in batches:
-            counter.count = 0
-            try:
-                with counter:
-                    outputs.append(_run(own, batch))
-            except Exception as error:
-                raise CaptureError(
-                    f"{type(model).__name__} itself fails on images of shape {list(batch.shape)}, dtype {batch.dtype}, "
-                    f"device {batch.device}: {type(error).__name__}: {error}. Pass example images as the model takes "
-                    "them (on the command line: --input-shape 1x28x28)"
-                ) from error
-        return cls(batches, tuple(outputs), counter.count)
+        reference = cls(model, (images[:2], images[[row % len(images) for row in range(3)]]))
+        try:
+            reference._record()
+        except Exception:  # values are asked for, an operator needs data, or the model fails: computing tells
+            reference._compute()
+        return reference
 
-    def check(self, graph_module: fx.GraphModule) -> None:
-        """Raise CaptureError unless the graph computes the same and shows every activation."""
+    def check(self, graph_module: fx.GraphModule) -> str:
+        """Return by what the graph was seen to compute the same: ``operations``, or only ``numbers``.
+
+        Raises:
+            CaptureError: It computes something else, or hides an activation.
+        """
         shown = count_activations(graph_module)
         if shown < self.activations:
             raise CaptureError(
                 f"the model calls {self.activations} activations and the graph shows {shown}: "
                 f"{self.activations - shown} are hidden in modules or functions that are not traced into"
             )
+        if self.recordings and self._records_the_same(graph_module):
+            return "operations"
+        self._check_numbers(graph_module)
+        return "numbers"
+
+    def _record(self) -> None:
+        own, state = shadow(self.model), state_of(self.model)
+        mirrored = state_of(own, state)
+        counter, recordings = _ActivationCounter(own), []
+        for batch in self.batches:
+            counter.count = 0
+            with _conditions(batch), counter:
+                recordings.append(record(own, batch, mirrored, self._forms))
+        self.recordings, self.activations = tuple(recordings), counter.count
+
+    def _records_the_same(self, graph_module: fx.GraphModule) -> bool:
+        with _copied_leaves(graph_module):
+            state = state_of(graph_module, state_of(self.model))
+            try:
+                for batch, recording in zip(self.batches, self.recordings, strict=True):
+                    with _conditions(batch):
+                        if record(graph_module, batch, state, self._forms) != recording:
+                            return False
+            except Exception:  # the numbers will tell whether that is the graph's fault
+                return False
+        return True
+
+    def _compute(self) -> tuple[Any, ...]:
+        """Return the model's outputs, computed once."""
+        if self._outputs is not None:
+            return self._outputs
+        own = shadow(self.model)
+        counter, outputs = _ActivationCounter(own), []
+        for batch in self.batches:
+            counter.count = 0
+            try:
+                with counter:
+                    outputs.append(_run(own, batch))
+            except Exception as error:
+                raise CaptureError(
+                    f"{type(own).__name__} itself fails on images of shape {list(batch.shape)}, dtype {batch.dtype}, "
+                    f"device {batch.device}: {type(error).__name__}: {error}. Pass example images as the model takes "
+                    "them (on the command line: --input-shape 1x28x28)"
+                ) from error
+        self._outputs, self.activations = tuple(outputs), counter.count
+        return self._outputs
+
+    def _check_numbers(self, graph_module: fx.GraphModule) -> None:
         buffers = [(b, b.clone()) for b in graph_module.buffers()]
-        for batch, expected in zip(self.batches, self.outputs, strict=True):
+        for batch, expected in zip(self.batches, self._compute(), strict=True):
             try:
                 actual = _run(graph_module, batch)
             except Exception as error:
@@ -97,12 +149,37 @@ class Reference:
                 buffer.copy_(before)
 
 
-def _run(model: nn.Module, images: Tensor) -> Any:
-    """Return the output for a copy of ``images``, with the same random numbers each time and none used up."""
+@contextmanager
+def _conditions(images: Tensor) -> Iterator[None]:
+    """Run without gradients, with the same random numbers each time and none used up."""
     devices = [images.device] if images.is_cuda else []
     with torch.random.fork_rng(devices), torch.no_grad(), plain_attention():
         torch.manual_seed(0)
+        yield
+
+
+def _run(model: nn.Module, images: Tensor) -> Any:
+    with _conditions(images):
         return model(images.clone())
+
+
+@contextmanager
+def _copied_leaves(graph_module: fx.GraphModule) -> Iterator[None]:
+    """Put copies in the place of libraries' modules that the graph calls: they may keep what they are given."""
+    replaced = []
+    for target in dict.fromkeys(node.target for node in graph_module.graph.find_nodes(op="call_module")):
+        path, _, name = target.rpartition(".")
+        owner = graph_module.get_submodule(path)
+        module = owner._modules[name]
+        if not type(module).__module__.startswith("torch.nn."):
+            replaced.append((owner, name, module))
+    try:
+        for owner, name, module in replaced:
+            owner._modules[name] = shadow(module)
+        yield
+    finally:
+        for owner, name, module in replaced:
+            owner._modules[name] = module
 
 
 def _same(actual: Any, expected: Any) -> bool:

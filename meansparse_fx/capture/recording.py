@@ -1,0 +1,313 @@
+"""Floor 2: what a model computes, without computing it: its operator calls in order, and what flows from one to the next.
+
+Values are numbered, not tensors: a write in place gives its tensor, and every other that shares its memory, a new number.
+So where two recordings are equal, the same operators meet the same operands in the same order, and the results are equal
+bit for bit, whatever the images hold. Imports torch only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+# They take indices beside what they index. Elsewhere operands of two types may be an error that only real ones raise.
+_INDEXING = {aten.index, aten.index_put, aten.index_put_, aten.embedding, aten.gather, aten.index_select}
+
+Forms = dict[tuple, tuple[type | None, list]]  # a call, operands' layouts in their place -> its results' layouts
+
+
+class Unrecordable(Exception):
+    """The images' values are asked for, or something else happens that a recording cannot hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What a model does with images of one shape.
+
+    Attributes:
+        calls: Of each operator call its name, its operands and the layout of its results. Results of earlier calls
+            stand there by number, parameters and buffers by name, constants by value, other tensors by a digest.
+        output: The model's output, in the same terms.
+    """
+
+    calls: list[tuple] = field(repr=False)
+    output: Any
+
+
+def record(model: Callable[[Tensor], Any], images: Tensor, state: dict[str, Tensor], forms: Forms) -> Recording:
+    """Return what ``model`` does with images of this shape, type and device.
+
+    What does not depend on the images is computed. Not seen are questions for memory addresses, and a layout that
+    torch's meta kernels get wrong would be asked about in vain.
+
+    Args:
+        model: Called once, under the caller's modes. It may keep what it is given: pass a copy.
+        state: The parameters and buffers that both sides of a comparison have, by name.
+        forms: Remembers what calls give, from one recording to the next.
+
+    Raises:
+        Unrecordable: The model asks for values of the images, or changes its own state. Other errors are the model's,
+            or those of operators that cannot do without data.
+
+    Example:
+        >>> first, second = (record(f, torch.rand(2, 3), {}, {}) for f in (lambda x: x + x.relu(), lambda x: x.relu() + x))
+        >>> [call[0] for call in first.calls], first == second
+        (['aten::relu.default', 'aten::add.Tensor'], False)
+    """
+    recorder = _Recorder(state, forms)
+    ghost = recorder.haunt(torch.empty_like(images, device="meta"), images.device, 0)
+    with recorder:
+        output = model(ghost)
+    if hasattr(type(output), "__dataclass_fields__"):
+        output = type(output), {name: getattr(output, name) for name in type(output).__dataclass_fields__}
+    leaves, spec = pytree.tree_flatten(output)
+    return Recording(recorder.calls, (spec, [recorder.term(leaf) for leaf in leaves]))
+
+
+def state_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Return the parameters and buffers of ``model`` by name, all or those called so."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return state if names is None else {name: state[name] for name in names if name in state}
+
+
+class _Ghost(Tensor):
+    """A tensor computed from images, that holds nothing.
+
+    Attributes:
+        meta: Its stand-in on the meta device, by which torch says what shape a result has.
+        value: The number of what it holds now.
+        recorder: Whose number that is.
+    """
+
+    meta: Tensor
+    value: tuple
+    recorder: _Recorder
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, meta: Tensor, device: torch.device, value: tuple, recorder: _Recorder) -> _Ghost:
+        ghost = Tensor._make_wrapper_subclass(
+            cls, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(), dtype=meta.dtype, device=device
+        )
+        ghost.meta, ghost.value, ghost.recorder = meta, value, recorder
+        return ghost
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        raise Unrecordable(f"{func}: a tensor of a recording was kept after its end")
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, state: dict[str, Tensor], forms: Forms) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+        self._forms = forms
+        self._state: dict[int, tuple[str, int]] = {}  # storage -> the name of a tensor in it, and its version
+        for name, tensor in state.items():
+            self._state.setdefault(_storage(tensor), (name, _version(tensor)))
+        # By id, with the tensor, or another one would get its id.
+        self._digests: dict[int, tuple[tuple, tuple, Tensor]] = {}
+        self._metas: dict[int, tuple[tuple, Tensor, Tensor]] = {}
+        self._sharing: dict[int, list[weakref.ref[_Ghost]]] = defaultdict(list)  # storage -> ghosts in it
+
+    def haunt(self, meta: Tensor, device: torch.device, position: int) -> _Ghost:
+        """Return a new ghost, a result of the last call."""
+        if meta.is_conj() or meta.is_neg():
+            raise Unrecordable("a lazy conjugate")
+        ghost = _Ghost(meta, device, (len(self.calls), position), self)
+        self._sharing[_storage(meta)].append(weakref.ref(ghost))
+        return ghost
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        operands = list(_tensors((args, kwargs)))
+        ghosts = [t for t in operands if type(t) is _Ghost]
+        if not all(g.recorder is self for g in ghosts):
+            raise Unrecordable(f"{func}: the model kept a tensor of an earlier call")
+        written = list(_tensors(_written(func, args, kwargs)))
+        if any(_storage(t) in self._state for t in written if type(t) is not _Ghost):
+            raise Unrecordable(f"{func} writes into a parameter or a buffer")
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        if not ghosts:
+            if random:  # the numbers are the same only if they are drawn in the same order
+                self.calls.append((str(func), self.term(args), self.term(tuple(kwargs.items()))))
+            return func(*args, **kwargs)
+        if not all(type(t) is _Ghost for t in written):
+            raise Unrecordable(f"{func} writes images into a constant")
+        same_type = self._check(func, operands, ghosts[0].device)
+        terms = self.term(args), self.term(tuple(kwargs.items()))
+        if func is aten._fused_sdp_choice.default:
+            # What it chooses depends on the device. It never touches the memory.
+            return func(*_mapped(args, _hollow), **_mapped(kwargs, _hollow))
+        container, parts = self._result(func, args, kwargs)
+        # `x += y` and `x = x + y` compute the same, unless another type is cast back.
+        plain = written and same_type and not random
+        self.calls.append((_functional(func) if plain else str(func), *terms, [self._form(p) for p in parts]))
+        self._write(written)
+        device = torch.device(kwargs.get("device") or ghosts[0].device)
+        own = {id(g.meta): g for g in ghosts}  # what an in-place call returns is its operand
+        fresh = iter(range(len(written), len(written) + len(parts)))
+        seen = [
+            p if not isinstance(p, Tensor) else own[id(p)] if id(p) in own else self.haunt(p, device, next(fresh))
+            for p in parts
+        ]
+        return seen[0] if container is None else container(seen)
+
+    def _check(self, func: Any, operands: list[Tensor], device: torch.device) -> bool:
+        """Refuse what a meta kernel does not mind and a real one may; return whether all operands have one type."""
+        sized = [t for t in operands if t.dim()]
+        if any(t.device != device for t in sized):
+            raise Unrecordable(f"{func} gets tensors of two devices")
+        types = {t.dtype for t in operands}
+        mixed = {t.dtype for t in sized} - {torch.bool}
+        if len(mixed) > 1 and torch.Tag.pointwise not in func.tags and func.overloadpacket not in _INDEXING:
+            raise Unrecordable(f"{func} gets tensors of two types")
+        return len(types) == 1 and all(t.is_floating_point for t in types)
+
+    def _result(self, func: Any, args: tuple, kwargs: dict) -> tuple[type | None, list[Any]]:
+        """Return what a call gives, on the meta device: its container, if any, and the parts in it."""
+        key = None
+        if not any(a.alias_info for a in (*func._schema.arguments, *func._schema.returns)):
+            # A third of all time: some meta kernels, batch norm's above all, take milliseconds.
+            key = func, self._form(args), self._form(tuple(kwargs.items()))
+            if key in self._forms:
+                container, forms = self._forms[key]
+                return container, [_meta(*form[1:]) if type(form) is tuple else form for form in forms]
+        given = kwargs | {"device": torch.device("meta")} if "device" in kwargs else kwargs
+        result = func(*_mapped(args, self._stand_in), **_mapped(given, self._stand_in))
+        if torch.Tag.inplace_view in func.tags:
+            _change_shape(func, args, kwargs)
+        container = type(result) if isinstance(result, tuple | list) else None
+        parts = [result] if container is None else list(result)
+        if not all(p is None or isinstance(p, Tensor | int | float) for p in parts):
+            raise Unrecordable(f"{func} gives {type(result).__name__}")
+        if key is not None:
+            self._forms[key] = container, [self._form(p) for p in parts]
+        return container, parts
+
+    def _form(self, value: Any) -> Any:
+        """Return a value with the layout of tensors in their place."""
+        if isinstance(value, Tensor):
+            return Tensor, value.shape, value.stride(), value.dtype
+        if isinstance(value, tuple | list):
+            return (type(value), *map(self._form, value))
+        return (type(value), repr(value)) if isinstance(value, float | complex) else value
+
+    def _write(self, written: list[_Ghost]) -> None:
+        """Number anew what the last call wrote, and what else lies in that memory."""
+        for position, ghost in enumerate(written):
+            for other in self._sharing[_storage(ghost.meta)]:
+                if (alias := other()) is not None:
+                    alias.value = (len(self.calls), "through", alias.value)
+            ghost.value = (len(self.calls), position)
+
+    def term(self, value: Any) -> Any:
+        """Return what stands for an operand: equal terms are equal operands."""
+        if isinstance(value, Tensor):
+            return value.value if type(value) is _Ghost else self._named(value)
+        if isinstance(value, tuple | list):
+            return (type(value), *map(self.term, value))
+        if isinstance(value, int | float | complex):
+            return type(value), repr(value)  # 0, 0.0 and -0.0 differ, and nan is nan
+        return value
+
+    def _named(self, tensor: Tensor) -> tuple:
+        form = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        name, version = self._state.get(_storage(tensor), (None, None))
+        if name is not None and version == _version(tensor):
+            return name, tensor.storage_offset(), *form
+        before = _storage(tensor), tensor.storage_offset(), _version(tensor)
+        known = self._digests.get(id(tensor))
+        if known is None or known[0] != before or tensor.is_inference():
+            known = self._digests[id(tensor)] = before, _digest(tensor), tensor
+        return known[1], *form
+
+    def _stand_in(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if type(value) is _Ghost:
+            return value.meta
+        form = value.shape, value.stride(), value.dtype
+        known = self._metas.get(id(value))
+        if known is None or known[0] != form:
+            known = self._metas[id(value)] = form, _meta(*form), value
+        return known[1]
+
+
+def _meta(shape: tuple, stride: tuple, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _digest(tensor: Tensor) -> bytes:
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy()).digest()
+
+
+def _hollow(value: Any) -> Any:
+    """Return a tensor of a ghost's form, its memory never touched."""
+    if type(value) is not _Ghost:
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def _written(func: Any, args: tuple, kwargs: dict) -> list[Any]:
+    """Return the arguments that a call writes to."""
+    if not func._schema.is_mutable:
+        return []
+    writes = {a.name: a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments}
+    named = {**dict(zip(writes, args, strict=False)), **kwargs}
+    return [value for name, value in named.items() if writes[name]]
+
+
+def _functional(func: Any) -> str:
+    """Return the name of the call that gives what ``func`` writes."""
+    return f"{func._schema.name.replace('::', '.').removesuffix('_')}.{func._overloadname}"
+
+
+def _change_shape(func: Any, args: tuple, kwargs: dict) -> None:
+    """Let a call change the shape of a ghost itself, as it has changed its stand-in's."""
+    before = torch._C._meta_in_tls_dispatch_include()
+    torch._C._set_meta_in_tls_dispatch_include(True)
+    try:
+        with no_dispatch():
+            func(*args, **kwargs)
+    finally:
+        torch._C._set_meta_in_tls_dispatch_include(before)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _mapped(value: Any, f: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict):
+        return {key: _mapped(part, f) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_mapped(part, f) for part in value)
+    return f(value)
