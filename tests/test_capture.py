@@ -92,6 +92,23 @@ def test_the_model_is_left_as_it_was():
     assert graph_module.calls == 0
 
 
+def test_a_model_that_renormalises_its_weights_is_refused_and_left_as_it_was():
+    class Renormalising(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x):
+            self.head.weight.data = F.normalize(self.head.weight, dim=1)
+            return self.head(F.relu(x))
+
+    model = Renormalising().eval()
+    before = model.head.weight.detach().clone()
+    with pytest.raises(CaptureError, match=r"It gives head\.weight new values whenever it runs"):
+        capture(model, IMAGES)
+    assert torch.equal(model.head.weight, before)
+
+
 def test_it_can_be_copied_and_pickled():
     graph_module = capture(Plain().eval(), IMAGES).graph_module
     expected = graph_module(IMAGES)

@@ -379,12 +379,15 @@ def test_every_activation_is_accounted_for(name):
 def test_the_table_resumes(tmp_path):
     path = tmp_path / "zoo.csv"
     failed = table.Row(MODELS[1], error="SiteError: a | b")
-    done = table.Row(MODELS[0], 96, "symbolic trace", "activation:3", "gate:2", 9, "bitwise", transform_s=0.5)
+    done = table.Row(
+        MODELS[0], 96, "symbolic trace", "numbers", "activation:3", "gate:2", 9, "bitwise", transform_cpu_s=0.5
+    )
     table.write({failed.model: failed, done.model: done}, path)
     assert table.read(path) == {done.model: done, failed.model: failed}
     assert table.read(tmp_path / "none.csv") == {}
     text = table.page([done, failed])
     assert "1 of 2 models are transformed (50.0%)" in text
+    assert "0 graphs to make the model's very operator calls, and compared 1 with it in numbers" in text
     assert f"| {failed.model} | SiteError: a \\| b |" in text
     path.write_text("model,old\nx,y\n")
     assert table.read(path) == {}
@@ -396,4 +399,5 @@ def test_a_row_of_the_table(monkeypatch):
         row = table.measure("torchvision:squeezenet1_0")
     assert (row.error, row.equal, row.rewritten, row.skipped) == ("", "bitwise", "activation:26", "")
     assert row.nodes > 26
-    assert 0 < row.capture_s + row.find_s <= row.transform_s
+    assert row.checked == "operations"
+    assert 0 < row.capture_cpu_s + row.find_cpu_s <= row.transform_cpu_s

@@ -1,8 +1,8 @@
-"""Floor 2: what a model computes, without computing it: its operator calls in order, and what flows from one to the next.
+"""Floor 2: what a model computes, without computing it: its operator calls, and what flows from one to the next.
 
-Values are numbered, not tensors: a write in place gives its tensor, and every other that shares its memory, a new number.
-So where two recordings are equal, the same operators meet the same operands in the same order, and the results are equal
-bit for bit, whatever the images hold. Imports torch only.
+Values are numbered, not tensors: a write in place gives its tensor, and every other that shares its memory, a new
+number. So where two recordings are equal, the same operators meet the same operands in the same order, and the results
+are equal bit for bit, whatever the images hold. Imports torch only.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Recording:
 def record(model: Callable[[Tensor], Any], images: Tensor, state: dict[str, Tensor], forms: Forms) -> Recording:
     """Return what ``model`` does with images of this shape, type and device.
 
-    What does not depend on the images is computed. Not seen are questions for memory addresses, and a layout that
-    torch's meta kernels get wrong would be asked about in vain.
+    What does not depend on the images is computed. A model that asks how its tensors are laid out is told what torch's
+    meta kernels say; one that asks for memory addresses is not understood.
 
     Args:
         model: Called once, under the caller's modes. It may keep what it is given: pass a copy.
@@ -62,9 +62,10 @@ def record(model: Callable[[Tensor], Any], images: Tensor, state: dict[str, Tens
             or those of operators that cannot do without data.
 
     Example:
-        >>> first, second = (record(f, torch.rand(2, 3), {}, {}) for f in (lambda x: x + x.relu(), lambda x: x.relu() + x))
+        >>> images, models = torch.rand(2, 3), (lambda x: x + x.relu(), lambda x: x.relu() + x)
+        >>> first, second = (record(model, images, {}, {}) for model in models)
         >>> [call[0] for call in first.calls], first == second
-        (['aten::relu.default', 'aten::add.Tensor'], False)
+        (['aten.relu.default', 'aten.add.Tensor'], False)
     """
     recorder = _Recorder(state, forms)
     ghost = recorder.haunt(torch.empty_like(images, device="meta"), images.device, 0)
@@ -99,7 +100,12 @@ class _Ghost(Tensor):
     @staticmethod
     def __new__(cls, meta: Tensor, device: torch.device, value: tuple, recorder: _Recorder) -> _Ghost:
         ghost = Tensor._make_wrapper_subclass(
-            cls, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(), dtype=meta.dtype, device=device
+            cls,
+            meta.shape,
+            strides=meta.stride(),
+            storage_offset=meta.storage_offset(),
+            dtype=meta.dtype,
+            device=device,
         )
         ghost.meta, ghost.value, ghost.recorder = meta, value, recorder
         return ghost
@@ -117,6 +123,7 @@ class _Recorder(TorchDispatchMode):
         self._state: dict[int, tuple[str, int]] = {}  # storage -> the name of a tensor in it, and its version
         for name, tensor in state.items():
             self._state.setdefault(_storage(tensor), (name, _version(tensor)))
+        self._own: set[int] = set()  # storages that the model made itself just now, without images
         # By id, with the tensor, or another one would get its id.
         self._digests: dict[int, tuple[tuple, tuple, Tensor]] = {}
         self._metas: dict[int, tuple[tuple, Tensor, Tensor]] = {}
@@ -137,13 +144,15 @@ class _Recorder(TorchDispatchMode):
         if not all(g.recorder is self for g in ghosts):
             raise Unrecordable(f"{func}: the model kept a tensor of an earlier call")
         written = list(_tensors(_written(func, args, kwargs)))
-        if any(_storage(t) in self._state for t in written if type(t) is not _Ghost):
-            raise Unrecordable(f"{func} writes into a parameter or a buffer")
+        if not all(type(t) is _Ghost or _storage(t) in self._own for t in written):
+            raise Unrecordable(f"{func} writes into what was there before: a parameter, a buffer, a constant")
         random = torch.Tag.nondeterministic_seeded in func.tags
         if not ghosts:
             if random:  # the numbers are the same only if they are drawn in the same order
                 self.calls.append((str(func), self.term(args), self.term(tuple(kwargs.items()))))
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            self._own |= {_storage(t) for t in _tensors(result)} - {_storage(t) for t in operands}
+            return result
         if not all(type(t) is _Ghost for t in written):
             raise Unrecordable(f"{func} writes images into a constant")
         same_type = self._check(func, operands, ghosts[0].device)

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from ..activations import match_module
 from ..errors import CaptureError
 from ..published import published_operator
-from .verify import plain_attention, shadow
+from .verify import kept_parameters, plain_attention, shadow
 
 _TORCH = str(Path(torch.__file__).parent)
 _FX = str(Path(fx.__file__).parent)
@@ -153,7 +153,7 @@ def trace(model: nn.Module, make_tracer: Callable[[frozenset[type]], ModelTracer
         root = shadow(model)
         tracer = make_tracer(frozenset(leaves))
         try:
-            with plain_attention():
+            with plain_attention(), kept_parameters(root):
                 return Traced(tracer.trace(root), root, tuple(leaves.values()))
         except (CaptureError, Retrace):
             raise

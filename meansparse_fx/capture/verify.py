@@ -34,6 +34,20 @@ def shadow(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
+def kept_parameters(model: nn.Module) -> Iterator[list[str]]:
+    """Undo what a model does that assigns to ``parameter.data``; yield a list, in the end the names of those."""
+    before = [(name, p, p.data) for name, p in model.named_parameters()]
+    reassigned: list[str] = []
+    try:
+        yield reassigned
+    finally:
+        for name, parameter, data in before:
+            if not parameter.data.is_set_to(data):
+                parameter.data = data
+                reassigned.append(name)
+
+
+@contextmanager
 def plain_attention() -> Iterator[None]:
     """Turn off torch's fused transformer layers, which show no activation and round differently."""
     before = torch.backends.mha.get_fastpath_enabled()
@@ -57,6 +71,7 @@ class Reference:
     recordings: tuple[Recording, ...] = ()
     activations: int = 0
     _outputs: tuple[Any, ...] | None = None
+    _changed: str = ""
     _forms: Forms = field(default_factory=dict)
 
     @classmethod
@@ -94,7 +109,7 @@ class Reference:
         counter, recordings = _ActivationCounter(own), []
         for batch in self.batches:
             counter.count = 0
-            with _conditions(batch), counter:
+            with _conditions(batch), kept_parameters(own), counter:
                 recordings.append(record(own, batch, mirrored, self._forms))
         self.recordings, self.activations = tuple(recordings), counter.count
 
@@ -119,7 +134,7 @@ class Reference:
         for batch in self.batches:
             counter.count = 0
             try:
-                with counter:
+                with kept_parameters(own) as reassigned, counter:
                     outputs.append(_run(own, batch))
             except Exception as error:
                 raise CaptureError(
@@ -128,6 +143,8 @@ class Reference:
                     "them (on the command line: --input-shape 1x28x28)"
                 ) from error
         self._outputs, self.activations = tuple(outputs), counter.count
+        if reassigned:
+            self._changed = f". It gives {reassigned[0]} new values whenever it runs, which no graph does"
         return self._outputs
 
     def _check_numbers(self, graph_module: fx.GraphModule) -> None:
@@ -142,7 +159,7 @@ class Reference:
             if not _same(actual, expected):
                 raise CaptureError(
                     f"the captured graph computes something else than the model on a batch of {len(batch)}, "
-                    "as it does where a tensor is changed in place under two names"
+                    f"as it does where a tensor is changed in place under two names{self._changed}"
                 )
         with torch.no_grad():
             for buffer, before in buffers:
