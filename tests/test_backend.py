@@ -255,6 +255,53 @@ def test_models_inside_functions(net, images):
     assert (len(report.graphs), len(report.operators)) == (3, 4)
 
 
+class Squared(nn.Module):
+    """An activation of one's own: a known one inside, and more around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
+        self.scale = nn.Parameter(torch.tensor(0.9))
+
+    def forward(self, x):
+        return self.scale * self.relu(x) ** 2
+
+
+class Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * torch.sigmoid(x) * (1 + x * (1 - torch.sigmoid(x)))
+
+
+class Swish(nn.Module):
+    def forward(self, x):
+        return Gated.apply(x)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_activation_modules_that_are_traced_into_are_one_site(images, grad):
+    for cls in (Squared, Swish):
+        msfx.register_activation(cls, cls.__name__.lower())
+    act = Swish()
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), Squared(), nn.Conv2d(4, 4, 1), act, nn.Conv2d(4, 4, 1), act, nn.GELU())
+    _, stats = calibrated(net.eval(), images)
+    expected = [(s.name, s.channels) for s in msfx.inspect(net, images)]
+    assert expected == [("1", 4), ("3", 4), ("3_1", 4), ("6", 4)]
+    with torch.set_grad_enabled(grad):
+        sparse = msfx.transform(net, images, statistics=stats, alpha=0.3)
+        compiled = plug_in(net, statistics=stats, alpha=0.3)
+        assert torch.equal(compiled(images), sparse(images))
+        assert [(s.name, s.channels) for s in compile_report(compiled).plan] == expected
+    compile_report(compiled).set_alpha(0.0)
+    assert torch.equal(compiled(images), net(images))
+
+
 def test_transformed_model_is_only_lowered(net, images):
     sparse, _ = calibrated(net, images)
     msfx.set_alpha(sparse, 0.3)

@@ -21,7 +21,9 @@ from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import GlobalSource, LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
+from ..activations import match_module
 from .aliases import changed_inputs
+from .entrances import mark_entrances
 from .find import plan_sites
 from .flow import channel_axes
 from .ops import Operators
@@ -64,6 +66,7 @@ class DynamoGraph:
         first: The model's forward, or whatever torch.compile was given, begins with this graph.
         last: The model's forward ends with this graph: no more graphs follow in this call.
         callers: Path of the module that makes each call, where one is known.
+        owners: The activation module that each call is inside of, with its path, for those inside of one.
     """
 
     graph: fx.Graph
@@ -73,6 +76,7 @@ class DynamoGraph:
     first: bool
     last: bool
     callers: dict[fx.Node, str]
+    owners: dict[fx.Node, tuple[str, nn.Module]]
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoGraph:
@@ -86,6 +90,7 @@ class DynamoGraph:
         model = running[-1] if running else _first_module(sources.values(), scope)
         names = {id(m): path for path, m in model.named_modules()} if model is not None else {}
         callers = {n: _path(source, scope, names) for n, source in sources.items()}
+        owners = _owners(stacks, scope, names)
         if not running or any(v is running[0] for v in scope["L"].values()):
             here = names.get(id(running[0]), "") if running else ""  # of calls outside of any module Dynamo entered
             callers = {n: here for n in graph.nodes} | callers
@@ -100,7 +105,7 @@ class DynamoGraph:
         _pin(dict.fromkeys(sources.values()), running[:1], scope)
         forward = getattr(type(model).forward, "__code__", None) if model is not None else None
         first = not stack_above or frame.f_code is forward
-        return cls(graph, frame.f_code, model, inputs, first, last, callers)
+        return cls(graph, frame.f_code, model, inputs, first, last, callers, owners)
 
     def find(
         self,
@@ -108,20 +113,23 @@ class DynamoGraph:
         earlier: Callable[[dict[str, int]], dict[str, int]],
         axis_of: Callable[[Tensor], int | None],
     ) -> Found:
-        """Return the graph's sites.
+        """Return the graph's sites; marks in the graph where the inputs of activation modules enter them.
 
         Args:
             earlier: Given how often this graph calls each path, returns how often graphs before it did.
             axis_of: The channel dimension of a tensor that another graph put out, if known.
         """
+        state = {node for node in self.graph.find_nodes(op="placeholder") if node not in self.inputs}
+        activations, entered = mark_entrances(self.graph, self.owners, state)
+        callers = self.callers | entered
         flow = recorded(self.graph)
         model = self.model or nn.Module()
         modules = dict(model.named_modules(remove_duplicate=False))
-        operators = Operators(modules, {id(m): path for path, m in model.named_modules()}, self.callers)
+        operators = Operators(modules, {id(m): path for path, m in model.named_modules()}, callers, activations)
         given = {node: axis for node, value in self.inputs.items() if (axis := axis_of(value)) is not None}
         known = channel_axes(self.graph, operators, flow, given)
         plan = plan_sites(self.graph, operators, flow, known, self.inputs, _ROUTE, placement, earlier)
-        named = {node.name for node in self.callers}
+        named = {node.name for node in callers}
         sites = (s if s.node in named else replace(s, skipped=s.skipped or _NAMELESS) for s in plan)
         plan = SitePlan(tuple(sites), plan.route)
         outputs = self.graph.output_node().args[0]
@@ -174,6 +182,24 @@ def _walk(source: str, scope: Scope) -> Iterator[Any]:
             return
         yield value
         position = step.end()
+
+
+def _owners(
+    stacks: Mapping[fx.Node, Mapping[str, Any]], scope: Scope, names: dict[int, str]
+) -> dict[fx.Node, tuple[str, nn.Module]]:
+    """Return the outermost activation module around each call, torch's own apart, which are functions."""
+    found: dict[str, nn.Module | None] = {}
+    owners = {}
+    for node, stack in stacks.items():
+        for source, *_ in stack.values():
+            if source not in found:
+                *_, module = [None, *_walk(source, scope)]
+                foreign = isinstance(module, nn.Module) and not type(module).__module__.startswith("torch.nn.")
+                found[source] = module if foreign and match_module(module) is not None else None
+            if (module := found[source]) is not None:
+                owners[node] = _path(source, scope, names), module
+                break
+    return owners
 
 
 def _first_module(sources: Iterable[str], scope: Scope) -> nn.Module | None:

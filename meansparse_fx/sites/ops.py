@@ -166,11 +166,13 @@ class Operators:
         modules: The graph's modules by every path they have.
         paths: The first path of each module, by its id: the one that names sites.
         callers: Path of the module whose forward makes a call, by node, where the nodes do not tell themselves.
+        known: The activation of calls that do not tell themselves; None for calls inside of one.
     """
 
     modules: dict[str, nn.Module]
     paths: dict[int, str]
     callers: dict[fx.Node, str] = field(default_factory=dict)
+    known: dict[fx.Node, ActivationCall | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule) -> Operators:
@@ -195,7 +197,8 @@ class Operators:
         if node.op == "call_method":
             return _METHODS.get(str(node.target), UNKNOWN)
         if node.op == "call_function":
-            return _FUNCTIONS.get(node.target) or _LIBRARY_FUNCTIONS.get(_qualified(node), UNKNOWN)
+            inside = _ELEMENTWISE if node in self.known else UNKNOWN  # of an activation; its own code, such as Swish's
+            return _FUNCTIONS.get(node.target) or _LIBRARY_FUNCTIONS.get(_qualified(node), inside)
         module = self.module(node)
         row = next((_MODULES[base] for base in type(module).__mro__ if base in _MODULES), None)
         return row or (UNKNOWN if self.published(node) is None else _PUBLISHED)
@@ -212,6 +215,8 @@ class Operators:
 
     def activation(self, node: fx.Node) -> ActivationCall | None:
         """Return the activation a node calls, if it calls one."""
+        if node in self.known:
+            return self.known[node]
         module = self.module(node)
         if module is not None:
             return match_module(module)
