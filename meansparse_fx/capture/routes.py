@@ -48,8 +48,8 @@ def capture(model: nn.Module, images: Tensor | None = None) -> Capture:
     """Return the graph of ``model``, which itself is left unchanged.
 
     The graph keeps every key of the model's state_dict, and the types of its modules. With ``images`` it is
-    accepted only if it reproduces the model's output exactly at two batch sizes and shows as many
-    activations as the model was seen to call. What the model asks of shapes is answered from them if it must be:
+    accepted only if it is seen to compute what the model computes at two batch sizes, by its operator calls or else
+    by its numbers, and shows as many activations as the model calls. What the model asks of shapes is answered from them if it must be:
     then the route says so, and the graph takes images of that size only, any number of them.
 
     Args:
