@@ -49,8 +49,8 @@ def capture(model: nn.Module, images: Tensor | None = None) -> Capture:
 
     The graph keeps every key of the model's state_dict, and the types of its modules. With ``images`` it is
     accepted only if it is seen to compute what the model computes at two batch sizes, by its operator calls or else
-    by its numbers, and shows as many activations as the model calls. What the model asks of shapes is answered from them if it must be:
-    then the route says so, and the graph takes images of that size only, any number of them.
+    by its numbers, and shows as many activations as the model calls. What the model asks of shapes is answered from the
+    images if it must be: then the route says so, and the graph takes images of that size only, any number of them.
 
     Args:
         images: ``[N, ...]`` on the model's device; None leaves the graph unchecked.

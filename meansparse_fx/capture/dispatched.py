@@ -1,0 +1,72 @@
+"""Floor 2: what a dispatched call and its tensors tell of themselves. Imports torch only."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
+
+
+def storage(tensor: Tensor) -> int:
+    """Return which memory a tensor lies in."""
+    return tensor.untyped_storage()._cdata
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was written to, as far as torch counts it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def digest(tensor: Tensor) -> bytes:
+    """Return what only tensors of the same values share."""
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy()).digest()
+
+
+def written_by(func: Any, args: tuple, kwargs: dict) -> list[Any]:
+    """Return the arguments that a call writes to."""
+    if not func._schema.is_mutable:
+        return []
+    writes = {a.name: a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments}
+    named = {**dict(zip(writes, args, strict=False)), **kwargs}
+    return [value for name, value in named.items() if writes[name]]
+
+
+def functional_name(func: Any) -> str:
+    """Return the name of the call that gives what ``func`` writes."""
+    return f"{func._schema.name.replace('::', '.').removesuffix('_')}.{func._overloadname}"
+
+
+def change_shape(func: Any, args: tuple, kwargs: dict) -> None:
+    """Let a call change the shape of a ghost itself, as it has changed its stand-in's."""
+    before = torch._C._meta_in_tls_dispatch_include()
+    torch._C._set_meta_in_tls_dispatch_include(True)
+    try:
+        with no_dispatch():
+            func(*args, **kwargs)
+    finally:
+        torch._C._set_meta_in_tls_dispatch_include(before)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors(tuple(value.values()))
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from tensors(part)
+
+
+def mapped(value: Any, f: Callable[[Any], Any]) -> Any:
+    """Return tuples, lists and dicts with ``f`` of all that is in them."""
+    if isinstance(value, dict):
+        return {key: mapped(part, f) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(mapped(part, f) for part in value)
+    return f(value)
