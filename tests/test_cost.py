@@ -189,6 +189,8 @@ def test_fused_moves_no_more_than_the_base_at_any_site(name):
         assert ours.kept <= base.kept < site.forms["published"].kept, site.name
         assert (fused.forward.calls, fused.backward.calls) == (1, 1), site.name
         assert site.forms["published"].both.bytes > base.both.bytes, site.name
+    # Not at any site: where a sum goes into a norm and nowhere else, its two terms are kept in the place of it.
+    assert found.total["ours, fused"].kept <= found.total["base"].kept
 
 
 def test_kept_bytes_leave_out_what_only_a_step_needed():
