@@ -3,7 +3,7 @@
     python -m benchmarks.scaling [--depth 16 28 40 70] [--device cuda] [--out FILE]
 
 - `transform`: WideResNets of growing depth, one image channel wide, so that time goes into the graph and not into
-  convolutions. The baseline is four forward passes on the two example images, which is what capture's check must run.
+  convolutions. The baseline is four forward passes on the two example images.
 - `calibration`: one convolution and one site, for growing numbers of images and of channels, beside the plain pass.
 - `plan`: seconds that calibration on a million images takes on N devices. Two passes are measured, over B and over 2 B
   images; from them come the seconds that an image costs, and those that a pass costs once. Then
@@ -44,7 +44,7 @@ class Scaling:
         size: What grows: nodes of the graph; images; channels; devices.
         unit: Its name.
         seconds: Of transform or of the pass, a median; of the plan, computed.
-        beside: Seconds of the baseline: forward passes that capture must run; the plain pass over the same images.
+        beside: Seconds of the baseline: four forward passes on the example images; the plain pass over the same images.
         formula: What a plan was computed from.
         repetitions: Of the measurement.
         device, torch, threads: Where it ran.
