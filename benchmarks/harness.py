@@ -189,15 +189,16 @@ def print_rows(rows: Sequence[Any], columns: Sequence[str], title: str) -> None:
 
 def write(rows: Sequence[Any], path: Path) -> None:
     """Write rows of one dataclass as CSV; its fields are the header."""
+    columns = [f.name for f in fields(rows[0])]  # before the file is opened: no rows are no reason to empty it
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(rows[0])])
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
 
 
 # As annotations are text: how a field's text becomes its value.
-_VALUES: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float}
+_VALUES: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "bool": lambda text: text == "True"}
 
 
 def read(path: Path, kind: type[Any] = Row) -> list[Any]:

@@ -1,19 +1,21 @@
 """Floor 1: work divided among processes, and what they found brought together.
 
-Imports torch only, and torch.distributed only if there is a group.
+Imports torch and errors, and torch.distributed only if there is a group.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Sampler
 
-_calls = itertools.count()  # of `gather`, the same number on every rank: each gets keys of its own
+from .errors import ArtifactError
+
+_calls: Counter[tuple[int, ...]] = Counter()  # of `gather` by group: each call gets keys of its own
 
 
 def place(group: Any) -> tuple[int, int]:
@@ -24,10 +26,20 @@ def place(group: Any) -> tuple[int, int]:
 def own_file(path: Path, rank: int, world: int) -> Path:
     """Return the file of one of several processes: ``PATH.rank0-of-2``; of one, ``PATH`` itself.
 
+    Raises:
+        ArtifactError: There are files of another number of processes.
+
     Example:
         >>> own_file(Path("run.safetensors"), 1, 2).name
         'run.safetensors.rank1-of-2'
     """
+    others = {int(f.name.rpartition("-of-")[2]) for f in path.parent.glob(f"{path.name}.rank*-of-*")}
+    others |= {1} if path.exists() else set()
+    if strangers := others - {world}:
+        raise ArtifactError(
+            f"{path}: a checkpoint of {strangers.pop()} process(es), and now there are {world}: start as many again, "
+            "or remove it to start from the beginning"
+        )
     return path if world == 1 else path.with_name(f"{path.name}.rank{rank}-of-{world}")
 
 
@@ -41,7 +53,9 @@ def gather(value: Any, group: Any) -> list[Any]:
 
     rank, world = place(group)
     # Wait by the store: a collective would time out where one process has an hour more to do.
-    store = dist.PrefixStore(f"meansparse_fx.gather/{next(_calls)}", _get_default_store())
+    members = tuple(dist.get_process_group_ranks(group))
+    _calls[members] += 1
+    store = dist.PrefixStore(f"meansparse_fx.gather/{members}/{_calls[members]}", _get_default_store())
     store.set(str(rank), "here")
     while not store.check([str(other) for other in range(world)]):
         time.sleep(0.2)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import meansparse_fx as msfx
-from meansparse_fx.errors import EvaluationError, StateError
+from meansparse_fx.errors import ArtifactError, EvaluationError, StateError
 from meansparse_fx.evaluate import ModelOutcome, PairedDifference, plan, run, sanity
 from meansparse_fx.evaluate.attacks import AttackSettings, attack
 
@@ -520,6 +520,9 @@ def test_two_processes_find_what_one_finds(sparse, test_set, tmp_path, monkeypat
     made = count_attacks(monkeypatch)
     assert numbers(msfx.evaluate(sparse, test_set, group=Pair(1), checkpoint=path, **options)) == numbers(whole)
     assert not made, "each goes on from its own file"
+    with pytest.raises(ArtifactError, match="a checkpoint of 2 process"):
+        msfx.evaluate(sparse, test_set, checkpoint=path, **options)
     images, labels = test_set
-    with pytest.raises(EvaluationError, match="process 0 evaluated another model, other images"):
-        msfx.evaluate(sparse, (images[:5], labels[:5]), group=Pair(0), **options)
+    for other in ((images[:5], labels[:5]), (images.flip(0), labels.flip(0))):  # fewer, or in another order
+        with pytest.raises(EvaluationError, match="process 0 evaluated another model, other images"):
+            msfx.evaluate(sparse, other, group=Pair(0), **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import meansparse_fx as msfx
+from benchmarks import choice
 from benchmarks.harness import read, write
 from benchmarks.paper.measure import Row
 from benchmarks.paper.page import write_page
@@ -22,6 +23,7 @@ from benchmarks.train_robust import subsets
 from benchmarks.training import ACTIVATIONS, Recipe, pgd, train
 
 ROOT = Path(__file__).parents[1]
+COUNTS = {"selection_images": 10, "images": 10, "attacked": 10}
 
 
 def test_tables_are_those_of_the_paper():
@@ -94,6 +96,30 @@ def test_the_page_says_what_the_files_say(tmp_path):
     assert "Not measured yet: `python -m benchmarks.paper 2`" in page
     assert "Not measured yet: Linf." in page
     assert (tmp_path / "paper-11.png").stat().st_size > 10_000
+
+
+def test_the_page_says_what_choosing_bought(tmp_path):
+    numbers = {f.name: 0.0 for f in fields(choice.Row) if f.type == "float"}
+    base = choice.Row(**numbers | {"search": "base", "setting": "alpha 0", "chosen": True, "torch": "2"}, **COUNTS)
+    won = replace(base, search="one alpha", setting="mean, alpha 0.2", worst=0.75, worst_change=0.02, worst_low=0.01)
+    lost = replace(won, search="by site", chosen=False, worst_low=-0.01)
+    write([base, won, lost], tmp_path / "choice.csv")
+    write_page(tmp_path, tmp_path)
+    page = (tmp_path / "paper.md").read_text()
+    assert "Of 2 searches 1 chose something beyond noise, and 1 of these are better" in page
+    assert "| one alpha | mean, alpha 0.2 | yes |" in page
+    assert "| by site | mean, alpha 0.2 | no, it looked best |" in page
+
+
+def test_some_columns_of_a_table(tmp_path):
+    assert {cell.column for cell in TABLES[2].only(["ReLU", "ELU"]).cells} == {"ReLU", "ELU"}
+    with pytest.raises(ValueError, match="no column Relu: there are GELU, ReLU"):
+        TABLES[2].only(["Relu"])
+    path = tmp_path / "rows.csv"
+    path.write_text("kept")
+    with pytest.raises(IndexError):
+        write([], path)
+    assert path.read_text() == "kept"
 
 
 def test_the_committed_page_is_made_from_the_committed_files(tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from meansparse_fx.progress import bar
 
-from ..harness import RESULTS, write
+from ..harness import RESULTS, read, write
 from .measure import Laboratory, Row
 from .page import print_table, write_page
 from .tables import TABLES
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument(
         "--bundled", action="store_true", help="the bundled network and its selection images, GELU only"
     )
-    parser.add_argument("--column", nargs="+", help="only these columns of the tables")
+    parser.add_argument("--column", nargs="+", help="only these columns; the file keeps its others")
     parser.add_argument("--attacked", type=int, default=500, help="images to attack")
     parser.add_argument("--steps", type=int, help="of each attack, in place of the table's own")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache/paper", help="networks and results of attacks")
@@ -44,11 +44,17 @@ def main() -> None:
     laboratory = Laboratory(None if args.bundled else args.data, args.cache, args.attacked, args.steps)
     numbers = list(TABLES) if "all" in args.what else [int(what) for what in args.what]
     for number in numbers:
-        table, rows = TABLES[number].only(args.column), list[Row]()
+        try:
+            table, rows = TABLES[number].only(args.column), list[Row]()
+        except ValueError as error:
+            parser.error(f"table {number}: {error}")
         with bar() as display:
             task = display.add_task(f"table {number}", total=len(table.cells), note=table.title)
             rows.extend(laboratory.rows(number, table, lambda task=task, display=display: display.advance(task)))
-        write(rows, args.out / f"paper-{number}.csv")
+        path = args.out / f"paper-{number}.csv"
+        rows += [row for row in (read(path, Row) if path.exists() else []) if row.column not in table.columns]
+        rows.sort(key=lambda row: TABLES[row.table].columns.index(row.column))
+        write(rows, path)
         print_table(number, rows)
 
 

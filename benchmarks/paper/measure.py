@@ -81,8 +81,9 @@ class Laboratory:
     """
 
     def __init__(self, data: Path | None, cache_dir: Path, attacked: int, steps: int | None = None) -> None:
-        self._data, self._cache, self._attacked, self._steps = data, cache_dir, attacked, steps
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        self._data, self._attacked, self._steps = data, attacked, steps
+        self._cache = cache_dir if data is not None else cache_dir / "bundled"
+        self._cache.mkdir(parents=True, exist_ok=True)
         self._sparse: Callable[[str], fx.GraphModule] = cache(self._make)
         self._images: Callable[[str], tuple[Tensor, Tensor]] = cache(self._load)
 

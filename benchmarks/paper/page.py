@@ -65,7 +65,7 @@ def write_page(results: Path, docs: Path) -> None:
             parts.append(f"Not measured yet: `python -m benchmarks.paper {number}`.\n")
             continue
         rows = measured[number]
-        if missing := dict.fromkeys(c.column for c in table.cells if c.column not in {row.column for row in rows}):
+        if missing := [column for column in table.columns if column not in {row.column for row in rows}]:
             parts.append(f"Not measured yet: {', '.join(missing)}.\n")
         parts.append(_finding(number, rows) + "\n")
         if table.row in _TREND and len({row.row for row in rows}) > 3:

@@ -74,8 +74,21 @@ class Table:
     cells: tuple[Cell, ...]
 
     def only(self, columns: Collection[str] | None) -> Table:
-        """Return the table with these columns alone; with all of them for None."""
-        return self if columns is None else replace(self, cells=tuple(c for c in self.cells if c.column in columns))
+        """Return the table with these columns alone; with all of them for None.
+
+        Raises:
+            ValueError: There is no such column.
+        """
+        if columns is None:
+            return self
+        if unknown := set(columns) - set(self.columns):
+            raise ValueError(f"no column {', '.join(sorted(unknown))}: there are {', '.join(self.columns)}")
+        return replace(self, cells=tuple(c for c in self.cells if c.column in columns))
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns' names, in order."""
+        return list(dict.fromkeys(cell.column for cell in self.cells))
 
 
 def _sweep(column: str, alphas: tuple[float, ...] = ALPHAS, **given: object) -> list[Cell]:

@@ -34,18 +34,11 @@ class Checkpoint:
 
     Raises:
         CalibrationError: From any method, if the file is of another calibration.
+        ArtifactError: It is of another number of processes.
     """
 
     def __init__(self, path: str | Path, every: float, identity: dict[str, Any], rank: int, world: int) -> None:
-        path = Path(path)
-        self.path = own_file(path, rank, world)
-        others = {int(f.name.rpartition("-of-")[2]) for f in path.parent.glob(f"{path.name}.rank*-of-*")}
-        others |= {1} if path.exists() else set()
-        if strangers := others - {world}:
-            raise CalibrationError(
-                f"{path}: a checkpoint of {strangers.pop()} process(es), and now there are {world}: start as many "
-                "again, or remove it to start from the beginning"
-            )
+        self.path = own_file(Path(path), rank, world)
         self._every, self._identity = every, identity
         self._last_write = time.monotonic()
         self._digests: dict[int, str] = {}

@@ -70,7 +70,7 @@ class Ledger:
             what: Names the batch.
             images, labels: It.
         """
-        found = _digest(images, labels)
+        found = digest(images, labels)
         if self._digests.setdefault(what, found) != found:
             raise EvaluationError(
                 f"{self._path}: a checkpoint of other images, or of another order or batch size: {what} differs. Give "
@@ -137,7 +137,8 @@ def model_identity(sparse: nn.Module, alpha: bool) -> dict[str, str]:
     return {"weights": fingerprint(sparse), "statistics, alphas or variants": digest.hexdigest()}
 
 
-def _digest(*tensors: Tensor) -> str:
+def digest(*tensors: Tensor) -> str:
+    """Return what stands for the values, types and shapes of tensors."""
     state = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         state.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -16,7 +16,7 @@ from ..progress import bar
 from ..shards import gather, own_file, place
 from .attacks import AttackSettings
 from .comparison import Comparison
-from .ledger import Ledger, model_identity
+from .ledger import Ledger, digest, model_identity
 from .plan import batches, plan_runs
 from .sanity import check_balls
 from .verdict import Evaluation
@@ -95,14 +95,16 @@ def evaluate(
     comparison = Comparison(sparse, runs, settings, ledger, skip_broken, compile, amp)
     with bar(progress and rank == 0) as display, ledger:
         task = display.add_task("attack", total=_count(test, batch_size, 2 * len(runs), world), note="")
-        count = 0
-        for count, (images, labels) in enumerate(batches(test, batch_size), 1):
-            if (count - 1) % world == rank:
-                comparison.meet(count - 1, images, labels, sanity_images, lambda: display.advance(task))
+        seen: list[str] = []
+        for index, (images, labels) in enumerate(batches(test, batch_size)):
+            if index % world == rank:
+                comparison.meet(index, images, labels, sanity_images, lambda: display.advance(task))
                 display.update(task, note=comparison.so_far())
             sanity_images = max(0, sanity_images - len(images))
+            if world > 1:
+                seen.append(digest(images, labels))
         ledger.require_whole(comparison.met)
-    seconds = _unite(comparison, identity, count, ledger.seconds, group)
+    seconds = _unite(comparison, identity, seen, ledger.seconds, group)
     outcomes = comparison.outcomes()
     return Evaluation(
         base=outcomes["base"],
@@ -130,19 +132,22 @@ def _count(test: Any, batch_size: int, runs: int, world: int) -> int | None:
     return math.ceil(found / world) * runs
 
 
-def _unite(comparison: Comparison, identity: dict[str, Any], batches: int, seconds: float, group: Any) -> float:
+def _unite(comparison: Comparison, identity: dict[str, Any], seen: list[str], seconds: float, group: Any) -> float:
     """Give every process what all of them found, and return the seconds that the slowest of them took."""
     if group is None:
         return seconds
     try:
-        parts = gather((identity, batches, comparison.found, comparison.sanity, comparison.made, seconds), group)
+        parts = gather((identity, seen, comparison.found, comparison.sanity, comparison.made, seconds), group)
     except RuntimeError as error:  # what torch.distributed raises when a peer is gone
         raise EvaluationError(
             f"lost another process ({str(error).splitlines()[0]}). Checkpoints, if asked for, are kept: start again"
         ) from error
     for rank, part in enumerate(parts):
-        if part[:2] != (identity, batches):
-            raise EvaluationError(f"process {rank} evaluated another model, other images, or with other settings")
+        if part[:2] != (identity, seen):
+            raise EvaluationError(
+                f"process {rank} evaluated another model, other images, or with other settings: every process must be "
+                "given all images in the same order, and takes its share of the batches itself"
+            )
     comparison.found = {batch: masks for part in parts for batch, masks in part[2].items()}
     comparison.sanity = {batch: masks for part in parts for batch, masks in part[3].items()}
     comparison.made = sum(part[4] for part in parts)
