@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from meansparse_fx.capture import capture
+from meansparse_fx.capture.dispatched import tensors
 from meansparse_fx.capture.recording import Unrecordable, record, state_of
 from meansparse_fx.errors import CaptureError
 from tests.models import Functional
@@ -16,7 +18,8 @@ IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 
 
 def recorded(function, images=IMAGES, state=None):
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng([]):
+        torch.manual_seed(0)
         return record(function, images, state or {}, {})
 
 
@@ -157,6 +160,23 @@ def the_other_write(x):
     return second + first
 
 
+def reseeded(x):
+    torch.manual_seed(42)
+    return torch.randn_like(x)
+
+
+def reseeded_constant(x):
+    torch.manual_seed(42)
+    return x + torch.rand(8)
+
+
+def drawn_again(x):
+    before = torch.get_rng_state()
+    first = torch.rand_like(x)
+    torch.set_rng_state(before)
+    return first, torch.rand_like(x)
+
+
 DIFFERENT = [
     (old_value, new_value),
     (view_made_before, copy_made_before),
@@ -171,6 +191,9 @@ DIFFERENT = [
     (lambda x: (torch.rand_like(x), torch.randn_like(x)), lambda x: (torch.randn_like(x), torch.rand_like(x))[::-1]),
     (lambda x: x + torch.rand(8) * 0, lambda x: (torch.rand(3), x + torch.rand(8) * 0)[1]),
     (lambda x: x[:, [0, 1, 2]], lambda x: x[:, [0, 2, 1]]),
+    (reseeded, torch.randn_like),
+    (reseeded_constant, lambda x: x + torch.rand(8)),
+    (drawn_again, lambda x: (torch.rand_like(x), torch.rand_like(x))),
 ]
 
 
@@ -199,6 +222,86 @@ def test_other_memory_under_a_parameters_name():
 
     state = state_of(model)
     assert recorded(renormalised, state=state) != recorded(model, state=state)
+
+
+def test_what_calls_give_is_known_apart_for_true_and_one():
+    forms, images = {}, torch.zeros(2, 3, dtype=torch.bool)
+    for factor, dtype in ((True, torch.bool), (1, torch.int64), (1.0, torch.float32)):
+        assert record(lambda x, f=factor: (x * f).dtype, images, {}, forms).output[1] == [dtype]
+
+
+# How results lie in memory.
+
+
+class Layouts(TorchDispatchMode):
+    """Collects the shapes and strides of all that operators give, but for what batch norm keeps for backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = result[0] if func is torch.ops.aten.native_batch_norm.default else result
+        self.seen += [(str(func), *t.shape, *t.stride()) for t in tensors(given)]
+        return result
+
+
+def check_layouts(model, images):
+    def layouts(x):
+        with Layouts() as layouts:
+            model(x)
+        return layouts.seen
+
+    with torch.no_grad():
+        real = layouts(images.clone())
+    seen = []
+    recorded(lambda x: seen.extend(layouts(x)), images, state_of(model))
+    assert seen == real
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
+def test_all_calls_of_a_network_lie_as_recorded(name, layout):
+    model = pytest.importorskip("timm").create_model(name).eval().to(memory_format=layout)
+    check_layouts(model, torch.rand(2, 3, 64, 64).to(memory_format=layout))
+
+
+CONVOLUTIONS = [
+    (nn.Conv1d, (4, 8, 3), {}),
+    (nn.Conv2d, (4, 8, 3), {}),
+    (nn.Conv2d, (4, 8, 1), {"bias": False}),
+    (nn.Conv2d, (4, 4, 3), {"groups": 4}),
+    (nn.Conv2d, (4, 8, 2), {"stride": 2, "dilation": 2}),
+    (nn.Conv2d, (4, 1, 5), {}),
+    (nn.ConvTranspose2d, (4, 8, 3), {}),
+    (nn.Conv3d, (4, 8, 3), {}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("last", ["neither", "images", "weights"])
+@pytest.mark.parametrize(("kind", "channels", "options"), CONVOLUTIONS)
+def test_convolutions_lie_as_the_device_lays_them(kind, channels, options, last, dtype):
+    model = kind(*channels, **options).to(dtype)
+    for rows in (1, 2):
+        images = torch.ones(rows, 4, *[5] * (model.weight.dim() - 2), dtype=dtype)
+        if last == "images":
+            images = images.movedim(1, -1).contiguous().movedim(-1, 1)
+        if last == "weights":
+            model.weight.data = model.weight.data.movedim(1, -1).contiguous().movedim(-1, 1)
+        check_layouts(model, images)
+
+
+def test_a_convolution_in_channels_last_is_not_copied_to_channels_last():
+    model = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+
+    def written(x):
+        h = model(x)
+        h.contiguous(memory_format=torch.channels_last).add_(1)
+        return h
+
+    assert recorded(written, state=state_of(model)) == recorded(lambda x: model(x) + 1, state=state_of(model))
 
 
 # What cannot be recorded.
@@ -243,12 +346,24 @@ def test_constants_that_change():
     assert recorded(lambda x: x + torch.zeros(8).add_(1)) == recorded(lambda x: x + torch.ones(8))
 
 
+def reassigned(x):
+    h = x * 2
+    h.data = h * 2
+    return h
+
+
+def test_data_is_read():
+    assert recorded(lambda x: (x * 2).data.add_(1)) == recorded(lambda x: (x * 2).detach().add_(1))
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
         (lambda x: torch.zeros(2, 3, 8, 8).copy_(x), "writes images into a constant"),
         (lambda x: F.conv2d(x, torch.ones(4, 3, 1, 1, dtype=torch.float64)), "tensors of two types"),
         (lambda x: x + torch.ones(8, device="meta"), "tensors of two devices"),
+        (reassigned, "assignment to .data"),
+        (lambda x: x + torch.rand(8, generator=torch.Generator()), "a generator of its own"),
     ],
 )
 def test_what_only_real_tensors_can_tell(function, reason):
@@ -287,6 +402,23 @@ def test_what_asks_for_values_is_compared_in_numbers():
         return F.relu(x)
 
     assert capture(of(guarded), IMAGES).checked == "numbers"
+
+
+def reassigning(self, x):
+    h = F.relu(x)
+    h.data = h * 2
+    return h + 1
+
+
+def seeding(self, x):
+    torch.manual_seed(42)
+    return F.relu(x + torch.randn_like(x))
+
+
+@pytest.mark.parametrize("function", [reassigning, seeding])
+def test_what_a_trace_drops_is_noticed(function):
+    with pytest.raises(CaptureError, match="computes something else"):
+        capture(of(function), IMAGES)
 
 
 def test_models_run_on_nothing_before_numbers_are_needed():

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 
+aten = torch.ops.aten
+
+CONVOLUTIONS = {aten.convolution.default, aten._convolution.default}
+
 
 def storage(tensor: Tensor) -> int:
     """Return which memory a tensor lies in."""
@@ -50,6 +54,38 @@ def change_shape(func: Any, args: tuple, kwargs: dict) -> None:
             func(*args, **kwargs)
     finally:
         torch._C._set_meta_in_tls_dispatch_include(before)
+
+
+def laid_out(result: Tensor, func: Any, args: tuple, kwargs: dict) -> Tensor:
+    """Return a convolution's result, a meta tensor, with the strides that the device gives it.
+
+    The meta kernel does not know the device. As `torch._subclasses.fake_impls.conv` does it for fake tensors.
+    """
+    named = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+    images, weight = hollow(named["input"]), hollow(named["weight"])
+    bias = None if named["bias"] is None else hollow(named["bias"])
+    names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+    options = {name: named[name] for name in names}
+    backend = torch._C._select_conv_backend(images, weight, bias, **options, bias_sizes=None)
+    flat = weight.dim() == 3  # torch adds a dimension
+    if flat:
+        images, weight, result = images.contiguous().unsqueeze(2), weight.unsqueeze(2), result.unsqueeze(2)
+    layout = torch._C._conv_determine_backend_memory_format(images, weight, backend)
+    result = torch.empty_like(result, memory_format=layout)
+    return result.squeeze(2) if flat else result
+
+
+def hollow(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same form, its memory never touched."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def generator_state(device: torch.device) -> bytes:
+    """Return what the device's random numbers follow from, and move on: after a second call it is another."""
+    of_cpu = device.type == "cpu"
+    state = digest(torch.get_rng_state() if of_cpu else torch.get_device_module(device).get_rng_state(device))
+    torch.rand((), device=device)
+    return state
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

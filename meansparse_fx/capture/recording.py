@@ -18,7 +18,20 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .dispatched import change_shape, digest, functional_name, mapped, storage, tensors, version, written_by
+from .dispatched import (
+    CONVOLUTIONS,
+    change_shape,
+    digest,
+    functional_name,
+    generator_state,
+    hollow,
+    laid_out,
+    mapped,
+    storage,
+    tensors,
+    version,
+    written_by,
+)
 
 aten = torch.ops.aten
 
@@ -38,7 +51,8 @@ class Recording:
 
     Attributes:
         calls: Of each operator call its name, its operands and the layout of its results. Results of earlier calls
-            stand there by number, parameters and buffers by name, constants by value, other tensors by a digest.
+            stand there by number, parameters and buffers by name, constants by value, other tensors by a digest. Of
+            random ones also a digest of the generator's state.
         output: The model's output, in the same terms.
     """
 
@@ -50,10 +64,14 @@ def record(model: Callable[[Tensor], Any], images: Tensor, state: dict[str, Tens
     """Return what ``model`` does with images of this shape, type and device.
 
     What does not depend on the images is computed. A model that asks how its tensors are laid out is told what torch's
-    meta kernels say; one that asks for memory addresses is not understood.
+    meta kernels say, of convolutions what the device does; one that asks for memory addresses is not understood.
+
+    What happens past torch's operators is not seen, and a trace does not see it either, so a graph can be recorded as
+    the model and is not: a model that asks for a tensor's class (``type(x) is Tensor`` is false here; ``isinstance`` is
+    answered rightly), changes a constant through NumPy, or changes torch's settings (``torch.backends``) on its way.
 
     Args:
-        model: Called once, under the caller's modes. It may keep what it is given: pass a copy.
+        model: Called once, under the caller's modes and random state. It may keep what it is given: pass a copy.
         state: The parameters and buffers that both sides of a comparison have, by name.
         forms: Remembers what calls give, from one recording to the next.
 
@@ -110,6 +128,14 @@ class _Ghost(Tensor):
         ghost.meta, ghost.value, ghost.recorder = meta, value, recorder
         return ghost
 
+    @property
+    def data(self) -> Tensor:
+        return super().data
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise Unrecordable("an assignment to .data, which is no operator call")
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         raise Unrecordable(f"{func}: a tensor of a recording was kept after its end")
@@ -149,17 +175,22 @@ class _Recorder(TorchDispatchMode):
         random = torch.Tag.nondeterministic_seeded in func.tags
         if not ghosts:
             if random:  # the numbers are the same only if they are drawn in the same order
-                self.calls.append((str(func), self.term(args), self.term(tuple(kwargs.items()))))
+                self.calls.append(
+                    (str(func), self.term(args), self.term(tuple(kwargs.items())), self._drawn(args, kwargs))
+                )
             result = func(*args, **kwargs)
             self._own |= {storage(t) for t in tensors(result)} - {storage(t) for t in operands}
             return result
         if not all(type(t) is _Ghost for t in written):
             raise Unrecordable(f"{func} writes images into a constant")
         same_type = self._check(func, operands, ghosts[0].device)
-        terms = self.term(args), self.term(tuple(kwargs.items()))
+        terms: tuple = self.term(args), self.term(tuple(kwargs.items()))
+        if random:
+            terms = *terms, self._drawn(args, kwargs)
         if func is aten._fused_sdp_choice.default:
             # What it chooses depends on the device. It never touches the memory.
-            return func(*mapped(args, _hollow), **mapped(kwargs, _hollow))
+            args, kwargs = mapped((args, kwargs), lambda v: hollow(v) if isinstance(v, Tensor) else v)
+            return func(*args, **kwargs)
         container, parts = self._result(func, args, kwargs)
         # `x += y` and `x = x + y` compute the same, unless another type is cast back.
         plain = written and same_type and not random
@@ -173,6 +204,13 @@ class _Recorder(TorchDispatchMode):
             for p in parts
         ]
         return seen[0] if container is None else container(seen)
+
+    def _drawn(self, args: tuple, kwargs: dict) -> bytes:
+        """Return what the numbers of a random call follow from: seeding is no operator call."""
+        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
+            raise Unrecordable("random numbers of a generator of its own")
+        operand = next(tensors((args, kwargs)), None)
+        return generator_state(torch.device(kwargs.get("device") or ("cpu" if operand is None else operand.device)))
 
     def _check(self, func: Any, operands: list[Tensor], device: torch.device) -> bool:
         """Refuse what a meta kernel does not mind and a real one may; return whether all operands have one type."""
@@ -193,7 +231,7 @@ class _Recorder(TorchDispatchMode):
             key = func, self._form(args), self._form(tuple(kwargs.items()))
             if key in self._forms:
                 container, forms = self._forms[key]
-                return container, [_meta(*form[1:]) if type(form) is tuple else form for form in forms]
+                return container, [_meta(*form[1:4]) if type(form) is tuple else form for form in forms]
         given = kwargs | {"device": torch.device("meta")} if "device" in kwargs else kwargs
         result = func(*mapped(args, self._stand_in), **mapped(given, self._stand_in))
         if torch.Tag.inplace_view in func.tags:
@@ -202,17 +240,19 @@ class _Recorder(TorchDispatchMode):
         parts = [result] if container is None else list(result)
         if not all(p is None or isinstance(p, Tensor | int | float) for p in parts):
             raise Unrecordable(f"{func} gives {type(result).__name__}")
+        if func in CONVOLUTIONS:
+            parts = [laid_out(result, func, args, kwargs)]
         if key is not None:
-            self._forms[key] = container, [self._form(p) for p in parts]
+            self._forms[key] = container, [self._form(p) if isinstance(p, Tensor) else p for p in parts]
         return container, parts
 
     def _form(self, value: Any) -> Any:
         """Return a value with the layout of tensors in their place."""
         if isinstance(value, Tensor):
-            return Tensor, value.shape, value.stride(), value.dtype
+            return Tensor, value.shape, value.stride(), value.dtype, value.device
         if isinstance(value, tuple | list):
             return (type(value), *map(self._form, value))
-        return (type(value), repr(value)) if isinstance(value, float | complex) else value
+        return (type(value), repr(value)) if isinstance(value, int | float | complex) else value
 
     def _write(self, written: list[_Ghost]) -> None:
         """Number anew what the last call wrote, and what else lies in that memory."""
@@ -257,10 +297,3 @@ class _Recorder(TorchDispatchMode):
 
 def _meta(shape: tuple, stride: tuple, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-
-
-def _hollow(value: Any) -> Any:
-    """Return a tensor of a ghost's form, its memory never touched."""
-    if type(value) is not _Ghost:
-        return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
