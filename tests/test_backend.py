@@ -302,6 +302,98 @@ def test_activation_modules_that_are_traced_into_are_one_site(images, grad):
     assert torch.equal(compiled(images), net(images))
 
 
+class Stepwise(nn.Module):
+    """A Swish in two calls, as timm's; in place it overwrites its input with the second."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, x, y=None):
+        gate = torch.sigmoid(x if y is None else y)
+        return x.mul_(gate) if self.inplace else x * gate
+
+
+class Scaled(Stepwise):
+    """One activation and more around it, in place as timm's GammaAct."""
+
+    def forward(self, x, y=None):
+        return F.silu(x, inplace=self.inplace) * 1.5
+
+
+class Calling(nn.Module):
+    """Calls one activation in the way it is told to, and has it under several paths."""
+
+    def __init__(self, act, calls) -> None:
+        super().__init__()
+        self.left, self.right, self.act, self.calls = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), act, calls
+        self.block, self.both = nn.Sequential(nn.Conv2d(4, 4, 1), act), nn.Sequential(act, act)
+        self.slope, self.last = nn.Parameter(torch.rand(4, 1, 1)), nn.ReLU()
+
+    def forward(self, x):
+        return self.last(self.calls(self, self.left(x), self.right(x)))
+
+
+CALLS = {
+    "on its own result": lambda net, a, b: net.act(net.act(a)) + b,
+    "after both inputs": lambda net, a, b: net.act(a) + net.act(b),
+    "on the same input": lambda net, a, b: net.act(a) + net.act(a) * b,
+    "under one path": lambda net, a, b: net.both(a) + b,
+    "in a block": lambda net, a, b: net.block(net.block(a)) + b,
+    "on a parameter": lambda net, a, b: a * net.act(net.slope) + net.act(b),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "calls"),
+    [
+        pytest.param(make, calls, id=f"{name}, {how}")
+        for name, make in {"steps": Stepwise, "weights": Squared, "in place": lambda: Scaled(inplace=True)}.items()
+        for how, calls in CALLS.items()
+        if name != "in place" or how not in ("on the same input", "on a parameter")  # which would be read again
+    ],
+)
+def test_each_call_of_an_activation_module_is_a_site(images, make, calls):
+    for cls in (Stepwise, Squared, Scaled):
+        msfx.register_activation(cls, cls.__name__.lower())
+    torch.manual_seed(0)
+    net = Calling(make(), calls).eval()
+    with torch.no_grad():
+        sparse, stats = calibrated(net, images)
+        msfx.set_alpha(sparse, 0.5)
+        compiled = plug_in(net, statistics=stats, alpha=0.5)
+        torch.testing.assert_close(compiled(images), sparse(images), rtol=1e-5, atol=1e-6)
+        plan = [(s.name, s.channels, s.skipped) for s in compile_report(compiled).plan]
+        assert plan == [(s.name, s.channels, s.skipped) for s in msfx.inspect(net, images)]
+        assert [name for name, *_ in plan] == ["act", "act_1", "last"]
+        compile_report(compiled).set_alpha(0.0)
+        assert torch.equal(compiled(images), net(images))
+
+
+@pytest.mark.parametrize(
+    ("act", "calls", "names", "reason"),
+    [
+        (Stepwise(inplace=True), CALLS["after both inputs"], ("act", "act_1"), "in place: the activation overwrites"),
+        (Stepwise(), lambda net, a, b: net.act(a, b), ("act",), "several inputs: 2 tensors enter the activation"),
+    ],
+    ids=["in place", "several inputs"],
+)
+def test_activation_module_that_cannot_be_rewritten_is_in_the_plan(images, act, calls, names, reason):
+    msfx.register_activation(Stepwise, "stepwise")
+    net = Calling(act, calls).eval()
+    _, stats = calibrated(net, images)
+    match = rf"StatisticsError: statistics have {len(names)} site.* act \({reason}"
+    with torch.no_grad():
+        refused(match, net, images, statistics=stats)
+        torch.compiler.reset()
+        compiled = plug_in(net, statistics=stats, allow_missing=True)
+        assert torch.equal(compiled(images), net(images))
+    skipped = {s.name: s.skipped for s in compile_report(compiled).plan}
+    assert tuple(skipped) == (*names, "last")
+    assert skipped.pop("last") is None
+    assert all(words.startswith(reason) for words in skipped.values())
+
+
 def test_transformed_model_is_only_lowered(net, images):
     sparse, _ = calibrated(net, images)
     msfx.set_alpha(sparse, 0.3)
@@ -440,6 +532,68 @@ def test_models_built_alike_keep_their_own_observers(images):
     for net, model in zip(nets, compiled, strict=True):
         _, expected = calibrated(net, images)
         torch.testing.assert_close(compile_report(model).statistics()["1"].mean, expected["1"].mean)
+
+
+class Paused(nn.Module):
+    """A Swish that breaks the graph before, between or after its two calls."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.place = place
+
+    def forward(self, x):
+        if self.place == 0:
+            torch._dynamo.graph_break()
+        gate = torch.sigmoid(x)
+        if self.place == 1:
+            torch._dynamo.graph_break()
+        x = x * gate
+        if self.place == 2:
+            torch._dynamo.graph_break()
+        return x
+
+
+@breaks_graphs
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_activation_module_that_breaks_the_graph_is_in_the_plan(images, place):
+    msfx.register_activation(Paused, "paused")
+    net = Interrupted(Paused(place)).eval()
+    with torch.no_grad():
+        compiled = plug_in(net, fullgraph=False, observe=True)
+        assert torch.equal(compiled(images), net(images))
+    plan = {s.name: s.skipped for s in compile_report(compiled).plan}
+    assert plan.pop("act") is None
+    assert "between" in plan
+    assert all(reason.startswith("graph break: this graph has only a part") for reason in plan.values())
+
+
+class Looped(nn.Module):
+    """Breaks in a loop, whose frame Dynamo then leaves: the activation's forward is a frame of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.acts, self.last = nn.ModuleList([Stepwise(), Stepwise()]), nn.ReLU()
+
+    def forward(self, x):
+        for act in self.acts:
+            x = act(x)
+            torch._dynamo.graph_break()
+        return self.last(x)
+
+
+@breaks_graphs
+def test_activation_module_that_is_a_frame_of_its_own_is_a_site(images):
+    msfx.register_activation(Stepwise, "stepwise")
+    net = Looped().eval()
+    placement = msfx.Placement(channel_dims={"acts.0": 1, "acts.1": 1}, exclude=("last",))
+    with torch.no_grad():
+        compiled = plug_in(net, fullgraph=False, observe=True, placement=placement)
+        assert torch.equal(compiled(images), net(images))
+    stats = compile_report(compiled).statistics()
+    expected = {"acts.0": images, "acts.1": net.acts[0](images)}
+    assert stats.keys() == expected.keys()
+    for name, x in expected.items():
+        torch.testing.assert_close(stats[name].mean, x.double().mean((0, 2, 3)), check_dtype=False)
 
 
 @breaks_graphs

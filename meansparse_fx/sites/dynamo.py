@@ -23,7 +23,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from ..activations import match_module
 from .aliases import changed_inputs
-from .entrances import mark_entrances
+from .entrances import ModuleCall, mark_entrances
 from .find import plan_sites
 from .flow import channel_axes
 from .ops import Operators
@@ -66,7 +66,7 @@ class DynamoGraph:
         first: The model's forward, or whatever torch.compile was given, begins with this graph.
         last: The model's forward ends with this graph: no more graphs follow in this call.
         callers: Path of the module that makes each call, where one is known.
-        owners: The activation module that each call is inside of, with its path, for those inside of one.
+        owners: The call of an activation module that each call is inside of, for those inside of one.
     """
 
     graph: fx.Graph
@@ -76,7 +76,7 @@ class DynamoGraph:
     first: bool
     last: bool
     callers: dict[fx.Node, str]
-    owners: dict[fx.Node, tuple[str, nn.Module]]
+    owners: dict[fx.Node, ModuleCall]
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoGraph:
@@ -90,7 +90,12 @@ class DynamoGraph:
         model = running[-1] if running else _first_module(sources.values(), scope)
         names = {id(m): path for path, m in model.named_modules()} if model is not None else {}
         callers = {n: _path(source, scope, names) for n, source in sources.items()}
+        whole = not graph_module.compile_subgraph_reason.graph_break
         owners = _owners(stacks, scope, names)
+        if running and _is_traced_activation(running[0]) and (path := names.get(id(running[0]))):
+            # Dynamo did not enter it, it is the frame: all of its forward, or what a graph break left of that.
+            part = not whole or frame.f_code is not getattr(type(running[0]).forward, "__code__", None)
+            owners = dict.fromkeys(graph.nodes, ModuleCall(path, running[0], ("", ""), part)) | owners
         if not running or any(v is running[0] for v in scope["L"].values()):
             here = names.get(id(running[0]), "") if running else ""  # of calls outside of any module Dynamo entered
             callers = {n: here for n in graph.nodes} | callers
@@ -101,7 +106,7 @@ class DynamoGraph:
             for node, value in placeholders
             if isinstance(value, Tensor) and id(value) not in state and not _belongs_to_module(node, scope)
         }
-        last = not graph_module.compile_subgraph_reason.graph_break and running[:1] in ([], [model])
+        last = whole and running[:1] in ([], [model])
         _pin(dict.fromkeys(sources.values()), running[:1], scope)
         forward = getattr(type(model).forward, "__code__", None) if model is not None else None
         first = not stack_above or frame.f_code is forward
@@ -120,17 +125,19 @@ class DynamoGraph:
             axis_of: The channel dimension of a tensor that another graph put out, if known.
         """
         state = {node for node in self.graph.find_nodes(op="placeholder") if node not in self.inputs}
-        activations, entered = mark_entrances(self.graph, self.owners, state)
-        callers = self.callers | entered
+        entrances = mark_entrances(self.graph, self.owners, state)
+        callers = self.callers | entrances.paths
         flow = recorded(self.graph)
         model = self.model or nn.Module()
         modules = dict(model.named_modules(remove_duplicate=False))
-        operators = Operators(modules, {id(m): path for path, m in model.named_modules()}, callers, activations)
+        operators = Operators(modules, {id(m): path for path, m in model.named_modules()}, callers, entrances.known)
         given = {node: axis for node, value in self.inputs.items() if (axis := axis_of(value)) is not None}
         known = channel_axes(self.graph, operators, flow, given)
         plan = plan_sites(self.graph, operators, flow, known, self.inputs, _ROUTE, placement, earlier)
         named = {node.name for node in callers}
-        sites = (s if s.node in named else replace(s, skipped=s.skipped or _NAMELESS) for s in plan)
+        refused = {node.name: reason for node, reason in entrances.refused.items()}
+        sites = (replace(s, skipped=refused.get(s.node, s.skipped)) for s in plan)
+        sites = (s if s.node in named else replace(s, skipped=s.skipped or _NAMELESS) for s in sites)
         plan = SitePlan(tuple(sites), plan.route)
         outputs = self.graph.output_node().args[0]
         return Found(
@@ -186,20 +193,28 @@ def _walk(source: str, scope: Scope) -> Iterator[Any]:
 
 def _owners(
     stacks: Mapping[fx.Node, Mapping[str, Any]], scope: Scope, names: dict[int, str]
-) -> dict[fx.Node, tuple[str, nn.Module]]:
-    """Return the outermost activation module around each call, torch's own apart, which are functions."""
+) -> dict[fx.Node, ModuleCall]:
+    """Return the outermost call of an activation module around each call.
+
+    Dynamo's key counts the calls of a module by the source it was found at: ``140510399079504@1``.
+    """
     found: dict[str, nn.Module | None] = {}
     owners = {}
     for node, stack in stacks.items():
-        for source, *_ in stack.values():
+        for key, (source, *_) in stack.items():
             if source not in found:
                 *_, module = [None, *_walk(source, scope)]
-                foreign = isinstance(module, nn.Module) and not type(module).__module__.startswith("torch.nn.")
-                found[source] = module if foreign and match_module(module) is not None else None
+                found[source] = module if _is_traced_activation(module) else None
             if (module := found[source]) is not None:
-                owners[node] = _path(source, scope, names), module
+                owners[node] = ModuleCall(_path(source, scope, names), module, (source, key))
                 break
     return owners
+
+
+def _is_traced_activation(module: Any) -> bool:
+    """Return whether a module is an activation that Dynamo traces into; torch's own are functions to it."""
+    foreign = isinstance(module, nn.Module) and not type(module).__module__.startswith("torch.nn.")
+    return foreign and match_module(module) is not None
 
 
 def _first_module(sources: Iterable[str], scope: Scope) -> nn.Module | None:

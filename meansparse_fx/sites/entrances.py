@@ -8,8 +8,7 @@ is none. Imports torch, `rewrite` and floor 1.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from itertools import groupby
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx, nn
 
@@ -17,6 +16,41 @@ from ..activations import ActivationCall, match_function, match_module
 from ..rewrite import bypass
 
 _CALLS = ("call_function", "call_method", "call_module")
+_BROKEN = "graph break: this graph has only a part of what the activation does; move the break out of its forward"
+_INPLACE = "in place: the activation overwrites its input in several steps; give it inplace=False"
+_SEVERAL = "several inputs: {} tensors enter the activation, and which of them it is applied to is not known"
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleCall:
+    """One call of an activation module.
+
+    Attributes:
+        path: The module's.
+        module: The module.
+        key: What tells this call from others of the same module.
+        broken: The graph has not all that the call does.
+    """
+
+    path: str
+    module: nn.Module
+    key: tuple[str, str]
+    broken: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Entrances:
+    """Where the inputs of activation modules enter them.
+
+    Attributes:
+        known: The activation of each mark, and None for each call inside.
+        paths: The path of each mark.
+        refused: Why the activation cannot be rewritten, for the marks that stand there for the plan alone.
+    """
+
+    known: dict[fx.Node, ActivationCall | None] = field(default_factory=dict)
+    paths: dict[fx.Node, str] = field(default_factory=dict)
+    refused: dict[fx.Node, str] = field(default_factory=dict)
 
 
 def entrance(x: Tensor) -> Tensor:
@@ -24,41 +58,45 @@ def entrance(x: Tensor) -> Tensor:
     return x
 
 
-def mark_entrances(
-    graph: fx.Graph, owners: Mapping[fx.Node, tuple[str, nn.Module]], state: set[fx.Node]
-) -> tuple[dict[fx.Node, ActivationCall | None], dict[fx.Node, str]]:
+def mark_entrances(graph: fx.Graph, owners: Mapping[fx.Node, ModuleCall], state: set[fx.Node]) -> Entrances:
     """Mark where the inputs of activation modules enter them.
 
-    Modules that are one function which is an activation by itself are left as they are, and so are those that overwrite
-    their input.
+    Modules that are one function which is an activation by itself are left as they are. What is computed from
+    parameters alone, or cannot be one call again, gets a mark that nothing reads.
 
     Args:
-        owners: By node, the outermost activation module whose forward makes this call, and its path.
+        owners: By node, the outermost call of an activation module that it belongs to.
         state: Placeholders of parameters and buffers.
-
-    Returns:
-        The activation of each mark, and None for each call inside; the path of each mark.
     """
-    known: dict[fx.Node, ActivationCall | None] = {}
-    paths: dict[fx.Node, str] = {}
-    calls = [node for node in graph.nodes if node.op in _CALLS]
-    for owner, inside in groupby(calls, lambda node: owners.get(node)):
-        nodes = list(inside)
-        call = None if owner is None else match_module(owner[1])
-        if call is None or call.inplace or _is_one_function(nodes, call):
+    calls: dict[ModuleCall, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node in owners and node.op in _CALLS:
+            calls.setdefault(owners[node], []).append(node)
+    found = Entrances()
+    for owner, nodes in calls.items():
+        call = match_module(owner.module)
+        inside = set(nodes)
+        entering = list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside))
+        # Constants are attributes; sizes, which may vary, are no tensors.
+        sources = [n for n in entering if n not in state and n.op != "get_attr" and _is_tensor(n)]
+        if call is None or _is_one_function(nodes, call, sources):
             continue
-        entering = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in state)
-        # The bodies of an autograd.Function are attributes.
-        (source, *others) = [n for n in entering if n not in nodes and n.op != "get_attr"] or [None]
-        if source is None or others:
-            continue  # computed from parameters alone, or a part of it after a graph break
-        with graph.inserting_before(nodes[0]):
+        reason = _refusal(owner, call, sources)
+        source = next((n for n in (*sources, *entering, *nodes) if _is_tensor(n)), None)
+        reader = next((n for n in nodes if source in n.all_input_nodes), None)
+        if source is None or reader is None:
+            continue  # reads no tensor at all
+        with graph.inserting_before(reader):
             mark = graph.call_function(entrance, (source,))
         mark.meta = dict(source.meta)
-        source.replace_all_uses_with(mark, delete_user_cb=lambda user, nodes=nodes: user in nodes)
-        known |= dict.fromkeys(nodes) | {mark: replace(call, constants=(), weight=None, fused=False)}
-        paths[mark] = owner[0]
-    return known, paths
+        if reason is not None:
+            found.refused[mark] = reason
+        elif sources:
+            source.replace_all_uses_with(mark, delete_user_cb=lambda user, inside=inside: user in inside)
+        found.known.update(dict.fromkeys(nodes))
+        found.known[mark] = replace(call, constants=(), inplace=False, weight=None, fused=False)
+        found.paths[mark] = owner.path
+    return found
 
 
 def remove_entrances(graph: fx.Graph) -> None:
@@ -67,8 +105,26 @@ def remove_entrances(graph: fx.Graph) -> None:
         bypass(mark)
 
 
-def _is_one_function(nodes: list[fx.Node], call: ActivationCall) -> bool:
+def _refusal(owner: ModuleCall, call: ActivationCall, sources: list[fx.Node]) -> str | None:
+    """Return why a call cannot be rewritten; None if it can, or is computed from parameters alone."""
+    if owner.broken:
+        return _BROKEN
+    if len(sources) > 1:
+        return _SEVERAL.format(len(sources))
+    return _INPLACE if call.inplace and sources else None
+
+
+def _is_one_function(nodes: list[fx.Node], call: ActivationCall, sources: list[fx.Node]) -> bool:
+    """Return whether a function that is an activation by itself is a module's all, or in place all that reads x."""
+    if call.inplace:
+        readers = [node for node in nodes if any(n in sources for n in node.all_input_nodes)]
+        functions = [n for n in nodes if n.op != "call_module" and match_function(n.target, (), {}) is not None]
+        return len(readers) == 1 and readers == functions
     if len(nodes) > 1 or nodes[0].op == "call_module":
         return False
     found = match_function(nodes[0].target, (), {})
     return found is not None and (found.name == call.name or call.name.startswith(found.name))
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("example_value"), Tensor)
