@@ -137,6 +137,21 @@ def test_traced_gradients_with_dynamic_sizes(backward):
             torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_two_clipping_calls_with_dynamic_sizes():
+    """What a row of the activations says of itself must not become a symbol either."""
+    torch.compiler.reset()
+    band = torch.zeros(6), torch.full((6,), 0.3)
+
+    def form(x):
+        return ops.mean_sparse(ops.mean_sparse(x, *band, 1, "relu") - 1, *band, 1, "relu")
+
+    compiled = torch.compile(form, backend="aot_eager", fullgraph=True, dynamic=True)
+    for shape in ((4, 6, 5, 5), (3, 6, 7, 2)):
+        x = (3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).requires_grad_()
+        own, expected = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, form))
+        torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_calls_share_numbers_with_dynamic_sizes():
     """Two calls with the same constants, from a tuple that Dynamo may take for symbols."""
     torch.compiler.reset()
