@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import eager
+from .layout import laid_out_like
 from .records import Options, Vectors
 
 MIN_ELEMENTS = 1 << 16  # below, the compiled call's own 50 microseconds cost more than it saves
@@ -95,11 +96,6 @@ def on_views(
         results = call(*flat, *vectors)
     results = (results,) if isinstance(results, Tensor) else results
     return [unflatten(r, x, dim) if r.numel() == x.numel() else r for r in results]
-
-
-def laid_out_like(t: Tensor, x: Tensor) -> Tensor:
-    """Return t with the strides of x, copied if it has others."""
-    return t if t.stride() == x.stride() else torch.empty_like(x).copy_(t)
 
 
 @functools.cache

@@ -10,11 +10,7 @@ from torch import Tensor
 
 from . import eager
 from .records import Options, Vectors
-from .reference import per_channel
-
-
-def _wide(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype)
+from .reference import per_channel, widened
 
 
 def _affine(v: Tensor, scale: Tensor | None, shift: Tensor | None, channel_dim: int) -> Tensor:
@@ -26,9 +22,9 @@ def _affine(v: Tensor, scale: Tensor | None, shift: Tensor | None, channel_dim: 
 
 def _sum(x: Tensor, residual: Tensor | None, vectors: Vectors, channel_dim: int) -> Tensor:
     """Return v in the computing dtype."""
-    v = _affine(x, vectors.scale, vectors.shift, channel_dim)
+    v = _affine(widened(x), vectors.scale, vectors.shift, channel_dim)
     v = _affine(v, vectors.layer_scale, None, channel_dim)
-    return v if residual is None else v + residual
+    return v if residual is None else v + widened(residual)
 
 
 def forward(
@@ -36,17 +32,15 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return y, and v (empty unless wanted), in the dtype and memory format of x."""
     dim, want_sum = options.channel_dim, options.want_sum
-    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    v = _sum(x.to(dtype), _wide(residual, dtype), vectors, dim)
-    rounded = v.to(x.dtype)
+    v, rounded = _sum(x, residual, vectors, dim), x.new_empty(0)
     if want_sum:
-        v = rounded.to(dtype)  # y is the function of exactly what others see
+        rounded = v.to(x.dtype)
+        v = widened(rounded)  # y is the function of exactly what others see
     u = _affine(v, vectors.norm_scale, vectors.norm_shift, dim)
     y = eager.forward(u, vectors, options)
     if shortcut is not None:
         y += shortcut
-    y = y.to(x.dtype)
-    return y, (rounded if want_sum else x.new_empty(0))
+    return y.to(x.dtype), rounded
 
 
 def backward(
@@ -66,10 +60,9 @@ def backward(
         residual: As in `forward`; with ``want_sum`` only whether there is one counts.
     """
     dim, want_sum = options.channel_dim, options.want_sum
-    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    v = x.to(dtype) if want_sum else _sum(x.to(dtype), _wide(residual, dtype), vectors, dim)
+    v = widened(x) if want_sum else _sum(x, residual, vectors, dim)
     u = _affine(v, vectors.norm_scale, vectors.norm_shift, dim)
-    grad_u, grad_weight = eager.backward(grad.to(dtype), u, vectors, options)
+    grad_u, grad_weight = eager.backward(widened(grad), u, vectors, options)
     grad_v = _affine(grad_u, vectors.norm_scale, None, dim)
     if grad_sum is not None:
         grad_v = grad_v + grad_sum

@@ -81,7 +81,10 @@ def pre_activation(x, residual_ptr, scale_ptr, shift_ptr, layer_scale_ptr, chann
 
 @triton.jit
 def sparsify(u, centre, threshold, steepness, VARIANT: tl.constexpr):
-    """s = centre where |u - centre| <= threshold, else u; NaN and a negative threshold are never inside."""
+    """s = centre where |u - centre| <= threshold, else u; NaN and a negative threshold are never inside.
+
+    Without a band (``none``) s is u.
+    """
     distance = u - centre
     if VARIANT == "smooth":
         gate = smooth_gate(distance, threshold, steepness)
@@ -89,6 +92,8 @@ def sparsify(u, centre, threshold, steepness, VARIANT: tl.constexpr):
     elif VARIANT == "edge":
         edge = tl.where(distance < 0, centre - threshold, centre + threshold)
         s = tl.where(tl.abs(distance) <= threshold, edge, u)
+    elif VARIANT == "none":
+        s = u
     else:
         s = tl.where(tl.abs(distance) <= threshold, centre, u)
     return s

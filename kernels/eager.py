@@ -12,14 +12,7 @@ import torch
 from torch import Tensor
 
 from .records import Options, Vectors
-from .reference import ACTIVATIONS, inside_band, per_channel, smooth_gate, smooth_gate_derivative
-
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
-
-
-def _widened(x: Tensor) -> Tensor:
-    """Return x in its computing dtype."""
-    return x.float() if x.dtype in _LOW_PRECISION else x
+from .reference import ACTIVATIONS, inside_band, per_channel, smooth_gate, smooth_gate_derivative, widened
 
 
 def _shaped(vector: Tensor, like: Tensor, channel_dim: int) -> Tensor:
@@ -44,7 +37,7 @@ def forward(x: Tensor, vectors: Vectors, options: Options) -> Tensor:
     """Return act(s(x)) in the dtype and memory format of x; of the vectors, the band and the weight count."""
     centre, threshold, weight, *_ = vectors
     channel_dim, activation, constants, variant, _, steepness, _ = options
-    wide = _widened(x)
+    wide = widened(x)
     centre, threshold = _shaped(centre, wide, channel_dim), _shaped(threshold, wide, channel_dim)
     slope = None if weight is None else _shaped(weight, wide, channel_dim)
     s, _ = _sparsify(wide, centre, threshold, variant, steepness)
@@ -57,7 +50,7 @@ def backward(grad: Tensor, x: Tensor, vectors: Vectors, options: Options) -> tup
     """Return the gradients of x and of the weight (empty without one), recomputing s(x) from x."""
     centre, threshold, weight, *_ = vectors
     channel_dim, activation, constants, variant, backward, steepness, _ = options
-    wide, grad = _widened(x), _widened(grad)
+    wide, grad = widened(x), widened(grad)
     centre, threshold = _shaped(centre, wide, channel_dim), _shaped(threshold, wide, channel_dim)
     slope = None if weight is None else _shaped(weight, wide, channel_dim)
     row = ACTIVATIONS[activation]
@@ -67,7 +60,7 @@ def backward(grad: Tensor, x: Tensor, vectors: Vectors, options: Options) -> tup
         masked = torch.where(inside, grad.new_zeros(()), grad, out=scratch)
         # x in the place of s: they differ where the gradient is zero.
         return row.backward(masked, wide, slope, *constants).to(x.dtype), x.new_empty(0)
-    s, inside = _sparsify(wide, centre, threshold, variant, steepness)
+    s, inside = (wide, None) if variant == "none" else _sparsify(wide, centre, threshold, variant, steepness)
     grad_s = row.backward(grad, s, slope, *constants)
     if backward == "smooth" or (backward == "exact" and variant == "smooth"):
         grad_x = grad_s * smooth_gate_derivative(wide, centre, threshold, steepness)

@@ -112,7 +112,7 @@ class _Fused(torch.autograd.Function):
         if _told_by_result(x, shortcut, vectors, options):
             kept, options = (y,), options._replace(want_sum=True)
             if options.backward == "identity":  # y tells the slope at s(u); a band around it would ask again
-                vectors = vectors._replace(threshold=torch.full_like(vectors.threshold, -1.0))
+                options = options._replace(variant="none")
         ctx.options = options  # with want_sum: of v, not of x and the residual
         ctx.given = [vector is not None for vector in vectors]
         held = [vector for vector in vectors if vector is not None]
@@ -161,8 +161,8 @@ def fused(
 
     Args:
         x: ``[..., C, ...]``, any floating dtype; float16 and bfloat16 are computed in float32.
-        residual: Of x's shape and dtype, added before the operator.
-        shortcut: Of x's shape and dtype, added behind it.
+        residual: Of x's dtype, and its shape or one that broadcasts to it; added before the operator.
+        shortcut: Likewise; added behind it.
         vectors: Per channel.
         options: Everything else.
     """

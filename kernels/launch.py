@@ -44,8 +44,8 @@ def mean_sparse_forward(
         x: float32, float16 or bfloat16, of any layout; copied at most once.
         vectors: Per channel, float32.
         options: Everything else. A v that is wanted is rounded to x's dtype first, and y is the function of that.
-        residual: Of x's shape, added before the operator and behind the norm.
-        shortcut: Of x's shape, added behind the operator.
+        residual: Of x's shape, or broadcasting to it; added before the operator and behind the norm.
+        shortcut: Likewise; added behind the operator.
     """
     vectors = _checked(vectors, x.shape[options.channel_dim])
     want_sum = options.want_sum

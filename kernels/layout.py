@@ -213,7 +213,19 @@ def planned(x: Tensor, channel_dim: int, reduces: bool = False) -> tuple[Tensor,
 
 
 def laid_out_like(tensor: Tensor, y: Tensor) -> Tensor:
-    """Return ``tensor`` in the memory layout of ``y``, copied only if it differs."""
+    """Return ``tensor`` in the shape and memory layout of ``y``, copied only if it differs.
+
+    Raises:
+        ValueError: It does not broadcast to y's shape, beyond which a kernel would read.
+    """
+    if tensor.shape != y.shape:
+        try:
+            tensor = tensor.expand(y.shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"a tensor of shape {list(tensor.shape)} beside one of shape {list(y.shape)}: it must have that shape "
+                "or broadcast to it"
+            ) from error
     same = all(a == b for a, b, n in zip(tensor.stride(), y.stride(), y.shape, strict=True) if n > 1)
     return tensor if same else torch.empty_like(y, dtype=tensor.dtype).copy_(tensor)
 

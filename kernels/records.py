@@ -33,7 +33,10 @@ class Vectors(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Everything else, as `reference.mean_sparse` has it, and whether v is wanted."""
+    """Everything else, as `reference.mean_sparse` has it, and whether v is wanted.
+
+    Backward alone knows one more variant: ``none``, where what is kept already tells s.
+    """
 
     channel_dim: int
     activation: str = "identity"

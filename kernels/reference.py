@@ -21,6 +21,8 @@ from torch import Tensor
 VARIANTS = ("mean", "edge", "smooth")
 BACKWARDS = ("exact", "identity", "smooth")
 
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
 aten = torch.ops.aten
 
 
@@ -147,6 +149,11 @@ ACTIVATIONS: dict[str, Activation] = {
         weight_backward=_pssilu_weight_backward,
     ),
 }
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return x in its computing dtype: float16 and bfloat16 are computed in float32."""
+    return x.float() if x.dtype in _LOW_PRECISION else x
 
 
 def per_channel(vector: Tensor, rank: int, channel_dim: int) -> Tensor:

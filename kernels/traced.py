@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import ACTIVATIONS, per_channel
+from .reference import ACTIVATIONS, per_channel, widened
 
 
 def tells(activation: str, variant: str, backward: str) -> bool:
@@ -36,7 +36,7 @@ def tells(activation: str, variant: str, backward: str) -> bool:
 
 def _wide(x: Tensor, channel_dim: int, *vectors: Tensor | None) -> list[Any]:
     """Return x in its computing dtype, and the per-channel vectors in that dtype, shaped to broadcast."""
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    wide = widened(x)
     return [wide, *(None if v is None else per_channel(v.to(wide.dtype), x.dim(), channel_dim) for v in vectors)]
 
 

@@ -14,7 +14,9 @@ from torch import nn
 import meansparse_fx as msfx
 from meansparse_fx.errors import StateError
 from meansparse_fx.nn import MeanSparse
+from meansparse_fx.sites.ops import Operators
 from tests.models import Functional
+from tests.test_published import Published
 
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -352,3 +354,85 @@ def test_what_others_read_or_overwrite_stays(images):
     }
     assert torch.equal(fused(images), plain(images))
     assert sum(isinstance(m, MeanSparse) for m in fused.modules()) == 3
+
+
+def two_names(m, x):
+    y = m.bn(m.conv(x))
+    older = y.flatten(1)
+    y += m.conv(x)
+    return F.relu(y) * older.mean()
+
+
+def norms_input(overwrite):
+    """Return a forward that overwrites what a norm has read, before the place where a fused call would read it."""
+
+    def forward(m, x):
+        a = m.conv(x)
+        other = a * 2
+        y = F.relu(m.bn(a))
+        overwrite(m, a)
+        return y + other
+
+    return forward
+
+
+NOTHING = "nothing beside it to take in"
+HAZARDS = {
+    "channels are shuffled": (lambda m, x: F.relu(F.channel_shuffle(m.conv(x) * m.gamma, 2)), NOTHING),
+    "channels become pixels": (lambda m, x: F.relu(F.pixel_shuffle(m.conv(x) * m.gamma, 2)), NOTHING),
+    "pixels become channels": (lambda m, x: F.relu(F.pixel_unshuffle(m.conv(x) * m.gamma, 2)), NOTHING),
+    "a parameter in another order": (
+        lambda m, x: F.relu(m.conv(x) * m.square.transpose(0, 1).reshape(1, 8, 1, 1)),
+        NOTHING,
+    ),
+    "inplace by keyword": (norms_input(lambda m, a: F.hardsigmoid(a, inplace=True)), "sum behind it"),
+    "inplace by position": (norms_input(lambda m, a: F.hardsigmoid(a, True)), "sum behind it"),
+    "a module in place": (norms_input(lambda m, a: m.hard(a)), "sum behind it"),
+    "through a view": (norms_input(lambda m, a: a.flatten().mul_(0.5)), "sum behind it"),
+    "as where the result goes": (norms_input(lambda m, a: torch.neg(a, out=a)), "sum behind it"),
+    "by nobody: dropout does nothing": (norms_input(lambda m, a: m.drop(a)), "norm, sum behind it"),
+    "the sum is read under an older name": (two_names, NOTHING),
+}
+
+
+def hazardous(forward):
+    torch.manual_seed(0)
+    modules = {"bn": nn.BatchNorm2d(8), "hard": nn.Hardsigmoid(inplace=True), "drop": nn.Dropout(inplace=True)}
+    model = Functional(forward, conv=nn.Conv2d(3, 8, 3), **modules)
+    model.gamma = nn.Parameter(torch.randn(8, 1, 1))
+    model.square = nn.Parameter(torch.randn(2, 4))
+    model.position = nn.Parameter(torch.randn(1, 8, 6, 6))
+    model.bn.running_var.uniform_(0.5, 2)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", HAZARDS)
+def test_what_must_not_be_moved(name):
+    forward, expected = HAZARDS[name]
+    model = hazardous(forward)
+    fused = msfx.transform(model, IMAGES, fuse="all")
+    torch.testing.assert_close(fused(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
+    assert [s.fused for s in fused.meta["plan"] if s.skipped is None] == [expected]
+
+
+def test_a_published_operator_does_not_only_move_values():
+    graph_module = torch.fx.symbolic_trace(nn.Sequential(nn.Dropout()).eval())
+    graph_module.add_module("0", Published(8))
+    (node,) = graph_module.graph.find_nodes(op="call_module")
+    assert not Operators.of(graph_module).moves_only(node)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_position_embedding_is_no_residual_for_one_image_either(before, count):
+    forward = (
+        (lambda m, x: F.relu(m.bn(m.conv(x)) + m.position))
+        if before
+        else (lambda m, x: F.relu(m.bn(m.conv(x))) + m.position)
+    )
+    model = hazardous(forward)
+    fused = msfx.transform(model, IMAGES[:count], fuse="all")
+    (site,) = fused.meta["plan"]
+    assert site.fused in (NOTHING, "norm; the sum behind it is not of two tensors of its shape")
+    assert not any({"residual", "shortcut"} & n.kwargs.keys() for n in fused.graph.nodes)
+    torch.testing.assert_close(fused(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)

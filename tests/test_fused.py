@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from meansparse_fx.kernels import composed
 from meansparse_fx.kernels.fused import fused
 from meansparse_fx.kernels.records import Options, Vectors
 
@@ -177,16 +178,42 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_one_call_forward_and_one_backward():
-    (x, residual, shortcut, vectors), *_ = case(PROLOGUES[-1], (3, 4, 5, 2), torch.float32)
-    leaves = [t.requires_grad_() for t in (x, residual, shortcut)]
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        (PROLOGUES[-1], Options(1)),
+        (PROLOGUES[2], Options(1, "relu")),
+        (PROLOGUES[2], Options(1, "relu", backward="identity")),
+    ],
+)
+def test_one_call_forward_and_one_backward(names, options):
+    (*tensors, vectors), *_ = case(names, (3, 4, 5, 2), torch.float32)
+    leaves = [t.requires_grad_() for t in tensors if t is not None]
     with Calls() as forward:
-        y = fused(*leaves, vectors, Options(1))
+        y = fused(*tensors, vectors, options)
     upstream = torch.rand_like(y)
     with Calls() as backward:
         torch.autograd.grad(y, leaves, upstream)
     assert forward.names == ["meansparse.fused.default"]
     assert backward.names == ["meansparse.fused_backward.default"]
+
+
+def test_a_sum_that_nobody_wants_is_not_rounded():
+    (x, residual, _, vectors), *_ = case(("residual",), (3, 4, 5, 2), torch.bfloat16)
+    with Calls() as calls:
+        composed.forward(x, residual, None, vectors, Options(1, "silu"))
+    assert calls.names.count("aten._to_copy.default") == 3  # of x, the residual and y
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_what_broadcasts_is_added_to_every_image(name):
+    (x, *streams, vectors), *_ = case((name,), (3, 4, 5, 2), torch.float32)
+    one = next(t for t in streams if t is not None)[:1].clone().requires_grad_()
+    results = []
+    for added in (one, one.expand_as(x)):
+        y = fused(x, *(None if t is None else added for t in streams), vectors, Options(1, "silu"))
+        results.append((y, *torch.autograd.grad(y.square().sum(), one)))
+    torch.testing.assert_close(*results)
 
 
 def test_opcheck():

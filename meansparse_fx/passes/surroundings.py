@@ -20,13 +20,10 @@ from ..nn import MeanSparse
 from ..sites.flow import carried
 from ..sites.ops import Operators
 from ..sites.shapes import Flow
+from .overwrites import Overwrites
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _SUMS = (python.add, python.iadd, torch.add, "add", "add_", "__iadd__")
-_IN_PLACE = (
-    *(python.iadd, python.isub, python.imul, python.itruediv, python.setitem),
-    *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"),
-)
 
 _FREEZE = "model.requires_grad_(False)"
 
@@ -136,7 +133,8 @@ class Finder:
         self._graph_module = graph_module
         self._operators = Operators.of(graph_module)
         self._flow = flow
-        self._order = {node: position for position, node in enumerate(graph_module.graph.nodes)}
+        self._overwrites = Overwrites(graph_module.graph, self._operators, flow)
+        self._changed, self._read_again = self._overwrites.changed, self._overwrites.read_again
 
     def around(self, node: fx.Node, operator: MeanSparse) -> Surroundings:
         """Return what stands around the operator that ``node`` calls."""
@@ -189,8 +187,8 @@ class Finder:
             return "others read the LayerScale's result, too"
         if reduce(getattr, parameter.target.split("."), self._graph_module).requires_grad:
             return f"the LayerScale's parameter wants gradients: {_FREEZE}"
-        own = len(x.users) == 1 and x is node.args[0]
-        if self._changed(x, node) or any(map(self._changed, (node, *path))) or (_in_place(node) and not own):
+        around = (node, *path, parameter, *views)
+        if self._changed(x, node) or any(map(self._changed, around)) or self._read_again(node):
             return "a value around the LayerScale is overwritten"
         shape = self._flow.shape(factor)
         dims = [d - len(shape) for d, size in enumerate(shape) if size > 1]
@@ -202,13 +200,18 @@ class Finder:
         return Scale(node, x, parameter, views, not path)
 
     def _parameter(self, node: fx.Node) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
-        """Return the node that reads the parameter which ``node`` is, if it is one, and what shapes it."""
+        """Return the node that reads the parameter which ``node`` is, if it is one, and what shapes it.
+
+        The operator gets the parameter without what shapes it, which is the same where all lies along one dimension.
+        """
         views = []
         while isinstance(node, fx.Node) and self._operators.moves_only(node) and node.args:
             views.append(node)
             node = node.args[0]
         found = isinstance(node, fx.Node) and node.op == "get_attr" and self._flow.is_tensor(node)
-        return (node, tuple(views)) if found else (None, ())
+        if not found or sum(size > 1 for size in self._flow.shape(node)) > 1:
+            return None, ()
+        return node, tuple(views)
 
     def _sum(self, node: fx.Node, operator: MeanSparse, reasons: _Reasons) -> Sum | None:
         """Return the residual sum that ``node`` is, if it can be taken."""
@@ -246,22 +249,10 @@ class Finder:
         shapes = {self._flow.shape(n) for n in (node, *operands)}
         return operands if len(operands) == 2 and len(shapes) == 1 and operands[0] is not operands[1] else None
 
-    def _read_again(self, node: fx.Node) -> bool:
-        """Return whether a sum overwrites an operand that others read later: they mean the sum."""
-        return _in_place(node) and any(self._order[r] > self._order[node] for r in node.args[0].users)
-
-    def _changed(self, node: fx.Node, but: fx.Node | None = None) -> bool:
-        """Return whether somebody overwrites a node's value, so that it must not be read at another time."""
-        return any(self._overwrites(reader) for reader in node.users if reader is not but)
-
-    def _overwrites(self, reader: fx.Node) -> bool:
-        activation = self._operators.activation(reader)
-        return _in_place(reader) or bool(activation and activation.inplace)
-
     def know(self, new: fx.Node, old: fx.Node) -> None:
         """Note that a new node yields what an old one did."""
         self._flow.values[new] = self._flow.values[old]
-        self._order[new] = self._order[old]
+        self._overwrites.know(new, old)
 
     # The two forms of a batch norm.
 
@@ -290,11 +281,3 @@ class Finder:
 
 
 _READERS: tuple[Callable[[Finder, fx.Node], FrozenNorm | None], ...] = (Finder.read_module, Finder.read_function)
-
-
-def _in_place(node: fx.Node) -> bool:
-    """Return whether a call writes into one of its inputs, as far as its name tells."""
-    if node.target in _IN_PLACE or node.op not in ("call_function", "call_method"):
-        return node.target in _IN_PLACE
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")

@@ -30,7 +30,7 @@ class Op:
         carry: Where its result has the channels.
         pools: It may pool over all of space; whether it did, the shapes tell.
         like: Its second argument gives a shape only.
-        passes: It returns its input unchanged in eval mode.
+        passes: It returns its input unchanged in eval mode; so does a published operator, but for its band.
         may_alias: It returns its input, a view of it or a copy, depending on the memory layout.
         wants: The dimension of its input, from the end if negative, where it expects the channels.
     """
@@ -93,8 +93,8 @@ _ROWS: tuple[tuple[str, Op], ...] = (
     ("select", Op("slice", axis.dropped())),
     ("getitem __getitem__", Op("slice", axis.indexed)),
     ("pad interpolate upsample", Op(carry=axis.resized)),
-    ("pixel_shuffle pixel_unshuffle", Op("reshape", axis.before_spatial(2))),
-    ("channel_shuffle", Op("reshape", axis.second)),
+    ("pixel_shuffle pixel_unshuffle", Op("shuffle", axis.before_spatial(2))),
+    ("channel_shuffle", Op("shuffle", axis.second)),
     ("avg_pool1d max_pool1d max_pool1d_with_indices lp_pool1d", Op("pool", axis.trailing(1), pools=True)),
     ("avg_pool2d max_pool2d max_pool2d_with_indices lp_pool2d", Op("pool", axis.trailing(2), pools=True)),
     ("avg_pool3d max_pool3d max_pool3d_with_indices", Op("pool", axis.trailing(3), pools=True)),
@@ -209,9 +209,9 @@ class Operators:
         return None if module is None else published_operator(module)
 
     def moves_only(self, node: fx.Node) -> bool:
-        """Return whether a node changes no values, only where they are."""
+        """Return whether a node changes no values, only where they are, and leaves each channel whole."""
         op = self.op(node)
-        return op.passes or op.word in ("reshape", "permute")
+        return op.word in ("reshape", "permute") or (op.passes and op is not _PUBLISHED)
 
     def activation(self, node: fx.Node) -> ActivationCall | None:
         """Return the activation a node calls, if it calls one."""

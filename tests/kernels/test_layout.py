@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from meansparse_fx.kernels.layout import plan, planned
+from meansparse_fx.kernels.layout import laid_out_like, plan, planned
 
 X = torch.empty(4, 6, 8, 10)
 CHANNELS_LAST = torch.empty(4, 6, 8, 10).contiguous(memory_format=torch.channels_last)
@@ -77,3 +77,19 @@ def test_vectors_divide_rows_and_idle_lanes_are_few(size, itemsize, widest) -> N
     assert found.vector == min(widest, cols & -cols)
     assert found.block_rows * found.block_cols == (2048 if itemsize == 4 else 4096)
     assert found.col_blocks * found.block_cols <= 1.31 * cols
+
+
+@pytest.mark.parametrize("y", [X, CHANNELS_LAST], ids=["rows", "channels_last"])
+@pytest.mark.parametrize("shape", [(1, 6, 8, 10), (4, 6, 8, 10), (6, 1, 1)], ids=str)
+def test_what_a_kernel_reads_beside_x_has_all_its_elements(shape, y) -> None:
+    tensor = torch.rand(shape)
+    found = laid_out_like(tensor, y)
+    assert found.stride() == y.stride()
+    assert torch.equal(found, tensor.expand_as(y))
+    assert (found is tensor) == (shape == y.shape and y is X)
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 8, 10), (4, 6, 80)], ids=str)
+def test_what_does_not_broadcast_is_refused(shape) -> None:
+    with pytest.raises(ValueError, match=r"beside one of shape \[4, 6, 8, 10\]"):
+        laid_out_like(torch.rand(shape), X)
