@@ -36,8 +36,8 @@ class Activation:
         overwrite: `forward` in place of s, for callers that own s; None where torch has no such form.
         constants: Names of the scalar arguments, in order, with their defaults.
         weight_backward: ``(grad_y, s, weight, *constants) -> grad_weight`` per element, where there is a learned slope.
-        dead: A value of s at which the derivative is zero, if the activation clips: it is s itself wherever its
-            derivative is not zero, so that the derivative can be told from the result as well.
+        clips: Its derivative is zero at zero, and it is s itself wherever its derivative is not zero, so that the
+            derivative can be told from the result as well.
         keeps_result: torch's own activation keeps its result for backward and not its input.
     """
 
@@ -46,7 +46,7 @@ class Activation:
     overwrite: Callable[..., Tensor] | None = None
     constants: tuple[tuple[str, float], ...] = ()
     weight_backward: Callable[..., Tensor] | None = None
-    dead: float | None = None
+    clips: bool = False
     keeps_result: bool = False
 
 
@@ -75,14 +75,14 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda s, w: F.relu(s),
         lambda g, s, w: aten.threshold_backward(g, s, 0.0),
         lambda s, w: aten.relu_(s),
-        dead=0.0,
+        clips=True,
         keeps_result=True,
     ),
     "relu6": Activation(
         lambda s, w: F.relu6(s),
         lambda g, s, w: aten.hardtanh_backward(g, s, 0.0, 6.0),
         lambda s, w: aten.hardtanh_(s, 0.0, 6.0),
-        dead=0.0,
+        clips=True,
     ),
     "leaky_relu": Activation(
         lambda s, w, slope: F.leaky_relu(s, slope),

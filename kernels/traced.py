@@ -31,7 +31,7 @@ def tells(activation: str, variant: str, backward: str) -> bool:
     the exact mode, and give the slope at the centre, in the identity mode. No rounding: if any x is within the
     threshold of the centre, then the centre's nearest neighbour in the dtype of x is.
     """
-    return ACTIVATIONS[activation].dead is not None and variant == "mean" and backward in ("exact", "identity")
+    return ACTIVATIONS[activation].clips and variant == "mean" and backward in ("exact", "identity")
 
 
 def _wide(x: Tensor, channel_dim: int, *vectors: Tensor | None) -> list[Any]:
@@ -73,7 +73,7 @@ def gradient(
     s, inside = _sparsify(wide, centre, threshold, variant, steepness)
     gate = "smooth" if backward == "exact" and variant == "smooth" else backward
     if tells(activation, variant, backward):
-        live = torch.where(inside, row.dead, wide) if gate == "exact" else wide
+        live = torch.where(inside, 0.0, wide) if gate == "exact" else wide
         grad_x = row.backward(grad, live, slope, *constants)
     elif gate == "exact":  # x in the place of s: they differ where the gradient is zero
         grad_x = row.backward(torch.where(inside, 0.0, grad), wide, slope, *constants)
