@@ -208,14 +208,18 @@ def test_a_dead_rank_is_an_error_and_the_checkpoint_is_kept(job, tmp_path, image
     check_equal(msfx.Statistics.load(tmp_path / "out.0"), alone(tmp_path, images))
 
 
-@pytest.mark.slow
-def test_torchrun(tmp_path) -> None:
+def model_and_images(tmp_path) -> tuple:
+    """Return the arguments that name a model in float32 and 31 labelled images, four at a time."""
     (tmp_path / "tiny_distributed.py").write_text(SOURCE.replace(".double()", ""))
     random = np.random.default_rng(0)
-    np.savez(tmp_path / "data.npz", images=random.integers(0, 256, (31, 8, 8), np.uint8),
-             labels=random.integers(0, 3, 31))  # fmt: skip
-    command = ["calibrate", f"{tmp_path / 'tiny_distributed.py'}:net", "--data", tmp_path / "data.npz",
-               "--batch-size", "4", "--checkpoint", tmp_path / "c", "--out"]  # fmt: skip
+    images, labels = random.integers(0, 256, (31, 8, 8), np.uint8), random.integers(0, 3, 31)
+    np.savez(tmp_path / "data.npz", images=images, labels=labels)
+    return f"{tmp_path / 'tiny_distributed.py'}:net", "--data", tmp_path / "data.npz", "--batch-size", "4"
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path) -> None:
+    command = ["calibrate", *model_and_images(tmp_path), "--checkpoint", tmp_path / "c", "--out"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"MEANSPARSE_FX_LOWERING": "eager"}
     for before, out in ((launch, "two"), ([sys.executable], "one")):
@@ -232,11 +236,7 @@ def test_torchrun(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_torchrun_evaluates(tmp_path) -> None:
-    (tmp_path / "tiny_distributed.py").write_text(SOURCE.replace(".double()", ""))
-    random = np.random.default_rng(0)
-    np.savez(tmp_path / "data.npz", images=random.integers(0, 256, (31, 8, 8), np.uint8),
-             labels=random.integers(0, 3, 31))  # fmt: skip
-    spec, data = f"{tmp_path / 'tiny_distributed.py'}:net", ("--data", tmp_path / "data.npz", "--batch-size", "4")
+    given = model_and_images(tmp_path)
     environment = os.environ | {"MEANSPARSE_FX_LOWERING": "eager", "OMP_NUM_THREADS": "1"}
 
     def run(launch, *command) -> str:
@@ -245,12 +245,12 @@ def test_torchrun_evaluates(tmp_path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    run([sys.executable], "calibrate", spec, *data, "--out", tmp_path / "s")
+    run([sys.executable], "calibrate", *given, "--out", tmp_path / "s")
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     found = []
     for launch, out in ((two, "two"), ([sys.executable], "one")):
         attack = ("--attacks", "pgd,square", "--steps", "3", "--queries", "10", "--eps", "0.05", "--alpha", "0.3")
-        printed = run(launch, "evaluate", spec, *data, "--statistics", tmp_path / "s", *attack, "--out", tmp_path / out)
+        printed = run(launch, "evaluate", *given, "--statistics", tmp_path / "s", *attack, "--out", tmp_path / out)
         assert printed.count("31 images, Linf eps 0.05") == 1, "one process reports"
         found.append(json.loads((tmp_path / out / "report.json").read_text()))
         found[-1].pop("seconds")
