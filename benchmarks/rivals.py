@@ -20,8 +20,8 @@ class PublishedForm(nn.Module):
         self.channel_dim = channel_dim
         self.register_buffer("running_mean", centre.clone())
         self.register_buffer("running_var", std.square())
-        # Published: `<`. The next float makes that the closed interval the other contenders compute.
-        above = torch.nextafter(torch.tensor(alpha), torch.tensor(1.0))
+        # Published: `<`. The next float, of the type they compute in, makes that the others' closed interval.
+        above = torch.nextafter(std.new_tensor(alpha), std.new_tensor(1.0))
         self.register_buffer("threshold", above.to(centre.device))
 
     def forward(self, x: Tensor) -> Tensor:
