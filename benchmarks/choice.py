@@ -29,10 +29,11 @@ from meansparse_fx.alpha.race import Alpha, Candidate, Field
 from meansparse_fx.demo import ALPHAS, BATCH_SIZE
 from meansparse_fx.evaluate import AttackSettings, ModelOutcome, PairedDifference
 from meansparse_fx.evaluate.ledger import Ledger, model_identity
+from meansparse_fx.evaluate.outcome import mean
 from meansparse_fx.evaluate.plan import plan_runs
 from meansparse_fx.progress import bar
 
-from .harness import write
+from .harness import points, write
 
 SEARCHES: dict[str, dict[str, Any]] = {
     "one alpha": {},
@@ -153,13 +154,12 @@ def _row(
     there = result.change(selected)
     exact = PairedDifference.of(base.worst_of("/exact"), own.worst_of("/exact"))
     worst = PairedDifference.of(base.worst, own.worst)
-    share = {key: float(mask.double().mean()) for key, mask in (("clean", own.clean), ("worst", own.worst))}
     return Row(
         name, words(candidate.alpha, candidate.variant), chosen,
         len(selected.worst), there.estimate, there.low, there.high,
-        len(own.clean), share["clean"], PairedDifference.of(base.clean, own.clean).estimate, len(own.worst),
-        float(own.worst_of("/exact").double().mean()), exact.estimate, exact.low, exact.high,
-        share["worst"], worst.estimate, worst.low, worst.high, torch.__version__,
+        len(own.clean), mean(own.clean), PairedDifference.of(base.clean, own.clean).estimate, len(own.worst),
+        mean(own.worst_of("/exact")), exact.estimate, exact.low, exact.high,
+        mean(own.worst), worst.estimate, worst.low, worst.high, torch.__version__,
     )  # fmt: skip
 
 
@@ -173,18 +173,14 @@ def report(rows: Sequence[Row], path: Path | None) -> None:
             row.search,
             row.setting,
             "yes" if row.chosen else "no",
-            _points(row.selection_change, row.selection_low, row.selection_high),
+            points(row.selection_change, row.selection_low, row.selection_high),
             f"{100 * row.clean:.1f} ({100 * row.clean_change:+.1f})",
-            f"{100 * row.own:.1f} ({_points(row.own_change, row.own_low, row.own_high)})",
-            f"{100 * row.worst:.1f} ({_points(row.worst_change, row.worst_low, row.worst_high)})",
+            f"{100 * row.own:.1f} ({points(row.own_change, row.own_low, row.own_high)})",
+            f"{100 * row.worst:.1f} ({points(row.worst_change, row.worst_low, row.worst_high)})",
         )
     Console(width=140).print(table)
     if path is not None:
         write(rows, path)
-
-
-def _points(change: float, low: float, high: float) -> str:
-    return f"{100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def main() -> None:

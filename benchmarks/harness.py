@@ -187,6 +187,11 @@ def print_rows(rows: Sequence[Any], columns: Sequence[str], title: str) -> None:
     Console(width=140).print(table)
 
 
+def points(change: float, low: float, high: float) -> str:
+    """Return a change of accuracy and its interval, fractions, in percentage points."""
+    return f"{100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
 def write(rows: Sequence[Any], path: Path) -> None:
     """Write rows of one dataclass as CSV; its fields are the header."""
     columns = [f.name for f in fields(rows[0])]  # before the file is opened: no rows are no reason to empty it

@@ -16,6 +16,7 @@ from meansparse_fx.alpha.race import Candidate, Field
 from meansparse_fx.data import load_idx
 from meansparse_fx.evaluate import AttackSettings, ModelOutcome, PairedDifference
 from meansparse_fx.evaluate.ledger import Ledger, model_identity
+from meansparse_fx.evaluate.outcome import mean
 from meansparse_fx.evaluate.plan import plan_runs
 from meansparse_fx.operators import operators
 
@@ -103,9 +104,9 @@ class Laboratory:
         return Row(
             number, cell.row, cell.column, cell.alpha, cell.network, " ".join(map(str, cell.sites)), cell.centre,
             cell.split, " ".join(threat.attacks), threat.norm, threat.eps, self._steps or threat.steps,
-            len(own.clean), _share(own.clean), len(own.worst),
-            _share(after), change.estimate, change.low, change.high,
-            _share(own.worst) if worst else None,
+            len(own.clean), mean(own.clean), len(own.worst),
+            mean(after), change.estimate, change.low, change.high,
+            mean(own.worst) if worst else None,
             worst and worst.estimate, worst and worst.low, worst and worst.high,
             torch.__version__,
         )  # fmt: skip
@@ -155,7 +156,3 @@ class Laboratory:
         index = subsets(len(sets["train"][0]), len(sets["test"][0]))[{"train": "calibration", "test": "paper"}[split]]
         images, labels = sets[split]
         return images[index], labels[index]
-
-
-def _share(mask: Tensor) -> float:
-    return float(mask.double().mean())

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 from meansparse_fx.plots import LIGHT, png, prepare
 
 from .. import choice
-from ..harness import read
+from ..harness import points, read
 from .measure import Row
 from .published import change
 from .tables import NETWORKS, TABLES
@@ -100,17 +100,13 @@ def _lines(number: int, rows: Sequence[Row]) -> list[tuple[str, ...]]:
                 row.row,
                 f"{100 * row.clean:.1f}",
                 f"{100 * row.own:.1f}",
-                "" if base else _points(row.own_change, row.own_low, row.own_high),
+                "" if base else points(row.own_change, row.own_low, row.own_high),
                 "" if row.both is None else f"{100 * row.both:.1f}",
-                "" if base or row.both is None else _points(row.both_change, row.both_low, row.both_high),  # type: ignore[arg-type]
+                "" if base or row.both is None else points(row.both_change, row.both_low, row.both_high),  # type: ignore[arg-type]
                 "" if base or paper is None else f"{100 * paper:+.1f}",
             )
         )
     return lines
-
-
-def _points(change: float, low: float, high: float) -> str:
-    return f"{100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def _markdown(number: int, rows: Sequence[Row]) -> str:
@@ -188,7 +184,7 @@ def _choice(rows: Sequence[choice.Row]) -> str:
     for row in rows:
         base = row.search == "base"
         changes = [
-            "" if base else " " + _points(*(getattr(row, f"{which}_{end}") for end in ("change", "low", "high")))
+            "" if base else " " + points(*(getattr(row, f"{which}_{end}") for end in ("change", "low", "high")))
             for which in ("selection", "own", "worst")
         ]
         clean = f"{100 * row.clean:.1f}" + ("" if base else f" {100 * row.clean_change:+.1f}")
