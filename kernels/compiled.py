@@ -13,13 +13,13 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from . import eager
+from .direct import Direct
 from .layout import laid_out_like
 from .records import Options, Vectors
 
@@ -88,42 +88,24 @@ def on_views(
         options: Everything else.
     """
     dim = options.channel_dim
-    flat = [None if t is None else flatten(laid_out_like(t.detach(), x), dim) for t in tensors]
-    given = tuple(t is not None for t in (*tensors, *vectors))
-    options = options._replace(channel_dim=1, constants=tuple(options.constants))
-    call = kernel(plain, len(flat), (x.dim() > 2, given), options)
-    with torch.no_grad():
-        results = call(*flat, *vectors)
+    flat = [t if t is None else flatten(t if t is x else laid_out_like(t, x), dim) for t in tensors]
+    dense = [v if v is None or v.is_contiguous() else v.contiguous() for v in vectors]
+    call = kernel(plain, len(flat), options._replace(channel_dim=1, constants=tuple(options.constants)))
+    results = call(*flat, *dense)
     results = (results,) if isinstance(results, Tensor) else results
     return [unflatten(r, x, dim) if r.numel() == x.numel() else r for r in results]
 
 
 @functools.cache
-def kernel(plain: Callable, count: int, case: Hashable, options: Options) -> Callable:
+def kernel(plain: Callable, count: int, options: Options) -> Direct:
     """Return the compiled form of ``plain(*tensors, vectors, options)``, as a function of tensors and vectors.
 
     Args:
         count: How many tensors come before the vectors.
-        case: What else gets code of its own, such as the number of dimensions.
     """
-    name = f"mean_sparse_{plain.__module__.rpartition('.')[2]}_{plain.__name__}_{options.activation}"
 
     def call(*arguments):
         return plain(*arguments[:count], Vectors(*arguments[count:]), options)
 
-    # Dynamo keeps its cache, and counts recompilations, by code object: give each kernel its own.
-    call.__code__ = call.__code__.replace(co_name=name)
-    compiled = torch.compile(call, dynamic=True, fullgraph=True)
-
-    def guarded(*tensors):
-        nonlocal compiled
-        if compiled is not call:
-            try:
-                return compiled(*tensors)
-            except Exception as error:  # a broken toolchain shows only here
-                warnings.warn(f"compiling the CPU kernel failed, using torch operators: {error}", stacklevel=2)
-                compiled = call
-        return call(*tensors)
-
-    _LOGGER.info("compiling the CPU kernel %s", name)
-    return guarded
+    name = f"mean_sparse_{plain.__module__.rpartition('.')[2]}_{plain.__name__}_{options.activation}"
+    return Direct(call, name)

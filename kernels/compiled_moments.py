@@ -13,20 +13,16 @@ Floor 0: torch and nothing else.
 from __future__ import annotations
 
 import functools
-import logging
-import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import compiled
+from .direct import Direct
 
 MIN_ELEMENTS = 1 << 12  # below, the compiled call's own 60 microseconds cost more than it saves
 ROWS = 64  # of a channels-last tensor at a time: a block that stays in the cache while its columns are summed
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-_LOGGER = logging.getLogger("meansparse_fx.kernels")
 
 
 def takes(x: Tensor, channel_dim: int) -> bool:
@@ -41,16 +37,12 @@ def takes(x: Tensor, channel_dim: int) -> bool:
 
 def channel_moments(x: Tensor, channel_dim: int) -> tuple[int, Tensor, Tensor]:
     """Return count, mean ``[C]`` and M2 ``[C]``, float64."""
-    # In inference mode, and one compiled form for each pattern of equal sizes, of ones and of an empty rest: Dynamo
-    # would compile again for any of these, and has a limit.
-    with torch.inference_mode():
-        flat = compiled.flatten(x, channel_dim)
-        assert flat is not None  # `takes` was asked
-        rest = flat.shape[0] % ROWS * flat.shape[1] < 2
-        pattern = tuple(flat.shape.index(n) for n in flat.shape), tuple(n == 1 for n in flat.shape), rest
-        mean, m2 = _kernel(flat.dim() == 3, flat.dtype, pattern)(flat)
-    count = x.numel() // x.shape[channel_dim]
-    return (count, mean, m2) if torch.is_inference_mode_enabled() else (count, mean.clone(), m2.clone())
+    flat = compiled.flatten(x.detach(), channel_dim)
+    assert flat is not None  # `takes` was asked
+    # A form of its own for an empty rest, and a rest of one number: Dynamo tells them apart.
+    rest = min(flat.shape[0] % ROWS * flat.shape[1], 2) if flat.dim() == 2 else 0
+    mean, m2 = _kernel(flat.dim() == 3, rest)(flat)
+    return x.numel() // x.shape[channel_dim], mean, m2
 
 
 def _spatial_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,25 +70,6 @@ def _finish(first: Tensor, total: Tensor, squares: Tensor, count: int) -> tuple[
 
 
 @functools.cache
-def _kernel(spatial: bool, *_variant) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _kernel(spatial: bool, _rest: int) -> Direct:
     plain = _spatial_moments if spatial else _row_moments
-
-    def call(x):
-        return plain(x)
-
-    # Dynamo keeps its cache, and counts recompilations, by code object: give each kernel its own.
-    call.__code__ = call.__code__.replace(co_name=plain.__name__)
-    fast = torch.compile(call, dynamic=True, fullgraph=True)
-
-    def guarded(x):
-        nonlocal fast
-        if fast is not call:
-            try:
-                return fast(x)
-            except Exception as error:  # a broken toolchain shows only here
-                warnings.warn(f"compiling the CPU moments failed, using torch operators: {error}", stacklevel=2)
-                fast = call
-        return call(x)
-
-    _LOGGER.info("compiling the CPU kernel %s", plain.__name__)
-    return guarded
+    return Direct(plain, plain.__name__)

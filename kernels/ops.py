@@ -94,8 +94,7 @@ class _MeanSparse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, centre, threshold, weight, *options):
         ctx.options = _, activation, _, variant, backward, _ = options
-        with torch._C._AutoDispatchBelowAutograd():
-            y = torch.ops.meansparse.mean_sparse.default(x, centre, threshold, weight, *options)
+        y = _below_autograd(x, centre, threshold, weight, *options)
         result = reference.ACTIVATIONS[activation].keeps_result and traced.tells(activation, variant, backward)
         ctx.bare = result and backward == "identity"
         ctx.save_for_backward(y if result else x, centre, threshold, weight)
@@ -116,8 +115,14 @@ def _autograd(x, centre, threshold, weight, *options):
     # By hand instead of torch.library.register_autograd: 40 microseconds a call less, where no gradient is wanted.
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
         return _MeanSparse.apply(x, centre, threshold, weight, *options)
+    return _below_autograd(x, centre, threshold, weight, *options)
+
+
+def _below_autograd(x, *arguments):
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.meansparse.mean_sparse.default(x, centre, threshold, weight, *options)
+        if type(x) is Tensor and not torch._C._len_torch_dispatch_stack():
+            return _forward(x, *arguments)  # where the dispatcher would lead: 15 microseconds less
+        return torch.ops.meansparse.mean_sparse.default(x, *arguments)
 
 
 _library.impl("mean_sparse", _autograd, "Autograd")

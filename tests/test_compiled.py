@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from meansparse_fx.kernels import compiled, ops
+from meansparse_fx.kernels.direct import Direct
+from meansparse_fx.kernels.fused import fused
+from meansparse_fx.kernels.records import Options, Vectors
 
 LAYOUTS = {
     "contiguous": lambda x: x,
@@ -53,6 +56,86 @@ def test_one_kernel_serves_all_sizes(auto):
         assert torch.equal(ops.mean_sparse(x, torch.zeros(64), torch.full((64,), -1.0), 1), x)
         with torch.compiler.set_stance("fail_on_recompile"):
             ops.mean_sparse(x, torch.zeros(64), torch.full((64,), -1.0), 1)
+
+
+def kinds_of(kernel):
+    """Return what a `Direct` has learned: for each kind of arguments, whether Dynamo is passed by."""
+    return [case._direct is not None for case in kernel._calls.values()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("want_sum", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("backward", ["exact", "identity"])
+def test_from_the_second_call_on_dynamo_is_passed_by(auto, monkeypatch, backward, residual, want_sum):
+    compiled.kernel.cache_clear()
+    kernels = []
+    monkeypatch.setattr(compiled, "kernel", lambda *a, make=compiled.kernel: kernels.append(make(*a)) or kernels[-1])
+    found = {}
+    for choice in ("eager", "auto"):
+        monkeypatch.setenv("MEANSPARSE_FX_LOWERING", choice)
+        for rows in (9, 10, 24):
+            g = torch.Generator().manual_seed(rows)
+            x, r, s = (torch.randn(rows, 24, 20, 17, generator=g) for _ in range(3))
+            x.requires_grad_()
+            vectors = Vectors(
+                torch.zeros(24),
+                torch.full((24,), 0.3),
+                scale=torch.linspace(0.5, 1, 24),
+                layer_scale=torch.linspace(1, 2, 24),
+            )
+            options = Options(1, "gelu", backward=backward, want_sum=want_sum)
+            y = fused(x, r if residual else None, s, vectors, options)
+            y, v = y if want_sum else (y, y)
+            (grad,) = torch.autograd.grad((y * s + v).sum(), x)
+            for name, own in {"y": y, "v": v, "grad": grad}.items():
+                key = rows, name
+                torch.testing.assert_close(own, found.setdefault(key, own), rtol=1e-5, atol=1e-5)
+    assert kernels
+    for kernel in kernels:
+        assert len(kinds_of(kernel)) == 2  # 24 rows of 24 channels are a kind of their own
+        assert all(kinds_of(kernel))
+
+
+@pytest.mark.slow
+def test_one_direct_call_serves_all_sizes_of_its_kind(auto):
+    direct = Direct(lambda x, other, vector: (x + vector[:, None], x * 2 if other is None else x * other), "example")
+    g = torch.Generator().manual_seed(0)
+
+    def check(outer, channels, inner, other=True, dtype=torch.float32, same=False):
+        x = torch.randn(outer, channels, inner, generator=g).to(dtype)
+        vector = torch.randn(channels, generator=g).to(dtype)
+        factor = None if not other else x if same else torch.randn(x.shape, generator=g).to(dtype)
+        own = direct(x, factor, vector)
+        assert torch.equal(own[0], x + vector[:, None])
+        assert torch.equal(own[1], x * (2 if factor is None else factor))
+
+    check(2, 3, 4)
+    check(2, 3, 4)
+    for sizes in ((5, 6, 7), (9, 8, 64), (3, 17, 129), (3, 2, 1000)):
+        check(*sizes)
+    assert kinds_of(direct) == [True]
+    check(5, 6, 7, same=True)  # the same tensor twice
+    assert kinds_of(direct) == [True]
+    others = [(4, 4, 5), (5, 4, 4), (4, 5, 4), (4, 4, 4), (1, 3, 4), (2, 1, 4), (2, 3, 1), (1, 1, 1), (0, 3, 4)]
+    for sizes in others:  # equal sizes, ones and zeros
+        for _ in range(2):
+            check(*sizes)
+    assert len(kinds_of(direct)) == 1 + len(others)
+    check(2, 3, 4, other=False)
+    check(6, 3, 4, other=False)
+    check(2, 3, 4, dtype=torch.float64)
+    check(6, 3, 4, dtype=torch.float64)
+    assert len(kinds_of(direct)) == 3 + len(others)
+
+
+@pytest.mark.slow
+def test_a_first_call_with_one_tensor_twice_stays_right(auto):
+    direct = Direct(lambda x, y: x * 2 + y, "twice")
+    x, y = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
+    for given in ((x, x), (x, y), (y, x), (y, y)):
+        for _ in range(2):
+            torch.testing.assert_close(direct(*given), given[0] * 2 + given[1])
 
 
 def test_small_strided_and_sloped_inputs_stay_eager(auto):

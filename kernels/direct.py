@@ -1,0 +1,132 @@
+"""Functions compiled by Inductor for the CPU, and called without Dynamo.
+
+Dynamo's guards and the rebuilding of results cost 60 microseconds a call on two threads of an AMD EPYC, several times
+what a small kernel takes. Here Dynamo calls a function once for each kind of arguments; what it called then is called
+directly from the second time on. One tuple asks what the guards asked: dtypes, which arguments are missing, which
+sizes are 0, 1 or equal, the number of threads. What does not fit that scheme stays with Dynamo.
+
+Floor 0: torch and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor, fx
+
+_LOGGER = logging.getLogger("meansparse_fx.kernels")
+
+Results = Tensor | tuple[Tensor, ...]
+
+
+class Direct:
+    """A function of tensors, all of its sizes dynamic; where compiling fails it is called as it is.
+
+    Args:
+        plain: Takes tensors or None, dense ones without overlap; returns a tensor or a tuple of them, fresh ones.
+        name: Of its code, for whoever profiles.
+    """
+
+    def __init__(self, plain: Callable[..., Results], name: str) -> None:
+        self._plain, self._name = plain, name
+        self._calls: dict[Hashable, Callable[..., Results]] = {}
+
+    def __call__(self, *arguments: Tensor | None) -> Results:
+        """Return ``plain(*arguments)``."""
+        case = _case_of(arguments)
+        call = self._calls.get(case)
+        if call is None:
+            _LOGGER.info("compiling the CPU kernel %s", self._name)
+            self._calls[case] = call = _OneCase(self._plain, self._name)
+        return call(*arguments)
+
+
+def _case_of(arguments: Sequence[Tensor | None]) -> Hashable:
+    """Return what Dynamo's guards would tell apart."""
+    sizes: list[int] = [0, 1]
+    kinds: list[Hashable] = []
+    for t in arguments:
+        if t is None:
+            kinds.append(None)
+        else:
+            sizes += t.shape
+            kinds.append(t.dtype)
+    return torch.get_num_threads(), tuple(map(sizes.index, sizes)), *kinds
+
+
+class _OneCase:
+    """The function for one kind of arguments: Dynamo's, until it is known what that called."""
+
+    def __init__(self, plain: Callable[..., Results], name: str) -> None:
+        def call(*arguments):
+            return plain(*arguments)
+
+        # Dynamo keeps its cache, and counts recompilations, by code object: give each case its own.
+        call.__code__ = call.__code__.replace(co_name=name)
+        self._plain, self._seen = plain, threading.local()
+        self._compiled = torch.compile(call, backend=self._backend, dynamic=True, fullgraph=True)
+        self._direct: tuple[Callable, list[tuple[int, int | None]], bool] | None = None
+
+    def __call__(self, *arguments: Tensor | None) -> Results:
+        if self._direct is not None:
+            compiled, order, single = self._direct
+            found = compiled(*[arguments[i] if d is None else arguments[i].shape[d] for i, d in order])
+            return found[0] if single else tuple(found)
+        if self._compiled is None:
+            return self._plain(*arguments)
+        self._seen.call = None
+        detached = [t if t is None else t.detach() for t in arguments]
+        try:
+            with torch.no_grad():
+                results = self._compiled(*detached)
+        except Exception as error:  # a broken toolchain shows only here
+            warnings.warn(f"compiling the CPU kernel failed, using torch operators: {error}", stacklevel=2)
+            self._compiled = None
+            return self._plain(*arguments)
+        self._direct = self._told(detached, results)
+        return results
+
+    def _backend(self, graph: fx.GraphModule, examples: Sequence) -> Callable:
+        from torch._dynamo import lookup_backend
+
+        compiled = lookup_backend("inductor")(graph, examples)
+        placeholders = [node.meta.get("example_value") for node in graph.graph.find_nodes(op="placeholder")]
+
+        def call(*given):
+            found = compiled(*given)
+            self._seen.call = compiled, placeholders, given, found
+            return found
+
+        return call
+
+    def _told(self, arguments: Sequence[Tensor | None], results: Results) -> tuple | None:
+        """Return the call that Dynamo made, where each of its arguments comes from, and whether it returned one tensor.
+
+        None if that cannot be told, or if Dynamo did more with the results than return them.
+        """
+        if self._seen.call is None:
+            return None
+        compiled, placeholders, given, found = self._seen.call
+        self._seen.call = None
+        single = isinstance(results, Tensor)
+        returned = (results,) if single else results
+        if len(found) != len(returned) or any(a is not b for a, b in zip(found, returned, strict=True)):
+            return None
+        positions = {id(t): i for i, t in enumerate(arguments) if t is not None}
+        sizes: dict[str, tuple[int, int]] = {}
+        for fake, own in zip(placeholders, given, strict=True):
+            if isinstance(fake, Tensor) and id(own) in positions:
+                for dim, size in enumerate(fake.shape):
+                    sizes.setdefault(str(size), (positions[id(own)], dim))
+        order: list[tuple[int, int | None] | None] = [
+            ((positions[id(own)], None) if id(own) in positions else None)
+            if isinstance(own, Tensor)
+            else sizes.get(str(fake))
+            for fake, own in zip(placeholders, given, strict=True)
+        ]
+        known = [source for source in order if source is not None]
+        return (compiled, known, single) if len(known) == len(order) else None
