@@ -2,10 +2,10 @@
 
     python -m benchmarks.choice [--out benchmarks/results/choice.csv]
 
-Each search sees the 2,000 selection images alone. What it chooses, or, where nothing is better than the base beyond
-noise, what looked best to it, is then attacked on the 2,000 test images: APGD-CE (100 steps) and APGD-T (towards the
-three nearest classes) by the operator's own gradient and by the identity, then Square (1,000 queries), each on what
-those before it left. Killed at any moment it goes on; a few hours on one core.
+Each search sees the selection images alone, and attacks the first 1,000 of them. What it chooses, or, where nothing is
+better than the base beyond noise, what looked best to it, is then attacked on the 2,000 test images: APGD-CE (100
+steps) and APGD-T (towards the three nearest classes) by the operator's own gradient and by the identity, then Square
+(1,000 queries), each on what those before it left. Killed at any moment it goes on; a few hours on one core.
 """
 
 from __future__ import annotations
@@ -35,10 +35,13 @@ from meansparse_fx.progress import bar
 
 from .harness import points, write
 
+SITE_ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8)  # one site alone bears more than all together
 SEARCHES: dict[str, dict[str, Any]] = {
     "one alpha": {},
     "variants": {"variants": ("edge", "smooth")},
-    "by site": {"per_site": True},
+    "by site": {"per_site": True, "site_alphas": SITE_ALPHAS},
+    "active centre": {"centre": "active"},
+    "active centre by site": {"centre": "active", "per_site": True, "site_alphas": SITE_ALPHAS},
 }
 STEPS = 30  # of the search; see `meansparse_fx.demo` for why not fewer
 ATTACKS = ("apgd-ce", "apgd-t", "square")
@@ -84,6 +87,8 @@ class Row:
 
 def search(sparse: fx.GraphModule, name: str, cache: Path, attacked: int) -> AlphaSearch:
     """Return what one of `SEARCHES` found."""
+    options = dict(SEARCHES[name])
+    msfx.set_variant(sparse, centre=options.pop("centre", "channel"))
     return msfx.select_alpha(
         sparse,
         bundled.load_split("selection"),
@@ -94,7 +99,7 @@ def search(sparse: fx.GraphModule, name: str, cache: Path, attacked: int) -> Alp
         batch_size=BATCH_SIZE,
         skip_broken=True,
         checkpoint=cache / f"choice-{name.replace(' ', '-')}.safetensors",
-        **SEARCHES[name],
+        **options,
     )
 
 
@@ -102,12 +107,12 @@ def best(found: AlphaSearch) -> tuple[Candidate, ModelOutcome, bool]:
     """Return what a search chose, or what looked best to it if that is the base; its outcome; which of the two."""
     if not isinstance(found.alpha, float):
         assert found.refinement is not None
-        return Candidate(found.alpha, found.variant), found.refinement.outcome, True
+        return Candidate(found.alpha, found.variant, found.centre), found.refinement.outcome, True
     if found.alpha:
-        return Candidate(found.alpha, found.variant), found.outcomes[found.alpha], True
+        return Candidate(found.alpha, found.variant, found.centre), found.outcomes[found.alpha], True
     finished = [(v, a, o) for v, a, o in found.rows() if a and len(o.worst) == len(found.base.worst)]
     variant, alpha, outcome = max(finished, key=lambda row: int(row[2].worst.sum()))
-    return Candidate(alpha, variant), outcome, False
+    return Candidate(alpha, variant, found.centre), outcome, False
 
 
 def words(alpha: Alpha, variant: str) -> str:
@@ -120,12 +125,13 @@ def words(alpha: Alpha, variant: str) -> str:
 def measure(searches: Sequence[str], cache: Path, attacked: int, selection: int) -> list[Row]:
     """Return the rows: the base, then each search's best on the test images."""
     sparse = msfx.transform(bundled.load_model().requires_grad_(False), bundled.load_split("test")[0][:2])
-    msfx.calibrate(sparse, bundled.load_split("calibration")[0].split(BATCH_SIZE), progress=False)
+    msfx.calibrate(sparse, bundled.load_split("calibration")[0].split(BATCH_SIZE), histograms=True, progress=False)
     settings = AttackSettings(bundled.EPS, steps=100, queries=1000, target_classes=3)
     runs = plan_runs(ATTACKS, ("exact", "identity"), settings.seed)
     found = {name: search(sparse, name, cache, selection) for name in searches}
     images, labels = bundled.load_split("test")
     data = list(zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True))
+    msfx.set_variant(sparse)
     identity = model_identity(sparse, alpha=False) | {"settings": f"{settings}", "attacks": [run.name for run in runs]}
     rows = []
     with Ledger(cache / "choice-test.safetensors", identity) as ledger, bar() as display:
@@ -186,7 +192,7 @@ def report(rows: Sequence[Row], path: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--search", nargs="+", choices=SEARCHES, default=list(SEARCHES))
-    parser.add_argument("--selection", type=int, default=2000, help="selection images to attack")
+    parser.add_argument("--selection", type=int, default=1000, help="selection images to attack")
     parser.add_argument("--attacked", type=int, default=2000, help="test images to attack")
     parser.add_argument("--cache", type=Path, default=Path(".cache/choice"), help="results of attacks as they come")
     parser.add_argument("--out", type=Path)

@@ -218,6 +218,9 @@ def test_site_by_site_takes_what_is_better_and_keeps_to_the_budget(sparse, held_
     assert msfx.get_alpha(sparse) == pytest.approx(wanted)
     grouped = msfx.select_alpha(sparse, (images, labels), per_site=lambda site: site.split("_")[0], **options)
     assert {move.group for move in grouped.refinement.moves} == {"relu", "slope", "gelu"}
+    named = msfx.select_alpha(sparse, (images, labels), per_site=True, site_alphas=(0.0, 0.4, 0.9), **options)
+    assert {move.alpha for move in named.refinement.moves} == {0.0, 0.9}, "the start itself is no move"
+    assert named.alpha == pytest.approx(wanted)
     monkeypatch.setattr("meansparse_fx.alpha.race.correct", lambda model, x, y: _spoiled(model, x))
     tight = msfx.select_alpha(sparse, (images, labels), per_site=True, **options)
     assert tight.alpha == 0.4, "the move to 0 at relu costs more clean accuracy than allowed"
@@ -237,6 +240,32 @@ def test_proposals_are_the_neighbours_nothing_and_the_leader():
     assert _proposals(grid, 0.2, 0.2) == [0.0, 0.1, 0.3]
     assert _proposals(grid, 0.0, 0.3) == [0.1, 0.3]
     assert _proposals(grid, 0.3, 0.3) == [0.0, 0.2]
+
+
+def test_the_centre_stays_as_it_was_set_and_is_part_of_what_was_found(sparse, held_out, net, images):
+    msfx.calibrate(sparse, images.split(5), histograms=True, progress=False)
+    msfx.set_variant(sparse, centre="active")
+    search = msfx.select_alpha(sparse, held_out, alphas=(0.2,), **QUICK)
+    assert search.to_dict()["centre"] == search.centre == "active"
+    assert {m.centre_mode for m in msfx.operators(sparse).values()} == {"active"}
+    msfx.set_variant(sparse)
+    search.apply(sparse)
+    assert {m.centre_mode for m in msfx.operators(sparse).values()} == {"active"}
+
+
+def test_a_candidate_sets_its_centre(sparse, images):
+    msfx.calibrate(sparse, images.split(5), histograms=True, progress=False)
+    found = {}
+    for centre in ("active", "channel", None, "zero"):
+        Candidate(0.2, "edge", centre).set(sparse)
+        found[centre] = {(m.variant, m.centre_mode) for m in msfx.operators(sparse).values()}
+    assert found == {
+        "active": {("edge", "active")},
+        "channel": {("edge", "channel")},
+        None: {("edge", "channel")},
+        "zero": {("edge", "zero")},
+    }
+    assert len({str(Candidate(0.2, "mean", centre)) for centre in ("active", "channel", "zero")}) == 3
 
 
 def test_candidates_by_site_are_told_apart():

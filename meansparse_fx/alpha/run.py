@@ -42,6 +42,7 @@ def select_alpha(
     clean_budget: float = CLEAN_BUDGET,
     variants: Sequence[str] = ("mean",),
     per_site: bool | Callable[[str], str] = False,
+    site_alphas: Sequence[float] | None = None,
     significance: float = SIGNIFICANCE,
     rungs: int = RUNGS,
     batch_size: int = 128,
@@ -58,7 +59,7 @@ def select_alpha(
     with the operator's own gradient and with the identity's. The candidates are attacked on a quarter of the images,
     the better half of them on twice as many, the better half of these on all (successive halving). Among those that
     come through, from the smallest up, an alpha takes the place of a smaller one only if it is better beyond noise.
-    The model's alpha and variant are left as they were.
+    The model's alpha and variant are left as they were; the centre of its bands is the one that `set_variant` gave it.
 
     Args:
         sparse: A transformed and calibrated model in eval mode.
@@ -71,6 +72,7 @@ def select_alpha(
         per_site: Go on from the choice site by site: each site's alpha one step down, up, to 0, or to the best single
             alpha, wherever that is better beyond noise; the choice may then be a mapping. A function of a site's name
             returns the name of the group it is moved with (``lambda site: site.split(".")[0]``: by stage).
+        site_alphas: What to try at each site instead: one site alone bears a larger alpha than all together.
         significance: Of the paired one-sided test that says what is beyond noise; site by site it is divided by the
             number of moves.
         rungs: 3 for a quarter, a half and all of the images; 1 attacks every candidate on all of them.
@@ -100,11 +102,13 @@ def select_alpha(
         outcomes = {key: field.outcome(candidate) for key, candidate in candidates.items()}
         alpha, variant = choose(outcomes, clean_budget, significance)
         table = {v: {a: o for (a, w), o in outcomes.items() if w == v or not a} for v in variants}
-        search = AlphaSearch(alpha, table.pop(variant), clean_budget, variant, table)
+        centre = next(iter(operators(sparse).values())).centre_mode
+        search = AlphaSearch(alpha, table.pop(variant), clean_budget, variant, table, centre=centre)
         if not per_site:
             return search
         walk = _Walk(field, list(operators(sparse)), per_site, variant, clean_budget, significance)
-        refinement, by_site = walk.from_alpha(alpha, grid, search.leader, stops, display)
+        tried = _proposals(grid, alpha, search.leader) if site_alphas is None else sorted({*site_alphas} - {alpha})
+        refinement, by_site = walk.from_alpha(alpha, tried, stops, display)
         taken = any(move.taken for move in refinement.moves)
         return replace(search, alpha=by_site if taken else alpha, refinement=refinement)
 
@@ -138,10 +142,9 @@ class _Walk:
             self._groups.setdefault(per_site(site) if callable(per_site) else site, []).append(site)
 
     def from_alpha(
-        self, start: float, grid: Sequence[float], leader: float, stops: Sequence[int], display: Progress
+        self, start: float, proposals: Sequence[float], stops: Sequence[int], display: Progress
     ) -> tuple[Refinement, dict[str, float]]:
         """Return what was tried and the mapping that stands at the end."""
-        proposals = _proposals(grid, start, leader)
         tests = len(proposals) * len(self._groups)
         task = display.add_task("site by site", total=tests, note="")
         alphas = {site: start for sites in self._groups.values() for site in sites}

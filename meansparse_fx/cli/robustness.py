@@ -15,6 +15,7 @@ from ..evaluate import evaluate as run_evaluate
 from ..evaluate.run import DEFAULT_ATTACKS
 from ..histogram import band_shares, feature_histogram
 from ..kernels.reference import VARIANTS
+from ..nn import CENTRES
 from ..operators import set_alpha, set_variant
 from ..report import headline, write_report
 from ..statistics import Statistics
@@ -46,7 +47,18 @@ def select(
     variants: Annotated[
         Any, typer.Option(parser=parsing.names(VARIANTS), metavar="NAMES", help=f"Of {', '.join(VARIANTS)}.")
     ] = "mean",
+    centre: Annotated[
+        Any,
+        typer.Option(
+            parser=parsing.name(CENTRES),
+            metavar="NAME",
+            help=f"Of the bands, one of {', '.join(CENTRES)}; active needs calibrate --histograms.",
+        ),
+    ] = "channel",
     per_site: Annotated[bool, typer.Option("--per-site", help="Go on from the choice site by site.")] = False,
+    site_alphas: Annotated[
+        Any, typer.Option(parser=parsing.numbers, metavar="NUMBERS", help="To try at each site instead of neighbours.")
+    ] = None,
     attacks: Attacks = "apgd-ce",
     steps: Steps = 20,
     queries: Queries = 500,
@@ -56,14 +68,17 @@ def select(
 ) -> None:
     """Choose alpha on held-out images: best worst case under attack within the clean budget."""
     images = open_images(data)
+    sparse = open_sparse(model, images, statistics)
+    set_variant(sparse, centre=centre)
     search = select_alpha(
-        open_sparse(model, images, statistics),
+        sparse,
         images.loader(data.batch_size),
         alphas=alphas,
         attacked=attacked,
         clean_budget=clean_budget,
         variants=variants,
         per_site=per_site,
+        site_alphas=site_alphas,
         attacks=attacks,
         steps=steps,
         queries=queries,
@@ -73,6 +88,7 @@ def select(
     console().print(search.table())
     chosen = f"alpha {search.alpha:g}" if isinstance(search.alpha, float) else f"alpha by site: {search.alpha}"
     variant = f", variant {search.variant}" if search.variant != "mean" else ""
+    variant += f", centre {search.centre}" if search.centre != "channel" else ""
     console().print(f"{chosen}{variant}", style="bold", highlight=False)
     if out is not None:
         out.write_text(json.dumps(search.to_dict(), indent=2) + "\n", "utf-8")
@@ -141,8 +157,8 @@ def put_alpha(sparse: fx.GraphModule, written: str) -> None:
         return
     try:
         found = json.loads(path.read_text("utf-8"))
-        alpha, variant = found["alpha"], found["variant"]
+        alpha, variant, centre = found["alpha"], found["variant"], found["centre"]
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: not a file that select --out wrote ({error!r})") from error
-    set_variant(sparse, variant)
+    set_variant(sparse, variant, centre)
     set_alpha(sparse, alpha)
