@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, fx, nn
@@ -19,6 +22,19 @@ __all__ = ["inspect", "restore", "transform"]
 FUSIONS = ("activation", "all")
 
 
+@contextmanager
+def _collecting_later() -> Iterator[None]:
+    """Hold back the search for cyclic garbage: there is next to none, and looking for it takes a fifth of the time."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+@_collecting_later()
 def inspect(model: nn.Module, images: Tensor | None = None, placement: Placement | str | None = None) -> SitePlan:
     """Return every candidate site of a model: whether it would be rewritten, and why not.
 
@@ -39,6 +55,7 @@ def inspect(model: nn.Module, images: Tensor | None = None, placement: Placement
     return find_sites(captured.graph_module, captured.route, images, placement_of(placement))
 
 
+@_collecting_later()
 def transform(
     model: nn.Module,
     images: Tensor | None = None,

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from meansparse_fx.capture import capture
+from meansparse_fx.capture.copies import copied
 from meansparse_fx.capture.verify import count_activations
 from meansparse_fx.errors import CaptureError, StateError
 from tests.models import Functional
@@ -360,3 +362,55 @@ def test_tracing_a_thousand_nodes_is_linear_in_parameters():
     graph_module = capture(model).graph_module
     assert len(graph_module.graph.nodes) == 330 * 3 + 2
     assert reads < 10
+
+
+# Copies.
+
+
+class _SaysItself(nn.Identity):
+    def __init__(self):
+        super().__init__()
+        self.copies = 0
+
+    def __deepcopy__(self, memo):
+        own = _SaysItself()
+        own.copies = self.copies + 1
+        return own
+
+
+class _Pickled(nn.Identity):
+    def __getstate__(self):
+        return super().__getstate__() | {"thawed": True}
+
+
+def test_a_copy_is_what_deepcopy_makes():
+    torch.manual_seed(0)
+    shared = nn.Linear(3, 3)
+    net = nn.Sequential(shared, nn.BatchNorm1d(3), nn.Sequential(shared, nn.ReLU()), _SaysItself(), _Pickled())
+    net.register_forward_hook(lambda module, args, out: out)
+    net.eval().facts = {"list": [shared, {"weight": shared.weight}], "self": net, "table": OrderedDict(a=(1, 2.5, "x"))}
+    net._compiled_call_impl = print
+    own, expected = copied(net), copy.deepcopy(net)
+    for copy_ in (own, expected):
+        assert copy_[0] is copy_[2][0] is copy_.facts["list"][0]
+        assert copy_.facts["list"][1]["weight"] is copy_[0].weight is not shared.weight
+        assert copy_.facts["self"] is copy_
+        assert copy_.facts["table"] == net.facts["table"]
+        assert copy_.facts["table"] is not net.facts["table"]
+        assert copy_[3].copies == 1
+        assert copy_[4].thawed
+        assert len(copy_._forward_hooks) == 1
+        assert copy_._compiled_call_impl is None
+    assert own.__dict__.keys() == expected.__dict__.keys()
+    assert [(n, type(m)) for n, m in own.named_modules()] == [(n, type(m)) for n, m in net.named_modules()]
+    assert torch.equal(own(torch.eye(3)), expected(torch.eye(3)))
+    for name, value in own.state_dict().items():
+        assert torch.equal(value, net.state_dict()[name])
+        assert value.data_ptr() != net.state_dict()[name].data_ptr()
+
+
+def test_a_copy_shares_what_its_memo_says():
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    own = copied(net, {id(p): p for p in net.parameters()})
+    assert own[0].weight is net[0].weight
+    assert own[1].running_mean is not net[1].running_mean

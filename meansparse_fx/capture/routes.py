@@ -6,7 +6,6 @@ is one more row there. Imports torch, `tracing`, `examples`, `verify`, `rewrite`
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import CaptureError, StateError
 from ..rewrite import PREFIX, adopt
+from .copies import copied
 from .examples import trace_by_example
 from .tracing import ModelTracer, Traced, trace
 from .verify import Reference, shadow
@@ -156,7 +156,7 @@ def _assemble(model: nn.Module, traced: Traced) -> fx.GraphModule:
     if taken:
         raise CaptureError(f"its attribute {min(taken)!r} has a name that fx.GraphModule needs: rename it")
     try:
-        root = copy.deepcopy(model)
+        root = copied(model)
     except Exception as error:
         raise CaptureError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error})") from error
     graph = traced.graph

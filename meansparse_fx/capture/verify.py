@@ -7,7 +7,6 @@ floor 1.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import types
 from collections.abc import Callable, Iterator
@@ -22,13 +21,14 @@ from torch.utils import _pytree as pytree
 
 from ..activations import match_function, match_module
 from ..errors import CaptureError
+from .copies import copied
 from .recording import Forms, Recording, record, state_of
 
 
 def shadow(model: nn.Module) -> nn.Module:
     """Return a copy that shares the model's parameters, which neither tracing nor inference changes."""
     try:
-        return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        return copied(model, {id(p): p for p in model.parameters()})
     except Exception as error:
         raise CaptureError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error})") from error
 
