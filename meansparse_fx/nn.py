@@ -257,10 +257,10 @@ class MeanSparse(nn.Module):
 def active_mean(statistics: ChannelStatistics, call: ActivationCall | None) -> Tensor | None:
     """Return the mean ``[C]`` of a site's values weighted by its activation's slope there; None without histograms.
 
-    ``E[|act'(x)| x] / E[|act'(x)|]``: behind a ReLU the mean of the positive values. A perturbation of x reaches the
-    next layer in proportion to ``|act'(x)|``, so this is the middle of where it does; the mean of all values may lie
-    where hardly anything gets through. It is the mean itself where nothing does, where the slope is learned, and where
-    the activation is not part of the operator.
+    ``E[w x] / E[w]`` with ``w = max(act'(x), 0)``: behind a ReLU the mean of the positive values. A perturbation of x
+    reaches the next layer in proportion to act'(x), so this is the middle of where it does; the mean of all values may
+    lie where hardly anything gets through. It is that mean where no value gets through, where the slope is learned,
+    and where the activation is not part of the operator.
     """
     histogram = statistics.histogram
     if histogram is None:
@@ -270,7 +270,7 @@ def active_mean(statistics: ChannelStatistics, call: ActivationCall | None) -> T
     bins = torch.arange(histogram.counts.shape[1], device=histogram.low.device) + 0.5
     middle = histogram.low[:, None] + histogram.width[:, None] * bins
     slope = ACTIVATIONS[call.name].backward(torch.ones_like(middle), middle, None, *call.constants)
-    passed = histogram.counts * slope.abs()
+    passed = histogram.counts * slope.clamp_min(0)
     total = passed.sum(1)
     return torch.where(total > 0, (passed * middle).sum(1) / total, statistics.mean)
 

@@ -185,7 +185,7 @@ def test_the_active_centre_is_the_mean_of_what_the_activation_lets_through(net, 
     msfx.set_variant(sparse, centre="active")
     phi = {
         "relu": lambda x: (x > 0).astype(float),
-        "gelu": lambda x: np.abs(norm.cdf(x) + x * norm.pdf(x)),
+        "gelu": lambda x: np.maximum(norm.cdf(x) + x * norm.pdf(x), 0),
         "slope": None,  # learned: the mean of all values
     }
     moved = {}

@@ -44,7 +44,7 @@ class Cell:
         alpha: Half width of the band; 0 is the base.
         network: Of `NETWORKS`.
         sites: Indices of the sites that have the operator on; the others have alpha 0.
-        centre: Of the band: ``channel``, ``zero`` or ``layer``.
+        centre: Of the band: see `meansparse_fx.set_variant`.
         split: Of Fashion-MNIST: ``test`` or ``train``.
         threat: The attacker.
     """
@@ -152,7 +152,13 @@ TABLES: dict[int, Table] = {
     8: Table(
         "Centre of the band",
         "alpha",
-        _flat(_sweep("zero", centre="zero"), _sweep("layer mean", centre="layer"), _sweep("channel mean")),
+        _flat(
+            _sweep("zero", centre="zero"),
+            _sweep("layer mean", centre="layer"),
+            _sweep("channel mean"),
+            _sweep("active mean", centre="active"),
+            _sweep("active mean, site 1", (0.0, 0.2, 0.4, 0.6, 0.8), centre="active", sites=(1,)),
+        ),
     ),
     9: Table("Attack strength", "eps", _over_eps((0.025, 0.05, 0.075, 0.1, 0.15, 0.2), "GELU")),
     10: Table("One site, and all up to one", "site", _single_and_cumulative()),
