@@ -59,7 +59,8 @@ def unflatten(flat: Tensor, like: Tensor, channel_dim: int) -> Tensor:
 
 def takes(x: Tensor, channel_dim: int, weight: Tensor | None) -> bool:
     """Return whether this lowering handles x; a learned slope is left to the eager one."""
-    return x.numel() >= MIN_ELEMENTS and weight is None and flatten(x, channel_dim) is not None and available()
+    large = weight is None and x.numel() >= MIN_ELEMENTS
+    return large and (x.is_contiguous() or flatten(x, channel_dim) is not None) and available()
 
 
 def forward(x: Tensor, vectors: Vectors, options: Options) -> Tensor:
