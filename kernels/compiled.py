@@ -13,12 +13,13 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
+import torch
 from torch import Tensor
 
 from . import eager
-from .direct import Direct
+from .direct import Direct, Known
 from .layout import laid_out_like
 from .records import Options, Vectors
 
@@ -87,13 +88,37 @@ def on_views(
         vectors: Per channel.
         options: Everything else.
     """
+    layouts = *map(_layout, tensors), *map(_layout, vectors)
+    case = plain, options, _layout(x), torch.get_num_threads(), layouts
+    if (seen := _SEEN.get(case)) is not None:
+        known, shape, stride = seen
+        flat = [t if t is None else t.as_strided(shape, stride) for t in tensors]
+        results = known.call((*flat, *vectors))
+        return [r.as_strided(x.shape, x.stride()) if r.numel() == x.numel() else r for r in results]
+
     dim = options.channel_dim
-    flat = [t if t is None else flatten(t if t is x else laid_out_like(t, x), dim) for t in tensors]
-    dense = [v if v is None or v.is_contiguous() else v.contiguous() for v in vectors]
-    call = kernel(plain, len(flat), options._replace(channel_dim=1, constants=tuple(options.constants)))
-    results = call(*flat, *dense)
-    results = (results,) if isinstance(results, Tensor) else results
-    return [unflatten(r, x, dim) if r.numel() == x.numel() else r for r in results]
+    alike = [t if t is None or t is x else laid_out_like(t, x) for t in tensors]
+    flat = [t if t is None else flatten(t, dim) for t in alike]
+    dense = [v if v is None else v.contiguous() for v in vectors]
+    call = kernel(plain, len(flat), options._replace(channel_dim=1))
+    found = call(*flat, *dense)
+    known = call.known(*flat, *dense)
+    given, used = (*tensors, *vectors), (*alike, *dense)
+    if known is not None and all(a is b for a, b in zip(given, used, strict=True)):
+        like = flatten(x, dim)
+        if len(_SEEN) >= _SEEN_LIMIT:
+            _SEEN.clear()
+        _SEEN[case] = known, like.shape, like.stride()
+    found = (found,) if isinstance(found, Tensor) else found
+    return [unflatten(r, x, dim) if r.numel() == x.numel() else r for r in found]
+
+
+_SEEN: dict[Hashable, tuple[Known, Sequence[int], Sequence[int]]] = {}  # of shapes and strides: what `on_views` did
+_SEEN_LIMIT = 4096
+
+
+def _layout(t: Tensor | None) -> Hashable:
+    return t if t is None else (t.shape, t.stride(), t.dtype)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -21,6 +22,25 @@ from torch import Tensor, fx
 _LOGGER = logging.getLogger("meansparse_fx.kernels")
 
 Results = Tensor | tuple[Tensor, ...]
+
+
+class Known(NamedTuple):
+    """What Dynamo called for one kind of arguments.
+
+    Attributes:
+        compiled: Takes sizes and tensors, returns a sequence of tensors.
+        order: Where each of its arguments comes from: a position among the function's own, and a dimension, or None
+            for the tensor itself.
+        single: The function returns a tensor instead of a tuple of them.
+    """
+
+    compiled: Callable[..., Sequence[Tensor]]
+    order: list[tuple[int, int | None]]
+    single: bool
+
+    def call(self, arguments: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        """Return the results, one alone as a sequence, too."""
+        return self.compiled(*[arguments[i] if d is None else arguments[i].shape[d] for i, d in self.order])
 
 
 class Direct:
@@ -43,6 +63,11 @@ class Direct:
             _LOGGER.info("compiling the CPU kernel %s", self._name)
             self._calls[case] = call = _OneCase(self._plain, self._name)
         return call(*arguments)
+
+    def known(self, *arguments: Tensor | None) -> Known | None:
+        """Return the direct call for arguments of this kind, if there is one by now."""
+        call = self._calls.get(_case_of(arguments))
+        return None if call is None else call.known
 
 
 def _case_of(arguments: Sequence[Tensor | None]) -> Hashable:
@@ -69,13 +94,12 @@ class _OneCase:
         call.__code__ = call.__code__.replace(co_name=name)
         self._plain, self._seen = plain, threading.local()
         self._compiled = torch.compile(call, backend=self._backend, dynamic=True, fullgraph=True)
-        self._direct: tuple[Callable, list[tuple[int, int | None]], bool] | None = None
+        self.known: Known | None = None
 
     def __call__(self, *arguments: Tensor | None) -> Results:
-        if self._direct is not None:
-            compiled, order, single = self._direct
-            found = compiled(*[arguments[i] if d is None else arguments[i].shape[d] for i, d in order])
-            return found[0] if single else tuple(found)
+        if self.known is not None:
+            found = self.known.call(arguments)
+            return found[0] if self.known.single else tuple(found)
         if self._compiled is None:
             return self._plain(*arguments)
         self._seen.call = None
@@ -87,7 +111,7 @@ class _OneCase:
             warnings.warn(f"compiling the CPU kernel failed, using torch operators: {error}", stacklevel=2)
             self._compiled = None
             return self._plain(*arguments)
-        self._direct = self._told(detached, results)
+        self.known = self._told(detached, results)
         return results
 
     def _backend(self, graph: fx.GraphModule, examples: Sequence) -> Callable:
@@ -103,11 +127,8 @@ class _OneCase:
 
         return call
 
-    def _told(self, arguments: Sequence[Tensor | None], results: Results) -> tuple | None:
-        """Return the call that Dynamo made, where each of its arguments comes from, and whether it returned one tensor.
-
-        None if that cannot be told, or if Dynamo did more with the results than return them.
-        """
+    def _told(self, arguments: Sequence[Tensor | None], results: Results) -> Known | None:
+        """Return the call that Dynamo made; None if that cannot be told, or if it made more of the results."""
         if self._seen.call is None:
             return None
         compiled, placeholders, given, found = self._seen.call
@@ -129,4 +150,4 @@ class _OneCase:
             for fake, own in zip(placeholders, given, strict=True)
         ]
         known = [source for source in order if source is not None]
-        return (compiled, known, single) if len(known) == len(order) else None
+        return Known(compiled, known, single) if len(known) == len(order) else None

@@ -62,13 +62,17 @@ _FORWARD = {"triton": _triton_forward, "compiled": _compiled_forward, "eager": c
 _BACKWARD = {"triton": _triton_backward, "compiled": _compiled_backward, "eager": composed.backward}
 
 
+def _options(channel_dim, activation, constants, *others) -> Options:
+    return Options(channel_dim, activation, tuple(constants), *others)
+
+
 def _forward(x, residual, shortcut, vectors, *options):
-    vectors, options = Vectors(*vectors), Options(*options)
+    vectors, options = Vectors(*vectors), _options(*options)
     return _FORWARD[_lowering(x, vectors, options)](x, residual, shortcut, vectors, options)
 
 
 def _backward(grad, grad_sum, x, residual, vectors, *options):
-    vectors, options = Vectors(*vectors), Options(*options)
+    vectors, options = Vectors(*vectors), _options(*options)
     return _BACKWARD[_lowering(x, vectors, options)](grad, grad_sum, x, residual, vectors, options)
 
 
@@ -104,8 +108,11 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, shortcut, weight, vectors, options):
-        with torch._C._AutoDispatchBelowAutograd():
-            y, v = torch.ops.meansparse.fused.default(x, residual, shortcut, vectors, *options)
+        if ops.nobody_looks_on(x):
+            y, v = _forward(x, residual, shortcut, vectors, *options)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                y, v = torch.ops.meansparse.fused.default(x, residual, shortcut, vectors, *options)
         ctx.set_materialize_grads(False)
         ctx.want_sum, ctx.has_residual = options.want_sum, residual is not None
         kept = (v,) if options.want_sum else (x, residual)
@@ -134,18 +141,17 @@ class _Fused(torch.autograd.Function):
             grad = torch.zeros_like(x)
         if not ctx.want_sum:
             grad_sum = None
-        grad_x, grad_residual, grad_weight = torch.ops.meansparse.fused_backward.default(
-            grad, grad_sum, x, residual, vectors, *ctx.options
-        )
+        plain = ops.nobody_looks_on(grad) and not torch.is_grad_enabled()
+        run = _backward if plain else torch.ops.meansparse.fused_backward.default
+        grad_x, grad_residual, grad_weight = run(grad, grad_sum, x, residual, vectors, *ctx.options)
         grad_residual = grad_residual if ctx.has_residual else None
         grad_weight = None if Vectors(*vectors).weight is None else grad_weight
         return grad_x, grad_residual, grad_shortcut, grad_weight, None, None
 
 
 def _autograd(x, residual, shortcut, vectors, *options):
-    vectors, options = Vectors(*vectors), Options(*options)
-    wanted = any(t is not None and t.requires_grad for t in (x, residual, shortcut, vectors.weight))
-    if torch.is_grad_enabled() and wanted:
+    vectors, options = Vectors(*vectors), _options(*options)
+    if ops.wants_gradient(x, residual, shortcut, vectors.weight):
         return _Fused.apply(x, residual, shortcut, vectors.weight, vectors, options)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.meansparse.fused.default(x, residual, shortcut, vectors, *options)
@@ -166,5 +172,10 @@ def fused(
         vectors: Per channel.
         options: Everything else.
     """
-    y, v = torch.ops.meansparse.fused.default(x, residual, shortcut, list(vectors), *options)
+    if not ops.nobody_looks_on(x):
+        y, v = torch.ops.meansparse.fused.default(x, residual, shortcut, list(vectors), *options)
+    elif ops.wants_gradient(x, residual, shortcut, vectors.weight):
+        y, v = _Fused.apply(x, residual, shortcut, vectors.weight, vectors, options)
+    else:
+        y, v = _forward(x, residual, shortcut, vectors, *options)
     return (y, v) if options.want_sum else y

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -60,7 +62,7 @@ def test_one_kernel_serves_all_sizes(auto):
 
 def kinds_of(kernel):
     """Return what a `Direct` has learned: for each kind of arguments, whether Dynamo is passed by."""
-    return [case._direct is not None for case in kernel._calls.values()]
+    return [case.known is not None for case in kernel._calls.values()]
 
 
 @pytest.mark.slow
@@ -68,6 +70,7 @@ def kinds_of(kernel):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("backward", ["exact", "identity"])
 def test_from_the_second_call_on_dynamo_is_passed_by(auto, monkeypatch, backward, residual, want_sum):
+    monkeypatch.setattr(compiled, "_SEEN", {})
     compiled.kernel.cache_clear()
     kernels = []
     monkeypatch.setattr(compiled, "kernel", lambda *a, make=compiled.kernel: kernels.append(make(*a)) or kernels[-1])
@@ -95,6 +98,62 @@ def test_from_the_second_call_on_dynamo_is_passed_by(auto, monkeypatch, backward
     for kernel in kernels:
         assert len(kinds_of(kernel)) == 2  # 24 rows of 24 channels are a kind of their own
         assert all(kinds_of(kernel))
+
+
+@pytest.mark.slow
+def test_a_call_seen_before_is_told_by_everything_it_depends_on(auto, monkeypatch):
+    """Layouts, dtypes and options that differ in one thing each, in turns, against the eager lowering."""
+    x, centre, threshold = tensors("contiguous")
+    cases = [
+        (LAYOUTS[layout](x).to(dtype), threshold, options)
+        for layout in LAYOUTS
+        for dtype in (torch.float32, torch.float64)
+        for options in ({}, {"variant": "edge"}, {"activation": "gelu"}, {"backward": "identity"})
+    ]
+    cases += [(x[:8], threshold, {}), (x.flip(0), threshold, {}), (x, threshold[:1].expand(24), {})]
+    for _ in range(3):
+        for given, band, options in cases:
+            given = given.detach().requires_grad_()
+            results = []
+            for choice in ("auto", "eager"):
+                monkeypatch.setenv("MEANSPARSE_FX_LOWERING", choice)
+                y = ops.mean_sparse(given, centre, band, 1, **{"activation": "relu"} | options)
+                results.append((y, *torch.autograd.grad(y, given, torch.cos(given.detach()))))
+            for own, expected in zip(*results, strict=True):
+                torch.testing.assert_close(own, expected, rtol=2e-6, atol=2e-6)
+                assert own.stride() == given.stride()
+    assert len(compiled._SEEN) >= len(cases)
+
+
+@pytest.mark.slow
+def test_whoever_looks_on_sees_the_operator(auto):
+    """A dispatch mode, a function mode, a profiler and a trace: none is passed by."""
+    x, centre, threshold = tensors("contiguous")
+    expected = ops.mean_sparse(x, centre, threshold, 1, "relu")
+    seen = []
+
+    class Dispatched(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **kwargs or {})
+
+    class Called(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **kwargs or {})
+
+    for mode in (Dispatched, Called):
+        seen.clear()
+        with mode():
+            assert torch.equal(ops.mean_sparse(x, centre, threshold, 1, "relu"), expected)
+        assert any("mean_sparse" in name for name in seen), mode
+    with torch.profiler.profile() as profile:
+        ops.mean_sparse(x, centre, threshold, 1, "relu")
+    assert any(event.key == "meansparse::mean_sparse" for event in profile.key_averages())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is on its way out
+        traced = torch.jit.trace(lambda v: ops.mean_sparse(v, centre, threshold, 1, "relu"), x)
+    assert "meansparse::mean_sparse" in str(traced.graph)
 
 
 @pytest.mark.slow
@@ -158,6 +217,7 @@ def test_a_broken_toolchain_is_reported_and_survived(auto, monkeypatch):
         raise RuntimeError("ld: cannot find -lm")
 
     monkeypatch.setattr(torch, "compile", lambda *a, **k: broken)
+    monkeypatch.setattr(compiled, "_SEEN", {})
     compiled.kernel.cache_clear()
     x, centre, threshold = tensors("contiguous")
     with pytest.warns(UserWarning, match="using torch operators: ld: cannot find"):
