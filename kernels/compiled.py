@@ -23,7 +23,7 @@ from .direct import Direct, Known
 from .layout import laid_out_like
 from .records import Options, Vectors
 
-MIN_ELEMENTS = 1 << 16  # below, the compiled call's own 50 microseconds cost more than it saves
+MIN_ELEMENTS = 1 << 13  # below, torch operators are about as fast, and there is nothing to compile
 
 _LOGGER = logging.getLogger("meansparse_fx.kernels")
 
