@@ -40,8 +40,6 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "one alpha": {},
     "variants": {"variants": ("edge", "smooth")},
     "by site": {"per_site": True, "site_alphas": SITE_ALPHAS},
-    "active centre": {"centre": "active"},
-    "active centre by site": {"centre": "active", "per_site": True, "site_alphas": SITE_ALPHAS},
 }
 STEPS = 30  # of the search; see `meansparse_fx.demo` for why not fewer
 ATTACKS = ("apgd-ce", "apgd-t", "square")
@@ -87,8 +85,6 @@ class Row:
 
 def search(sparse: fx.GraphModule, name: str, cache: Path, attacked: int) -> AlphaSearch:
     """Return what one of `SEARCHES` found."""
-    options = dict(SEARCHES[name])
-    msfx.set_variant(sparse, centre=options.pop("centre", "channel"))
     return msfx.select_alpha(
         sparse,
         bundled.load_split("selection"),
@@ -99,7 +95,7 @@ def search(sparse: fx.GraphModule, name: str, cache: Path, attacked: int) -> Alp
         batch_size=BATCH_SIZE,
         skip_broken=True,
         checkpoint=cache / f"choice-{name.replace(' ', '-')}.safetensors",
-        **options,
+        **SEARCHES[name],
     )
 
 
@@ -107,12 +103,12 @@ def best(found: AlphaSearch) -> tuple[Candidate, ModelOutcome, bool]:
     """Return what a search chose, or what looked best to it if that is the base; its outcome; which of the two."""
     if not isinstance(found.alpha, float):
         assert found.refinement is not None
-        return Candidate(found.alpha, found.variant, found.centre), found.refinement.outcome, True
+        return Candidate(found.alpha, found.variant), found.refinement.outcome, True
     if found.alpha:
-        return Candidate(found.alpha, found.variant, found.centre), found.outcomes[found.alpha], True
+        return Candidate(found.alpha, found.variant), found.outcomes[found.alpha], True
     finished = [(v, a, o) for v, a, o in found.rows() if a and len(o.worst) == len(found.base.worst)]
     variant, alpha, outcome = max(finished, key=lambda row: int(row[2].worst.sum()))
-    return Candidate(alpha, variant, found.centre), outcome, False
+    return Candidate(alpha, variant), outcome, False
 
 
 def words(alpha: Alpha, variant: str) -> str:
@@ -125,13 +121,12 @@ def words(alpha: Alpha, variant: str) -> str:
 def measure(searches: Sequence[str], cache: Path, attacked: int, selection: int) -> list[Row]:
     """Return the rows: the base, then each search's best on the test images."""
     sparse = msfx.transform(bundled.load_model().requires_grad_(False), bundled.load_split("test")[0][:2])
-    msfx.calibrate(sparse, bundled.load_split("calibration")[0].split(BATCH_SIZE), histograms=True, progress=False)
+    msfx.calibrate(sparse, bundled.load_split("calibration")[0].split(BATCH_SIZE), progress=False)
     settings = AttackSettings(bundled.EPS, steps=100, queries=1000, target_classes=3)
     runs = plan_runs(ATTACKS, ("exact", "identity"), settings.seed)
     found = {name: search(sparse, name, cache, selection) for name in searches}
     images, labels = bundled.load_split("test")
     data = list(zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True))
-    msfx.set_variant(sparse)
     identity = model_identity(sparse, alpha=False) | {"settings": f"{settings}", "attacks": [run.name for run in runs]}
     rows = []
     with Ledger(cache / "choice-test.safetensors", identity) as ledger, bar() as display:

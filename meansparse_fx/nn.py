@@ -17,15 +17,12 @@ from .frozen import Before
 from .kernels.fused import fused
 from .kernels.ops import activation_moments, channel_moments, mean_sparse
 from .kernels.records import Options, Vectors
-from .kernels.reference import ACTIVATIONS, BACKWARDS, VARIANTS, per_channel
+from .kernels.reference import BACKWARDS, VARIANTS, per_channel
 from .published import PublishedOperator
 from .rewrite import RecordedCall
 from .statistics import ChannelStatistics
 
-CENTRES = ("channel", "active", "zero", "layer")
-
-
-_NO_HISTOGRAMS = "centre active is told from histograms, which its statistics lack: calibrate(..., histograms=True)"
+CENTRES = ("channel", "zero", "layer")
 
 
 class MeanSparse(nn.Module):
@@ -43,8 +40,6 @@ class MeanSparse(nn.Module):
     Attributes:
         mean, std: ``[C]``, the site's statistics; std is NaN until calibrated.
         alpha: Scalar. Change it with `set_alpha`, which also renews the threshold.
-        active: ``[C]``, where the values are that the activation lets through, see `active_mean`; NaN unless the
-            statistics have histograms.
         centre, threshold: ``[C]``, what the kernel reads: derived from the above, so not in the state_dict.
             Always float32, or float64 in a float64 model. A negative threshold switches a channel off.
         replaces: The call this operator took the place of, activation included; None for a bare operator.
@@ -69,7 +64,6 @@ class MeanSparse(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.full((channels,), math.nan))
         self.register_buffer("alpha", torch.zeros(()))
-        self.register_buffer("active", torch.full((channels,), math.nan), persistent=False)
         self.register_buffer("centre", torch.zeros(channels), persistent=False)
         self.register_buffer("threshold", torch.full((channels,), -1.0), persistent=False)
 
@@ -167,13 +161,9 @@ class MeanSparse(nn.Module):
         return bool(self.std.isfinite().all())
 
     def set_statistics(self, statistics: ChannelStatistics) -> None:
-        """Take over mean and std (population) of a calibration, and where its histograms put the active values."""
-        active = active_mean(statistics, self.activation)
-        if active is None and self.centre_mode == "active":
-            raise StateError(f"{self.name}: {_NO_HISTOGRAMS}")
+        """Take over mean and std (population) of a calibration."""
         self.mean.copy_(statistics.mean)
         self.std.copy_(statistics.std)
-        self.active.copy_(torch.full_like(self.active, math.nan) if active is None else active)
         self._refresh()
 
     def take_over(self, published: PublishedOperator) -> None:
@@ -205,13 +195,11 @@ class MeanSparse(nn.Module):
         self.backward, self.steepness = mode, _positive("steepness", steepness)
 
     def set_variant(self, variant: str, centre: str, steepness: float) -> None:
-        """Choose what the band becomes (``mean``, ``edge``, ``smooth``) and its centre: see `operators.set_variant`."""
+        """Choose what the band becomes (``mean``, ``edge``, ``smooth``) and its centre (paper, Table 8)."""
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         if centre not in CENTRES:
             raise ValueError(f"centre must be one of {', '.join(CENTRES)}, got {centre!r}")
-        if centre == "active" and not self.active.isfinite().all():
-            raise StateError(f"{self.name}: {_NO_HISTOGRAMS}")
         self.variant, self.centre_mode, self.steepness = variant, centre, _positive("steepness", steepness)
         self._refresh()
 
@@ -224,8 +212,6 @@ class MeanSparse(nn.Module):
             match self.centre_mode:
                 case "channel":
                     self.centre.copy_(self.mean)
-                case "active":
-                    self.centre.copy_(self.active)
                 case "zero":
                     self.centre.zero_()
                 case "layer":
@@ -252,27 +238,6 @@ class MeanSparse(nn.Module):
             f"{self.channels} channels @ dim {self.channel_dim}, activation={fused}, "
             f"variant={self.variant}, centre={self.centre_mode}, backward={self.backward}"
         )
-
-
-def active_mean(statistics: ChannelStatistics, call: ActivationCall | None) -> Tensor | None:
-    """Return the mean ``[C]`` of a site's values weighted by its activation's slope there; None without histograms.
-
-    ``E[w x] / E[w]`` with ``w = max(act'(x), 0)``: behind a ReLU the mean of the positive values. A perturbation of x
-    reaches the next layer in proportion to act'(x), so this is the middle of where it does; the mean of all values may
-    lie where hardly anything gets through. It is that mean where no value gets through, where the slope is learned,
-    and where the activation is not part of the operator.
-    """
-    histogram = statistics.histogram
-    if histogram is None:
-        return None
-    if call is None or call.weight is not None:
-        return statistics.mean
-    bins = torch.arange(histogram.counts.shape[1], device=histogram.low.device) + 0.5
-    middle = histogram.low[:, None] + histogram.width[:, None] * bins
-    slope = ACTIVATIONS[call.name].backward(torch.ones_like(middle), middle, None, *call.constants)
-    passed = histogram.counts * slope.clamp_min(0)
-    total = passed.sum(1)
-    return torch.where(total > 0, (passed * middle).sum(1) / total, statistics.mean)
 
 
 class ChannelMoments(nn.Module):

@@ -86,13 +86,8 @@ def set_variant(model: nn.Module, variant: str = "mean", centre: str = "channel"
     Args:
         model: A transformed model.
         variant: ``mean`` (the paper's), ``edge`` (the nearer edge of the band) or ``smooth`` (a sigmoid gate).
-        centre: Of the band: the ``channel`` mean (the paper's), ``zero`` or the ``layer`` mean (paper, Table 8), or,
-            not in the paper, the channel's mean over the ``active`` values, those that the activation lets through:
-            see `nn.active_mean`. That needs ``calibrate(..., histograms=True)``.
+        centre: ``channel`` (the paper's), ``zero`` or ``layer``: the band's centre (paper, Table 8).
         steepness: Of the smooth gate.
-
-    Raises:
-        StateError: ``active``, and the statistics have no histograms.
     """
     for operator in operators(model).values():
         operator.set_variant(variant, centre, steepness)

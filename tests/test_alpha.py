@@ -242,32 +242,6 @@ def test_proposals_are_the_neighbours_nothing_and_the_leader():
     assert _proposals(grid, 0.3, 0.3) == [0.0, 0.2]
 
 
-def test_the_centre_stays_as_it_was_set_and_is_part_of_what_was_found(sparse, held_out, net, images):
-    msfx.calibrate(sparse, images.split(5), histograms=True, progress=False)
-    msfx.set_variant(sparse, centre="active")
-    search = msfx.select_alpha(sparse, held_out, alphas=(0.2,), **QUICK)
-    assert search.to_dict()["centre"] == search.centre == "active"
-    assert {m.centre_mode for m in msfx.operators(sparse).values()} == {"active"}
-    msfx.set_variant(sparse)
-    search.apply(sparse)
-    assert {m.centre_mode for m in msfx.operators(sparse).values()} == {"active"}
-
-
-def test_a_candidate_sets_its_centre(sparse, images):
-    msfx.calibrate(sparse, images.split(5), histograms=True, progress=False)
-    found = {}
-    for centre in ("active", "channel", None, "zero"):
-        Candidate(0.2, "edge", centre).set(sparse)
-        found[centre] = {(m.variant, m.centre_mode) for m in msfx.operators(sparse).values()}
-    assert found == {
-        "active": {("edge", "active")},
-        "channel": {("edge", "channel")},
-        None: {("edge", "channel")},
-        "zero": {("edge", "zero")},
-    }
-    assert len({str(Candidate(0.2, "mean", centre)) for centre in ("active", "channel", "zero")}) == 3
-
-
 def test_candidates_by_site_are_told_apart():
     names = {str(Candidate(a)) for a in (0.1, 0.2, {"a": 0.1, "b": 0.2}, {"a": 0.2, "b": 0.1})}
     assert len(names) == 4

@@ -197,27 +197,6 @@ def test_select(model, data, statistics):
     assert "\nalpha 0" in done.stdout
 
 
-def test_select_with_the_active_centre(tmp_path, model, data, statistics):
-    select = ["select", model, "--data", data, "--alphas", "0.2", "--steps", 2, "--skip", 20, "--attacked", 5,
-              "--eps", "8/255", "--centre", "active"]  # fmt: skip
-    check_error(run(*select, "--statistics", statistics), "calibrate(..., histograms=True)")
-    measured = tmp_path / "s.safetensors"
-    assert run("calibrate", model, "--data", data, "--histograms", "--out", measured).exit_code == 0
-    done = run(*select, "--statistics", measured, "--per-site", "--site-alphas", "0.1,0.4", "--out", tmp_path / "f")
-    assert done.exit_code == 0, done.output
-    assert ", centre active" in done.stdout
-    found = json.loads((tmp_path / "f").read_text())
-    assert found["centre"] == "active"
-    assert {move["alpha"] for move in found["refinement"]["moves"]} == {0.1, 0.4}
-    found = run("evaluate", model, "--data", data, "--statistics", measured, "--alpha", tmp_path / "f", "--eps", 0.05,
-                "--steps", 2, "--attacks", "apgd-ce", "--skip", 20)  # fmt: skip
-    assert found.exit_code == 0, found.output
-    check_error(
-        run("evaluate", model, "--data", data, "--statistics", statistics, "--alpha", tmp_path / "f"),
-        "calibrate(..., histograms=True)",
-    )
-
-
 def test_evaluate_writes_a_report(tmp_path, model, data, statistics):
     done = run("evaluate", model, "--data", data, "--statistics", statistics, "--alpha", 0.3, "--eps", 0.05,
                "--steps", 2, "--attacks", "apgd-ce,apgd-dlr", "--backwards", "identity",

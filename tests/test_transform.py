@@ -6,10 +6,8 @@ import copy
 import math
 import pickle
 
-import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
 from torch import nn
 
 import meansparse_fx as msfx
@@ -167,56 +165,6 @@ def test_centres(sparse):
     torch.testing.assert_close(operator.centre, operator.mean.mean().expand(6))
     with pytest.raises(ValueError, match="centre must be one of"):
         msfx.set_variant(sparse, centre="median")
-
-
-def test_the_active_centre_is_the_mean_of_what_the_activation_lets_through(net, images):
-    """Of every site, in NumPy from the site's own values; a histogram's bin is a sixteenth of a deviation."""
-    sparse = msfx.transform(net, images)
-    statistics = msfx.calibrate(sparse, images.split(5), histograms=True, progress=False)
-    seen, operators = {}, msfx.operators(sparse)
-
-    def look(operator, inputs):
-        seen[operator.name] = inputs[0].movedim(operator.channel_dim, 0).flatten(1)
-
-    for operator in operators.values():
-        operator.register_forward_pre_hook(look)
-    with torch.no_grad():
-        sparse(images)
-    msfx.set_variant(sparse, centre="active")
-    phi = {
-        "relu": lambda x: (x > 0).astype(float),
-        "gelu": lambda x: np.maximum(norm.cdf(x) + x * norm.pdf(x), 0),
-        "slope": None,  # learned: the mean of all values
-    }
-    moved = {}
-    for name, operator in operators.items():
-        values = seen[name].double().numpy()
-        slope = phi[next(key for key in phi if name.startswith(key))]
-        weights = np.ones_like(values) if slope is None else slope(values)
-        total = weights.sum(1)
-        expected = np.where(total > 0, (weights * values).sum(1) / np.maximum(total, 1e-300), values.mean(1))
-        std = statistics[name].std.numpy()
-        assert (np.abs(operator.centre.numpy() - expected) <= 0.1 * std + 1e-6).all(), name
-        moved[name] = bool((expected > values.mean(1) + 0.15 * std).any())
-        assert torch.equal(operator.threshold, -torch.ones(operator.channels))
-    assert moved["relu_1"]
-    assert moved["gelu"]
-    msfx.set_alpha(sparse, 0.3)
-    band = {name: operator.centre.clone() for name, operator in operators.items()}
-    assert all(torch.equal(operator.threshold, 0.3 * operator.std) for operator in operators.values())
-    again = msfx.transform(net, images, statistics=statistics, alpha=0.3)
-    msfx.set_variant(again, centre="active")
-    assert all(torch.equal(operator.centre, band[name]) for name, operator in msfx.operators(again).items())
-
-
-def test_the_active_centre_needs_histograms(sparse, net, images):
-    with pytest.raises(StateError, match=r"relu: centre active is told from histograms.*histograms=True"):
-        msfx.set_variant(sparse, centre="active")
-    assert {m.centre_mode for m in msfx.operators(sparse).values()} == {"channel"}
-    msfx.calibrate(sparse, [images], histograms=True, progress=False)
-    msfx.set_variant(sparse, centre="active")
-    with pytest.raises(StateError, match="centre active"):
-        msfx.calibrate(sparse, [images], progress=False)
 
 
 def test_statistics_keep_their_precision_in_a_half_model(sparse):

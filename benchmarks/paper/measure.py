@@ -136,7 +136,7 @@ class Laboratory:
         sparse = msfx.transform(model, images[:2])
         path = self._cache / f"{network}.statistics.safetensors"
         if not path.exists():
-            msfx.calibrate(sparse, images.split(BATCH), histograms=True).save(path)
+            msfx.calibrate(sparse, images.split(BATCH)).save(path)
         msfx.set_statistics(sparse, path)
         return sparse
 

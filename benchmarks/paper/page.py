@@ -45,8 +45,6 @@ NOTES = {
     4: "Square uses no gradient, so there is nothing for the identity backward to change.",
     5: "The paper does not give its lambda; ours are in `meansparse_fx/evaluate/descent.py`.",
     7: "The paper's radii are 1 to 4 of 255; beside them stand ours, which leave the base about as little.",
-    8: "The active mean is not in the paper: the mean of what the activation lets through "
-    "(`meansparse_fx.nn.active_mean`), at all sites, and at site 1 alone, the first behind the stem's.",
     9: "Radii as multiples of what the network was trained against: the paper's 2, 4, 6, 8, 12, 16 of 255.",
     10: "Sites in graph order: 0 is the stem's. The paper's network has 17; its first and last stand beside ours.",
     12: "The paper's networks are others: WRN-94-16 +1.85, RaWRN-70-16 +1.16, WRN-70-16 (CIFAR-100) +2.29, "

@@ -44,7 +44,7 @@ class Cell:
         alpha: Half width of the band; 0 is the base.
         network: Of `NETWORKS`.
         sites: Indices of the sites that have the operator on; the others have alpha 0.
-        centre: Of the band: see `meansparse_fx.set_variant`.
+        centre: Of the band: ``channel``, ``zero`` or ``layer``.
         split: Of Fashion-MNIST: ``test`` or ``train``.
         threat: The attacker.
     """
@@ -156,8 +156,6 @@ TABLES: dict[int, Table] = {
             _sweep("zero", centre="zero"),
             _sweep("layer mean", centre="layer"),
             _sweep("channel mean"),
-            _sweep("active mean", centre="active"),
-            _sweep("active mean, site 1", (0.0, 0.2, 0.4, 0.6, 0.8), centre="active", sites=(1,)),
         ),
     ),
     9: Table("Attack strength", "eps", _over_eps((0.025, 0.05, 0.075, 0.1, 0.15, 0.2), "GELU")),

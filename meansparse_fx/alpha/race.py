@@ -32,24 +32,21 @@ class Candidate:
     Attributes:
         alpha: One for all sites, or by site.
         variant: Of the operator.
-        centre: Of the band; None leaves it as it is in the model.
     """
 
     alpha: Alpha
     variant: str = "mean"
-    centre: str | None = None
 
     def __str__(self) -> str:
-        kind = self.variant if self.centre in (None, "channel") else f"{self.variant} {self.centre}"
         if not isinstance(self.alpha, Mapping):
-            return f"{kind} {self.alpha!r}"
+            return f"{self.variant} {self.alpha!r}"
         written = json.dumps(dict(self.alpha), sort_keys=True).encode()
-        return f"{kind} {hashlib.blake2b(written, digest_size=16).hexdigest()}"
+        return f"{self.variant} {hashlib.blake2b(written, digest_size=16).hexdigest()}"
 
     def set(self, sparse: fx.GraphModule) -> None:
         """Make the model this candidate."""
         for operator in operators(sparse).values():
-            operator.set_variant(self.variant, self.centre or operator.centre_mode, operator.steepness)
+            operator.set_variant(self.variant, operator.centre_mode, operator.steepness)
         set_alpha(sparse, self.alpha)
 
 

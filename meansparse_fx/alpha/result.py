@@ -61,7 +61,6 @@ class AlphaSearch:
         variant: The chosen variant of the operator.
         others: The same as ``outcomes`` for the variants not chosen.
         refinement: Of the search site by site, if there was one.
-        centre: Of the bands, as the model had it.
     """
 
     alpha: float | dict[str, float]
@@ -70,7 +69,6 @@ class AlphaSearch:
     variant: str = "mean"
     others: dict[str, dict[float, ModelOutcome]] = field(default_factory=dict)
     refinement: Refinement | None = None
-    centre: str = "channel"
 
     @property
     def uniform(self) -> float:
@@ -119,7 +117,7 @@ class AlphaSearch:
     def apply(self, sparse: fx.GraphModule) -> None:
         """Set the choice in a model."""
         for operator in operators(sparse).values():
-            operator.set_variant(self.variant, self.centre, operator.steepness)
+            operator.set_variant(self.variant, operator.centre_mode, operator.steepness)
         set_alpha(sparse, self.alpha)
 
     def to_dict(self) -> dict:
@@ -134,13 +132,7 @@ class AlphaSearch:
             }
             for variant, alpha, outcome in self.rows()
         ]
-        found: dict = {
-            "alpha": self.alpha,
-            "variant": self.variant,
-            "centre": self.centre,
-            "clean_budget": self.clean_budget,
-            "rows": rows,
-        }
+        found: dict = {"alpha": self.alpha, "variant": self.variant, "clean_budget": self.clean_budget, "rows": rows}
         if self.refinement is not None:
             found["refinement"] = {
                 "start": self.refinement.start,

@@ -59,7 +59,7 @@ def select_alpha(
     with the operator's own gradient and with the identity's. The candidates are attacked on a quarter of the images,
     the better half of them on twice as many, the better half of these on all (successive halving). Among those that
     come through, from the smallest up, an alpha takes the place of a smaller one only if it is better beyond noise.
-    The model's alpha and variant are left as they were; the centre of its bands is the one that `set_variant` gave it.
+    The model's alpha and variant are left as they were.
 
     Args:
         sparse: A transformed and calibrated model in eval mode.
@@ -102,8 +102,7 @@ def select_alpha(
         outcomes = {key: field.outcome(candidate) for key, candidate in candidates.items()}
         alpha, variant = choose(outcomes, clean_budget, significance)
         table = {v: {a: o for (a, w), o in outcomes.items() if w == v or not a} for v in variants}
-        centre = next(iter(operators(sparse).values())).centre_mode
-        search = AlphaSearch(alpha, table.pop(variant), clean_budget, variant, table, centre=centre)
+        search = AlphaSearch(alpha, table.pop(variant), clean_budget, variant, table)
         if not per_site:
             return search
         walk = _Walk(field, list(operators(sparse)), per_site, variant, clean_budget, significance)

@@ -59,7 +59,7 @@ def calibrate(
         metadata: Facts to keep with the statistics, such as what the data was.
         tolerance: Stop when the standard errors of every channel's mean and deviation are estimated below this
             share of the deviation (0.01: one per cent); the images must come in shuffled order.
-        histograms: Count each channel's values in bins too, for `plot`, `show` and the centre ``active``.
+        histograms: Count each channel's values in bins too, for `plot` and `show`.
         amp: Run the model under autocast to this type; moments are measured in float32 or better all the same.
         channels_last: Give images to the model in that layout, which its convolutions then keep.
         checkpoint: File to write now and then; if it exists, go on from it. It stays: remove it when the result

@@ -72,14 +72,3 @@ def names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
         return found
 
     return parse
-
-
-def name(known: tuple[str, ...]) -> Callable[[str], str]:
-    """Return a parser of one name out of ``known``."""
-
-    def parse(text: str) -> str:
-        if text not in known:
-            raise typer.BadParameter(f"{text!r} is none of {', '.join(known)}")
-        return text
-
-    return parse

@@ -15,7 +15,6 @@ from ..evaluate import evaluate as run_evaluate
 from ..evaluate.run import DEFAULT_ATTACKS
 from ..histogram import band_shares, feature_histogram
 from ..kernels.reference import VARIANTS
-from ..nn import CENTRES
 from ..operators import set_alpha, set_variant
 from ..report import headline, write_report
 from ..statistics import Statistics
@@ -47,14 +46,6 @@ def select(
     variants: Annotated[
         Any, typer.Option(parser=parsing.names(VARIANTS), metavar="NAMES", help=f"Of {', '.join(VARIANTS)}.")
     ] = "mean",
-    centre: Annotated[
-        Any,
-        typer.Option(
-            parser=parsing.name(CENTRES),
-            metavar="NAME",
-            help=f"Of the bands, one of {', '.join(CENTRES)}; active needs calibrate --histograms.",
-        ),
-    ] = "channel",
     per_site: Annotated[bool, typer.Option("--per-site", help="Go on from the choice site by site.")] = False,
     site_alphas: Annotated[
         Any, typer.Option(parser=parsing.numbers, metavar="NUMBERS", help="To try at each site instead of neighbours.")
@@ -68,10 +59,8 @@ def select(
 ) -> None:
     """Choose alpha on held-out images: best worst case under attack within the clean budget."""
     images = open_images(data)
-    sparse = open_sparse(model, images, statistics)
-    set_variant(sparse, centre=centre)
     search = select_alpha(
-        sparse,
+        open_sparse(model, images, statistics),
         images.loader(data.batch_size),
         alphas=alphas,
         attacked=attacked,
@@ -88,7 +77,6 @@ def select(
     console().print(search.table())
     chosen = f"alpha {search.alpha:g}" if isinstance(search.alpha, float) else f"alpha by site: {search.alpha}"
     variant = f", variant {search.variant}" if search.variant != "mean" else ""
-    variant += f", centre {search.centre}" if search.centre != "channel" else ""
     console().print(f"{chosen}{variant}", style="bold", highlight=False)
     if out is not None:
         out.write_text(json.dumps(search.to_dict(), indent=2) + "\n", "utf-8")
@@ -157,8 +145,8 @@ def put_alpha(sparse: fx.GraphModule, written: str) -> None:
         return
     try:
         found = json.loads(path.read_text("utf-8"))
-        alpha, variant, centre = found["alpha"], found["variant"], found["centre"]
+        alpha, variant = found["alpha"], found["variant"]
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: not a file that select --out wrote ({error!r})") from error
-    set_variant(sparse, variant, centre)
+    set_variant(sparse, variant)
     set_alpha(sparse, alpha)

@@ -30,9 +30,7 @@ def calibrate(
             help="Stop when every mean and deviation is known this well: 0.01 is one per cent of the deviation.",
         ),
     ] = None,
-    histograms: Annotated[
-        bool, typer.Option("--histograms", help="Count each channel's values, for plot and for centre active.")
-    ] = False,
+    histograms: Annotated[bool, typer.Option("--histograms", help="Count each channel's values, for plot.")] = False,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Written now and then; the same command goes on from it. Removed at the end.")
     ] = None,
