@@ -85,6 +85,14 @@ class Case:
         words += ["channels_last"] * self.channels_last + [self.dtype] * (self.dtype != "float32")
         return " ".join(words)
 
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Where its rows stand among others."""
+        names, modes, dtypes = list(MODELS), MODES, list(DTYPES)
+        return (
+            names.index(self.model), self.batch, dtypes.index(self.dtype), self.channels_last, modes.index(self.mode)
+        )  # fmt: skip
+
     @classmethod
     def read(cls, text: str) -> Case:
         """Return the case of a row."""
@@ -263,6 +271,7 @@ def main() -> None:
             failed.append(f"FAILED {case}: {wrong}")
             continue
         rows = [row for row in rows if row.case != str(case)] + found
+        rows.sort(key=lambda row: Case.read(row.case).place)
         report(rows, args.out)  # after each case: a long run that is stopped keeps what it had
     sys.exit("\n".join(failed) or None)
 
