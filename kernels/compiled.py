@@ -25,6 +25,10 @@ from .records import Options, Vectors
 
 MIN_ELEMENTS = 1 << 13  # below, torch operators are about as fast, and there is nothing to compile
 
+# By everything a call depends on: what `on_views` did, and the shape and strides of the views.
+_SEEN: dict[Hashable, tuple[Known, Sequence[int], Sequence[int]]] = {}
+_SEEN_LIMIT = 4096  # of shapes, for a model that sees ever new ones
+
 _LOGGER = logging.getLogger("meansparse_fx.kernels")
 
 
@@ -111,10 +115,6 @@ def on_views(
         _SEEN[case] = known, like.shape, like.stride()
     found = (found,) if isinstance(found, Tensor) else found
     return [unflatten(r, x, dim) if r.numel() == x.numel() else r for r in found]
-
-
-_SEEN: dict[Hashable, tuple[Known, Sequence[int], Sequence[int]]] = {}  # of shapes and strides: what `on_views` did
-_SEEN_LIMIT = 4096
 
 
 def _layout(t: Tensor | None) -> Hashable:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import compiled, composed, ops, traced
-from .records import Options, Vectors
+from .records import Options, Vectors, options_of
 from .reference import ACTIVATIONS
 
 _library = torch.library.Library("meansparse", "FRAGMENT")
@@ -62,17 +62,13 @@ _FORWARD = {"triton": _triton_forward, "compiled": _compiled_forward, "eager": c
 _BACKWARD = {"triton": _triton_backward, "compiled": _compiled_backward, "eager": composed.backward}
 
 
-def _options(channel_dim, activation, constants, *others) -> Options:
-    return Options(channel_dim, activation, tuple(constants), *others)
-
-
 def _forward(x, residual, shortcut, vectors, *options):
-    vectors, options = Vectors(*vectors), _options(*options)
+    vectors, options = Vectors(*vectors), options_of(*options)
     return _FORWARD[_lowering(x, vectors, options)](x, residual, shortcut, vectors, options)
 
 
 def _backward(grad, grad_sum, x, residual, vectors, *options):
-    vectors, options = Vectors(*vectors), _options(*options)
+    vectors, options = Vectors(*vectors), options_of(*options)
     return _BACKWARD[_lowering(x, vectors, options)](grad, grad_sum, x, residual, vectors, options)
 
 
@@ -150,7 +146,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _autograd(x, residual, shortcut, vectors, *options):
-    vectors, options = Vectors(*vectors), _options(*options)
+    vectors, options = Vectors(*vectors), options_of(*options)
     if ops.wants_gradient(x, residual, shortcut, vectors.weight):
         return _Fused.apply(x, residual, shortcut, vectors.weight, vectors, options)
     with torch._C._AutoDispatchBelowAutograd():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import compiled, compiled_moments, eager, layout, reference, traced
-from .records import Options, Vectors
+from .records import Vectors, options_of
 
 _TAIL = "int channel_dim, str activation, float[] constants, str variant"
 
@@ -70,22 +70,16 @@ def nobody_looks_on(x: Tensor) -> bool:
     )
 
 
-def _forward(x, centre, threshold, weight, channel_dim, activation, constants, *options):
-    vectors, options = (
-        Vectors(centre, threshold, weight),
-        Options(channel_dim, activation, tuple(constants), *options),
-    )
+def _forward(x, centre, threshold, weight, *options):
+    vectors, options = Vectors(centre, threshold, weight), options_of(*options)
     where = lowering_of(x, options.channel_dim, weight)
     if where == "triton":
         return _launch().mean_sparse_forward(x, vectors, options)
     return (compiled if where == "compiled" else eager).forward(x, vectors, options)
 
 
-def _backward(grad, x, centre, threshold, weight, channel_dim, activation, constants, *options):
-    vectors, options = (
-        Vectors(centre, threshold, weight),
-        Options(channel_dim, activation, tuple(constants), *options),
-    )
+def _backward(grad, x, centre, threshold, weight, *options):
+    vectors, options = Vectors(centre, threshold, weight), options_of(*options)
     where = lowering_of(x, options.channel_dim, weight)
     if where == "triton":
         gradients = _launch().mean_sparse_backward(grad, x, vectors, options)

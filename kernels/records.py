@@ -45,3 +45,8 @@ class Options(NamedTuple):
     backward: str = "exact"
     steepness: float = 10.0
     want_sum: bool = False
+
+
+def options_of(channel_dim: int, activation: str, constants: Sequence[float], *others) -> Options:
+    """Return the options as a dispatcher passes them on: there, constants are a list, which no table can look up."""
+    return Options(channel_dim, activation, tuple(constants), *others)
