@@ -118,6 +118,7 @@ def _flat(*columns: list[Cell]) -> tuple[Cell, ...]:
 
 
 _CE = Threat(attacks=("apgd-ce",))
+_SQUARE = Threat(attacks=("square",))
 _PGD = Threat(attacks=("pgd",), steps=50)
 _ADVERSARIAL = [name for name in NETWORKS if name != "standard"]
 
@@ -135,7 +136,14 @@ TABLES: dict[int, Table] = {
     ),
     2: Table("Activation functions", "alpha", _flat(*(_sweep(n, network=n) for n in list(NETWORKS)[:6]))),
     3: Table("Threat models", "alpha", _flat(_sweep("Linf"), _sweep("L2", threat=Threat(norm="L2", eps=EPS_L2)))),
-    4: Table("Queries only: Square", "alpha", _flat(_sweep("Square", threat=Threat(attacks=("square",))))),
+    4: Table(
+        "Queries only: Square",
+        "alpha",
+        _flat(
+            _sweep("Square", threat=_SQUARE),
+            _sweep("Square, PSiLU", (0.0, 0.2, 0.4), network="PSiLU", threat=_SQUARE),
+        ),
+    ),
     5: Table(
         "The paper's adaptive attack, equation 8",
         "alpha",
