@@ -42,8 +42,8 @@ those beyond noise.
 # What the numbers of a table cannot say themselves.
 NOTES = {
     1: "The paper's columns are RaWideResNet (beside GELU) and WideResNet (beside ReLU) on CIFAR-10, without row 0.1.",
-    4: "Square uses no gradient, so there is nothing for the identity backward to change. PSiLU, which the paper has "
-    "not here, because its change in table 2 is the largest.",
+    4: "Square uses no gradient, so there is nothing for the identity backward to change. PSiLU is not in "
+    "the paper's table: it stands here because its change in table 2 is the largest.",
     5: "The paper does not give its lambda; ours are in `meansparse_fx/evaluate/descent.py`.",
     7: "The paper's radii are 1 to 4 of 255; beside them stand ours, which leave the base about as little.",
     9: "Radii as multiples of what the network was trained against: the paper's 2, 4, 6, 8, 12, 16 of 255.",
