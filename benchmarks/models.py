@@ -87,11 +87,9 @@ class Case:
 
     @property
     def place(self) -> tuple[int, ...]:
-        """Where its rows stand among others."""
-        names, modes, dtypes = list(MODELS), MODES, list(DTYPES)
-        return (
-            names.index(self.model), self.batch, dtypes.index(self.dtype), self.channels_last, modes.index(self.mode)
-        )  # fmt: skip
+        """Where its rows stand among others; first, those of a model that is no more."""
+        model = list(MODELS).index(self.model) if self.model in MODELS else -1
+        return model, self.batch, list(DTYPES).index(self.dtype), self.channels_last, MODES.index(self.mode)
 
     @classmethod
     def read(cls, text: str) -> Case:
