@@ -87,13 +87,12 @@ def on_views(
 
     Args:
         plain: What to compile, for the channels in the middle or innermost.
-        tensors: Shaped like x, or None.
+        tensors: Shaped like x, or None; x is one of them, and ``plain`` says which.
         x: Whose layout the results get, those of its size.
         vectors: Per channel.
         options: Everything else.
     """
-    layouts = *map(_layout, tensors), *map(_layout, vectors)
-    case = plain, options, _layout(x), torch.get_num_threads(), layouts
+    case = plain, options, torch.get_num_threads(), *map(_layout, tensors), *map(_layout, vectors)
     if (seen := _SEEN.get(case)) is not None:
         known, shape, stride = seen
         flat = [t if t is None else t.as_strided(shape, stride) for t in tensors]
@@ -113,7 +112,6 @@ def on_views(
         if len(_SEEN) >= _SEEN_LIMIT:
             _SEEN.clear()
         _SEEN[case] = known, like.shape, like.stride()
-    found = (found,) if isinstance(found, Tensor) else found
     return [unflatten(r, x, dim) if r.numel() == x.numel() else r for r in found]
 
 
@@ -123,14 +121,15 @@ def _layout(t: Tensor | None) -> Hashable:
 
 @functools.cache
 def kernel(plain: Callable, count: int, options: Options) -> Direct:
-    """Return the compiled form of ``plain(*tensors, vectors, options)``, as a function of tensors and vectors.
+    """Return the compiled form of ``plain(*tensors, vectors, options)``: from tensors and vectors to a tuple.
 
     Args:
         count: How many tensors come before the vectors.
     """
 
     def call(*arguments):
-        return plain(*arguments[:count], Vectors(*arguments[count:]), options)
+        found = plain(*arguments[:count], Vectors(*arguments[count:]), options)
+        return (found,) if isinstance(found, Tensor) else found
 
     name = f"mean_sparse_{plain.__module__.rpartition('.')[2]}_{plain.__name__}_{options.activation}"
     return Direct(call, name)

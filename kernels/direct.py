@@ -21,8 +21,6 @@ from torch import Tensor, fx
 
 _LOGGER = logging.getLogger("meansparse_fx.kernels")
 
-Results = Tensor | tuple[Tensor, ...]
-
 
 class Known(NamedTuple):
     """What Dynamo called for one kind of arguments.
@@ -31,15 +29,13 @@ class Known(NamedTuple):
         compiled: Takes sizes and tensors, returns a sequence of tensors.
         order: Where each of its arguments comes from: a position among the function's own, and a dimension, or None
             for the tensor itself.
-        single: The function returns a tensor instead of a tuple of them.
     """
 
     compiled: Callable[..., Sequence[Tensor]]
     order: list[tuple[int, int | None]]
-    single: bool
 
     def call(self, arguments: Sequence[Tensor | None]) -> Sequence[Tensor]:
-        """Return the results, one alone as a sequence, too."""
+        """Return the function's results for its own arguments."""
         return self.compiled(*[arguments[i] if d is None else arguments[i].shape[d] for i, d in self.order])
 
 
@@ -47,15 +43,15 @@ class Direct:
     """A function of tensors, all of its sizes dynamic; where compiling fails it is called as it is.
 
     Args:
-        plain: Takes tensors or None, dense ones without overlap; returns a tensor or a tuple of them, fresh ones.
+        plain: Takes tensors or None, dense ones without overlap; returns a tuple of tensors, fresh ones.
         name: Of its code, for whoever profiles.
     """
 
-    def __init__(self, plain: Callable[..., Results], name: str) -> None:
+    def __init__(self, plain: Callable[..., Sequence[Tensor]], name: str) -> None:
         self._plain, self._name = plain, name
-        self._calls: dict[Hashable, Callable[..., Results]] = {}
+        self._calls: dict[Hashable, Callable[..., Sequence[Tensor]]] = {}
 
-    def __call__(self, *arguments: Tensor | None) -> Results:
+    def __call__(self, *arguments: Tensor | None) -> Sequence[Tensor]:
         """Return ``plain(*arguments)``."""
         case = _case_of(arguments)
         call = self._calls.get(case)
@@ -86,7 +82,7 @@ def _case_of(arguments: Sequence[Tensor | None]) -> Hashable:
 class _OneCase:
     """The function for one kind of arguments: Dynamo's, until it is known what that called."""
 
-    def __init__(self, plain: Callable[..., Results], name: str) -> None:
+    def __init__(self, plain: Callable[..., Sequence[Tensor]], name: str) -> None:
         def call(*arguments):
             return plain(*arguments)
 
@@ -96,10 +92,9 @@ class _OneCase:
         self._compiled = torch.compile(call, backend=self._backend, dynamic=True, fullgraph=True)
         self.known: Known | None = None
 
-    def __call__(self, *arguments: Tensor | None) -> Results:
+    def __call__(self, *arguments: Tensor | None) -> Sequence[Tensor]:
         if self.known is not None:
-            found = self.known.call(arguments)
-            return found[0] if self.known.single else tuple(found)
+            return self.known.call(arguments)
         if self._compiled is None:
             return self._plain(*arguments)
         self._seen.call = None
@@ -127,15 +122,13 @@ class _OneCase:
 
         return call
 
-    def _told(self, arguments: Sequence[Tensor | None], results: Results) -> Known | None:
+    def _told(self, arguments: Sequence[Tensor | None], results: Sequence[Tensor]) -> Known | None:
         """Return the call that Dynamo made; None if that cannot be told, or if it made more of the results."""
         if self._seen.call is None:
             return None
         compiled, placeholders, given, found = self._seen.call
         self._seen.call = None
-        single = isinstance(results, Tensor)
-        returned = (results,) if single else results
-        if len(found) != len(returned) or any(a is not b for a, b in zip(found, returned, strict=True)):
+        if len(found) != len(results) or any(a is not b for a, b in zip(found, results, strict=True)):
             return None
         positions = {id(t): i for i, t in enumerate(arguments) if t is not None}
         sizes: dict[str, tuple[int, int]] = {}
@@ -150,4 +143,4 @@ class _OneCase:
             for fake, own in zip(placeholders, given, strict=True)
         ]
         known = [source for source in order if source is not None]
-        return Known(compiled, known, single) if len(known) == len(order) else None
+        return Known(compiled, known) if len(known) == len(order) else None

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import CaptureError
+
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, type, types.FunctionType})
 
 
@@ -23,8 +25,14 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     Args:
         model: Of any class; those that say themselves how they are copied are asked.
         memo: As `copy.deepcopy` takes it: what is shared instead of copied, by its id.
+
+    Raises:
+        CaptureError: A part of it refuses.
     """
-    return _copied(model, {} if memo is None else memo)
+    try:
+        return _copied(model, {} if memo is None else memo)
+    except Exception as error:
+        raise CaptureError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error})") from error
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -155,10 +155,7 @@ def _assemble(model: nn.Module, traced: Traced) -> fx.GraphModule:
     taken = reserved & {*model._modules, *model._parameters, *model._buffers}
     if taken:
         raise CaptureError(f"its attribute {min(taken)!r} has a name that fx.GraphModule needs: rename it")
-    try:
-        root = copied(model)
-    except Exception as error:
-        raise CaptureError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error})") from error
+    root = copied(model)
     graph = traced.graph
     for target in dict.fromkeys(node.target for node in graph.nodes if node.op == "get_attr"):
         _own_constant(root, traced.root, target)

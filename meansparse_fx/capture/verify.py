@@ -27,10 +27,7 @@ from .recording import Forms, Recording, record, state_of
 
 def shadow(model: nn.Module) -> nn.Module:
     """Return a copy that shares the model's parameters, which neither tracing nor inference changes."""
-    try:
-        return copied(model, {id(p): p for p in model.parameters()})
-    except Exception as error:
-        raise CaptureError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error})") from error
+    return copied(model, {id(p): p for p in model.parameters()})
 
 
 @contextmanager
