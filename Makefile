@@ -7,7 +7,7 @@ BIN := .venv/bin
 # backward passes 4 times slower (250 images a second against 1000; two cores of an AMD EPYC, load 4).
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint clean install
+.PHONY: demo test test-lowest lint clean install
 
 demo: .venv/.installed
 	$(BIN)/meansparse-fx demo --out demo-out
@@ -18,6 +18,14 @@ test: .venv/.installed
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow
 
+# The oldest torch that is kept working, and the torchvision that belongs to it; pyproject.toml names the same torch.
+LOWEST := torch==2.11.0 torchvision==0.26.0
+
+# The fast tests on the oldest torch, in a venv of its own.
+test-lowest: export OMP_NUM_THREADS ?= 1
+test-lowest: .venv-lowest/.installed
+	.venv-lowest/bin/python -m pytest -q -n $(WORKERS) -m "not slow"
+
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -25,13 +33,16 @@ lint: .venv/.installed
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -e '.[zoo,dev]'
+.venv-lowest/.installed: pyproject.toml Makefile
+.venv-lowest/.installed: PINS := $(LOWEST)
+%/.installed:
+	$(PYTHON) -m venv $*
+	$*/bin/pip install --disable-pip-version-check -e '.[zoo,dev]' $(PINS)
 	# Without its dependencies, which the extra dev lists: robustbench pins a timm of 2024, and the tests want today's.
-	$(BIN)/pip install --disable-pip-version-check --no-deps 'robustbench>=1.1.1'
+	$*/bin/pip install --disable-pip-version-check --no-deps 'robustbench>=1.1.1'
 	touch $@
 
-# What runs left behind; .venv stays.
+# What runs left behind; .venv and .venv-lowest stay.
 clean:
 	rm -rf build dist demo-out .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find meansparse_fx kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,7 +2,8 @@
 
 Everything works on float32 tiles in registers. The forms hold in the interpreter, in PTX and on AMD alike (no
 libdevice), stay finite where the function is, and pass NaN as torch does: a ReLU written with `tl.maximum` or
-with `tl.where(s > 0, s, 0)` would turn NaN into 0, so comparisons ask for what is to be changed.
+with `tl.where(s > 0, s, 0)` would turn NaN into 0, so comparisons ask for what is to be changed. Values go to the
+function's limit at infinity.
 
 Floor 0, imported only where a kernel is launched: importing this module imports triton.
 """
@@ -37,6 +38,12 @@ def identity(s, weight, A: tl.constexpr, B: tl.constexpr):
 @triton.jit
 def identity_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
     return grad
+
+
+@triton.jit
+def not_below_float32(s):
+    """s with -inf replaced by the smallest float32; times a gate that is zero there, -inf would give NaN, not zero."""
+    return tl.maximum(s, -3.4028234663852886e38, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -117,6 +124,7 @@ def normal_cdf(s):
 
 @triton.jit
 def gelu(s, weight, A: tl.constexpr, B: tl.constexpr):
+    s = not_below_float32(s)
     return s * normal_cdf(s)
 
 
@@ -128,6 +136,7 @@ def gelu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def gelu_tanh(s, weight, A: tl.constexpr, B: tl.constexpr):
+    s = not_below_float32(s)
     # (1 + tanh z) / 2 = sigmoid(2 z),   2 z = 2 sqrt(2 / pi) (s + 0.044715 s^3)
     return s * tl.sigmoid(s * (1.5957691216057308 + 0.07135481282553487 * s * s))
 
@@ -135,6 +144,7 @@ def gelu_tanh(s, weight, A: tl.constexpr, B: tl.constexpr):
 @triton.jit
 def gelu_tanh_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
     # d/ds s sigmoid(v) = sigmoid(v) + s v' sigmoid(v) (1 - sigmoid(v)),   v = 2 z as above
+    s = tl.clamp(s, -100.0, 100.0, propagate_nan=tl.PropagateNan.ALL)  # beyond, infinity times zero
     square = s * s
     gate = tl.sigmoid(s * (1.5957691216057308 + 0.07135481282553487 * square))
     return grad * (gate + s * (1.5957691216057308 + 0.2140644384766046 * square) * (gate * (1 - gate)))
@@ -142,6 +152,7 @@ def gelu_tanh_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def silu(s, weight, A: tl.constexpr, B: tl.constexpr):
+    s = not_below_float32(s)
     return s * tl.sigmoid(s)
 
 
@@ -154,6 +165,7 @@ def silu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def hardswish(s, weight, A: tl.constexpr, B: tl.constexpr):
+    s = not_below_float32(s)
     return s * tl.minimum(tl.maximum(s + 3, 0.0), 6.0) * (1 / 6)
 
 
@@ -165,6 +177,7 @@ def hardswish_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def mish(s, weight, A: tl.constexpr, B: tl.constexpr):
+    s = not_below_float32(s)
     # tanh(log(1 + e)) = n / (n + 2),   e = exp(s), n = e (e + 2); it is 1 in float32 from s = 9 on
     e = tl.exp(tl.where(s > 20, 20.0, s))
     n = e * (e + 2)
@@ -206,6 +219,7 @@ def softplus_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def psilu(s, weight, A: tl.constexpr, B: tl.constexpr):
+    s = not_below_float32(s)
     return s * tl.sigmoid(s * weight)
 
 
