@@ -249,6 +249,7 @@ def kept_for_backward(act, trainable):
     return sum(t.numel() * t.element_size() for t in kept if t.dim() == 4 and t.shape[0] == 2)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 14), reason="torch before 2.14 stores the mask of the band")
 @pytest.mark.parametrize("backward", ["exact", "identity"])
 @pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.parametrize("name", ["relu", "relu6", "gelu", "silu"])
