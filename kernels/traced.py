@@ -124,7 +124,7 @@ def mean_sparse(
     steepness: float = 10.0,
 ) -> Tensor:
     """Return act(s(x)) as aten operators; arguments, shapes and semantics as in `reference.mean_sparse`."""
-    # Exported programs hold no autograd.Function. Before torch 2.14 Dynamo answers True under torch.compile as well, and
+    # Exported programs hold no autograd.Function. Before torch 2.14 Dynamo answers True under torch.compile, too, and
     # must: with dynamic sizes its autograd.Function gives wrong gradients there. What it costs is the stored mask.
     if torch.compiler.is_exporting():
         return reference.mean_sparse(

@@ -231,8 +231,8 @@ def test_any_strides(device, drawn) -> None:
 INF, NAN = float("inf"), float("nan")
 SPECIAL = torch.tensor([NAN, INF, -INF, -0.0, 0.0, 1e30, -1e30, 88.0, -88.0, 1e-40, -1e-40])
 
-# Of each activation its limits at infinity and at minus infinity, with the constants above and a slope of 0.25. A table,
-# because torch's own vectorised functions return NaN there on some processors and the limit on others.
+# Of each activation its limits at infinity and at minus infinity, with the constants above and a slope of 0.25. In a
+# table, because torch's own vectorised functions return NaN there on some processors and the limit on others.
 LIMITS = {
     "identity": (INF, -INF),
     "relu": (INF, 0.0),
