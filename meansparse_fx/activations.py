@@ -76,6 +76,15 @@ def _hardtanh(module: Any) -> ActivationCall:
     return ActivationCall(name, inplace=bool(module.inplace), fused=name in ACTIVATIONS)
 
 
+def _threshold_name(threshold: Any, value: Any) -> str:
+    return "relu" if (threshold, value) == (0, 0) else "threshold"
+
+
+def _threshold(module: Any) -> ActivationCall:
+    name = _threshold_name(module.threshold, module.value)
+    return ActivationCall(name, inplace=bool(module.inplace), fused=name in ACTIVATIONS)
+
+
 def _squared(name: str) -> _Reader:
     # Working in place they leave relu(x) in their input and return something else: the ReLU inside is the site then.
     return lambda module: None if module.relu.inplace else ActivationCall(name, fused=False)
@@ -107,7 +116,8 @@ _MODULES: dict[type[nn.Module], _Reader] = {
     nn.Mish: _fused("mish"),
     nn.Softplus: _fused("softplus", "beta", "threshold"),
     nn.Hardtanh: _hardtanh,
-    **{cls: _bare(cls.__name__.lower()) for cls in (nn.CELU, nn.SELU, nn.RReLU, nn.Tanh, nn.Softsign, nn.Threshold)},
+    nn.Threshold: _threshold,
+    **{cls: _bare(cls.__name__.lower()) for cls in (nn.CELU, nn.SELU, nn.RReLU, nn.Tanh, nn.Softsign)},
     **{cls: _bare(cls.__name__.lower()) for cls in (nn.Tanhshrink, nn.Softshrink, nn.Hardshrink)},
 }
 
@@ -192,6 +202,7 @@ _METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
 _NAMES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "gelu": lambda given: _gelu_name(given.get("approximate", "none")),
     "hardtanh": lambda given: _hardtanh_name(given.get("min_val", -1.0), given.get("max_val", 1.0)),
+    "threshold": lambda given: _threshold_name(given.get("threshold"), given.get("value")),
 }
 
 _REGISTERED_MODULES: dict[type[nn.Module], _Reader] = {}

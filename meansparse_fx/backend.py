@@ -70,7 +70,7 @@ def meansparse(
             elif plan.active:
                 sparsify(graph_module, plan)
                 report.share(graph_module)
-                write_back(graph_module, [s.name for s in plan.active if s.name in found.overwriting])
+                write_back(graph_module, [s for s in plan.active if s.name in found.overwriting])
                 lower(graph_module, report.operators, _CALLS.get(asked.inner, traced.mean_sparse))
             remove_entrances(graph_module.graph)
             graph_module.recompile()

@@ -6,7 +6,7 @@ Knows nodes; nothing of sites or of statistics. Nothing here removes a node it d
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,12 +72,14 @@ def bypass(node: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def insert_module_before(node: fx.Node, source: fx.Node, target: str) -> fx.Node:
-    """Make ``node`` read ``target(source)`` where it read ``source``; return the new node."""
-    with node.graph.inserting_before(node):
-        new = node.graph.call_module(target, (source,))
+def insert_module_before(readers: Sequence[fx.Node], source: fx.Node, target: str) -> fx.Node:
+    """Make ``readers``, in the graph's order, read ``target(source)`` where they read ``source``; return the new node."""
+    graph = source.graph
+    with graph.inserting_before(readers[0]):
+        new = graph.call_module(target, (source,))
     new.meta = dict(source.meta)
-    node.replace_input_with(source, new)
+    for reader in readers:
+        reader.replace_input_with(source, new)
     return new
 
 

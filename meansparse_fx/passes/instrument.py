@@ -51,8 +51,8 @@ def instrument(graph_module: fx.GraphModule, plan: SitePlan, moments: dict[str, 
     graph = graph_module.graph
     for number, place in enumerate(plan.places(graph)):
         site, node, source = place.site, place.node, place.source
-        readers = list(source.users) if node is source else [node]  # a residual sum is seen by all who read it
-        with graph.inserting_before(node.next if node is source else node):
+        readers = place.readers or tuple(source.users)  # a residual sum is seen by all who read it
+        with graph.inserting_before(place.readers[0] if place.readers else node.next):
             buffers = moments[site.name].named_buffers()
             state = [read_buffer(graph_module, f"{PREFIX}_{number}_{part}", buffer) for part, buffer in buffers]
             seen = graph.call_function(accumulate, (source, *state, site.channel_dim))

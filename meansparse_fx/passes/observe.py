@@ -37,7 +37,7 @@ def observe(sparse: fx.GraphModule, fused: bool = False) -> tuple[fx.GraphModule
             and node.target in operators
             and observed.get_submodule(node.target).activation is None
         ):
-            insert_module_before(node, node.args[0], node.target)
+            insert_module_before([node], node.args[0], node.target)
             take_out(node, operators[node.target])
     observed.graph.lint()
     observed.recompile()

@@ -24,6 +24,7 @@ from ..rewrite import (
     replace_call,
 )
 from ..sites import Site, SitePlan
+from ..sites.plan import Place
 
 
 def sparsify(graph_module: fx.GraphModule, plan: SitePlan) -> None:
@@ -38,7 +39,7 @@ def sparsify(graph_module: fx.GraphModule, plan: SitePlan) -> None:
         if site.published is not None:
             _take_over(graph_module, place.node, site, operator)
         else:
-            _INSERT[site.kind](place.node, place.source, site, operator)
+            _INSERT[site.kind](place, operator)
     graph_module.get_submodule(PREFIX).eval()
     graph_module.graph.lint()
     graph_module.recompile()
@@ -54,25 +55,25 @@ def _operator(site: Site, graph_module: fx.GraphModule) -> MeanSparse:
     return operator
 
 
-def _before_activation(node: fx.Node, source: fx.Node, site: Site, operator: MeanSparse) -> None:
-    result = node
+def _before_activation(place: Place, operator: MeanSparse) -> None:
+    result, source, site = place.node, place.source, place.site
     if operator.activation is None:
-        insert_module_before(node, source, f"{PREFIX}.{site.name}")
+        insert_module_before(place.readers, source, f"{PREFIX}.{site.name}")
     else:
-        result = _fuse(node, source, site, operator)
+        result = _fuse(result, source, site, operator)
     if site.activation.inplace:
         redirect_later_readers(source, result)
 
 
-def _before_sum(node: fx.Node, source: fx.Node, site: Site, operator: MeanSparse) -> None:
-    insert_module_before(node, source, f"{PREFIX}.{site.name}")
+def _before_sum(place: Place, operator: MeanSparse) -> None:
+    insert_module_before(place.readers, place.source, f"{PREFIX}.{place.site.name}")
 
 
-def _after_sum(node: fx.Node, source: fx.Node, site: Site, operator: MeanSparse) -> None:
-    insert_module_after(node, f"{PREFIX}.{site.name}")
+def _after_sum(place: Place, operator: MeanSparse) -> None:
+    insert_module_after(place.node, f"{PREFIX}.{place.site.name}")
 
 
-_INSERT: dict[str, Callable[[fx.Node, fx.Node, Site, MeanSparse], None]] = {
+_INSERT: dict[str, Callable[[Place, MeanSparse], None]] = {
     "activation": _before_activation,
     "residual_branch": _before_sum,
     "residual_sum": _after_sum,

@@ -12,16 +12,16 @@ from collections.abc import Iterable
 from torch import fx
 
 from ..errors import SiteError
-from .ops import Operators, data_input
+from .ops import Operators
 from .plan import Site
 from .shapes import Flow
 
 
-def check_inplace(graph: fx.Graph, operators: Operators, flow: Flow, sites: Iterable[tuple[str, fx.Node]]) -> None:
+def check_inplace(graph: fx.Graph, operators: Operators, flow: Flow, sites: Iterable[Site]) -> None:
     """Raise SiteError if a site's in-place activation changes a tensor that is read later under another name.
 
     Args:
-        sites: Name and node of each in-place activation.
+        sites: The in-place activations.
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
     holders: dict[int, list[fx.Node]] = {}
@@ -33,8 +33,9 @@ def check_inplace(graph: fx.Graph, operators: Operators, flow: Flow, sites: Iter
             memory[node] |= frozenset().union(*(memory[n] for n in node.all_input_nodes[:1]))
         for key in memory[node]:
             holders.setdefault(key, []).append(node)
-    for name, node in sites:
-        source = data_input(node)
+    nodes = {node.name: node for node in order}
+    for site in sites:
+        name, node, source = site.name, nodes[site.node], nodes[site.source]
         for holder in dict.fromkeys(h for key in memory[source] for h in holders[key]):
             if holder is source or order[holder] >= order[node]:
                 continue
@@ -60,4 +61,4 @@ def changed_inputs(graph: fx.Graph, sites: Iterable[Site], flow: Flow, inputs: I
     nodes = {node.name: node for node in graph.nodes}
     outside = frozenset().union(*(flow.memory[n] for n in inputs))
     inplace = [s for s in sites if s.activation and s.activation.inplace]
-    return frozenset(s.name for s in inplace if flow.memory[data_input(nodes[s.node])] & outside)
+    return frozenset(s.name for s in inplace if flow.memory[nodes[s.source]] & outside)

@@ -12,7 +12,7 @@ from torch import fx
 
 from ..activations import ActivationCall
 from ..errors import SiteError, StateError
-from .ops import Operators, data_input
+from .ops import Operators
 from .plan import Placement
 from .residual import Residual, residuals
 from .shapes import Flow
@@ -59,7 +59,7 @@ def find_candidates(
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
     calls = {node: call for node in order if (call := operators.activation(node)) is not None}
-    found = [Candidate(n, "activation", operators.label(n), data_input(n), call) for n, call in calls.items()]
+    found = [Candidate(n, "activation", operators.label(n), operators.source(n), call) for n, call in calls.items()]
     holders = {node: holder for node in order if (holder := operators.published(node)) is not None}
     if unfinished := [operators.label(node) for node, holder in holders.items() if holder.calibrating]:
         raise StateError(
@@ -76,7 +76,8 @@ def find_candidates(
         for residual in connections:
             path = operators.enclosing(residual.total)
             total, branch, inside = residual.total, residual.branch, residual.activations
-            reader = _only_reader(total) if _only_reader(total) in calls else None
+            reader = operators.reader(total)
+            reader = reader if reader in calls else None
             found += [
                 Candidate(total, "residual_branch", _below(path, "residual_branch"), branch, inside=inside),
                 Candidate(total, "residual_sum", _below(path, "residual_sum"), total, inside=inside, reader=reader),
@@ -107,20 +108,16 @@ def _taken_over(
 
 def _place(node: fx.Node, connections: list[Residual], operators: Operators) -> tuple[fx.Node, str] | None:
     """Return the candidate whose values a published operator gets: its node and kind."""
-    reader, value = _only_reader(node), node
+    reader, value = operators.reader(node), node
     if reader is not None and operators.activation(reader) is not None:
         return reader, "activation"
     branches = {(r.total, r.branch) for r in connections}
     while reader is not None and (reader, value) not in branches and operators.moves_only(reader):
-        reader, value = _only_reader(reader), reader
+        reader, value = operators.reader(reader), reader
     if (reader, value) in branches:
         return reader, "residual_branch"
     totals = {r.total for r in connections}
     source = node.args[0]
-    while source not in totals and operators.moves_only(source) and _only_reader(source) is not None:
+    while source not in totals and operators.moves_only(source) and operators.reader(source) is not None:
         source = source.all_input_nodes[0]
     return (source, "residual_sum") if source in totals else None
-
-
-def _only_reader(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None

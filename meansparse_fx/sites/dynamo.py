@@ -63,6 +63,7 @@ class DynamoGraph:
         code: The frame's code object: it tells a recompilation from another graph of the same model.
         model: The module that site names start from; None if the frame has none.
         inputs: The placeholders that are no state of a module, with the tensors they stood for.
+        state: The placeholders of parameters and buffers, with these.
         first: The model's forward, or whatever torch.compile was given, begins with this graph.
         last: The model's forward ends with this graph: no more graphs follow in this call.
         callers: Path of the module that makes each call, where one is known.
@@ -73,6 +74,7 @@ class DynamoGraph:
     code: CodeType
     model: nn.Module | None
     inputs: dict[fx.Node, Tensor]
+    state: dict[fx.Node, Tensor]
     first: bool
     last: bool
     callers: dict[fx.Node, str]
@@ -99,18 +101,19 @@ class DynamoGraph:
         if not running or any(v is running[0] for v in scope["L"].values()):
             here = names.get(id(running[0]), "") if running else ""  # of calls outside of any module Dynamo entered
             callers = {n: here for n in graph.nodes} | callers
-        placeholders = zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True)
-        state = {id(t) for t in (*model.parameters(), *model.buffers())} if model is not None else set()
+        placeholders = list(zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+        known = {id(t) for t in (*model.parameters(), *model.buffers())} if model is not None else set()
         inputs = {
             node: value
             for node, value in placeholders
-            if isinstance(value, Tensor) and id(value) not in state and not _belongs_to_module(node, scope)
+            if isinstance(value, Tensor) and id(value) not in known and not _belongs_to_module(node, scope)
         }
+        state = {n: v for n, v in placeholders if isinstance(v, Tensor) and n not in inputs}
         last = whole and running[:1] in ([], [model])
         _pin(dict.fromkeys(sources.values()), running[:1], scope)
         forward = getattr(type(model).forward, "__code__", None) if model is not None else None
         first = not stack_above or frame.f_code is forward
-        return cls(graph, frame.f_code, model, inputs, first, last, callers, owners)
+        return cls(graph, frame.f_code, model, inputs, state, first, last, callers, owners)
 
     def find(
         self,
@@ -130,7 +133,8 @@ class DynamoGraph:
         flow = recorded(self.graph)
         model = self.model or nn.Module()
         modules = dict(model.named_modules(remove_duplicate=False))
-        operators = Operators(modules, {id(m): path for path, m in model.named_modules()}, callers, entrances.known)
+        paths = {id(m): path for path, m in model.named_modules()}
+        operators = Operators(modules, paths, callers, entrances.known, self.state)
         given = {node: axis for node, value in self.inputs.items() if (axis := axis_of(value)) is not None}
         known = channel_axes(self.graph, operators, flow, given)
         plan = plan_sites(self.graph, operators, flow, known, self.inputs, _ROUTE, placement, earlier)

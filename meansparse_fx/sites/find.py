@@ -6,15 +6,18 @@ only.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from torch import Tensor, fx
 
+from ..activations import ActivationCall
 from ..errors import SiteError
 from .aliases import check_inplace
 from .candidates import Candidate, find_candidates
+from .composites import with_composites
 from .flow import channel_axes, expected_axes
 from .gates import gated, reachable
 from .ops import Operators
@@ -56,14 +59,14 @@ def find_sites(
     if images is None:
         raise SiteError("finding sites needs example images, for their shape: pass images=, a tensor [N, C, H, W]")
     graph, operators = graph_module.graph, Operators.of(graph_module)
-    if not any(operators.activation(node) for node in graph.nodes):
-        raise SiteError(
-            f"no activation found in {type(graph_module).__name__} ({len(graph.nodes)} graph nodes): activations "
-            "are known by the table in meansparse_fx/activations.py"
-        )
     flow = propagate(graph_module, images)
     known = channel_axes(graph, operators, flow)
     plan = plan_sites(graph, operators, flow, known, graph.find_nodes(op="placeholder"), route, placement)
+    if not any(site.activation for site in plan):
+        raise SiteError(
+            f"no activation found in {type(graph_module).__name__} ({len(graph.nodes)} graph nodes): activations "
+            "are known by the tables in meansparse_fx/activations.py and formulas.py"
+        )
     check_channel_dims(placement, {site.name for site in plan})
     return plan
 
@@ -85,9 +88,10 @@ def plan_sites(
         inputs: The nodes that depend on the images.
         earlier: Given how often the graph calls each path, returns how often graphs before it did.
     """
-    expected = expected_axes(graph, operators, flow)
     data = reachable(graph, flow, inputs)
     gates = gated(graph, operators, flow, data)
+    operators = with_composites(graph, operators, flow, data, known, gates)
+    expected = expected_axes(graph, operators, flow)
     candidates = find_candidates(graph, operators, flow, data, placement)
     names = _names(candidates, earlier)
     calls = {c.node: names[c] for c in candidates if c.call}
@@ -103,7 +107,7 @@ def plan_sites(
         site = Site(
             name=name,
             kind=candidate.kind,
-            activation=candidate.call,
+            activation=candidate.call and _fitting(candidate.call, node, operators, flow, axis),
             channel_dim=axis,
             channels=None if axis is None else shape[axis],
             shape=shape,
@@ -111,9 +115,14 @@ def plan_sites(
             node=node.name,
             source=source.name,
             inside=tuple(calls[n] for n in candidate.inside),
+            readers=tuple(n.name for n in operators.readers(node)) if candidate.call else (),
             published=candidate.published and candidate.published.name,
-            skipped=_INDEPENDENT if node not in data else gates.get(node) or (_ELSEWHERE if candidate.left else None),
+            skipped=_INDEPENDENT if node not in data else gates.get(node),
         )
+        if candidate.call and site.skipped is None:
+            site = replace(site, skipped=operators.refusal(node))
+        if candidate.left and site.skipped is None:
+            site = replace(site, skipped=_ELSEWHERE)
         if site.skipped is None and axis is None:
             site = replace(site, skipped=_UNKNOWN_AXIS.format(name))
         if site.published is None:
@@ -124,9 +133,8 @@ def plan_sites(
             )
         sites.append(site)
     sites = _covered(candidates, sites)
-    by_name = {name: candidate.node for candidate, name in names.items()}
     inplace = [s for s in sites if s.skipped is None and s.activation and s.activation.inplace]
-    check_inplace(graph, operators, flow, [(s.name, by_name[s.name]) for s in inplace])
+    check_inplace(graph, operators, flow, inplace)
     return SitePlan(tuple(sites), route)
 
 
@@ -162,6 +170,22 @@ def _names(
         calls[path] = count + 1
         names[candidate] = f"{path}_{count}" if count else path
     return names
+
+
+def _fitting(
+    call: ActivationCall, node: fx.Node, operators: Operators, flow: Flow, axis: int | None
+) -> ActivationCall:
+    """Return an activation as the kernels can compute it: a learned slope lies along the channels there.
+
+    torch's PReLU has it along dimension 1, whatever the channels are: of tokens [N, L, C] that is another one.
+    """
+    if call.weight is None or not call.fused:
+        return call
+    module = operators.module(node)
+    shape = flow.shape(call.weight) if module is None else getattr(module, call.weight).shape
+    source = flow.shape(operators.source(node))
+    along = axis == 1 if call.name == "prelu" else axis is not None and math.prod(shape) == source[axis]
+    return call if math.prod(shape) == 1 or along else replace(call, weight=None, fused=False)
 
 
 def _given(placement: Placement, name: str, shape: tuple[int, ...]) -> int:

@@ -7,18 +7,22 @@ Imports `axis` and floor 1 only.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules import batchnorm, dropout, instancenorm, padding
 
 from ..activations import ActivationCall, match_function, match_module
 from ..published import PublishedOperator, published_operator
 from . import axis
 from .axis import Rule
+
+if TYPE_CHECKING:
+    from .composites import Composite
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,11 @@ _ROWS: tuple[tuple[str, Op], ...] = (
     ("neg abs exp expm1 log log1p sqrt rsqrt reciprocal square sin cos erf sign round floor ceil", _ELEMENTWISE),
     ("sigmoid sigmoid_ tanh tanh_ hardsigmoid hardtanh hardtanh_ logsigmoid softsign tanhshrink", _ELEMENTWISE),
     ("selu selu_ celu celu_ rrelu threshold softshrink hardshrink clamp clamp_ clamp_min clamp_max clip", _ELEMENTWISE),
-    ("nan_to_num detach requires_grad_ zeros_like ones_like empty_like", _ELEMENTWISE),
+    ("nan_to_num detach requires_grad_ zeros_like ones_like empty_like full_like", _ELEMENTWISE),
+    ("gt lt ge le eq ne greater less greater_equal less_equal logical_and logical_or logical_not", _ELEMENTWISE),
+    ("__gt__ __lt__ __ge__ __le__ __eq__ __ne__ __neg__ __pow__ __rpow__ __abs__ __rtruediv__", _ELEMENTWISE),
+    ("sinh cosh atan erfc logaddexp heaviside square_ exp_ log_ sqrt_ reciprocal_ abs_ neg_", _ELEMENTWISE),
+    ("clamp_min_ clamp_max_ clip_", _ELEMENTWISE),
     ("softmax log_softmax softmin gumbel_softmax normalize cumsum local_response_norm", Op(carry=axis.same)),
     ("roll flip sort", Op(carry=axis.same)),
     ("clone", Op(carry=axis.same)),
@@ -167,12 +175,19 @@ class Operators:
         paths: The first path of each module, by its id: the one that names sites.
         callers: Path of the module whose forward makes a call, by node, where the nodes do not tell themselves.
         known: The activation of calls that do not tell themselves; None for calls inside of one.
+        tensors: What parameters and buffers hold, by the placeholder that stands for one.
+        composites: By call, the activation written out of several calls, or by one that is several things, which it
+            is a part of.
+        weights: Why a call makes a weight and no feature, by the activation call that is part of it.
     """
 
     modules: dict[str, nn.Module]
     paths: dict[int, str]
     callers: dict[fx.Node, str] = field(default_factory=dict)
     known: dict[fx.Node, ActivationCall | None] = field(default_factory=dict)
+    tensors: Mapping[fx.Node, Tensor] = field(default_factory=dict)
+    composites: Mapping[fx.Node, Composite] = field(default_factory=dict)
+    weights: Mapping[fx.Node, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule) -> Operators:
@@ -192,6 +207,8 @@ class Operators:
 
     def op(self, node: fx.Node) -> Op:
         """Return what is known of a node."""
+        if node in self.composites:
+            return _ELEMENTWISE
         if self.activation(node) is not None:
             return _ACTIVATION
         if node.op == "call_method":
@@ -214,7 +231,9 @@ class Operators:
         return op.word in ("reshape", "permute") or (op.passes and op is not _PUBLISHED)
 
     def activation(self, node: fx.Node) -> ActivationCall | None:
-        """Return the activation a node calls, if it calls one."""
+        """Return the activation a node calls, or the last call of which it is, if there is one."""
+        if node in self.composites:
+            return self.composites[node].call if node is self.composites[node].node else None
         if node in self.known:
             return self.known[node]
         module = self.module(node)
@@ -229,6 +248,37 @@ class Operators:
             call = match_function(node.target, (), {})
             inplace = any(a is True for a in (*node.args, node.kwargs.get("inplace")))
             return call and replace(call, constants=(), inplace=call.inplace or inplace, fused=False)
+
+    def source(self, node: fx.Node) -> Any:
+        """Return the tensor that an activation's node reads, or what it is the last call of."""
+        if node in self.composites:
+            return self.composites[node].source
+        return node.args[0] if node.args else node.kwargs["input"]
+
+    def readers(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """Return the calls of an activation that read its source: several where it is a composite."""
+        composite = self.composites.get(node)
+        return (node,) if composite is None else composite.readers
+
+    def refusal(self, node: fx.Node) -> str | None:
+        """Return why no operator can stand before an activation, by what it is."""
+        composite = self.composites.get(node)
+        return self.weights.get(node) if composite is None else composite.skipped
+
+    def reader(self, node: fx.Node) -> fx.Node | None:
+        """Return the only call that reads a node, those of one composite taken for one; None if there are several."""
+        parts = [(user, self.composites.get(user)) for user in node.users]
+        readers = {c.node if c is not None and c.source is node else user for user, c in parts}
+        return readers.pop() if len(readers) == 1 else None
+
+    def tensor(self, node: fx.Node) -> Tensor | None:
+        """Return the parameter or the buffer that a node reads."""
+        if node.op != "get_attr":
+            return self.tensors.get(node)
+        path, _, name = str(node.target).rpartition(".")
+        owner = self.modules.get(path) or node.graph.owning_module
+        tensor = getattr(owner, name, None)
+        return tensor if isinstance(tensor, Tensor) else None
 
     def word(self, node: fx.Node) -> str:
         """Return what the plan calls a node."""
@@ -254,6 +304,8 @@ class Operators:
 
     def label(self, node: fx.Node) -> str:
         """Return a name for a node that its author recognises: `layer1.0.conv1`, `layer1.0.add`."""
+        if (composite := self.composites.get(node)) is not None and composite.node is node:
+            return composite.path
         path = self.enclosing(node)
         # Where modules are traced into, the call inside an activation module goes by the module's name.
         if node.op == "call_module" or (path in self.modules and match_module(self.modules[path]) is not None):
@@ -263,11 +315,6 @@ class Operators:
 
 _ACTIVATION = Op(carry=axis.same)
 _PUBLISHED = Op("published", axis.same, passes=True)
-
-
-def data_input(node: fx.Node) -> Any:
-    """Return the tensor that an activation's node reads."""
-    return node.args[0] if node.args else node.kwargs["input"]
 
 
 def _name(node: fx.Node) -> str:

@@ -30,8 +30,10 @@ class Site:
         channels: Number of channels; None if unknown.
         shape: Shape of the operator's input for the example images, batch included.
         producer: What makes the input, in a word: ``conv``, ``batch_norm``, ``linear``, ``add``, ...
-        node: Name of the node in the captured graph: the activation's call, the addition, the published operator.
+        node: Name of the node in the captured graph: the activation's call, of a written-out one the last; the
+            addition; the published operator.
         source: Name of the node whose value the operator reads.
+        readers: Of an activation: names of the nodes that read the source; several where it is written out.
         inside: Of a residual kind: the names of the activations in its branch.
         published: Name of the published operator's node that stands here already; None if there is none.
         skipped: None, or why this site is left alone, in words.
@@ -47,6 +49,7 @@ class Site:
     producer: str
     node: str
     source: str
+    readers: tuple[str, ...] = ()
     inside: tuple[str, ...] = ()
     published: str | None = None
     skipped: str | None = None
@@ -92,17 +95,20 @@ class Place:
     Attributes:
         site: The site.
         node: The activation's call, the addition, or the published operator.
-        position: Which of the node's inputs the operator reads; None if it reads the node itself.
+        readers: The calls that are to read the operator instead of its source, in order; none if it reads the node
+            itself, and all who read that are to read the operator.
+        position: Which of the first reader's inputs the operator reads.
     """
 
     site: Site
     node: fx.Node
-    position: int | None
+    readers: tuple[fx.Node, ...]
+    position: int
 
     @property
     def source(self) -> fx.Node:
         """What the operator reads, now."""
-        return self.node if self.position is None else self.node.all_input_nodes[self.position]
+        return self.readers[0].all_input_nodes[self.position] if self.readers else self.node
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +144,14 @@ class SitePlan:
         found = []
         for site in self.active:
             node, source = nodes[site.node], nodes[site.source]
+            readers = tuple(nodes[name] for name in site.readers) or (node,)
             if site.published is not None:
                 node = nodes[site.published]
-            found.append(Place(site, node, None if node is source else node.all_input_nodes.index(source)))
+                readers = (node,)
+            if node is source:
+                found.append(Place(site, node, (), 0))
+            else:
+                found.append(Place(site, node, readers, readers[0].all_input_nodes.index(source)))
         return found
 
     def table(self) -> Table:

@@ -1,0 +1,267 @@
+"""Floor 2: activations that a model writes out of several calls, found by the function they compute.
+
+`formulas` is the table; any dialect's graph is looked through by the same code. The operator stands before the whole,
+so all calls of it that read its input read the operator. What is no row of the table, but does what only activations
+do, is named in the plan. Imports `ops`, `pointwise`, `shapes` and floor 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, fx
+
+from ..activations import ActivationCall
+from ..formulas import FEATURES, WEIGHTS, formula_of, is_affine, is_even
+from .ops import Operators
+from .pointwise import Pieces, is_constant, name_of
+from .shapes import Flow
+
+_FARTHEST = 12  # ancestors that a piece is tried from
+_UNKNOWN = "unknown"
+_NOT_KNOWN = (
+    "not known as an activation: {} is computed from {}, element by element, and in no table; if it is one, "
+    "meansparse_fx.register_activation({}, ...)"
+)
+_WEIGHT = "gate: part of a {}, which makes a weight of its input and no feature"
+_SHARED = "shared: others read {} inside of it, so that no operator can stand before the activation alone"
+_INPLACE = "in place: the activation overwrites its input in several steps; give it inplace=False"
+
+_FEATURE_MAKERS = {"conv", "linear", "batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm", "add"}
+_LAYERS = {"conv", "linear"}
+_LINEAR = {"add", "sub", "mul", "div"}
+_QUANTISING = {"round", "floor", "ceil", "trunc", "fix", "frac", "fake_quantize_per_tensor_affine", "floordiv"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Composite:
+    """An activation of several calls, or of one that is other things as well.
+
+    Attributes:
+        source: The tensor it is applied to.
+        nodes: The calls, in order; the last one makes the result.
+        readers: Those that read the source.
+        call: What it is.
+        path: The site's name, before repeats are counted.
+        skipped: Why no operator can stand before it; None if one can.
+    """
+
+    source: fx.Node
+    nodes: tuple[fx.Node, ...]
+    readers: tuple[fx.Node, ...]
+    call: ActivationCall
+    path: str
+    skipped: str | None
+
+    @property
+    def node(self) -> fx.Node:
+        """The call that makes the result."""
+        return self.nodes[-1]
+
+
+def with_composites(
+    graph: fx.Graph,
+    operators: Operators,
+    flow: Flow,
+    data: set[fx.Node],
+    axes: Mapping[fx.Node, int | None],
+    gates: Mapping[fx.Node, str],
+) -> Operators:
+    """Return ``operators`` that know the composites of ``graph``.
+
+    Args:
+        data: The nodes computed from the graph's input.
+        axes: Channel dimension by node.
+        gates: Why a node is part of a gate, for each that is.
+    """
+    finder = _Finder(graph, operators, flow, data, axes, gates)
+    for node in reversed(finder.pieces.parents):
+        finder.match(node)
+    for node in reversed(finder.pieces.parents):
+        finder.report(node)
+    return replace(operators, composites=finder.composites, weights=finder.weights)
+
+
+class _Finder:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        operators: Operators,
+        flow: Flow,
+        data: set[fx.Node],
+        axes: Mapping[fx.Node, int | None],
+        gates: Mapping[fx.Node, str],
+    ) -> None:
+        self._graph, self._operators, self._flow = graph, operators, flow
+        self._data, self._axes, self._gates = data, axes, gates
+        self.pieces = Pieces(graph, operators, flow, data)
+        self.composites: dict[fx.Node, Composite] = {}
+        self.weights: dict[fx.Node, str] = {}
+        self._taken: set[fx.Node] = set()
+        self._mixed: set[str] | None = None
+        self._leading: set[fx.Node] | None = None
+
+    def match(self, node: fx.Node) -> None:
+        """Take the smallest piece that ends with ``node`` and is a function of the table."""
+        if node in self._taken:
+            return
+        alone = self._single(node)
+        root: fx.Node | None = node
+        for _ in range(_FARTHEST):
+            if (root := self.pieces.parents.get(root)) is None:
+                return
+            piece = self.pieces.between(root, node)
+            if not self._taken.isdisjoint(piece):
+                return
+            if (alone and len(piece) == 1) or all(self._is_linear(n) for n in piece):
+                continue
+            values = self.pieces.values(root, piece)
+            if values is None:
+                return
+            if not alone and not self._is_scaled(piece) and (name := formula_of(values, FEATURES)):
+                return self._take(root, piece, ActivationCall(name, fused=False))
+            if self.pieces.is_closed(piece) and (name := formula_of(values, WEIGHTS)):
+                self._taken.update(piece)
+                self.weights.update({n: _WEIGHT.format(name) for n in piece if self._single(n)})
+                return
+
+    def report(self, node: fx.Node) -> None:
+        """Take the largest piece that ends with ``node`` and is in no table, if it looks like an activation."""
+        if not self._is_free(node):
+            return
+        root = node
+        while self._is_free(root):
+            root = self.pieces.parents[root]
+        piece = self.pieces.between(root, node)
+        known = [n for n in piece if n in self._taken or self._single(n)]
+        # relu(x) + x is a residual connection around a ReLU; x * tanh(exp(x)) is one function.
+        sums = any(len(self.pieces.operands[n]) > 1 and self._is_linear(n, joins=True) for n in piece)
+        if known and (sums or not self._taken.isdisjoint(known) or not self.pieces.is_closed(piece)):
+            return
+        if all(self._is_linear(n) for n in piece) or not _QUANTISING.isdisjoint(map(name_of, piece)):
+            return
+        values = self.pieces.values(root, piece)
+        if values is None or is_affine(values) or not self._between_layers(root, node, values):
+            return
+        call = ActivationCall(_UNKNOWN, fused=False)
+        path = self._path(node, _UNKNOWN)
+        module = self._operators.modules.get(path)
+        reason = _NOT_KNOWN.format(
+            self._operators.word(node),
+            self._operators.label(root),
+            f"{type(module).__name__}" if module is not None else "the function that computes it, under torch.fx.wrap",
+        )
+        self._add(Composite(root, tuple(piece), (), call, path, reason))
+
+    def _take(self, root: fx.Node, piece: Sequence[fx.Node], call: ActivationCall) -> None:
+        readers = tuple(n for n in piece if root in n.all_input_nodes)
+        reason = None
+        if not self.pieces.is_closed(piece):
+            inside = set(piece)
+            shared = next(n for n in piece if not inside.issuperset(self.pieces.readers[n]))
+            reason = _SHARED.format(self._operators.word(shared))
+        memory, result = (self._flow.memory.get(n, frozenset()) for n in (root, piece[-1]))
+        written = any(self.pieces.writes(n) and self._flow.memory.get(n, frozenset()) & memory for n in piece)
+        if any(n in self.pieces.renamed and root not in n.all_input_nodes for n in readers or piece[:1]):
+            reason = _INPLACE
+        if written and not memory & result:
+            reason = _INPLACE
+        path = self._path(piece[-1], call.name)
+        self._add(Composite(root, tuple(piece), readers, replace(call, inplace=written), path, reason))
+
+    def _add(self, composite: Composite) -> None:
+        self._taken.update(composite.nodes)
+        self.composites.update(dict.fromkeys(composite.nodes, composite))
+
+    def _single(self, node: fx.Node) -> bool:
+        """Return whether a call is an activation by itself."""
+        return self._operators.activation(node) is not None
+
+    def _is_free(self, node: fx.Node) -> bool:
+        return node in self.pieces.parents and node not in self._taken and not self._single(node)
+
+    def _is_linear(self, node: fx.Node, joins: bool = False) -> bool:
+        """Return whether a call is seen to be affine in what it reads: a sum, or a multiple of one tensor."""
+        if self._single(node):
+            return False
+        word, operands = self._operators.op(node).word, self.pieces.operands[node]
+        if word in ("add", "sub"):
+            return True
+        if joins or len(operands) > 1 or word not in _LINEAR:
+            return False
+        divisor = node.args[1] if word == "div" and len(node.args) > 1 else None
+        inputs = [n for n in node.all_input_nodes if n in self._data and not is_constant(n)]
+        return divisor not in inputs and len([a for a in node.args if a in inputs]) == 1
+
+    def _is_scaled(self, piece: Sequence[fx.Node]) -> bool:
+        """Return whether a piece is one call of an activation, and scaling."""
+        others = [n for n in piece if not self._is_linear(n)]
+        return len(others) == 1 and self._single(others[0]) and all(len(self.pieces.operands[n]) == 1 for n in piece)
+
+    def _path(self, node: fx.Node, word: str) -> str:
+        """Return a composite's name: the path of the module that is nothing else, or a name in its module."""
+        path = self._operators.enclosing(node)
+        if node.op == "call_module":
+            path = path.rpartition(".")[0]
+        if self._mixed is None:
+            self._mixed = self._mixed_modules()
+        if path not in self._mixed:
+            return path
+        return f"{path}.{word}" if path else word
+
+    def _mixed_modules(self) -> set[str]:
+        """Return the paths of the modules that make calls besides those of one element-wise function."""
+        mixed = {""}
+        for node in self._graph.nodes:
+            if node.op in ("placeholder", "get_attr", "output") or node in self.pieces.parents or is_constant(node):
+                continue
+            if node in self._data and not self._operators.op(node).passes:
+                path = self._operators.enclosing(node)
+                while path not in mixed:
+                    mixed.add(path)
+                    path = path.rpartition(".")[0]
+        return mixed
+
+    # What is an activation though no table has it.
+
+    def _between_layers(self, root: fx.Node, node: fx.Node, values: Tensor) -> bool:
+        """Return whether a piece stands where activations do: between layers, on features, and is no gate."""
+        if node in self._gates or self._axes.get(root) is None or len(self._flow.shape(root)) < 2:
+            return False
+        maker = root
+        while self._operators.op(maker).passes and maker.all_input_nodes:
+            maker = maker.all_input_nodes[0]
+        if not (self._single(maker) or maker in self.composites or self._operators.word(maker) in _FEATURE_MAKERS):
+            return False
+        return node in self._leads() and self._is_feature(node, values)
+
+    def _is_feature(self, node: fx.Node, values: Tensor) -> bool:
+        """Return whether nobody takes a piece's result for a gate, a norm's energy, or attention's logits."""
+        waiting, seen = [node], {node}
+        while waiting:
+            value = waiting.pop()
+            for reader in self.pieces.readers[value]:
+                op = self._operators.op(reader)
+                if op.word in ("matmul", "attention"):
+                    return False
+                if op.word in ("mul", "div") and len(self._tensors(reader)) > 1:
+                    return False
+                if op.pools and (self._axes.get(reader) is None or (op.word != "pool" and is_even(values))):
+                    return False
+                if self._operators.moves_only(reader) and reader not in seen:
+                    seen.add(reader)
+                    waiting.append(reader)
+        return True
+
+    def _tensors(self, node: fx.Node) -> set[fx.Node]:
+        return {n for n in node.all_input_nodes if n in self._data and not is_constant(n)}
+
+    def _leads(self) -> set[fx.Node]:
+        """Return the nodes whose values some later layer reads."""
+        if self._leading is None:
+            self._leading = set()
+            for node in reversed(self._graph.nodes):
+                if any(u in self._leading or self._operators.op(u).word in _LAYERS for u in node.users):
+                    self._leading.add(node)
+        return self._leading

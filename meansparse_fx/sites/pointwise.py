@@ -1,0 +1,211 @@
+"""Floor 2: the pieces of a graph that are functions of one tensor, element by element, and which functions they are.
+
+A call that works element by element belongs to the nearest tensor that all it reads is computed from in that way: the
+parent. So parents make trees, and what lies between a node and any of its ancestors is a piece: a function of a number,
+which running it on a few numbers tells. Imports `ops`, `shapes` and `formulas`.
+"""
+
+from __future__ import annotations
+
+import operator as python
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from ..formulas import POINTS
+from . import axis
+from .ops import Operators
+from .shapes import Flow
+
+_CALLS = ("call_function", "call_method", "call_module")
+# They return x, of another type: the numbers here stay as precise as they are.
+_CASTS = frozenset("to type type_as float half bfloat16 double clone contiguous detach".split())
+_CONSTANTS = {
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), 0.0),
+    **dict.fromkeys(("ones", "ones_like", "new_ones"), 1.0),
+}
+_FILLED = {"full": 1, "full_like": 1, "new_full": 2, "tensor": 0, "scalar_tensor": 0, "as_tensor": 0}
+_IN_PLACE = (python.iadd, python.isub, python.imul, python.itruediv, python.setitem)
+_IN_PLACE_METHODS = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__")
+_SOME_NUMBER = 0.7  # stands for a constant that is not known
+_LARGEST = 60  # nodes of a piece; a written-out GELU has 9
+
+
+class Pieces:
+    """The trees of one graph.
+
+    Attributes:
+        parents: By node, what it is a function of; roots are in no key.
+        operands: By node of a tree, the tensors it reads that depend on the images.
+        readers: By node, the calls that read its value.
+        renamed: Nodes that read a value under the name of a tensor which an in-place call has overwritten since.
+    """
+
+    def __init__(self, graph: fx.Graph, operators: Operators, flow: Flow, data: set[fx.Node]) -> None:
+        self._operators, self._flow, self._data = operators, flow, data
+        self._order = {node: position for position, node in enumerate(graph.nodes)}
+        self._depths: dict[fx.Node, int] = {}
+        self._known: dict[tuple, Tensor | None] = {}
+        self.parents: dict[fx.Node, fx.Node] = {}
+        self.operands: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        self.readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        self.renamed: set[fx.Node] = set()
+        first: dict[fx.Node, fx.Node] = {}  # of a chain of in-place calls
+        latest: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
+            given = [n for n in node.all_input_nodes if n in data and not is_constant(n)]
+            values = [latest.get(first.get(n, n), n) for n in given]
+            if values != given:
+                self.renamed.add(node)
+            if node.op == "output" or flow.is_tensor(node) or self.writes(node):
+                for value in values:
+                    self.readers[value].append(node)
+            if values and node in data and not is_constant(node) and self._is_pointwise(node, values):
+                self._plant(node, tuple(dict.fromkeys(values)))
+            if self.writes(node) and node.args and isinstance(node.args[0], fx.Node):
+                first[node] = first.get(node.args[0], node.args[0])
+                latest[first[node]] = node
+
+    def between(self, root: fx.Node, node: fx.Node) -> list[fx.Node]:
+        """Return the calls that compute ``node`` from its ancestor ``root``, in order."""
+        found, waiting = {node}, [node]
+        while waiting and len(found) <= _LARGEST:
+            for operand in self.operands[waiting.pop()]:
+                if operand is not root and operand not in found:
+                    found.add(operand)
+                    waiting.append(operand)
+        return sorted(found, key=self._order.__getitem__)
+
+    def is_closed(self, piece: Sequence[fx.Node]) -> bool:
+        """Return whether nobody else reads what a piece computes on its way."""
+        inside = set(piece)
+        return all(inside.issuperset(self.readers[node]) for node in piece[:-1])
+
+    def values(self, root: fx.Node, piece: Sequence[fx.Node]) -> Tensor | None:
+        """Return what a piece computes at `POINTS`, in float64; None if it cannot be run on numbers."""
+        numbers = {node: number for number, node in enumerate((root, *piece))}
+        key = tuple(self._key(node, numbers) for node in piece)
+        if key not in self._known:
+            try:
+                self._known[key] = self._run(root, piece)
+            except Exception:  # any of torch's, of arguments that only the real shapes fit
+                self._known[key] = None
+        return self._known[key]
+
+    def writes(self, node: fx.Node) -> bool:
+        """Return whether a call overwrites its first argument, as its name and its arguments tell."""
+        if node.op not in _CALLS or node.op == "call_module" and self._operators.module(node) is None:
+            return False
+        activation = self._operators.activation(node)
+        if activation is not None or node.op == "call_module":
+            return activation is not None and activation.inplace
+        name = name_of(node)
+        dunder = name.startswith("__")
+        return (
+            node.target in (*_IN_PLACE, *_IN_PLACE_METHODS)
+            or (name.endswith("_") and not dunder)
+            or node.kwargs.get("inplace") is True
+        )
+
+    def _is_pointwise(self, node: fx.Node, values: list[fx.Node]) -> bool:
+        if node.op not in _CALLS or node in self._operators.known:
+            return False
+        shape = self._flow.shape(node)
+        if not shape or any(self._flow.shape(value) != shape for value in values):
+            return False
+        call, op = self._operators.activation(node), self._operators.op(node)
+        module = self._operators.module(node)
+        if module is not None:
+            elementwise = call is not None or op.carry is axis.elementwise
+            own = type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, nn.RReLU)
+            return elementwise and own and not any(True for _ in module.parameters())
+        if call is not None:
+            return call.weight is None and call.name != "rrelu"
+        name = name_of(node)
+        if name in ("max", "min"):
+            return len(node.args) == 2 and isinstance(node.args[1], fx.Node)
+        return op.carry is axis.elementwise or name in _CASTS
+
+    def _plant(self, node: fx.Node, operands: tuple[fx.Node, ...]) -> None:
+        parent: fx.Node | None = operands[0]
+        for operand in operands[1:]:
+            other: fx.Node | None = operand
+            while parent is not other and parent is not None and other is not None:
+                if self._depths.get(parent, 0) >= self._depths.get(other, 0):
+                    parent = self.parents.get(parent)
+                else:
+                    other = self.parents.get(other)
+            parent = parent if other is parent else None
+        if parent is not None:
+            self.parents[node], self.operands[node] = parent, operands
+            self._depths[node] = self._depths.get(parent, 0) + 1
+
+    # Running a piece on numbers.
+
+    def _run(self, root: fx.Node, piece: Sequence[fx.Node]) -> Tensor:
+        found: dict[fx.Node, Any] = {root: POINTS.clone()}
+        with torch.no_grad():
+            for node in piece:
+                args, kwargs = (
+                    map_arg(a, lambda n: found[n] if n in found else self._constant(n))
+                    for a in (node.args, node.kwargs)
+                )
+                found[node] = self._call(node, args, kwargs)
+        value = found[piece[-1]].double()
+        if value.shape != POINTS.shape:
+            raise ValueError("no function of a number")
+        return value
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if name_of(node) in _CASTS:
+            return args[0].double()
+        if node.op == "call_module":
+            module: Any = self._operators.module(node)
+            return type(module).forward(module, *args, **kwargs)  # past its hooks
+        return getattr(args[0], node.target)(*args[1:], **kwargs) if node.op == "call_method" else node.target(*args, **kwargs)
+
+    def _constant(self, node: fx.Node, depth: int = 0) -> Any:
+        """Return a number for what does not depend on the images: of a parameter its largest."""
+        name = name_of(node)
+        if node.op in ("get_attr", "placeholder"):
+            tensor = self._operators.tensor(node)
+            if tensor is None or not tensor.numel() or (isinstance(tensor, nn.Parameter) and not tensor.any()):
+                return _tensor(_SOME_NUMBER)
+            flat = tensor.detach().flatten().double()
+            return _tensor(float(flat[flat.abs().argmax()]))
+        if name in _CONSTANTS:
+            return _tensor(_CONSTANTS[name])
+        if name in _FILLED:
+            value = node.kwargs.get("fill_value", node.args[_FILLED[name]] if len(node.args) > _FILLED[name] else None)
+            return _tensor(float(value) if isinstance(value, int | float) else _SOME_NUMBER)
+        if node.op not in _CALLS or depth > 8 or not node.all_input_nodes or not self._flow.is_tensor(node):
+            return _tensor(_SOME_NUMBER)
+        if self._operators.moves_only(node) or name in ("getitem", *_CASTS):
+            return self._constant(node.all_input_nodes[0], depth + 1)
+        if node.op == "call_module" or self._operators.op(node).carry not in (axis.elementwise, axis.same):
+            return _tensor(_SOME_NUMBER)
+        args, kwargs = (map_arg(a, lambda n: self._constant(n, depth + 1)) for a in (node.args, node.kwargs))
+        return self._call(node, args, kwargs)
+
+    def _key(self, node: fx.Node, numbers: dict[fx.Node, int]) -> tuple:
+        target = repr(self._operators.module(node)) if node.op == "call_module" else node.target
+        given = map_arg((node.args, dict(node.kwargs)), lambda n: ("piece", numbers[n]) if n in numbers else n.name)
+        return node.op, target, repr(given)
+
+
+def name_of(node: fx.Node) -> str:
+    """Return the bare name of what a node calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Return whether a call gives the same numbers whatever its tensor is: zeros like it, for example."""
+    return node.op in _CALLS and (name_of(node) in _CONSTANTS or name_of(node) in _FILLED)
+
+
+def _tensor(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
