@@ -1,15 +1,15 @@
 """Floor 1: which calls are activations, and what each means to the kernels.
 
-One table a dialect: module types, functions and tensor methods; `register_activation` adds to them. Another activation
-is one line in each that applies. Imports kernels and errors only.
+Tables of module types, functions and tensor methods; `register_activation` adds to them. Another activation is one line
+in each that applies. Imports kernels and errors only.
 
 What counts: elementwise non-linearities that a layer's output passes through (the paper: "before each activation").
 What does not, because it makes a weight or a probability of its input and not a feature: Sigmoid, Hardsigmoid and
 LogSigmoid, the softmax family, GLU, attention.
 
-An activation is fused only where the kernels' row has the bits of the original, so that a model at alpha = 0 equals its
-base exactly. RobustBench's and timm's own Swish compute x * sigmoid(x), which differs from torch's SiLU in the last
-bit, and has a row of its own; timm's own Mish and HardSwish have none, and keep their code behind the bare operator.
+Fused is only what a row of the kernels has the bits of, so that a model at alpha = 0 equals its base exactly.
+RobustBench's Swish, x * sigmoid(x), differs from torch's SiLU in the last bit, and has a row of its own; timm's Mish
+has none, and keeps its code behind the bare operator, as does what models write out of other calls (`formulas`).
 """
 
 from __future__ import annotations
@@ -63,26 +63,22 @@ def _bare(name: str) -> _Reader:
     return lambda module: ActivationCall(name, inplace=bool(getattr(module, "inplace", False)), fused=False)
 
 
-def _gelu_name(approximate: str) -> str:
-    return "gelu_tanh" if approximate == "tanh" else "gelu"
+# Functions whose arguments decide which row they are.
+_NAMES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "gelu": lambda given: "gelu_tanh" if given.get("approximate") == "tanh" else "gelu",
+    "hardtanh": lambda given: "relu6" if (given.get("min_val"), given.get("max_val")) == (0, 6) else "hardtanh",
+    "threshold": lambda given: "relu" if (given.get("threshold"), given.get("value")) == (0, 0) else "threshold",
+}
 
 
-def _hardtanh_name(low: Any, high: Any) -> str:
-    return "relu6" if (low, high) == (0.0, 6.0) else "hardtanh"
+def _named(name: str) -> _Reader:
+    """Return a reader of modules whose attributes decide which row they are, as a function's arguments do."""
 
+    def read(module: nn.Module) -> ActivationCall:
+        own = _NAMES[name](vars(module))
+        return ActivationCall(own, inplace=bool(getattr(module, "inplace", False)), fused=own in ACTIVATIONS)
 
-def _hardtanh(module: Any) -> ActivationCall:
-    name = _hardtanh_name(module.min_val, module.max_val)
-    return ActivationCall(name, inplace=bool(module.inplace), fused=name in ACTIVATIONS)
-
-
-def _threshold_name(threshold: Any, value: Any) -> str:
-    return "relu" if (threshold, value) == (0, 0) else "threshold"
-
-
-def _threshold(module: Any) -> ActivationCall:
-    name = _threshold_name(module.threshold, module.value)
-    return ActivationCall(name, inplace=bool(module.inplace), fused=name in ACTIVATIONS)
+    return read
 
 
 def _squared(name: str) -> _Reader:
@@ -91,9 +87,7 @@ def _squared(name: str) -> _Reader:
 
 
 # Functions of timm's that take `inplace` and ignore it.
-_NEVER_IN_PLACE = frozenset(
-    {"gelu", "gelu_tanh", "quick_gelu", "mish", "swish_me", "mish_me", "hard_swish_me", "hard_mish_me"}
-)
+_NEVER_IN_PLACE = {"gelu", "gelu_tanh", "quick_gelu", "mish", "swish_me", "mish_me", "hard_swish_me", "hard_mish_me"}
 
 
 def _gamma(module: Any) -> ActivationCall:
@@ -110,13 +104,13 @@ _MODULES: dict[type[nn.Module], _Reader] = {
     nn.LeakyReLU: _fused("leaky_relu", "negative_slope"),
     nn.PReLU: _fused("prelu", weight="weight"),
     nn.ELU: _fused("elu", "alpha"),
-    nn.GELU: lambda m: ActivationCall(_gelu_name(m.approximate)),
+    nn.GELU: _named("gelu"),
     nn.SiLU: _fused("silu"),
     nn.Hardswish: _fused("hardswish"),
     nn.Mish: _fused("mish"),
     nn.Softplus: _fused("softplus", "beta", "threshold"),
-    nn.Hardtanh: _hardtanh,
-    nn.Threshold: _threshold,
+    nn.Hardtanh: _named("hardtanh"),
+    nn.Threshold: _named("threshold"),
     **{cls: _bare(cls.__name__.lower()) for cls in (nn.CELU, nn.SELU, nn.RReLU, nn.Tanh, nn.Softsign)},
     **{cls: _bare(cls.__name__.lower()) for cls in (nn.Tanhshrink, nn.Softshrink, nn.Hardshrink)},
 }
@@ -196,13 +190,6 @@ _METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tanh": ("tanh", ()),
     "tanh_": ("tanh", ()),
     "hardshrink": ("hardshrink", ("lambd",)),
-}
-
-# Functions whose arguments decide which row they are.
-_NAMES: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "gelu": lambda given: _gelu_name(given.get("approximate", "none")),
-    "hardtanh": lambda given: _hardtanh_name(given.get("min_val", -1.0), given.get("max_val", 1.0)),
-    "threshold": lambda given: _threshold_name(given.get("threshold"), given.get("value")),
 }
 
 _REGISTERED_MODULES: dict[type[nn.Module], _Reader] = {}

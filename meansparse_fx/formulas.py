@@ -45,7 +45,7 @@ class Formula:
 
 
 def _at(values: Tensor, point: float) -> Tensor:
-    return values[POINTS == point][0]
+    return values[point == POINTS][0]
 
 
 def _where(condition: Tensor, constant: Tensor) -> Tensor:
@@ -55,7 +55,13 @@ def _where(condition: Tensor, constant: Tensor) -> Tensor:
 def _slope(values: Tensor) -> Tensor:
     """Return the slope of the negative side where it makes a leaky ReLU: less steep than the other."""
     slope = _at(values, -2.4) / -2.4
-    return _where((slope > 1e-4) & (slope < 1), slope)
+    return _where((slope > 1e-3) & (slope < 1), slope)
+
+
+def _depth(values: Tensor) -> Tensor:
+    """Return where an ELU ends on the negative side, from above zero."""
+    depth = _at(values, -1.9) / math.expm1(-1.9)
+    return _where(depth > 1e-2, depth)
 
 
 def _shrinkage(values: Tensor) -> Tensor:
@@ -69,7 +75,7 @@ def _beta(values: Tensor) -> Tensor:
     return _where(beta > 0, beta)
 
 
-# What makes a feature of its input, and has the operator before it. A row without a constant comes before those with one.
+# What makes a feature of its input, and has the operator before it. Rows without a constant come first.
 FEATURES: tuple[Formula, ...] = (
     Formula("relu", F.relu),
     Formula("relu6", F.relu6),
@@ -86,7 +92,7 @@ FEATURES: tuple[Formula, ...] = (
     Formula("hard_mish", lambda x: 0.5 * x * (x + 2).clamp(0, 2)),
     Formula("selu", F.selu),
     Formula("leaky_relu", lambda x, slope: torch.where(x > 0, x, slope * x), _slope),
-    Formula("elu", lambda x, a: torch.where(x > 0, x, a * torch.expm1(x)), lambda y: _at(y, -1.9) / math.expm1(-1.9)),
+    Formula("elu", lambda x, depth: torch.where(x > 0, x, depth * torch.expm1(x)), _depth),
     Formula("swish", lambda x, beta: x * torch.sigmoid(beta * x), lambda y: _beta(y / POINTS)),
     Formula("softshrink", lambda x, lambd: x.sign() * F.relu(x.abs() - lambd), _shrinkage),
 )

@@ -73,7 +73,7 @@ def bypass(node: fx.Node) -> None:
 
 
 def insert_module_before(readers: Sequence[fx.Node], source: fx.Node, target: str) -> fx.Node:
-    """Make ``readers``, in the graph's order, read ``target(source)`` where they read ``source``; return the new node."""
+    """Make ``readers``, in graph order, read ``target(source)`` where they read ``source``; return the new node."""
     graph = source.graph
     with graph.inserting_before(readers[0]):
         new = graph.call_module(target, (source,))

@@ -19,6 +19,7 @@ FLOORS = {
     "kernels": 0,
     "errors": 1,
     "activations": 1,
+    "formulas": 1,
     "artifacts": 1,
     "published": 1,
     "data": 1,

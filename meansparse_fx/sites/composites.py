@@ -15,14 +15,14 @@ from torch import Tensor, fx
 from ..activations import ActivationCall
 from ..formulas import FEATURES, WEIGHTS, formula_of, is_affine, is_even
 from .ops import Operators
-from .pointwise import Pieces, is_constant, name_of
+from .pointwise import CASTS, Pieces, is_constant, name_of
 from .shapes import Flow
 
 _FARTHEST = 12  # ancestors that a piece is tried from
 _UNKNOWN = "unknown"
 _NOT_KNOWN = (
-    "not known as an activation: {} is computed from {}, element by element, and in no table; if it is one, "
-    "meansparse_fx.register_activation({}, ...)"
+    "not known as an activation: {} is computed from {}, element by element, by a function that is in no table; if it "
+    "is one, make it known by meansparse_fx.register_activation({}, ...)"
 )
 _WEIGHT = "gate: part of a {}, which makes a weight of its input and no feature"
 _SHARED = "shared: others read {} inside of it, so that no operator can stand before the activation alone"
@@ -31,6 +31,8 @@ _INPLACE = "in place: the activation overwrites its input in several steps; give
 _FEATURE_MAKERS = {"conv", "linear", "batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm", "add"}
 _LAYERS = {"conv", "linear"}
 _LINEAR = {"add", "sub", "mul", "div"}
+_NOT_OF_NEGATIVES = {"sqrt", "sqrt_", "rsqrt", "rsqrt_", "log", "log_", "log2", "log10"}
+_OF_MEANS = {"pow", "pow_", "__pow__", "square", "exp", "log", "sqrt"}  # pooled in between: a generalised mean
 _QUANTISING = {"round", "floor", "ceil", "trunc", "fix", "frac", "fake_quantize_per_tensor_affine", "floordiv"}
 
 
@@ -99,6 +101,7 @@ class _Finder:
         self.composites: dict[fx.Node, Composite] = {}
         self.weights: dict[fx.Node, str] = {}
         self._taken: set[fx.Node] = set()
+        self._seen: set[fx.Node] = set()
         self._mixed: set[str] | None = None
         self._leading: set[fx.Node] | None = None
 
@@ -119,7 +122,7 @@ class _Finder:
             values = self.pieces.values(root, piece)
             if values is None:
                 return
-            if not alone and not self._is_scaled(piece) and (name := formula_of(values, FEATURES)):
+            if not (alone or self._is_scaled(piece) or self._guards(node)) and (name := formula_of(values, FEATURES)):
                 return self._take(root, piece, ActivationCall(name, fused=False))
             if self.pieces.is_closed(piece) and (name := formula_of(values, WEIGHTS)):
                 self._taken.update(piece)
@@ -128,12 +131,13 @@ class _Finder:
 
     def report(self, node: fx.Node) -> None:
         """Take the largest piece that ends with ``node`` and is in no table, if it looks like an activation."""
-        if not self._is_free(node):
+        if not self._is_free(node) or node in self._seen:
             return
         root = node
         while self._is_free(root):
             root = self.pieces.parents[root]
         piece = self.pieces.between(root, node)
+        self._seen.update(piece)  # what is part of this is no piece of its own
         known = [n for n in piece if n in self._taken or self._single(n)]
         # relu(x) + x is a residual connection around a ReLU; x * tanh(exp(x)) is one function.
         sums = any(len(self.pieces.operands[n]) > 1 and self._is_linear(n, joins=True) for n in piece)
@@ -147,28 +151,30 @@ class _Finder:
         call = ActivationCall(_UNKNOWN, fused=False)
         path = self._path(node, _UNKNOWN)
         module = self._operators.modules.get(path)
-        reason = _NOT_KNOWN.format(
-            self._operators.word(node),
-            self._operators.label(root),
-            f"{type(module).__name__}" if module is not None else "the function that computes it, under torch.fx.wrap",
-        )
+        target = "the function that computes it, under torch.fx.wrap" if module is None else type(module).__name__
+        reason = _NOT_KNOWN.format(self._operators.word(node), self._operators.label(root), target)
         self._add(Composite(root, tuple(piece), (), call, path, reason))
 
     def _take(self, root: fx.Node, piece: Sequence[fx.Node], call: ActivationCall) -> None:
-        readers = tuple(n for n in piece if root in n.all_input_nodes)
-        reason = None
+        reading = [(n, given) for n in piece for given in self._given(n, root)]
+        sources = {given for _, given in reading}  # names of one value; several where it was overwritten in between
+        readers = tuple(dict.fromkeys(n for n, _ in reading))
+        reason = None if len(sources) == 1 else _INPLACE
         if not self.pieces.is_closed(piece):
             inside = set(piece)
             shared = next(n for n in piece if not inside.issuperset(self.pieces.readers[n]))
             reason = _SHARED.format(self._operators.word(shared))
         memory, result = (self._flow.memory.get(n, frozenset()) for n in (root, piece[-1]))
         written = any(self.pieces.writes(n) and self._flow.memory.get(n, frozenset()) & memory for n in piece)
-        if any(n in self.pieces.renamed and root not in n.all_input_nodes for n in readers or piece[:1]):
-            reason = _INPLACE
         if written and not memory & result:
             reason = _INPLACE
         path = self._path(piece[-1], call.name)
-        self._add(Composite(root, tuple(piece), readers, replace(call, inplace=written), path, reason))
+        self._add(Composite(sources.pop(), tuple(piece), readers, replace(call, inplace=written), path, reason))
+
+    def _given(self, node: fx.Node, value: fx.Node) -> list[fx.Node]:
+        """Return the inputs of a call that hold ``value``."""
+        names = self.pieces.renamed.get(node, {})
+        return [n for n in node.all_input_nodes if names.get(n, n) is value and not is_constant(n)]
 
     def _add(self, composite: Composite) -> None:
         self._taken.update(composite.nodes)
@@ -186,7 +192,7 @@ class _Finder:
         if self._single(node):
             return False
         word, operands = self._operators.op(node).word, self.pieces.operands[node]
-        if word in ("add", "sub"):
+        if word in ("add", "sub") or name_of(node) in CASTS:
             return True
         if joins or len(operands) > 1 or word not in _LINEAR:
             return False
@@ -198,6 +204,11 @@ class _Finder:
         """Return whether a piece is one call of an activation, and scaling."""
         others = [n for n in piece if not self._is_linear(n)]
         return len(others) == 1 and self._single(others[0]) and all(len(self.pieces.operands[n]) == 1 for n in piece)
+
+    def _guards(self, node: fx.Node) -> bool:
+        """Return whether all that reads a value needs it not to be negative: a distance, clamped against rounding."""
+        readers = self.pieces.readers[node]
+        return bool(readers) and all(name_of(reader) in _NOT_OF_NEGATIVES for reader in readers)
 
     def _path(self, node: fx.Node, word: str) -> str:
         """Return a composite's name: the path of the module that is nothing else, or a name in its module."""
@@ -234,10 +245,11 @@ class _Finder:
             maker = maker.all_input_nodes[0]
         if not (self._single(maker) or maker in self.composites or self._operators.word(maker) in _FEATURE_MAKERS):
             return False
-        return node in self._leads() and self._is_feature(node, values)
+        mean = is_even(values) or not _OF_MEANS.isdisjoint(map(name_of, self.pieces.between(root, node)))
+        return node in self._leads() and self._is_feature(node, mean)
 
-    def _is_feature(self, node: fx.Node, values: Tensor) -> bool:
-        """Return whether nobody takes a piece's result for a gate, a norm's energy, or attention's logits."""
+    def _is_feature(self, node: fx.Node, mean: bool) -> bool:
+        """Return whether nobody takes a piece's result for a gate, attention's logits, or part of a norm or a mean."""
         waiting, seen = [node], {node}
         while waiting:
             value = waiting.pop()
@@ -247,7 +259,7 @@ class _Finder:
                     return False
                 if op.word in ("mul", "div") and len(self._tensors(reader)) > 1:
                     return False
-                if op.pools and (self._axes.get(reader) is None or (op.word != "pool" and is_even(values))):
+                if op.pools and (mean or self._axes.get(reader) is None):
                     return False
                 if self._operators.moves_only(reader) and reader not in seen:
                     seen.add(reader)

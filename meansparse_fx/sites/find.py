@@ -172,9 +172,7 @@ def _names(
     return names
 
 
-def _fitting(
-    call: ActivationCall, node: fx.Node, operators: Operators, flow: Flow, axis: int | None
-) -> ActivationCall:
+def _fitting(call: ActivationCall, node: fx.Node, operators: Operators, flow: Flow, axis: int | None) -> ActivationCall:
     """Return an activation as the kernels can compute it: a learned slope lies along the channels there.
 
     torch's PReLU has it along dimension 1, whatever the channels are: of tokens [N, L, C] that is another one.

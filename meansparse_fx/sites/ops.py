@@ -1,169 +1,19 @@
-"""Floor 2: what is known of each operator, one row each: its word in the plan, how it carries the channels.
-
-Functions and tensor methods share their rows, for torch names both alike. Another operator is one more name here.
-Imports `axis` and floor 1 only.
-"""
+"""Floor 2: what each node of a graph is. Imports `op_table` and floor 1 only."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules import batchnorm, dropout, instancenorm, padding
 
 from ..activations import ActivationCall, match_function, match_module
 from ..published import PublishedOperator, published_operator
-from . import axis
-from .axis import Rule
+from .op_table import ACTIVATION, ELEMENTWISE, FUNCTIONS, LIBRARY_FUNCTIONS, METHODS, MODULES, PUBLISHED, UNKNOWN, Op
 
 if TYPE_CHECKING:
     from .composites import Composite
-
-
-@dataclass(frozen=True, slots=True)
-class Op:
-    """What the passes know of an operator.
-
-    Attributes:
-        word: How the plan calls it; empty for its own name.
-        carry: Where its result has the channels.
-        pools: It may pool over all of space; whether it did, the shapes tell.
-        like: Its second argument gives a shape only.
-        passes: It returns its input unchanged in eval mode; so does a published operator, but for its band.
-        may_alias: It returns its input, a view of it or a copy, depending on the memory layout.
-        wants: The dimension of its input, from the end if negative, where it expects the channels.
-    """
-
-    word: str = ""
-    carry: Rule = axis.unknown
-    pools: bool = False
-    like: bool = False
-    passes: bool = False
-    may_alias: bool = False
-    wants: int | None = None
-
-
-UNKNOWN = Op()
-_ELEMENTWISE = Op(carry=axis.elementwise)
-_REDUCTION = Op(carry=axis.reduced, pools=True)
-_RESHAPE = Op("reshape", axis.regrouped, may_alias=True)
-
-# Rows of names: functions in torch, torch.nn.functional and operator, and tensor methods.
-_ROWS: tuple[tuple[str, Op], ...] = (
-    ("conv1d conv_transpose1d", Op("conv", axis.before_spatial(1), wants=-2)),
-    ("conv2d conv_transpose2d", Op("conv", axis.before_spatial(2), wants=-3)),
-    ("conv3d conv_transpose3d", Op("conv", axis.before_spatial(3), wants=-4)),
-    ("batch_norm", Op("batch_norm", axis.second, wants=1)),
-    ("instance_norm", Op("instance_norm", axis.second, wants=1)),
-    ("group_norm", Op("group_norm", axis.second, wants=1)),
-    ("layer_norm", Op("layer_norm", axis.layer_norm, wants=-1)),
-    ("rms_norm", Op("rms_norm", axis.layer_norm, wants=-1)),
-    ("linear bilinear", Op("linear", axis.last, wants=-1)),
-    ("embedding", Op(carry=axis.last)),
-    ("add add_ iadd __add__ __iadd__ __radd__", Op("add", axis.elementwise)),
-    ("mul mul_ imul multiply multiply_ __mul__ __imul__ __rmul__", Op("mul", axis.elementwise)),
-    ("sub sub_ isub rsub subtract __sub__ __rsub__ __isub__", Op("sub", axis.elementwise)),
-    ("div div_ truediv itruediv divide true_divide __truediv__ __itruediv__", Op("div", axis.elementwise)),
-    ("addcmul addcmul_ addcdiv lerp where masked_fill masked_fill_ maximum minimum pow pow_ floordiv", _ELEMENTWISE),
-    ("neg abs exp expm1 log log1p sqrt rsqrt reciprocal square sin cos erf sign round floor ceil", _ELEMENTWISE),
-    ("sigmoid sigmoid_ tanh tanh_ hardsigmoid hardtanh hardtanh_ logsigmoid softsign tanhshrink", _ELEMENTWISE),
-    ("selu selu_ celu celu_ rrelu threshold softshrink hardshrink clamp clamp_ clamp_min clamp_max clip", _ELEMENTWISE),
-    ("nan_to_num detach requires_grad_ zeros_like ones_like empty_like full_like", _ELEMENTWISE),
-    ("gt lt ge le eq ne greater less greater_equal less_equal logical_and logical_or logical_not", _ELEMENTWISE),
-    ("__gt__ __lt__ __ge__ __le__ __eq__ __ne__ __neg__ __pow__ __rpow__ __abs__ __rtruediv__", _ELEMENTWISE),
-    ("sinh cosh atan erfc logaddexp heaviside square_ exp_ log_ sqrt_ reciprocal_ abs_ neg_", _ELEMENTWISE),
-    ("clamp_min_ clamp_max_ clip_", _ELEMENTWISE),
-    ("softmax log_softmax softmin gumbel_softmax normalize cumsum local_response_norm", Op(carry=axis.same)),
-    ("roll flip sort", Op(carry=axis.same)),
-    ("clone", Op(carry=axis.same)),
-    ("contiguous to type type_as float half bfloat16 double cpu cuda", Op(carry=axis.same, may_alias=True)),
-    (
-        "dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout stochastic_depth",
-        Op("dropout", axis.same, passes=True, may_alias=True),
-    ),
-    ("permute", Op("permute", axis.permuted)),
-    ("transpose transpose_ swapaxes swapdims", Op("permute", axis.transposed)),
-    ("movedim moveaxis", Op("permute", axis.moved)),
-    ("view reshape flatten ravel unflatten squeeze unsqueeze squeeze_ unsqueeze_", _RESHAPE),
-    ("reshape_as view_as", Op("reshape", axis.regrouped, like=True, may_alias=True)),
-    ("expand repeat tile", Op(carry=axis.stretched)),
-    ("expand_as", Op("expand", axis.stretched, like=True)),
-    ("repeat_interleave index_select narrow", Op(carry=axis.resized)),
-    ("cat concat concatenate", Op("cat", axis.joined)),
-    ("stack", Op("stack", axis.stacked)),
-    ("split chunk tensor_split split_with_sizes unsafe_split unsafe_chunk", Op("slice", axis.same)),
-    ("unbind", Op("slice", axis.dropped(0))),
-    ("select", Op("slice", axis.dropped())),
-    ("getitem __getitem__", Op("slice", axis.indexed)),
-    ("pad interpolate upsample", Op(carry=axis.resized)),
-    ("pixel_shuffle pixel_unshuffle", Op("shuffle", axis.before_spatial(2))),
-    ("channel_shuffle", Op("shuffle", axis.second)),
-    ("avg_pool1d max_pool1d max_pool1d_with_indices lp_pool1d", Op("pool", axis.trailing(1), pools=True)),
-    ("avg_pool2d max_pool2d max_pool2d_with_indices lp_pool2d", Op("pool", axis.trailing(2), pools=True)),
-    ("avg_pool3d max_pool3d max_pool3d_with_indices", Op("pool", axis.trailing(3), pools=True)),
-    ("adaptive_avg_pool1d adaptive_max_pool1d", Op("pool", axis.trailing(1), pools=True)),
-    ("adaptive_avg_pool2d adaptive_max_pool2d", Op("pool", axis.trailing(2), pools=True)),
-    ("adaptive_avg_pool3d adaptive_max_pool3d", Op("pool", axis.trailing(3), pools=True)),
-    ("mean sum amax amin max min norm var std logsumexp nanmean median", _REDUCTION),
-    ("matmul bmm mm baddbmm addmm __matmul__", Op("matmul", axis.product, pools=True)),
-    ("scaled_dot_product_attention", Op("attention", axis.attended)),
-    ("multi_head_attention_forward", Op("attention", axis.last)),
-)
-_METHODS = {name: op for names, op in _ROWS for name in names.split()}
-_FUNCTIONS: dict[Any, Op] = {
-    function: op
-    for name, op in _METHODS.items()
-    for function in (getattr(namespace, name, None) for namespace in (F, torch, operator))
-    if function is not None
-} | {getattr: Op(carry=axis.attribute, may_alias=True)}
-
-# Functions that libraries keep from being traced, by qualified name.
-_LIBRARY_FUNCTIONS = {
-    "torchvision.ops.stochastic_depth.stochastic_depth": _METHODS["dropout"],
-    "torchvision.models.swin_transformer.shifted_window_attention": Op("attention", axis.last),
-}
-
-# The nearest row in a module's list of base classes counts.
-_MODULES: dict[type[nn.Module], Op] = {
-    **{t: _METHODS["conv1d"] for t in (nn.Conv1d, nn.ConvTranspose1d)},
-    **{t: _METHODS["conv2d"] for t in (nn.Conv2d, nn.ConvTranspose2d)},
-    **{t: _METHODS["conv3d"] for t in (nn.Conv3d, nn.ConvTranspose3d)},
-    batchnorm._NormBase: _METHODS["batch_norm"],
-    instancenorm._InstanceNorm: _METHODS["instance_norm"],
-    nn.GroupNorm: _METHODS["group_norm"],
-    nn.LayerNorm: _METHODS["layer_norm"],
-    nn.RMSNorm: _METHODS["rms_norm"],
-    nn.Linear: _METHODS["linear"],
-    nn.Bilinear: _METHODS["linear"],
-    nn.Embedding: _METHODS["embedding"],
-    nn.Identity: Op("identity", axis.same, passes=True, may_alias=True),
-    dropout._DropoutNd: _METHODS["dropout"],
-    **{t: _METHODS["avg_pool1d"] for t in (nn.AvgPool1d, nn.MaxPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d)},
-    **{t: _METHODS["avg_pool2d"] for t in (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)},
-    **{t: _METHODS["avg_pool3d"] for t in (nn.AvgPool3d, nn.MaxPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d)},
-    nn.LPPool2d: _METHODS["lp_pool2d"],
-    nn.Upsample: _METHODS["interpolate"],
-    **{
-        t: _METHODS["pad"]
-        for t in (padding._ConstantPadNd, padding._ReflectionPadNd, padding._ReplicationPadNd, padding._CircularPadNd)
-    },
-    nn.PixelShuffle: _METHODS["pixel_shuffle"],
-    nn.PixelUnshuffle: _METHODS["pixel_shuffle"],
-    nn.ChannelShuffle: _METHODS["channel_shuffle"],
-    nn.Flatten: _RESHAPE,
-    nn.Unflatten: _RESHAPE,
-    nn.LocalResponseNorm: _METHODS["normalize"],
-    nn.MultiheadAttention: _METHODS["multi_head_attention_forward"],
-    nn.RNNBase: Op("rnn", axis.last),
-    **{t: _METHODS["softmax"] for t in (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin)},
-    **{t: _ELEMENTWISE for t in (nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Tanhshrink, nn.Hardsigmoid, nn.Hardtanh)},
-    **{t: _ELEMENTWISE for t in (nn.SELU, nn.CELU, nn.RReLU, nn.Threshold, nn.Softsign, nn.Softshrink, nn.Hardshrink)},
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,17 +58,17 @@ class Operators:
     def op(self, node: fx.Node) -> Op:
         """Return what is known of a node."""
         if node in self.composites:
-            return _ELEMENTWISE
+            return ELEMENTWISE
         if self.activation(node) is not None:
-            return _ACTIVATION
+            return ACTIVATION
         if node.op == "call_method":
-            return _METHODS.get(str(node.target), UNKNOWN)
+            return METHODS.get(str(node.target), UNKNOWN)
         if node.op == "call_function":
-            inside = _ELEMENTWISE if node in self.known else UNKNOWN  # of an activation; its own code, such as Swish's
-            return _FUNCTIONS.get(node.target) or _LIBRARY_FUNCTIONS.get(_qualified(node), inside)
+            inside = ELEMENTWISE if node in self.known else UNKNOWN  # of an activation; its own code, such as Swish's
+            return FUNCTIONS.get(node.target) or LIBRARY_FUNCTIONS.get(_qualified(node), inside)
         module = self.module(node)
-        row = next((_MODULES[base] for base in type(module).__mro__ if base in _MODULES), None)
-        return row or (UNKNOWN if self.published(node) is None else _PUBLISHED)
+        row = next((MODULES[base] for base in type(module).__mro__ if base in MODULES), None)
+        return row or (UNKNOWN if self.published(node) is None else PUBLISHED)
 
     def published(self, node: fx.Node) -> PublishedOperator | None:
         """Return the published operator a node calls, if it calls one."""
@@ -228,7 +78,7 @@ class Operators:
     def moves_only(self, node: fx.Node) -> bool:
         """Return whether a node changes no values, only where they are, and leaves each channel whole."""
         op = self.op(node)
-        return op.word in ("reshape", "permute") or (op.passes and op is not _PUBLISHED)
+        return op.word in ("reshape", "permute") or (op.passes and op is not PUBLISHED)
 
     def activation(self, node: fx.Node) -> ActivationCall | None:
         """Return the activation a node calls, or the last call of which it is, if there is one."""
@@ -311,10 +161,6 @@ class Operators:
         if node.op == "call_module" or (path in self.modules and match_module(self.modules[path]) is not None):
             return path
         return f"{path}.{self.word(node)}" if path else self.word(node)
-
-
-_ACTIVATION = Op(carry=axis.same)
-_PUBLISHED = Op("published", axis.same, passes=True)
 
 
 def _name(node: fx.Node) -> str:

@@ -23,14 +23,16 @@ from .shapes import Flow
 
 _CALLS = ("call_function", "call_method", "call_module")
 # They return x, of another type: the numbers here stay as precise as they are.
-_CASTS = frozenset("to type type_as float half bfloat16 double clone contiguous detach".split())
+CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double", "clone", "contiguous", "detach"}
 _CONSTANTS = {
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), 0.0),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), 1.0),
 }
 _FILLED = {"full": 1, "full_like": 1, "new_full": 2, "tensor": 0, "scalar_tensor": 0, "as_tensor": 0}
-_IN_PLACE = (python.iadd, python.isub, python.imul, python.itruediv, python.setitem)
-_IN_PLACE_METHODS = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__")
+_IN_PLACE = (
+    *(python.iadd, python.isub, python.imul, python.itruediv, python.setitem),
+    *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"),
+)
 _SOME_NUMBER = 0.7  # stands for a constant that is not known
 _LARGEST = 60  # nodes of a piece; a written-out GELU has 9
 
@@ -42,7 +44,7 @@ class Pieces:
         parents: By node, what it is a function of; roots are in no key.
         operands: By node of a tree, the tensors it reads that depend on the images.
         readers: By node, the calls that read its value.
-        renamed: Nodes that read a value under the name of a tensor which an in-place call has overwritten since.
+        renamed: By node that reads a tensor which an in-place call has overwritten: by that tensor, the call.
     """
 
     def __init__(self, graph: fx.Graph, operators: Operators, flow: Flow, data: set[fx.Node]) -> None:
@@ -53,14 +55,15 @@ class Pieces:
         self.parents: dict[fx.Node, fx.Node] = {}
         self.operands: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self.readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        self.renamed: set[fx.Node] = set()
+        self.renamed: dict[fx.Node, dict[fx.Node, fx.Node]] = {}
         first: dict[fx.Node, fx.Node] = {}  # of a chain of in-place calls
         latest: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
-            given = [n for n in node.all_input_nodes if n in data and not is_constant(n)]
+            inputs = node.all_input_nodes[: 1 if name_of(node) in CASTS else None]  # type_as(other)
+            given = [n for n in inputs if n in data and not is_constant(n)]
             values = [latest.get(first.get(n, n), n) for n in given]
             if values != given:
-                self.renamed.add(node)
+                self.renamed[node] = dict(zip(given, values, strict=True))
             if node.op == "output" or flow.is_tensor(node) or self.writes(node):
                 for value in values:
                     self.readers[value].append(node)
@@ -98,18 +101,14 @@ class Pieces:
 
     def writes(self, node: fx.Node) -> bool:
         """Return whether a call overwrites its first argument, as its name and its arguments tell."""
-        if node.op not in _CALLS or node.op == "call_module" and self._operators.module(node) is None:
+        if node.op not in _CALLS:
             return False
         activation = self._operators.activation(node)
         if activation is not None or node.op == "call_module":
             return activation is not None and activation.inplace
         name = name_of(node)
-        dunder = name.startswith("__")
-        return (
-            node.target in (*_IN_PLACE, *_IN_PLACE_METHODS)
-            or (name.endswith("_") and not dunder)
-            or node.kwargs.get("inplace") is True
-        )
+        underscored = name.endswith("_") and not name.endswith("__")
+        return underscored or node.target in _IN_PLACE or node.kwargs.get("inplace") is True
 
     def _is_pointwise(self, node: fx.Node, values: list[fx.Node]) -> bool:
         if node.op not in _CALLS or node in self._operators.known:
@@ -128,7 +127,7 @@ class Pieces:
         name = name_of(node)
         if name in ("max", "min"):
             return len(node.args) == 2 and isinstance(node.args[1], fx.Node)
-        return op.carry is axis.elementwise or name in _CASTS
+        return op.carry is axis.elementwise or name in CASTS
 
     def _plant(self, node: fx.Node, operands: tuple[fx.Node, ...]) -> None:
         parent: fx.Node | None = operands[0]
@@ -150,10 +149,13 @@ class Pieces:
         found: dict[fx.Node, Any] = {root: POINTS.clone()}
         with torch.no_grad():
             for node in piece:
-                args, kwargs = (
-                    map_arg(a, lambda n: found[n] if n in found else self._constant(n))
-                    for a in (node.args, node.kwargs)
-                )
+                names = self.renamed.get(node, {})
+
+                def number(n: fx.Node, names: dict[fx.Node, fx.Node] = names) -> Any:
+                    n = names.get(n, n)
+                    return found[n] if n in found else self._constant(n)
+
+                args, kwargs = (map_arg(a, number) for a in (node.args, node.kwargs))
                 found[node] = self._call(node, args, kwargs)
         value = found[piece[-1]].double()
         if value.shape != POINTS.shape:
@@ -161,12 +163,16 @@ class Pieces:
         return value
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        if name_of(node) in _CASTS:
+        if name_of(node) in CASTS:
             return args[0].double()
         if node.op == "call_module":
             module: Any = self._operators.module(node)
             return type(module).forward(module, *args, **kwargs)  # past its hooks
-        return getattr(args[0], node.target)(*args[1:], **kwargs) if node.op == "call_method" else node.target(*args, **kwargs)
+        return (
+            getattr(args[0], node.target)(*args[1:], **kwargs)
+            if node.op == "call_method"
+            else node.target(*args, **kwargs)
+        )
 
     def _constant(self, node: fx.Node, depth: int = 0) -> Any:
         """Return a number for what does not depend on the images: of a parameter its largest."""
@@ -184,7 +190,7 @@ class Pieces:
             return _tensor(float(value) if isinstance(value, int | float) else _SOME_NUMBER)
         if node.op not in _CALLS or depth > 8 or not node.all_input_nodes or not self._flow.is_tensor(node):
             return _tensor(_SOME_NUMBER)
-        if self._operators.moves_only(node) or name in ("getitem", *_CASTS):
+        if self._operators.moves_only(node) or name in ("getitem", *CASTS):
             return self._constant(node.all_input_nodes[0], depth + 1)
         if node.op == "call_module" or self._operators.op(node).carry not in (axis.elementwise, axis.same):
             return _tensor(_SOME_NUMBER)
@@ -193,7 +199,13 @@ class Pieces:
 
     def _key(self, node: fx.Node, numbers: dict[fx.Node, int]) -> tuple:
         target = repr(self._operators.module(node)) if node.op == "call_module" else node.target
-        given = map_arg((node.args, dict(node.kwargs)), lambda n: ("piece", numbers[n]) if n in numbers else n.name)
+        names = self.renamed.get(node, {})
+
+        def key(n: fx.Node) -> Any:
+            n = names.get(n, n)
+            return ("piece", numbers[n]) if n in numbers else n.name
+
+        given = map_arg((node.args, dict(node.kwargs)), key)
         return node.op, target, repr(given)
 
 

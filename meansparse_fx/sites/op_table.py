@@ -1,0 +1,162 @@
+"""Floor 2: the table of operators, one row each: its word in the plan, how it carries the channels.
+
+Functions and tensor methods share their rows, for torch names both alike. Another operator is one more name here.
+Imports `axis` only.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules import batchnorm, dropout, instancenorm, padding
+
+from . import axis
+from .axis import Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """What the passes know of an operator.
+
+    Attributes:
+        word: How the plan calls it; empty for its own name.
+        carry: Where its result has the channels.
+        pools: It may pool over all of space; whether it did, the shapes tell.
+        like: Its second argument gives a shape only.
+        passes: It returns its input unchanged in eval mode; so does a published operator, but for its band.
+        may_alias: It returns its input, a view of it or a copy, depending on the memory layout.
+        wants: The dimension of its input, from the end if negative, where it expects the channels.
+    """
+
+    word: str = ""
+    carry: Rule = axis.unknown
+    pools: bool = False
+    like: bool = False
+    passes: bool = False
+    may_alias: bool = False
+    wants: int | None = None
+
+
+UNKNOWN = Op()
+ACTIVATION = Op(carry=axis.same)
+PUBLISHED = Op("published", axis.same, passes=True)
+ELEMENTWISE = Op(carry=axis.elementwise)
+_REDUCTION = Op(carry=axis.reduced, pools=True)
+_RESHAPE = Op("reshape", axis.regrouped, may_alias=True)
+
+# Rows of names: functions in torch, torch.nn.functional and operator, and tensor methods.
+_ROWS: tuple[tuple[str, Op], ...] = (
+    ("conv1d conv_transpose1d", Op("conv", axis.before_spatial(1), wants=-2)),
+    ("conv2d conv_transpose2d", Op("conv", axis.before_spatial(2), wants=-3)),
+    ("conv3d conv_transpose3d", Op("conv", axis.before_spatial(3), wants=-4)),
+    ("batch_norm", Op("batch_norm", axis.second, wants=1)),
+    ("instance_norm", Op("instance_norm", axis.second, wants=1)),
+    ("group_norm", Op("group_norm", axis.second, wants=1)),
+    ("layer_norm", Op("layer_norm", axis.layer_norm, wants=-1)),
+    ("rms_norm", Op("rms_norm", axis.layer_norm, wants=-1)),
+    ("linear bilinear", Op("linear", axis.last, wants=-1)),
+    ("embedding", Op(carry=axis.last)),
+    ("add add_ iadd __add__ __iadd__ __radd__", Op("add", axis.elementwise)),
+    ("mul mul_ imul multiply multiply_ __mul__ __imul__ __rmul__", Op("mul", axis.elementwise)),
+    ("sub sub_ isub rsub subtract __sub__ __rsub__ __isub__", Op("sub", axis.elementwise)),
+    ("div div_ truediv itruediv divide true_divide __truediv__ __itruediv__", Op("div", axis.elementwise)),
+    ("addcmul addcmul_ addcdiv lerp where masked_fill masked_fill_ maximum minimum pow pow_ floordiv", ELEMENTWISE),
+    ("neg abs exp expm1 log log1p sqrt rsqrt reciprocal square sin cos erf sign round floor ceil", ELEMENTWISE),
+    ("sigmoid sigmoid_ tanh tanh_ hardsigmoid hardtanh hardtanh_ logsigmoid softsign tanhshrink", ELEMENTWISE),
+    ("selu selu_ celu celu_ rrelu threshold softshrink hardshrink clamp clamp_ clamp_min clamp_max clip", ELEMENTWISE),
+    ("nan_to_num detach requires_grad_ zeros_like ones_like empty_like full_like", ELEMENTWISE),
+    ("gt lt ge le eq ne greater less greater_equal less_equal logical_and logical_or logical_not", ELEMENTWISE),
+    ("__gt__ __lt__ __ge__ __le__ __eq__ __ne__ __neg__ __pow__ __rpow__ __abs__ __rtruediv__", ELEMENTWISE),
+    ("sinh cosh atan erfc logaddexp heaviside square_ exp_ log_ sqrt_ reciprocal_ abs_ neg_", ELEMENTWISE),
+    ("clamp_min_ clamp_max_ clip_", ELEMENTWISE),
+    ("softmax log_softmax softmin gumbel_softmax normalize cumsum local_response_norm", Op(carry=axis.same)),
+    ("roll flip sort", Op(carry=axis.same)),
+    ("clone", Op(carry=axis.same)),
+    ("contiguous to type type_as float half bfloat16 double cpu cuda", Op(carry=axis.same, may_alias=True)),
+    (
+        "dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout stochastic_depth",
+        Op("dropout", axis.same, passes=True, may_alias=True),
+    ),
+    ("permute", Op("permute", axis.permuted)),
+    ("transpose transpose_ swapaxes swapdims", Op("permute", axis.transposed)),
+    ("movedim moveaxis", Op("permute", axis.moved)),
+    ("view reshape flatten ravel unflatten squeeze unsqueeze squeeze_ unsqueeze_", _RESHAPE),
+    ("reshape_as view_as", Op("reshape", axis.regrouped, like=True, may_alias=True)),
+    ("expand repeat tile", Op(carry=axis.stretched)),
+    ("expand_as", Op("expand", axis.stretched, like=True)),
+    ("repeat_interleave index_select narrow", Op(carry=axis.resized)),
+    ("cat concat concatenate", Op("cat", axis.joined)),
+    ("stack", Op("stack", axis.stacked)),
+    ("split chunk tensor_split split_with_sizes unsafe_split unsafe_chunk", Op("slice", axis.same)),
+    ("unbind", Op("slice", axis.dropped(0))),
+    ("select", Op("slice", axis.dropped())),
+    ("getitem __getitem__", Op("slice", axis.indexed)),
+    ("pad interpolate upsample", Op(carry=axis.resized)),
+    ("pixel_shuffle pixel_unshuffle", Op("shuffle", axis.before_spatial(2))),
+    ("channel_shuffle", Op("shuffle", axis.second)),
+    ("avg_pool1d max_pool1d max_pool1d_with_indices lp_pool1d", Op("pool", axis.trailing(1), pools=True)),
+    ("avg_pool2d max_pool2d max_pool2d_with_indices lp_pool2d", Op("pool", axis.trailing(2), pools=True)),
+    ("avg_pool3d max_pool3d max_pool3d_with_indices", Op("pool", axis.trailing(3), pools=True)),
+    ("adaptive_avg_pool1d adaptive_max_pool1d", Op("pool", axis.trailing(1), pools=True)),
+    ("adaptive_avg_pool2d adaptive_max_pool2d", Op("pool", axis.trailing(2), pools=True)),
+    ("adaptive_avg_pool3d adaptive_max_pool3d", Op("pool", axis.trailing(3), pools=True)),
+    ("mean sum amax amin max min norm var std logsumexp nanmean median", _REDUCTION),
+    ("matmul bmm mm baddbmm addmm __matmul__", Op("matmul", axis.product, pools=True)),
+    ("scaled_dot_product_attention", Op("attention", axis.attended)),
+    ("multi_head_attention_forward", Op("attention", axis.last)),
+)
+METHODS = {name: op for names, op in _ROWS for name in names.split()}
+FUNCTIONS: dict[Any, Op] = {
+    function: op
+    for name, op in METHODS.items()
+    for function in (getattr(namespace, name, None) for namespace in (F, torch, operator))
+    if function is not None
+} | {getattr: Op(carry=axis.attribute, may_alias=True)}
+
+# Functions that libraries keep from being traced, by qualified name.
+LIBRARY_FUNCTIONS = {
+    "torchvision.ops.stochastic_depth.stochastic_depth": METHODS["dropout"],
+    "torchvision.models.swin_transformer.shifted_window_attention": Op("attention", axis.last),
+}
+
+# The nearest row in a module's list of base classes counts.
+MODULES: dict[type[nn.Module], Op] = {
+    **{t: METHODS["conv1d"] for t in (nn.Conv1d, nn.ConvTranspose1d)},
+    **{t: METHODS["conv2d"] for t in (nn.Conv2d, nn.ConvTranspose2d)},
+    **{t: METHODS["conv3d"] for t in (nn.Conv3d, nn.ConvTranspose3d)},
+    batchnorm._NormBase: METHODS["batch_norm"],
+    instancenorm._InstanceNorm: METHODS["instance_norm"],
+    nn.GroupNorm: METHODS["group_norm"],
+    nn.LayerNorm: METHODS["layer_norm"],
+    nn.RMSNorm: METHODS["rms_norm"],
+    nn.Linear: METHODS["linear"],
+    nn.Bilinear: METHODS["linear"],
+    nn.Embedding: METHODS["embedding"],
+    nn.Identity: Op("identity", axis.same, passes=True, may_alias=True),
+    dropout._DropoutNd: METHODS["dropout"],
+    **{t: METHODS["avg_pool1d"] for t in (nn.AvgPool1d, nn.MaxPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d)},
+    **{t: METHODS["avg_pool2d"] for t in (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)},
+    **{t: METHODS["avg_pool3d"] for t in (nn.AvgPool3d, nn.MaxPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d)},
+    nn.LPPool2d: METHODS["lp_pool2d"],
+    nn.Upsample: METHODS["interpolate"],
+    **{
+        t: METHODS["pad"]
+        for t in (padding._ConstantPadNd, padding._ReflectionPadNd, padding._ReplicationPadNd, padding._CircularPadNd)
+    },
+    nn.PixelShuffle: METHODS["pixel_shuffle"],
+    nn.PixelUnshuffle: METHODS["pixel_shuffle"],
+    nn.ChannelShuffle: METHODS["channel_shuffle"],
+    nn.Flatten: _RESHAPE,
+    nn.Unflatten: _RESHAPE,
+    nn.LocalResponseNorm: METHODS["normalize"],
+    nn.MultiheadAttention: METHODS["multi_head_attention_forward"],
+    nn.RNNBase: Op("rnn", axis.last),
+    **{t: METHODS["softmax"] for t in (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin)},
+    **{t: ELEMENTWISE for t in (nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Tanhshrink, nn.Hardsigmoid, nn.Hardtanh)},
+    **{t: ELEMENTWISE for t in (nn.SELU, nn.CELU, nn.RReLU, nn.Threshold, nn.Softsign, nn.Softshrink, nn.Hardshrink)},
+}
