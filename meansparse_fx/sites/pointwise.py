@@ -153,6 +153,8 @@ class Pieces:
 
                 def number(n: fx.Node, names: dict[fx.Node, fx.Node] = names) -> Any:
                     n = names.get(n, n)
+                    if n in self._data and n not in found and not is_constant(n):
+                        raise ValueError("larger than a piece may be")
                     return found[n] if n in found else self._constant(n)
 
                 args, kwargs = (map_arg(a, number) for a in (node.args, node.kwargs))

@@ -1,0 +1,432 @@
+"""Activations written out of other calls: one site, whatever the spelling; gates and the rest are left alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import meansparse_fx as msfx
+from meansparse_fx.errors import SiteError
+from meansparse_fx.export import to_exported_program
+from tests.models import Functional
+from tests.test_published import Published
+
+IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+ALPHA = 0.5
+
+SPELLINGS = {
+    "mish": (
+        lambda x: x * torch.tanh(F.softplus(x)),
+        lambda x: torch.mul(torch.log(1 + torch.exp(x)).tanh(), x),
+        lambda x: x.mul(x.exp().add(1).log().tanh_()),
+    ),
+    "hardswish": (
+        lambda x: x * F.relu6(x + 3) / 6,
+        lambda x: F.relu6(3 + x, inplace=True) * (1 / 6) * x,
+        lambda x: x * F.hardtanh(x + 3, 0.0, 6.0) / 6,
+        lambda x: F.hardsigmoid(x).mul(x),
+        lambda x: x * (x + 3).clamp(0, 6) / 6,
+        lambda x: x.mul_(F.relu6(x + 3.0).div_(6.0)),
+    ),
+    "gelu_tanh": (
+        lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3)))),
+        lambda x: x * 0.5 * (1.0 + torch.tanh(0.7978845608 * x * (1 + 0.044715 * x * x))),
+    ),
+    "gelu": (
+        lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+        lambda x: x * (torch.erf(x / 1.41421) + 1) * 0.5,
+    ),
+    "quick_gelu": (lambda x: x * torch.sigmoid(1.702 * x),),
+    "swish": (
+        lambda x: x * x.sigmoid(),
+        lambda x: x / (1 + torch.exp(-x)),
+        lambda x: torch.sigmoid(0.7 * x).mul(x),
+        lambda x: x.mul_(x.sigmoid()),
+    ),
+    "relu": (
+        lambda x: x.clamp(min=0),
+        lambda x: x.clamp_min_(0),
+        lambda x: torch.maximum(x, torch.zeros_like(x)),
+        lambda x: torch.max(x, torch.zeros(1)),
+        lambda x: torch.where(x > 0, x, 0.0),
+        lambda x: x * (x > 0),
+        lambda x: (x + x.abs()) / 2,
+        lambda x: x.masked_fill(x < 0, 0),
+    ),
+    "leaky_relu": (
+        lambda x: torch.maximum(x, 0.1 * x),
+        lambda x: torch.where(x > 0, x, 0.1 * x),
+        lambda x: F.relu(x) - 0.1 * F.relu(-x),
+    ),
+    "elu": (lambda x: torch.where(x > 0, x, torch.exp(x) - 1),),
+    "relu6": (lambda x: x.clamp(0, 6), lambda x: F.relu(x).clamp(max=6)),
+}
+CASES = [(name, number) for name, spellings in SPELLINGS.items() for number in range(len(spellings))]
+
+
+class Written(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def network(act: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), act, nn.Conv2d(4, 2, 1)).eval()
+
+
+def rows_of(plan: msfx.SitePlan) -> list[tuple[str, str, str]]:
+    """Return name, activation and first words of the reason of each site."""
+    return [(s.name, s.activation.name, (s.skipped or "").split(":")[0]) for s in plan]
+
+
+def rows(model: nn.Module) -> list[tuple[str, str, str]]:
+    return rows_of(msfx.inspect(model.eval(), IMAGES))
+
+
+def names_in(forward, **children) -> list[tuple[str, str, str]]:
+    return rows(Functional(forward, conv=nn.Conv2d(3, 4, 3), last=nn.Conv2d(4, 4, 1), **children))
+
+
+def snapped(h: torch.Tensor) -> torch.Tensor:
+    """The operator by its definition, with the statistics of the tensor itself."""
+    centre, deviation = h.mean((0, 2, 3)), h.std((0, 2, 3), correction=0)
+    centre, band = centre[:, None, None], ALPHA * deviation[:, None, None]
+    return torch.where((h - centre).abs() <= band, centre.expand_as(h), h).clone()
+
+
+def plug_in(model: nn.Module, **options) -> nn.Module:
+    torch.compiler.reset()
+    return torch.compile(model, backend="meansparse", options={"inner": "eager", **options})
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_a_spelling_is_one_site_before_the_whole(name, number):
+    """Bitwise at alpha 0, gradients included; then the operator by hand, and the activation's own code behind it."""
+    function = SPELLINGS[name][number]
+    model = network(Written(function))
+    sparse = msfx.transform(model, IMAGES)
+    (site,) = sparse.meta["plan"]
+    assert (site.name, site.activation.name, site.activation.fused) == ("1", name, False)
+    assert (site.producer, site.channel_dim, site.skipped) == ("conv", 1, None)
+    results = []
+    for module in (sparse, model):
+        x = IMAGES.clone().requires_grad_()
+        y = module(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])))
+    assert all(map(torch.equal, *results))
+    msfx.calibrate(sparse, [IMAGES], progress=False)
+    msfx.set_alpha(sparse, ALPHA)
+    torch.testing.assert_close(sparse(IMAGES), model[2](function(snapped(model[0](IMAGES)))))
+    assert torch.equal(msfx.restore(sparse)(IMAGES), model(IMAGES))
+
+
+class Mish(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.softplus, self.tanh = nn.Softplus(), nn.Tanh()
+
+    def forward(self, x):
+        return x * self.tanh(self.softplus(x))
+
+
+class HardSigmoid(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU6(inplace=True)
+
+    def forward(self, x):
+        return self.relu(x + 3) / 6
+
+
+class HardSwish(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.sigmoid = HardSigmoid()
+
+    def forward(self, x):
+        return x * self.sigmoid(x)
+
+
+class LearnedSwish(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.beta = nn.Parameter(torch.tensor([1.5, 0.7, 0.2, 1.1]))
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.beta.view(1, -1, 1, 1) * x)
+
+
+def hard_swish(x):
+    return x * F.relu6(x + 3) / 6
+
+
+class Laplace(nn.Module):
+    def forward(self, x):
+        return 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2))))
+
+
+class Excitation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.squeeze, self.excite, self.gate = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), HardSigmoid()
+
+    def forward(self, x):
+        return x * self.gate(self.excite(hard_swish(self.squeeze(F.adaptive_avg_pool2d(x, 1)))))
+
+
+class Everything(nn.Module):
+    """Modules that are called again, nested ones, functions, residuals, gates, and an input in place read later."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.act, self.swish, self.se = nn.Sequential(nn.Sequential(Mish())), LearnedSwish(), Excitation()
+        self.gate, self.hard, self.laplace = HardSigmoid(), HardSwish(), Laplace()
+        self.inplace = Written(lambda x: x.mul_(torch.sigmoid(x)))
+
+    def forward(self, x):
+        x = self.act(self.norm(self.stem(x)))
+        x = self.se(hard_swish(x + self.conv(self.act(x))))
+        x = self.conv(x) * self.gate(self.conv(x))
+        y = self.conv(x)
+        x = self.swish(self.inplace(y)) + y
+        x = self.conv(self.laplace(self.conv(hard_swish(x))))
+        return self.conv(self.hard(self.conv(x) * torch.sigmoid(x)))
+
+
+EVERYTHING = [
+    ("act.0.0", "mish", ""),
+    ("act.0.0_1", "mish", ""),
+    ("hardswish", "hardswish", ""),
+    ("se.hardswish", "hardswish", "gate"),
+    ("se.gate.relu", "relu6", "gate"),
+    ("gate.relu", "relu6", "gate"),
+    ("inplace", "swish", ""),
+    ("swish", "swish", ""),
+    ("hardswish_1", "hardswish", ""),
+    ("laplace", "unknown", "not known as an activation"),
+    ("hard", "hardswish", ""),
+]
+
+
+@pytest.fixture
+def everything():
+    torch.manual_seed(0)
+    return Everything().eval()
+
+
+def test_sites_and_values_are_the_same_in_every_route(everything):
+    assert rows(everything) == EVERYTHING
+    sparse = msfx.transform(everything, IMAGES)
+    assert torch.equal(sparse(IMAGES), everything(IMAGES))
+    statistics = msfx.calibrate(sparse, [IMAGES], progress=False)
+    msfx.set_alpha(sparse, ALPHA)
+    compiled = plug_in(everything, statistics=statistics, alpha=ALPHA)
+    torch.testing.assert_close(compiled(IMAGES), sparse(IMAGES))
+    assert rows_of(msfx.compile_report(compiled).plan) == EVERYTHING
+    torch.testing.assert_close(to_exported_program(sparse, IMAGES).module()(IMAGES), sparse(IMAGES))
+    fused = msfx.transform(everything.requires_grad_(False), IMAGES, statistics=statistics, alpha=ALPHA, fuse="all")
+    torch.testing.assert_close(fused(IMAGES), sparse(IMAGES))
+    assert torch.equal(msfx.restore(sparse)(IMAGES), everything(IMAGES))
+
+
+def test_observers_of_the_plug_in_stand_before_the_whole(everything):
+    statistics = msfx.calibrate(msfx.transform(everything, IMAGES), [IMAGES], progress=False)
+    observed = plug_in(everything, observe=True)
+    observed(IMAGES)
+    seen = msfx.compile_report(observed).statistics()
+    assert list(seen) == list(statistics)
+    for name in seen:
+        torch.testing.assert_close(seen[name].mean, statistics[name].mean)
+
+
+def test_an_input_of_the_graph_is_overwritten_all_the_same():
+    """In place, with the graph broken before: who reads the tensor later, beyond the graph, finds the result there."""
+
+    def forward(self, x):
+        h = self.conv(x)
+        torch._dynamo.graph_break()
+        y = h.mul_(torch.sigmoid(h))
+        torch._dynamo.graph_break()
+        return self.last(y) + h
+
+    torch.manual_seed(0)
+    model = Functional(forward, conv=nn.Conv2d(3, 4, 3), last=nn.Conv2d(4, 4, 1)).eval()
+    compiled = plug_in(model)
+    with torch.no_grad():
+        assert torch.equal(compiled(IMAGES), model(IMAGES))
+    assert [s.name for s in msfx.compile_report(compiled).plan.active] == ["swish"]
+
+
+# What is none, or cannot be one.
+
+
+def test_part_of_a_hard_sigmoid_is_no_site():
+    (site,) = msfx.inspect(network(HardSigmoid()), IMAGES)
+    assert site.skipped == "gate: part of a hardsigmoid, which makes a weight of its input and no feature"
+
+
+@pytest.mark.parametrize(
+    "act", [torch.sin, lambda x: x + torch.sin(x) ** 2, lambda x: x * torch.tanh(torch.exp(x)), Laplace()]
+)
+def test_what_is_in_no_table_is_in_the_plan(act):
+    model = network(Written(act)) if not isinstance(act, nn.Module) else network(act)
+    (site,) = msfx.inspect(model, IMAGES)
+    name = type(model[1]).__name__
+    assert site.name == "1"
+    assert site.skipped.startswith("not known as an activation: ")
+    assert "computed from 0, element by element" in site.skipped
+    assert f"meansparse_fx.register_activation({name}, ...)" in site.skipped
+    with pytest.raises(SiteError, match=r"none of the 1 candidate sites can be rewritten.*register_activation"):
+        msfx.transform(model, IMAGES)
+
+
+def test_a_square_of_a_relu_is_the_relu_and_what_is_not_known():
+    assert rows(network(Written(lambda x: F.relu(x) ** 2))) == [
+        ("1.relu", "relu", ""),
+        ("1", "unknown", "not known as an activation"),
+    ]
+
+
+NONE = {
+    "gate of another tensor": lambda self, h: h * torch.sigmoid(self.last(h)),
+    "gate of its own mean": lambda self, h: h * torch.sigmoid(h.mean((2, 3), keepdim=True)),
+    "gate of its own norm": lambda self, h: h * torch.sigmoid(self.norm(h)),
+    "linear unit": lambda self, h: h[:, :2].repeat(1, 2, 1, 1) * torch.sigmoid(h),
+    "root mean square": lambda self, h: h * torch.rsqrt(h.pow(2).mean(1, keepdim=True) + 1e-6),
+    "layer norm": lambda self, h: (h - h.mean(1, True)) / ((h - h.mean(1, True)) ** 2).mean(1, True).sqrt(),
+    "batch norm": lambda self, h: (h - self.norm.running_mean.mean()) / torch.sqrt(self.norm.running_var.mean() + 1e-5),
+    "softmax": lambda self, h: torch.exp(h) / torch.exp(h).sum(1, keepdim=True),
+    "sigmoid": lambda self, h: 1 / (1 + torch.exp(-h)),
+    "generalised mean": lambda self, h: h.clamp(min=1e-6).pow(3).mean((2, 3), keepdim=True).pow(1 / 3),
+    "distance": lambda self, h: (h.pow(2).sum(1, keepdim=True) - 2 * h + 1).clamp(min=0).sqrt(),
+    "quantiser": lambda self, h: torch.round(h / 0.1) * 0.1,
+    "overflow guard": lambda self, h: h.clamp(-65504, 65504),
+    "LayerScale": lambda self, h: h * self.norm.weight.view(-1, 1, 1) + 1,
+}
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_gates_norms_and_means_are_no_activations(name):
+    """The ReLU that stands behind is the only row."""
+    found = names_in(lambda self, x: F.relu(self.last(NONE[name](self, self.conv(x)))), norm=nn.BatchNorm2d(4))
+    assert found == [("relu", "relu", "")]
+
+
+KNOWN = {  # next to other element-wise calls they stay what they are, fused and by their own names
+    "scaled": lambda h: F.relu(h) * 1.0,
+    "around it a sum": lambda h: F.relu(h) + h,
+    "in another type": lambda h: F.relu(h.float()).type_as(h),
+    "of a multiple": lambda h: F.relu(h * 2) / 6,
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_an_activation_among_scalings_stays_fused(name):
+    (site,) = msfx.inspect(network(Written(KNOWN[name])), IMAGES)
+    assert (site.name, site.activation.fused, site.skipped) == ("1.relu", True, None)
+
+
+def test_a_part_that_others_read_is_a_reason():
+    def forward(self, x):
+        h = self.conv(x)
+        gate = torch.sigmoid(h)
+        return self.last(h * gate) * gate
+
+    assert names_in(forward) == [("swish", "swish", "shared")]
+
+
+def test_applied_twice_it_is_two():
+    assert names_in(lambda self, x: self.last(hard_swish(hard_swish(self.conv(x))))) == [
+        ("hardswish", "hardswish", ""),
+        ("hardswish_1", "hardswish", ""),
+    ]
+
+
+# In place.
+
+
+def test_later_readers_of_an_overwritten_input_read_the_result():
+    def forward(self, x):
+        h = self.conv(x)
+        y = h.mul_(torch.sigmoid(h))
+        return self.last(y) + h
+
+    torch.manual_seed(0)
+    model = Functional(forward, conv=nn.Conv2d(3, 4, 3), last=nn.Conv2d(4, 4, 1)).eval()
+    sparse = msfx.transform(model, IMAGES)
+    msfx.calibrate(sparse, [IMAGES], progress=False)
+    msfx.set_alpha(sparse, ALPHA)
+    y = F.silu(snapped(model.conv(IMAGES)))
+    torch.testing.assert_close(sparse(IMAGES), model.last(y) + y)
+
+
+def test_a_view_of_an_overwritten_input_is_an_error():
+    def forward(self, x):
+        h = self.conv(x)
+        view = h.flatten(2)
+        return self.last(h.mul_(torch.sigmoid(h))).mean() + view.mean()
+
+    with pytest.raises(SiteError, match="swish: the activation works in place, and mean later reads"):
+        names_in(forward)
+
+
+def test_an_input_that_was_overwritten_before():
+    def forward(self, x):
+        h = self.conv(x)
+        F.relu_(h)
+        return self.last(h * torch.sigmoid(h))
+
+    torch.manual_seed(0)
+    model = Functional(forward, conv=nn.Conv2d(3, 4, 3), last=nn.Conv2d(4, 4, 1)).eval()
+    sparse = msfx.transform(model, IMAGES)
+    msfx.calibrate(sparse, [IMAGES], progress=False)
+    assert [s.name for s in sparse.meta["plan"].active] == ["relu", "swish"]
+    msfx.set_alpha(sparse, {"relu": 0.0, "swish": ALPHA})
+    torch.testing.assert_close(sparse(IMAGES), model.last(F.silu(snapped(F.relu(model.conv(IMAGES))))))
+
+
+# Beside other kinds of sites.
+
+
+def test_a_sum_that_a_written_out_activation_alone_reads_is_covered():
+    def forward(self, x):
+        h = self.conv(x)
+        return self.last(hard_swish(h + self.last(F.relu(h))))
+
+    model = Functional(forward, conv=nn.Conv2d(3, 4, 3), last=nn.Conv2d(4, 4, 1)).eval()
+    plan = msfx.inspect(model, IMAGES, placement=msfx.Placement(kinds=("activation", "residual_sum")))
+    assert {s.name: s.skipped for s in plan if s.kind != "residual_branch"} == {
+        "relu": None,
+        "residual_sum": "covered: read by hardswish alone",
+        "hardswish": None,
+    }
+
+
+def test_a_published_operator_before_one_is_taken_over():
+    model = Functional(
+        lambda self, x: self.last(hard_swish(self.operator(self.conv(x)))),
+        conv=nn.Conv2d(3, 4, 3),
+        last=nn.Conv2d(4, 4, 1),
+        operator=Published(4),
+    ).eval()
+    sparse = msfx.transform(model, IMAGES)
+    (site,) = sparse.meta["plan"]
+    assert (site.name, site.kind, site.activation.name) == ("hardswish", "activation", "hardswish")
+    torch.testing.assert_close(sparse(IMAGES), model(IMAGES))
+
+
+def test_a_registered_class_is_what_it_was_registered_as():
+    class Own(Mish):
+        pass
+
+    msfx.register_activation(Own, "mish", fused=True)
+    assert msfx.inspect(network(Own()), IMAGES).sites[0].activation.fused
