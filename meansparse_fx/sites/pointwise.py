@@ -157,8 +157,8 @@ class Pieces:
                         raise ValueError("larger than a piece may be")
                     return found[n] if n in found else self._constant(n)
 
-                args, kwargs = (map_arg(a, number) for a in (node.args, node.kwargs))
-                found[node] = self._call(node, args, kwargs)
+                given = (node.args[:1], {}) if name_of(node) in CASTS else (node.args, node.kwargs)
+                found[node] = self._call(node, *(map_arg(a, number) for a in given))
         value = found[piece[-1]].double()
         if value.shape != POINTS.shape:
             raise ValueError("no function of a number")
