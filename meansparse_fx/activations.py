@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .errors import SiteError
+from .hooks import has_own_forward
 from .kernels.reference import ACTIVATIONS
 
 
@@ -263,11 +264,11 @@ def _check_row(name: str, constants: tuple[float, ...] | None, weight: str | Non
 
 
 def match_module(module: nn.Module) -> ActivationCall | None:
-    """Return the activation that calling ``module`` makes, or None."""
+    """Return the activation that calling ``module`` makes, or None: of one with a forward of its own, too."""
     cls = type(module)
     name = f"{cls.__module__}.{cls.__qualname__}"
     reader = _REGISTERED_MODULES.get(cls) or _MODULES.get(cls) or _MODULES_BY_NAME.get(name)
-    return None if reader is None else reader(module)
+    return None if reader is None or has_own_forward(module) else reader(module)
 
 
 def match_function(target: Callable | str, args: tuple, kwargs: dict) -> ActivationCall | None:

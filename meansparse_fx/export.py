@@ -11,12 +11,14 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from .errors import ArtifactError, CaptureError, StateError
+from .hooks import has_hooks
 from .operators import operators, require_transformed
 from .rewrite import sharing_copy
 
@@ -106,7 +108,19 @@ def export(
     return path
 
 
-def _baked(sparse: fx.GraphModule) -> fx.GraphModule:
+class _Called(nn.Module):
+    """Calls a model with its hooks, of which torch.export takes the forward alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.eval()
+
+    def forward(self, images: Tensor) -> Any:
+        return self.model(images)
+
+
+def _baked(sparse: fx.GraphModule) -> nn.Module:
     """Return a copy whose operators keep what the kernel reads, and nothing that it is made of."""
     baked = copy.deepcopy(sharing_copy(sparse))
     # Each tensor in a storage of its own, in the one layout that torch.export.save writes without a warning: weights
@@ -115,7 +129,7 @@ def _baked(sparse: fx.GraphModule) -> fx.GraphModule:
     for operator in operators(baked).values():
         del operator.mean, operator.std, operator.alpha
         operator.backward = "exact"  # the other modes' forward is longer, and its result the same
-    return baked
+    return _Called(baked) if has_hooks(baked) else baked
 
 
 def _write_export(program: ExportedProgram, path: Path) -> None:

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.fx.node import map_arg
+from torch.nn.modules.module import _WrappedHook
+
+from . import hooks
 
 PREFIX = "meansparse"  # everything added to a model lives under this name
 _UNFUSED = "unfused"
@@ -103,14 +107,20 @@ def redirect_later_readers(source: fx.Node, after: fx.Node) -> None:
 
 
 def adopt(graph_module: fx.GraphModule, root: nn.Module) -> fx.GraphModule:
-    """Give ``graph_module`` every child, parameter and buffer of ``root``, used by its graph or not; return it.
+    """Give ``graph_module`` every child, parameter, buffer and hook of ``root``, used by its graph or not; return it.
 
-    A GraphModule by itself keeps only what its graph calls, and plain containers in place of typed ones.
+    A GraphModule by itself keeps only what its graph calls, plain containers in place of typed ones, and no hooks; nor
+    do its copies, unless its meta says so.
     """
     graph_module._modules = dict(root._modules)
     graph_module._parameters = dict(root._parameters)
     graph_module._buffers = dict(graph_module._buffers) | dict(root._buffers)
     graph_module._non_persistent_buffers_set = set(root._non_persistent_buffers_set)
+    graph_module.__dict__.update({name: root.__dict__[name] for name in hooks.STATE})
+    for number, hook in graph_module._load_state_dict_pre_hooks.items():
+        if hook.with_module:  # it knows the module by a weak reference
+            graph_module._load_state_dict_pre_hooks[number] = _WrappedHook(hook.hook, graph_module)
+    graph_module.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = {name: graph_module.__dict__[name] for name in hooks.STATE}
     return graph_module
 
 

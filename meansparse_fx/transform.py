@@ -13,7 +13,8 @@ from .capture import capture
 from .errors import SiteError, StateError
 from .operators import set_alpha, set_backward, set_statistics
 from .passes import fuse as fuse_all
-from .passes import restore, sparsify
+from .passes import refuse_hooks, restore, sparsify
+from .rewrite import PREFIX
 from .sites import Placement, SitePlan, find_sites, placement_of
 from .statistics import Statistics
 
@@ -71,6 +72,8 @@ def transform(
     The copy's state_dict has the model's keys, and the operators' under ``meansparse.``. At alpha = 0 it
     computes what the model computes. Operators that a published checkpoint brings along become ours, with their
     statistics, alpha and strict comparison; nothing else is inserted, and the copy computes what the model computes.
+    Hooks run as on the model, also while it is captured. The graph is traced in eval mode, and ``.train()`` says what
+    stays so.
 
     Args:
         model: A trained network in eval mode; not changed.
@@ -112,6 +115,8 @@ def transform(
     sparsify(sparse, plan)
     if fuse == "all":
         plan = plan.with_fusion(fuse_all(sparse, images))
+    refuse_hooks(sparse)
+    sparse.get_submodule(PREFIX).frozen = captured.frozen
     sparse.meta["plan"] = plan
     set_backward(sparse, backward)
     if statistics is not None:

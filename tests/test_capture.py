@@ -1,8 +1,9 @@
 """Capture: the graph computes what the model computes, shows every activation, and leaves the model alone."""
 
 import copy
+import operator
 import pickle
-from collections import OrderedDict
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from meansparse_fx.capture import capture
-from meansparse_fx.capture.copies import copied
+from meansparse_fx.capture.examples import expect_size
 from meansparse_fx.capture.verify import count_activations
 from meansparse_fx.errors import CaptureError, StateError
 from tests.models import Functional
@@ -365,53 +366,105 @@ def test_tracing_a_thousand_nodes_is_linear_in_parameters():
     assert reads < 10
 
 
-# Copies.
+# What cannot be captured, and what was compiled.
 
 
-class _SaysItself(nn.Identity):
+def scripted(function):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.jit.script(function)
+
+
+def script_traced(model, *images):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(model, *images)
+
+
+class Normalising(nn.Module):
     def __init__(self):
         super().__init__()
-        self.copies = 0
+        self.mean = nn.Parameter(torch.rand(3, 1, 1))
 
-    def __deepcopy__(self, memo):
-        own = _SaysItself()
-        own.copies = self.copies + 1
-        return own
+    def forward(self, x):
+        return (x - self.mean) / 0.2
 
 
-class _Pickled(nn.Identity):
-    def __getstate__(self):
-        return super().__getstate__() | {"thawed": True}
+def inside(module):
+    return nn.Sequential(*nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()).eval(), module)
 
 
-def test_a_copy_is_what_deepcopy_makes():
-    torch.manual_seed(0)
-    shared = nn.Linear(3, 3)
-    net = nn.Sequential(shared, nn.BatchNorm1d(3), nn.Sequential(shared, nn.ReLU()), _SaysItself(), _Pickled())
-    net.register_forward_hook(lambda module, args, out: out)
-    net.eval().facts = {"list": [shared, {"weight": shared.weight}], "self": net, "table": OrderedDict(a=(1, 2.5, "x"))}
-    net._compiled_call_impl = print
-    own, expected = copied(net), copy.deepcopy(net)
-    for copy_ in (own, expected):
-        assert copy_[0] is copy_[2][0] is copy_.facts["list"][0]
-        assert copy_.facts["list"][1]["weight"] is copy_[0].weight is not shared.weight
-        assert copy_.facts["self"] is copy_
-        assert copy_.facts["table"] == net.facts["table"]
-        assert copy_.facts["table"] is not net.facts["table"]
-        assert copy_[3].copies == 1
-        assert copy_[4].thawed
-        assert len(copy_._forward_hooks) == 1
-        assert copy_._compiled_call_impl is None
-    assert own.__dict__.keys() == expected.__dict__.keys()
-    assert [(n, type(m)) for n, m in own.named_modules()] == [(n, type(m)) for n, m in net.named_modules()]
-    assert torch.equal(own(torch.eye(3)), expected(torch.eye(3)))
-    for name, value in own.state_dict().items():
-        assert torch.equal(value, net.state_dict()[name])
-        assert value.data_ptr() != net.state_dict()[name].data_ptr()
+SCRIPT = r"TorchScript, which hides its activations \({}\): pass the nn.Module that it was made from"
+ATEN = r"graph of aten operators, as torch.export makes it"
+REFUSED = {
+    "a scripted model": (lambda: scripted(Plain().eval()), r"the model \(.*" + SCRIPT.format("relu")),
+    "a scripted part": (lambda: inside(scripted(nn.GELU().eval())), r"2 \(.*" + SCRIPT.format("gelu")),
+    "a traced part": (lambda: inside(script_traced(nn.SiLU(), IMAGES)), r"2 \(.*" + SCRIPT.format("silu")),
+    "a frozen model": (
+        lambda: torch.jit.freeze(script_traced(inside(nn.Hardswish()).eval(), IMAGES)),
+        r"the model \(.*" + SCRIPT.format("relu"),
+    ),
+    "a Swish in TorchScript": (
+        lambda: inside(script_traced(Functional(lambda m, x: x * torch.sigmoid(x)), IMAGES)),
+        SCRIPT.format("sigmoid"),
+    ),
+    "an exported program": (
+        lambda: torch.export.export(inside(nn.ReLU()), (IMAGES,)),
+        "ExportedProgram is no torch.nn.Module: pass the nn.Module that it was made from",
+    ),
+    "its module": (lambda: torch.export.export(inside(nn.ReLU()), (IMAGES,)).module(), ATEN),
+    "its module as a part": (lambda: inside(torch.export.export(nn.ReLU(), (IMAGES,)).module()), rf"2 \(.* {ATEN}"),
+    "not initialised": (
+        lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(3), nn.ReLU()).eval(),
+        r"1 \(LazyLinear\) is not initialised yet: call the model once",
+    ),
+    "quantised": (lambda: inside(torch.ao.nn.quantized.ReLU6()), r"2 \(ReLU6\) is quantised.*before quantising it"),
+}
 
 
-def test_a_copy_shares_what_its_memo_says():
-    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    own = copied(net, {id(p): p for p in net.parameters()})
-    assert own[0].weight is net[0].weight
-    assert own[1].running_mean is not net[1].running_mean
+@pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning", "ignore:.*deprecated.*:DeprecationWarning")
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_made_of_python_is_refused(name):
+    make, message = REFUSED[name]
+    model = make()
+    with pytest.raises(CaptureError, match=message):
+        capture(model, IMAGES)
+
+
+def test_torchscript_without_activations_is_called_as_it_is():
+    model = nn.Sequential(scripted(Normalising().eval()), Plain()).eval()
+    graph_module = capture(model, IMAGES).graph_module
+    assert torch.equal(graph_module(IMAGES), model(IMAGES))
+    assert targets(graph_module)[0] == "0"
+    own, before = graph_module.get_submodule("0").mean, model[0].mean
+    assert own.requires_grad
+    assert own.is_leaf
+    assert own.data_ptr() != before.data_ptr()
+
+
+def test_compiled_functions_are_traced_as_python():
+    @torch.compile(backend="eager")
+    def compiled(x):
+        return F.silu(x) * 2
+
+    script = scripted(_swish)
+    for function, expected in (
+        (compiled, [F.silu, operator.mul]),
+        (script, [torch.sigmoid, operator.mul]),
+        (lambda x: compiled(script(x)), [torch.sigmoid, operator.mul, F.silu, operator.mul]),
+    ):
+        model = Functional(lambda m, x, f=function: f(x), kept=nn.Identity())
+        model.kept.function = script  # which cannot be pickled
+        for asked in (model, Functional(lambda m, x, f=function: f(x) if len(x.shape) == 4 else x)):
+            graph = capture(asked.eval(), IMAGES).graph_module.graph
+            functions = [n.target for n in graph.nodes if n.op == "call_function"]
+            assert [f for f in functions if f is not expect_size] == expected
+
+
+def _swish(x):
+    return x * torch.sigmoid(x)
+
+
+def test_models_without_data():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).to("meta").eval()
+    assert capture(model, IMAGES.to("meta")).graph_module(IMAGES.to("meta")).shape == (2, 4, 6, 6)

@@ -18,6 +18,7 @@ KERNELS = Path(kernels.__file__).parent
 FLOORS = {
     "kernels": 0,
     "errors": 1,
+    "hooks": 1,
     "activations": 1,
     "formulas": 1,
     "artifacts": 1,

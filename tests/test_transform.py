@@ -244,3 +244,32 @@ def test_exports_to_plain_aten(sparse, images):
     program = torch.export.export(sparse, (images,))
     assert not [n for n in program.graph.nodes if "meansparse" in str(n.target) and n.op == "call_function"]
     torch.testing.assert_close(program.module()(images), sparse(images))
+
+
+class Dropping(nn.Module):
+    """Drops in its forward, at a rate that may be zero."""
+
+    def __init__(self, rate=0.5):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 3, 1), nn.ReLU()
+        self.rate_of_dropout = rate
+
+    def forward(self, x):
+        return torch.nn.functional.dropout(self.act(self.conv(x)), self.rate_of_dropout, self.training)
+
+
+def test_train_mode_says_once_what_stays_off(images):
+    sparse = msfx.transform(nn.Sequential(Dropping(), nn.Dropout(0.5), Dropping(0.0)).eval(), images)
+    sparse.eval()
+    with pytest.warns(
+        UserWarning, match=r"dropout, stochastic depth .* stays off in 0 \(Dropping\)\. To train"
+    ) as said:
+        sparse.train()
+    assert said[0].filename == __file__
+    assert len(said) == 1
+    sparse.eval().train()  # once
+    assert sparse.get_submodule("1").training
+
+
+def test_train_mode_says_nothing_where_nothing_stays_off(net, images):
+    msfx.transform(net, images).train()

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..activations import match_module
 from ..errors import CaptureError
+from ..hooks import has_hooks
 from ..sites.shapes import cheap_fake, keeps_shape
 from .proxies import (
     FACTORIES,
@@ -277,6 +278,8 @@ def _example_of(argument: Any, k: int) -> Any:
 def _like_input(function: Any, args: tuple) -> bool:
     """Return whether a result is known to be like the first argument, which then serves as its example."""
     if not args or not isinstance(args[0], FakeTensor) or torch.is_autocast_enabled(args[0].device.type):
+        return False
+    if isinstance(function, nn.Module) and has_hooks(function):
         return False
     if isinstance(function, nn.Module) and match_module(function) is not None:
         return True

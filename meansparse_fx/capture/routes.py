@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn.modules.dropout import _DropoutNd
 
-from ..errors import CaptureError, StateError
-from ..rewrite import PREFIX, adopt
+from ..errors import CaptureError
+from ..hooks import drop_own_hooks
+from ..rewrite import adopt
 from .copies import copied
 from .examples import trace_by_example
+from .preconditions import check_model, taken_off
 from .tracing import ModelTracer, Traced, trace
-from .verify import Reference, shadow
-
-# Class name -> attribute that holds the model. By name, because looking up OptimizedModule imports the compiler.
-_WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+from .uncompiled import as_python
+from .verify import Reference
 
 _WAY_OUT = (
     'use torch.compile(model, backend="meansparse"), which follows Python control flow, '
@@ -37,13 +39,16 @@ class Capture:
         route: How it was captured, in words.
         checked: By what it was seen to compute what the model computes: its ``operations``, which holds for any images
             of the example's size, or its ``numbers`` on the example images; empty if unchecked.
+        frozen: The modules that asked for their mode while they were traced, with their types: they stay in eval mode.
     """
 
     graph_module: fx.GraphModule
     route: str
     checked: str = ""
+    frozen: tuple[str, ...] = ()
 
 
+@as_python()
 def capture(model: nn.Module, images: Tensor | None = None) -> Capture:
     """Return the graph of ``model``, which itself is left unchanged.
 
@@ -56,8 +61,9 @@ def capture(model: nn.Module, images: Tensor | None = None) -> Capture:
         images: ``[N, ...]`` on the model's device; None leaves the graph unchecked.
 
     Raises:
-        StateError: The model is in train mode or already transformed.
-        CaptureError: No route gives a faithful graph; names the line where tracing stopped.
+        StateError: The model is in train mode or already transformed, or hooks are registered for all modules.
+        CaptureError: The model is TorchScript, made by torch.export, quantised or not initialised yet; no route gives
+            a faithful graph; names the line where tracing stopped.
 
     Example:
         >>> import torch
@@ -66,9 +72,8 @@ def capture(model: nn.Module, images: Tensor | None = None) -> Capture:
         >>> captured.route, [node.name for node in captured.graph_module.graph.nodes]
         ('symbolic trace', ['input_1', '_0', '_1', 'output'])
     """
-    while type(model).__name__ in _WRAPPERS and type(model).__module__.startswith("torch."):
-        model = getattr(model, _WRAPPERS[type(model).__name__])
-    _check_state(model)
+    model = taken_off(model)
+    check_model(model)
     reference = None if images is None else Reference.of(model, images)
     failures: list[CaptureError] = []
     for route in ROUTES:
@@ -77,9 +82,10 @@ def capture(model: nn.Module, images: Tensor | None = None) -> Capture:
         try:
             traced = route.trace(model, images)
             graph_module = _assemble(model, traced)
+            frozen = _frozen(traced)
             if reference is None:
-                return Capture(graph_module, f"{route.name}, unverified")
-            return Capture(graph_module, route.name, _check(reference, graph_module, traced))
+                return Capture(graph_module, f"{route.name}, unverified", frozen=frozen)
+            return Capture(graph_module, route.name, _check(reference, graph_module, traced), frozen)
         except CaptureError as failure:
             failures.append(failure)
     # Each route answers more than the one before it: where the last one stops is what the model has to change.
@@ -96,25 +102,26 @@ def _check(reference: Reference, graph_module: fx.GraphModule, traced: Traced) -
         raise CaptureError("; ".join((str(failure), *traced.opaque))) from failure
 
 
-def _check_state(model: nn.Module) -> None:
-    training = _in_train_mode(model)
-    if training:
-        # A model whose own eval() leaves some parts out has them so by its author's will.
-        stubborn = _in_train_mode(shadow(model).eval())
-        training = [name for name in training if name not in stubborn]
-    if training:
-        more = f" and {len(training) - 1} more" if len(training) > 1 else ""
-        raise StateError(f"{type(model).__name__} is in train mode ({training[0]}{more}): call model.eval() first")
-    for name, _ in model.named_modules():
-        if PREFIX in name.split("."):
-            raise StateError(
-                f"{type(model).__name__} is already transformed (it has a module named {name}): "
-                "restore it first, or start from the base model"
-            )
+def _frozen(traced: Traced) -> tuple[str, ...]:
+    """Return the modules that were traced into and read their mode, but for dropouts that drop nothing."""
+    modules = {path: traced.root.get_submodule(path) for path in traced.entered}
+    asking = {path: type(module).__name__ for path, module in modules.items() if _asks_for_mode(module)}
+    return tuple(f"{path} ({name})" if path else name for path, name in asking.items())
 
 
-def _in_train_mode(model: nn.Module) -> list[str]:
-    return [name or "the model itself" for name, m in model.named_modules() if m.training]
+def _asks_for_mode(module: nn.Module) -> bool:
+    classes = [vars(c) for c in type(module).__mro__ if c is not nn.Module]
+    waiting, seen = ["forward"], set()
+    asked = False
+    while waiting and not asked:
+        name = waiting.pop()
+        codes = [own[name].__code__ for own in classes if isinstance(own.get(name), FunctionType)]
+        asked = any("training" in code.co_names for code in codes)
+        seen.add(name)
+        waiting += [n for code in codes for n in code.co_names if n not in seen]
+    rates = [v for name, v in vars(module).items() if "drop" in name and isinstance(v, int | float)]
+    rates += [child.p for child in module.children() if isinstance(child, _DropoutNd)]
+    return asked and (any(rates) or not rates)
 
 
 # Routes.
@@ -159,6 +166,8 @@ def _assemble(model: nn.Module, traced: Traced) -> fx.GraphModule:
     graph = traced.graph
     for target in dict.fromkeys(node.target for node in graph.nodes if node.op == "get_attr"):
         _own_constant(root, traced.root, target)
+    for path in traced.entered:
+        drop_own_hooks(root.get_submodule(path))
     graph_module = fx.GraphModule(root, graph, class_name=type(model).__name__)
     adopt(graph_module, root)
     graph.lint()

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from ..activations import match_module
 from ..errors import CaptureError
+from ..hooks import enter, has_foreign_hooks, has_own_forward, leave, only_own_hooks
 from ..published import published_operator
 from .verify import kept_parameters, plain_attention, shadow
 
@@ -29,6 +30,7 @@ _FX = str(Path(fx.__file__).parent)
 _OURS = {str(Path(__file__).with_name(name)) for name in ("tracing.py", "proxies.py", "examples.py")}
 _CALL = nn.Module.__call__  # taken before a tracer patches it
 _MAX_LEAVES = 16
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 # Their fused inference path shows no activation to anyone, so they are traced through or refused, never leaves.
 _HIDING = (nn.Transformer, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -42,11 +44,13 @@ class Traced:
         graph: The graph.
         root: The throwaway copy of the model it was traced on.
         opaque: Why tracing stopped in modules that became leaves: activations in their functions are hidden.
+        entered: Paths of the modules that were traced into, the root's first: empty.
     """
 
     graph: fx.Graph
     root: nn.Module
     opaque: tuple[str, ...] = ()
+    entered: tuple[str, ...] = ()
 
 
 class Retrace(Exception):
@@ -76,21 +80,44 @@ class ModelTracer(fx.Tracer):
         self._leaves = leaves | frozenset(registry.get_notrace_modules() if registry else ())
         self._trace_buffers = trace_buffers
         self._state_names: dict[int, str] = {}
+        self.entered: dict[str, None] = {"": None}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if match_module(m) is not None or published_operator(m) is not None:
+        if match_module(m) is not None or published_operator(m) is not None or isinstance(m, torch.jit.ScriptModule):
             return True
-        if type(m) in self._leaves or super().is_leaf_module(m, module_qualified_name):
+        if type(m) in self._leaves or (super().is_leaf_module(m, module_qualified_name) and not has_own_forward(m)):
             return not _hides_activations(m)
         return False
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         # A module that the model holds in a list, or shares through its class, has no path: it is traced into.
-        if self.submodule_paths and m not in self.submodule_paths:
+        path = self.submodule_paths.get(m) if self.submodule_paths else self.path_of_module(m)
+        if path is None:
+            if has_foreign_hooks(m):
+                raise CaptureError(f"{type(m).__name__}, held in a list or by a class, has hooks: register it, or them")
             return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        self.entered[path] = None
+        if not has_foreign_hooks(m):
+            return super().call_module(m, forward, args, kwargs)
+        # Its hooks run when the graph does: they are called, and the forward between them is traced.
+        entered = self.create_proxy("call_function", enter, ((args, kwargs), m), {})
+        given = tuple(_parts(entered[i], of) for i, of in enumerate((args, kwargs)))
+        with only_own_hooks(m):
+            result = super().call_module(m, forward, *given)
+        left = self.create_proxy("call_function", leave, (result, m, given, entered[2]), {})
+        return _parts(left, result)
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, target, *args, **kwargs)
+        if target in (enter, leave):
+            node.meta["is_wrapped"] = True  # or unpickling, which traces the generated code, would run it
+        return node
 
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, nn.Module):
+            return self.create_node("get_attr", self.path_of_module(a), (), {})
         # A size that numpy computed.
         return super().create_arg(a.item() if isinstance(a, np.generic) else a)
 
@@ -103,7 +130,12 @@ class ModelTracer(fx.Tracer):
             state |= dict(self.root.named_buffers())
         self._state_names = {id(tensor): name for name, tensor in state.items()}
         images = self.create_proxy("placeholder", _input_name(self.root), (), {})
-        return (lambda root, x: _CALL(root, x)), [self.root, images]
+
+        def call(root: nn.Module, x: Any) -> Any:
+            with only_own_hooks(root):  # the others are those of the GraphModule
+                return _CALL(root, x)
+
+        return call, [self.root, images]
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         # fx's own searches all parameters at each access: quadratic in the size of the model.
@@ -117,6 +149,19 @@ class ModelTracer(fx.Tracer):
     def innermost(self) -> str:
         """Return the path of the module being traced; after a failure, of the one that failed. Empty is the root."""
         return next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
+
+
+def _parts(whole: Any, like: Any) -> Any:
+    """Return ``like`` with the tensors of ``whole``, a value of the same structure, in the place of its own."""
+    if isinstance(like, fx.Proxy):
+        return whole
+    if isinstance(like, dict):
+        return {key: _parts(whole[key], value) for key, value in like.items()}
+    if type(like) in (tuple, list):
+        return type(like)(_parts(whole[i], value) for i, value in enumerate(like))
+    if not isinstance(like, _PLAIN):
+        raise CaptureError(f"a module with hooks takes or returns {type(like).__name__}: remove the hooks")
+    return like
 
 
 def _hides_activations(module: nn.Module) -> bool:
@@ -154,7 +199,7 @@ def trace(model: nn.Module, make_tracer: Callable[[frozenset[type]], ModelTracer
         tracer = make_tracer(frozenset(leaves))
         try:
             with plain_attention(), kept_parameters(root):
-                return Traced(tracer.trace(root), root, tuple(leaves.values()))
+                return Traced(tracer.trace(root), root, tuple(leaves.values()), tuple(tracer.entered))
         except (CaptureError, Retrace):
             raise
         except Exception as error:

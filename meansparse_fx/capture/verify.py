@@ -39,7 +39,7 @@ def kept_parameters(model: nn.Module) -> Iterator[list[str]]:
         yield reassigned
     finally:
         for name, parameter, data in before:
-            if not parameter.data.is_set_to(data):
+            if not (parameter.is_meta or parameter.data.is_set_to(data)):
                 parameter.data = data
                 reassigned.append(name)
 
@@ -93,7 +93,7 @@ class Reference:
         if shown < self.activations:
             raise CaptureError(
                 f"the model calls {self.activations} activations and the graph shows {shown}: "
-                f"{self.activations - shown} are hidden in modules or functions that are not traced into"
+                f"{self.activations - shown} are hidden in modules, functions or hooks that are not traced into"
             )
         if self.recordings and self._records_the_same(graph_module):
             return "operations"
@@ -238,7 +238,7 @@ class _ActivationCounter(TorchFunctionMode):
         for module in model.modules():
             if match_module(module) is not None:
                 module.register_forward_pre_hook(self._enter)
-                module.register_forward_hook(self._leave)
+                module.register_forward_hook(self._leave, prepend=True)  # its own hooks call what they call
 
     def _enter(self, module: nn.Module, args: tuple) -> None:
         self.count += self._depth == 0

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from torch import fx
 
+from ..capture.copies import copied
 from ..nn import MeanSparse
 from ..rewrite import PREFIX, bypass, replay_call, sharing_copy
+from .uncalled import refuse_hooks
 
 
 def restore(sparse: fx.GraphModule) -> fx.GraphModule:
@@ -22,6 +24,9 @@ def restore(sparse: fx.GraphModule) -> fx.GraphModule:
     base.meta.pop("plan", None)
     base.graph.lint()
     base.recompile()
+    # Modules of its own, which take hooks: the operators' places are theirs again.
+    base = copied(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
+    refuse_hooks(base)
     return base
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from ..errors import SiteError
+from ..hooks import has_hooks
 from ..nn import MeanSparse
 from ..published import published_operator
 from ..rewrite import (
@@ -25,6 +27,7 @@ from ..rewrite import (
 )
 from ..sites import Site, SitePlan
 from ..sites.plan import Place
+from .uncalled import Added
 
 
 def sparsify(graph_module: fx.GraphModule, plan: SitePlan) -> None:
@@ -32,7 +35,9 @@ def sparsify(graph_module: fx.GraphModule, plan: SitePlan) -> None:
 
     Alpha is 0, so nothing changes in value; an operator that takes a published one's place takes over what it holds.
     """
-    for place in plan.places(graph_module.graph):
+    places = plan.places(graph_module.graph)
+    graph_module.add_module(PREFIX, Added())
+    for place in places:
         site = place.site
         operator = _operator(site, graph_module)
         graph_module.add_submodule(f"{PREFIX}.{site.name}", operator)
@@ -93,6 +98,8 @@ def _fuse(node: fx.Node, source: fx.Node, site: Site, operator: MeanSparse) -> f
 def _take_over(graph_module: fx.GraphModule, published: fx.Node, site: Site, operator: MeanSparse) -> None:
     """Put the operator where a published one stands, with all that holds; that one leaves the model."""
     path, source = published.target, published.args[0]
+    if has_hooks(graph_module.get_submodule(path)):
+        raise SiteError(f"{site.name}: the published operator {path} has hooks, and ours takes its place: remove them")
     operator.take_over(published_operator(graph_module.get_submodule(path)))
     if operator.activation is None:
         replace_call(published, f"{PREFIX}.{site.name}", [source])

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..frozen import FrozenNorm
+from ..hooks import enter, has_hooks, has_own_forward, leave
 from ..nn import MeanSparse
 from ..sites.flow import carried
 from ..sites.ops import Operators
@@ -25,6 +26,7 @@ from .overwrites import Overwrites
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _SUMS = (python.add, python.iadd, torch.add, "add", "add_", "__iadd__")
 
+_HOOKS = "a module beside it has hooks"
 _FREEZE = "model.requires_grad_(False)"
 
 
@@ -159,6 +161,8 @@ class Finder:
 
     def _norm(self, node: fx.Node, operator: MeanSparse) -> Norm | str | None:
         """Return the frozen norm that ``node`` calls for a single reader; why it cannot be taken; or None."""
+        if self._is_hooked(node):
+            return _HOOKS
         found = next((f for f in map(lambda read: read(self, node), _READERS) if f is not None), None)
         if found is None or operator.channel_dim != 1 or len(node.users) != 1:
             return None
@@ -227,6 +231,8 @@ class Finder:
     def _behind(self, node: fx.Node, branch: Branch, want_sum: bool) -> tuple[fx.Node, fx.Node] | str | None:
         """Return the sum of the operator's result and of another value, and that; why it cannot be taken; or None."""
         total = next(iter(node.users), None)
+        if total is not None and self._is_hooked(total):
+            return _HOOKS
         if len(node.users) != 1 or total.target not in _SUMS:
             return None
         operands = self._operands(total)
@@ -249,6 +255,13 @@ class Finder:
         shapes = {self._flow.shape(n) for n in (node, *operands)}
         return operands if len(operands) == 2 and len(shapes) == 1 and operands[0] is not operands[1] else None
 
+    def _is_hooked(self, node: fx.Node) -> bool:
+        """Return whether a node calls hooks: an activation's or a norm's, or those that stand in the graph."""
+        module = self._operators.module(node)
+        if module is None:
+            return node.target in (enter, leave)
+        return has_hooks(module) and (type(module) in _NORMS or self._operators.activation(node) is not None)
+
     def know(self, new: fx.Node, old: fx.Node) -> None:
         """Note that a new node yields what an old one did."""
         self._flow.values[new] = self._flow.values[old]
@@ -258,7 +271,7 @@ class Finder:
 
     def read_module(self, node: fx.Node) -> FrozenNorm | None:
         module = self._operators.module(node)
-        if type(module) not in _NORMS or len(node.args) != 1 or module.training:
+        if type(module) not in _NORMS or len(node.args) != 1 or module.training or has_own_forward(module):
             return None
         return FrozenNorm(module, module.eps)
 

@@ -216,6 +216,16 @@ def indexed(call: Call) -> int | None:
     return dims.index(call.axis) if call.axis in dims else None
 
 
+def entered(call: Call) -> int | None:
+    """What a module's pre-hooks return: arguments like those they are given."""
+    return _agreed(call.axes.get(n) for n in _nodes(call.source))
+
+
+def left(call: Call) -> int | None:
+    """What a module's hooks return: the same where a tensor's shape is."""
+    return call.axis if call.shape == call.result else None
+
+
 def product(call: Call) -> int | None:
     """Matrix products keep the left operand's rows and the right operand's columns."""
     rank = len(call.result)

@@ -1,7 +1,7 @@
 """Floor 2: the table of operators, one row each: its word in the plan, how it carries the channels.
 
 Functions and tensor methods share their rows, for torch names both alike. Another operator is one more name here.
-Imports `axis` only.
+Imports `axis` and floor 1 only.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import batchnorm, dropout, instancenorm, padding
 
+from ..hooks import enter, leave
 from . import axis
 from .axis import Rule
 
@@ -116,7 +117,11 @@ FUNCTIONS: dict[Any, Op] = {
     for name, op in METHODS.items()
     for function in (getattr(namespace, name, None) for namespace in (F, torch, operator))
     if function is not None
-} | {getattr: Op(carry=axis.attribute, may_alias=True)}
+} | {
+    getattr: Op(carry=axis.attribute, may_alias=True),
+    enter: Op("hooks", axis.entered, may_alias=True),
+    leave: Op("hooks", axis.left, like=True, may_alias=True),
+}
 
 # Functions that libraries keep from being traced, by qualified name.
 LIBRARY_FUNCTIONS = {

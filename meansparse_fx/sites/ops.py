@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx, nn
 
 from ..activations import ActivationCall, match_function, match_module
+from ..hooks import has_hooks, has_own_forward
 from ..published import PublishedOperator, published_operator
 from .op_table import ACTIVATION, ELEMENTWISE, FUNCTIONS, LIBRARY_FUNCTIONS, METHODS, MODULES, PUBLISHED, UNKNOWN, Op
 
@@ -67,6 +68,8 @@ class Operators:
             inside = ELEMENTWISE if node in self.known else UNKNOWN  # of an activation; its own code, such as Swish's
             return FUNCTIONS.get(node.target) or LIBRARY_FUNCTIONS.get(_qualified(node), inside)
         module = self.module(node)
+        if module is not None and has_own_forward(module):
+            return UNKNOWN
         row = next((MODULES[base] for base in type(module).__mro__ if base in MODULES), None)
         return row or (UNKNOWN if self.published(node) is None else PUBLISHED)
 
@@ -88,7 +91,9 @@ class Operators:
             return self.known[node]
         module = self.module(node)
         if module is not None:
-            return match_module(module)
+            call = match_module(module)
+            # Its hooks run in its own call, behind the bare operator.
+            return replace(call, fused=False) if call and has_hooks(module) else call
         if node.op not in ("call_function", "call_method"):
             return None
         try:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from ..hooks import entering, has_hooks, has_own_forward
 from ..published import published_operator
 
 # They keep their input's shape; so do published operators, which look at values. Asking for a fake batch norm took 8 ms
@@ -102,7 +103,7 @@ class _Recorder(fx.Interpreter):
 
     def record(self, images: Tensor) -> Flow:
         with torch.no_grad():
-            self.run(images)
+            self.run(entering(self.module, images))
         return self._flow
 
     def run_node(self, n: fx.Node) -> Any:
@@ -127,6 +128,8 @@ class _Recorder(fx.Interpreter):
 def cheap_fake(target: Any, args: tuple) -> Tensor | None:
     """Return the fake result of calling a module or a function, where it is known without asking torch; else None."""
     if not (args and isinstance(args[0], FakeTensor)):
+        return None
+    if isinstance(target, nn.Module) and (has_hooks(target) or has_own_forward(target)):
         return None
     if type(target) is nn.Conv2d:
         return _convolved(target, args[0])

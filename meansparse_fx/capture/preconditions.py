@@ -1,0 +1,100 @@
+"""Floor 2: whether a model is one that can be captured, before anything is tried. Imports `copies` and floor 1."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+from torch._ops import OpOverload
+
+from ..activations import match_function
+from ..errors import CaptureError, StateError
+from ..hooks import refuse_global_hooks
+from ..rewrite import PREFIX
+from .copies import copied, refuse_hooks, unwrapped
+
+_ORIGINAL = "pass the nn.Module that it was made from"
+# What activations are written out of.
+_PARTS = {"sigmoid", "hardsigmoid", "exp", "erf", "clamp", "clamp_min", "clamp_max", "maximum", "minimum", "where"}
+_QUANTISED = re.compile(r"torch\.ao\.nn\.(intrinsic\.)?quantized\.(?!dynamic)")
+
+
+def taken_off(model: nn.Module) -> nn.Module:
+    """Return a model without the wrappers around it: DataParallel, DistributedDataParallel, torch.compile.
+
+    Raises:
+        CaptureError: It is no module, or a wrapper has hooks.
+    """
+    while True:
+        if not isinstance(model, nn.Module):  # an ExportedProgram, a function
+            raise CaptureError(f"{type(model).__name__} is no torch.nn.Module: {_ORIGINAL}")
+        inner = unwrapped(model)
+        if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            refuse_hooks(inner, inner.module)
+            inner = inner.module
+        if inner is model:
+            return model
+        model = inner
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise StateError or CaptureError unless a model is in eval mode, whole, made of Python, and not transformed."""
+    refuse_global_hooks()
+    for path, module in model.named_modules():
+        if PREFIX in path.split("."):
+            raise StateError(
+                f"{type(model).__name__} is already transformed (it has a module named {path}): "
+                "restore it first, or start from the base model"
+            )
+        if (reason := _foreign(module)) is not None:
+            raise CaptureError(f"{path or 'the model'} ({type(module).__name__}) {reason}")
+    training = _in_train_mode(model)
+    if training:
+        # A model whose own eval() leaves some parts out has them so by its author's will.
+        stubborn = _in_train_mode(copied(model, {id(p): p for p in model.parameters()}).eval())
+        training = [name for name in training if name not in stubborn]
+    if training:
+        more = f" and {len(training) - 1} more" if len(training) > 1 else ""
+        raise StateError(f"{type(model).__name__} is in train mode ({training[0]}{more}): call model.eval() first")
+
+
+def _in_train_mode(model: nn.Module) -> list[str]:
+    return [name or "the model itself" for name, m in model.named_modules() if m.training]
+
+
+def _foreign(module: nn.Module) -> str | None:
+    """Return why a module is nothing that torch.fx can follow or leave as it is; None if it is no such."""
+    kind = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        hidden = next(_activations_in(module), None)
+        return hidden and f"is TorchScript, which hides its activations ({hidden}): {_ORIGINAL}"
+    graph = getattr(module, "graph", None)
+    if isinstance(graph, fx.Graph) and any(isinstance(node.target, OpOverload) for node in graph.nodes):
+        return f"is a graph of aten operators, as torch.export makes it, without the names of modules: {_ORIGINAL}"
+    # Dynamic ones, whose inputs are floating point, hold a LinearPackedParams, too.
+    if _QUANTISED.match(f"{kind.__module__}.") and kind.__name__ != "LinearPackedParams":
+        return "is quantised, and the operator computes in floating point: transform the model before quantising it"
+    parameters = (*module._parameters.values(), *module._buffers.values())
+    if any(nn.parameter.is_lazy(p) for p in parameters):
+        return "is not initialised yet: call the model once on a batch of images, then transform it"
+    return None
+
+
+def _activations_in(module: torch.jit.ScriptModule) -> Iterator[str]:
+    """Yield the activations that TorchScript's code calls, what they are written out of, and fused operators."""
+    for node in _nodes(module.inlined_graph):
+        space, _, name = node.kind().partition("::")
+        name = name.removesuffix("_")
+        functions = (getattr(home, name, None) for home in (torch, nn.functional))
+        known = any(f is not None and match_function(f, (None,), {}) is not None for f in functions)
+        if known or name in _PARTS or space not in ("aten", "prim"):
+            yield name
+
+
+def _nodes(graph: torch._C.Graph | torch._C.Block) -> Iterator[torch._C.Node]:
+    for node in graph.nodes():
+        yield node
+        for block in node.blocks():
+            yield from _nodes(block)

@@ -1,0 +1,87 @@
+"""Floor 4: the modules that a graph does not call, though the model did: traced into, replaced or taken in.
+
+Requires: a GraphModule. Ensures: hooks registered on them are refused, for they would never run; and `train` says which
+of them stay in eval mode, as they were traced. Changes no graph.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+from torch import fx, nn
+
+from ..hooks import close, reopen
+from ..nn import MeanSparse
+from ..rewrite import PREFIX
+
+_SHOWN = 3
+
+
+class Added(nn.Module):
+    """Holds what was added to a model.
+
+    Attributes:
+        frozen: What stays as it is in eval mode, in words; `train` says so once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen: tuple[str, ...] = ()
+
+    def train(self, mode: bool = True) -> Added:
+        """Set the mode as every module does."""
+        if mode and self.frozen:
+            more = f" and {len(self.frozen) - _SHOWN} more" if len(self.frozen) > _SHOWN else ""
+            warnings.warn(
+                f"the graph was traced in eval mode: dropout, stochastic depth and whatever else depends on train mode "
+                f"stays off in {', '.join(self.frozen[:_SHOWN])}{more}. To train with it, train the base model, and "
+                "transform that afterwards",
+                stacklevel=3,
+            )
+            self.frozen = ()
+        return super().train(mode)
+
+
+def refuse_hooks(graph_module: fx.GraphModule) -> None:
+    """Let the modules that the graph does not call refuse hooks, and the others take them."""
+    called = {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")} | {PREFIX}
+    entered = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+    inside: set[str] = set()
+    running: set[nn.Module] = {graph_module}
+    paths: dict[nn.Module, str] = {}
+    for path, module in graph_module.named_modules(remove_duplicate=False):
+        paths.setdefault(module, path)
+        if path in called or path.rpartition(".")[0] in inside:
+            inside.add(path)
+        if path in inside or path in entered:
+            running.add(module)
+    taken = dict(_taken(graph_module))
+    for module, path in paths.items():
+        if module in taken:
+            own = taken[module]
+            close(
+                module,
+                f"{path} is a part of the operator {own}, which is called in its place: register the hook on {own}, or "
+                f"on {path} of the base before transforming it",
+            )
+        elif module not in running:
+            close(
+                module,
+                f"the graph makes the calls that {path} makes and does not call {path}: register the hook on a module "
+                "in it, or on the base before transforming it",
+            )
+        else:
+            reopen(module)
+
+
+def _taken(graph_module: fx.GraphModule) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the modules in whose place an operator is called, with its path."""
+    for path, operator in graph_module.named_modules():
+        if not isinstance(operator, MeanSparse):
+            continue
+        for norm in (operator.before.norm, operator.before.outer):
+            if norm is not None:
+                yield norm.module, path
+        if operator.replaces is not None and operator.replaces.op == "call_module":
+            yield graph_module.get_submodule(operator.replaces.target), path

@@ -1,0 +1,380 @@
+"""Hooks and forwards of a module's own: they run as on the base, or are refused by name."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import types
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import meansparse_fx as msfx
+from meansparse_fx.errors import CaptureError, SiteError, StateError
+from meansparse_fx.export import to_exported_program
+from tests.test_published import Published
+
+IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class LayerScale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.linspace(0.5, 1.5, 4).view(4, 1, 1))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Net(nn.Module):
+    """Activations, norms, a convolution, a container, a LayerScale: fused, taken in, called, traced into."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.GELU())
+        self.scale, self.softsign, self.head = LayerScale(), nn.Softsign(), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.act(self.bn(self.conv(x)))
+        x = x + self.scale(self.body(x))
+        return self.head(self.softsign(x).mean((2, 3)))
+
+
+class AtOneSize(Net):
+    """Asks the images, so that examples answer while it is traced."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 1)) if x.shape[-1] % 2 else x)
+
+
+MODULES = ("", "conv", "bn", "act", "body", "body.1", "body.2", "scale", "softsign", "head")
+
+
+def net(architecture=Net):
+    torch.manual_seed(0)
+    model = architecture()
+    for module in (model.bn, model.body[1]):
+        module.running_mean.normal_()
+        module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def halve(module, args, result):
+    return result * 0.5
+
+
+def halve_gradients(module, *gradients):
+    return tuple(g if g is None else g * 0.5 for g in gradients[0])
+
+
+class Halver:
+    def hook(self, module, args, result):
+        return result * 0.5
+
+
+HOOKS = {
+    "forward": lambda m: m.register_forward_hook(halve),
+    "forward, with kwargs": lambda m: m.register_forward_hook(
+        lambda module, args, kwargs, result: result * 0.5, with_kwargs=True, prepend=True, always_call=True
+    ),
+    "a method": lambda m: m.register_forward_hook(Halver().hook),
+    "forward, two": lambda m: (m.register_forward_hook(halve), m.register_forward_hook(lambda *_: _[2].clamp(max=0.1))),
+    "partial": lambda m: m.register_forward_hook(functools.partial(halve)),
+    "pre": lambda m: m.register_forward_pre_hook(lambda module, args: args[0] * 0.7),
+    "pre, with kwargs": lambda m: m.register_forward_pre_hook(
+        lambda module, args, kwargs: ((args[0] * 0.7,), kwargs), with_kwargs=True
+    ),
+    "backward": lambda m: m.register_full_backward_hook(halve_gradients),
+    "backward pre": lambda m: m.register_full_backward_pre_hook(halve_gradients),
+    "backward, legacy": lambda m: m.register_backward_hook(halve_gradients),
+}
+
+
+def results(model):
+    """Return output and images' gradient."""
+    x = IMAGES.clone().requires_grad_()
+    y = model(x)
+    y.square().sum().backward()
+    return y.detach(), x.grad
+
+
+def assert_same(model, transformed):
+    for got, expected in zip(results(transformed), results(model), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+def assert_hook_runs(model, path, kind, **options):
+    """Hook one module, and compare the model with what `transform` and `restore` make of it."""
+    before = results(model)
+    HOOKS[kind](model.get_submodule(path))
+    assert not all(map(torch.equal, results(model), before)), "the hook does something"
+    sparse = msfx.transform(model, IMAGES, **options)
+    assert len(msfx.operators(sparse)) == 3
+    assert_same(model, sparse)
+    assert_same(model, msfx.restore(sparse))
+    return sparse
+
+
+LEGACY = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
+
+
+@LEGACY
+@pytest.mark.parametrize("kind", ["forward", "pre, with kwargs", "backward", "backward, legacy"])
+@pytest.mark.parametrize("path", MODULES)
+def test_hooks_run_as_on_the_base(path, kind):
+    assert_hook_runs(net(), path, kind)
+
+
+@pytest.mark.parametrize("kind", ["forward, with kwargs", "forward, two", "a method", "partial", "pre", "backward pre"])
+@pytest.mark.parametrize("path", ["", "act", "body"])
+def test_hooks_of_every_kind(path, kind):
+    model = net()
+    assert_same(model, copy.deepcopy(assert_hook_runs(model, path, kind)))
+
+
+@pytest.mark.parametrize("kind", ["forward", "pre", "backward"])
+@pytest.mark.parametrize("path", ["", "act", "body"])
+def test_hooks_where_examples_answer(path, kind):
+    assert_hook_runs(net(AtOneSize), path, kind)
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+@pytest.mark.parametrize("path", ["bn", "act", "body", "body.1", "scale"])
+def test_hooks_of_what_is_taken_in(path, kind):
+    assert_hook_runs(net().requires_grad_(False), path, kind, fuse="all")
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_what_hooks_record_is_what_the_base_gives(path):
+    model, seen = net(), {}
+    model.get_submodule(path).register_forward_hook(lambda module, args, result: seen.update({path: result}))
+    sparse = msfx.transform(model, IMAGES)
+    model(IMAGES)
+    expected = seen.pop(path)
+    sparse(IMAGES)
+    assert torch.equal(seen[path], expected)
+
+
+def test_a_fusion_is_declined_and_says_so():
+    model = net().requires_grad_(False)
+    plan = msfx.transform(model, IMAGES, fuse="all").meta["plan"]
+    assert {s.name: s.fused for s in plan} == {
+        "act": "norm",
+        "body.2": "norm",
+        "softsign": "LayerScale + sum",
+    }
+    for path in ("act", "bn", "body", "scale"):
+        model.get_submodule(path).register_forward_hook(halve)
+    plan = msfx.transform(model, IMAGES, fuse="all").meta["plan"]
+    assert {s.name: (s.activation.fused, s.fused) for s in plan} == {
+        "act": (False, "a module beside it has hooks"),
+        "body.2": (True, "norm; a module beside it has hooks"),
+        "softsign": (False, "sum; a module beside it has hooks"),
+    }
+
+
+def test_hooks_of_all_modules_are_refused():
+    handle = torch.nn.modules.module.register_module_forward_hook(halve)
+    try:
+        with pytest.raises(StateError, match=r"registered for every module there is \(halve\).*remove them"):
+            msfx.transform(net(), IMAGES)
+    finally:
+        handle.remove()
+
+
+def test_a_hook_that_hides_an_activation_is_refused():
+    for path in ("body", "conv", "act"):
+        model = net()
+        model.get_submodule(path).register_forward_hook(lambda module, args, result: F.silu(result))
+        with pytest.raises(CaptureError, match="the model calls 4 activations and the graph shows 3"):
+            msfx.transform(model, IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("register", "message"),
+    [
+        (lambda m: m.register_forward_hook(lambda module, args, result: (*result, 1)), "a hook of Times returns"),
+        (lambda m: m.register_forward_pre_hook(lambda module, args: (args[0], 3)), "a pre-hook of Times changes"),
+    ],
+)
+def test_a_hook_that_changes_more_than_tensors_is_refused(register, message):
+    class Times(nn.Module):
+        def forward(self, x, times):
+            return x * times, times
+
+    model = net()
+    model.times = Times().eval()
+    model.forward = types.MethodType(lambda self, x: self.act(self.conv(self.times(x, 2)[0])), model)
+    assert_same(model, msfx.transform(model, IMAGES))
+    register(model.times)
+    with pytest.raises(CaptureError, match=message):
+        msfx.transform(model, IMAGES)
+
+
+def test_hooks_of_modules_that_take_and_return_several():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, x, other, *, scale=1.0, more=None):
+            return {"a": self.act(x) * scale, "b": [other, more]}
+
+    model = net()
+    model.pair = Pair().eval()
+
+    def forward(self, x):
+        x = self.conv(x)
+        pair = self.pair(x, x + 1, scale=2.0, more=x - 1)
+        return self.head((pair["a"] + pair["b"][0] * pair["b"][1]).mean((2, 3)))
+
+    model.forward = types.MethodType(forward, model)
+    model.pair.register_forward_hook(lambda module, args, result: result | {"a": result["a"] / 2})
+    model.pair.register_forward_pre_hook(
+        lambda module, args, kwargs: ((args[1], args[0]), kwargs | {"more": args[0]}), with_kwargs=True
+    )
+    sparse = msfx.transform(model, IMAGES)
+    assert list(msfx.operators(sparse)) == ["pair.act"]
+    assert_same(model, sparse)
+
+
+def test_a_transformed_model_refuses_hooks_where_nothing_is_called():
+    model = net().requires_grad_(False)
+    sparse, calls = msfx.transform(model, IMAGES, fuse="all"), []
+    for hooked in (sparse, copy.deepcopy(sparse)):
+        for path in ("act", "body.2", "bn", "body.1"):
+            with pytest.raises(StateError, match=f"{path} is a part of the operator meansparse"):
+                hooked.get_submodule(path).register_forward_hook(halve)
+        for path in ("body", "scale"):
+            for register in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
+                with pytest.raises(StateError, match=f"does not call {path}: register the hook on"):
+                    getattr(hooked.get_submodule(path), f"register_{register}")(halve)
+    for path in ("", "conv", "head", "meansparse.act", "softsign"):
+        sparse.get_submodule(path).register_forward_hook(lambda *_: calls.append(1))
+    sparse(IMAGES)
+    assert len(calls) == 5
+    base = msfx.restore(sparse)
+    for path in ("act", "body.1"):
+        base.get_submodule(path).register_forward_hook(halve)
+    assert not torch.equal(base(IMAGES), model(IMAGES))
+    assert not sparse.act._forward_hooks
+
+
+def test_a_module_that_the_graph_calls_for_its_hooks_takes_more():
+    model, calls = net(), []
+    model.body.register_forward_pre_hook(lambda module, args: None)
+    sparse = msfx.transform(model, IMAGES)
+    sparse.body.register_forward_hook(lambda *_: calls.append(1))
+    sparse(IMAGES)
+    assert len(calls) == 1
+
+
+_RECORDED = []
+
+
+def record(module, args, result):
+    _RECORDED.append(result)
+
+
+def test_hooks_survive_pickle():
+    model = net()
+    model.body.register_forward_hook(record)
+    sparse = pickle.loads(pickle.dumps(msfx.transform(model, IMAGES)))
+    _RECORDED.clear()
+    assert torch.equal(sparse(IMAGES), model(IMAGES))
+    assert len(_RECORDED) == 2
+
+
+@torch.no_grad()
+def test_hooks_run_in_exports_and_in_the_plug_in():
+    model = net()
+    for path in ("", "act", "body"):
+        model.get_submodule(path).register_forward_hook(halve)
+    expected = model(IMAGES)
+    sparse = msfx.transform(model, IMAGES)
+    msfx.calibrate(sparse, [IMAGES], progress=False)
+    torch.testing.assert_close(to_exported_program(sparse, IMAGES).module()(IMAGES), expected)
+    compiled = torch.compile(model, backend="meansparse", options={"inner": "eager"})
+    torch.testing.assert_close(compiled(IMAGES), expected)
+    assert [s.name for s in msfx.compile_report(compiled).plan.active] == ["act", "body.2", "softsign"]
+
+
+def test_hooks_of_a_published_operator_are_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Published(4), nn.ReLU()).eval()
+    model[1].register_forward_hook(halve)
+    with pytest.raises(SiteError, match="the published operator 1 has hooks"):
+        msfx.transform(model, IMAGES)
+
+
+def test_hooks_on_a_wrapper_are_refused():
+    model = nn.DataParallel(net()).eval()
+    model.register_forward_hook(halve)
+    with pytest.raises(CaptureError, match="DataParallel has hooks, and is taken off the Net"):
+        msfx.transform(model, IMAGES)
+
+
+def test_state_dict_hooks_of_the_model_itself_are_kept():
+    model = net()
+    model.register_load_state_dict_pre_hook(
+        lambda module, state, *_: state.update({k.removeprefix("old."): state.pop(k) for k in list(state)})
+    )
+    model.register_state_dict_post_hook(lambda module, state, *_: state.update(extra=torch.ones(1)))
+    sparse = msfx.transform(model, IMAGES)
+    state = {f"old.{k}": v + 1 for k, v in sparse.state_dict().items() if k != "extra"}
+    assert len(state) == len(sparse.state_dict()) - 1
+    before = sparse.head.bias.clone()
+    sparse.load_state_dict(state)
+    assert torch.equal(sparse.head.bias, before + 1)
+
+
+# A forward of its own.
+
+
+def own_forward(module):
+    forward = module.forward
+    module.forward = lambda *args: forward(*args) * 2
+
+
+@contextmanager
+def of_class(module, forward):
+    """Put a forward into a module's class."""
+    before = type(module).forward
+    type(module).forward = functools.wraps(before)(lambda self, *args: forward(before, self, *args))
+    try:
+        yield
+    finally:
+        type(module).forward = before
+
+
+@pytest.mark.parametrize("fuse", ["activation", "all"])
+@pytest.mark.parametrize("path", MODULES)
+def test_an_instances_own_forward_counts(path, fuse):
+    model, plain = net().requires_grad_(False), net()
+    own_forward(model.get_submodule(path))
+    assert not torch.equal(model(IMAGES), plain(IMAGES))
+    sparse = msfx.transform(model, IMAGES, fuse=fuse)
+    assert len(sparse.meta["plan"]) == 3
+    assert_same(model, sparse)
+
+
+@pytest.mark.parametrize("path", ["conv", "bn", "act", "body", "body.2", "softsign"])
+def test_a_forward_put_into_a_class_counts(path):
+    model = net().requires_grad_(False)
+    module, expected = model.get_submodule(path), model(IMAGES)
+    with of_class(module, lambda before, *args: before(*args) * 2):
+        assert not torch.equal(model(IMAGES), expected)
+        assert_same(model, msfx.transform(model, IMAGES, fuse="all"))
+
+
+def test_activations_in_an_own_forward_are_sites():
+    model = net()
+    model.conv.forward = types.MethodType(lambda self, x: F.silu(self._conv_forward(x, self.weight, None)), model.conv)
+    model.act.forward = lambda x: F.relu(x).clamp(max=0.3)
+    model.softsign.forward = lambda x: x + 1
+    assert [s.activation.name for s in msfx.inspect(model, IMAGES)] == ["silu", "relu", "gelu"]
+    assert_same(model, msfx.transform(model, IMAGES))
