@@ -160,6 +160,24 @@ def test_what_hooks_record_is_what_the_base_gives(path):
     assert torch.equal(seen[path], expected)
 
 
+class Recorder:
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, module, args, result):
+        self.seen.append(result)
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_a_recorder_is_copied_as_deepcopy_does_and_holds_nothing_of_the_capture(path):
+    model, recorder = net().requires_grad_(False), Recorder()
+    model.get_submodule(path).register_forward_hook(recorder)
+    sparse = msfx.transform(model, IMAGES)
+    assert not recorder.seen
+    assert torch.equal(copy.deepcopy(sparse)(IMAGES), model(IMAGES))
+    assert len(recorder.seen) == 1
+
+
 def test_a_fusion_is_declined_and_says_so():
     model = net().requires_grad_(False)
     plan = msfx.transform(model, IMAGES, fuse="all").meta["plan"]

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ..activations import match_function, match_module
 from ..errors import CaptureError
+from ..hooks import has_hooks
 from .copies import copied
 from .recording import Forms, Recording, record, state_of
 
@@ -179,13 +180,16 @@ def _run(model: nn.Module, images: Tensor) -> Any:
 
 @contextmanager
 def _copied_leaves(graph_module: fx.GraphModule) -> Iterator[None]:
-    """Put copies in the place of libraries' modules that the graph calls: they may keep what they are given."""
+    """Put copies in the place of modules that the graph calls and that may keep what they are given.
+
+    Those of libraries, and those with hooks.
+    """
     replaced = []
     for target in dict.fromkeys(node.target for node in graph_module.graph.find_nodes(op="call_module")):
         path, _, name = target.rpartition(".")
         owner = graph_module.get_submodule(path)
         module = owner._modules[name]
-        if not type(module).__module__.startswith("torch.nn."):
+        if has_hooks(module) or not type(module).__module__.startswith("torch.nn."):
             replaced.append((owner, name, module))
     try:
         for owner, name, module in replaced:

@@ -94,11 +94,12 @@ class _Recorder(fx.Interpreter):
         super().__init__(graph_module)
         self._flow = Flow()
         self._alive: list[Any] = []  # a key is an address: it must not be used again while others may compare
-        # A library's module may keep what it computes, and would keep a fake tensor: run a copy.
+        # A library's module may keep what it computes, as hooks may, and would keep a fake tensor: run a copy.
         self._copies = {
             target: copy.deepcopy(module, {id(p): p for p in module.parameters()})
             for target in {node.target for node in graph_module.graph.nodes if node.op == "call_module"}
-            if not type(module := graph_module.get_submodule(target)).__module__.startswith("torch.nn.")
+            if has_hooks(module := graph_module.get_submodule(target))
+            or not type(module).__module__.startswith("torch.nn.")
         }
 
     def record(self, images: Tensor) -> Flow:
