@@ -38,5 +38,12 @@ class EvaluationError(MeanSparseError):
     """An attack or an evaluation cannot be run as asked, or its result failed a sanity check."""
 
 
+class DataError(CalibrationError, EvaluationError):
+    """Images or labels cannot be used as they are: names the first that cannot, and what to do.
+
+    The verbs share the intake of data, so this is an error of whichever was called.
+    """
+
+
 class ModelError(MeanSparseError):
     """A model cannot be built as asked: unknown name, file without the function, weights that do not fit."""

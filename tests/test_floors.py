@@ -22,6 +22,7 @@ FLOORS = {
     "activations": 1,
     "formulas": 1,
     "artifacts": 1,
+    "batches": 1,
     "published": 1,
     "data": 1,
     "progress": 1,

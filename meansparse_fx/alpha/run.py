@@ -12,10 +12,11 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, fx
 
+from ..batches import labelled
 from ..evaluate.attacks import AttackSettings
 from ..evaluate.ledger import Ledger, model_identity
 from ..evaluate.outcome import ModelOutcome, PairedDifference, mean
-from ..evaluate.plan import batches, plan_runs
+from ..evaluate.plan import plan_runs
 from ..operators import operators, require_transformed, switched
 from ..progress import bar
 from .race import Candidate, Field, doubling, heats, race
@@ -95,7 +96,7 @@ def select_alpha(
     }
     ledger = Ledger(checkpoint, identity)
     with bar(progress) as display, _put_back(sparse), ledger:
-        data = list(batches(held_out, batch_size))
+        data = list(labelled(held_out, batch_size, sparse))
         field = Field(sparse, data, attacked, runs, settings, ledger, skip_broken, compile, amp)
         stops = doubling(field.attacked, rungs)
         _race(field, list(candidates.values()), stops, clean_budget, display)

@@ -15,8 +15,8 @@ from torch import Tensor
 from .. import artifacts
 from ..errors import CalibrationError
 from ..shards import own_file
-from .batches import digest
 from .bins import Bins
+from .source import digest
 from .tally import Tally
 from .totals import Totals
 

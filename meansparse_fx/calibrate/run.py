@@ -14,17 +14,17 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, fx
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, DataError
 from ..kernels import ops
 from ..operators import operators, require_transformed, set_statistics
 from ..passes import observe
 from ..progress import bar
 from ..statistics import ChannelStatistics, Statistics, fingerprint, graph_fingerprint
-from .batches import Source
 from .bins import Bins
 from .checkpoint import Checkpoint
 from .convergence import MIN_GROUPS, Precision, precision
 from .ranks import Ranks
+from .source import Source
 from .tally import Tally
 from .totals import Totals, merge_all
 
@@ -54,7 +54,8 @@ def calibrate(
 
     Args:
         sparse: A transformed model in eval mode.
-        loader: Yields batches of images ``[N, ...]``, alone or first in a tuple or list (labels are ignored).
+        loader: Yields batches of images ``[N, ...]``, alone, first in a tuple or list, or by name in a dictionary
+            (labels are ignored); or a Dataset or tensor of images. docs/data.md lists what is understood.
         progress: Show a progress bar.
         metadata: Facts to keep with the statistics, such as what the data was.
         tolerance: Stop when the standard errors of every channel's mean and deviation are estimated below this
@@ -71,8 +72,8 @@ def calibrate(
 
     Raises:
         StateError: The model is not transformed, or in train mode.
-        CalibrationError: The loader is empty, a site saw NaN or inf, the checkpoint is of another calibration, or
-            another process failed.
+        CalibrationError: The loader is empty, its images cannot be used (DataError), a site saw NaN or inf, the
+            checkpoint is of another calibration, or another process failed.
 
     Example:
         >>> import torch, meansparse_fx as msfx
@@ -89,7 +90,7 @@ def calibrate(
     with Ranks(group, timeout) as ranks, torch.inference_mode():
         if ranks.world > 1 and checkpoint is not None and (tolerance is not None or histograms):
             raise CalibrationError("with several processes a checkpoint goes with neither tolerance nor histograms")
-        one_pass = _Pass(sparse, Source(loader), ranks, tolerance, histograms, amp, channels_last)
+        one_pass = _Pass(sparse, Source(loader, sparse), ranks, tolerance, histograms, amp, channels_last)
         if checkpoint is not None:
             one_pass.keep(checkpoint, every)
         with bar(progress and ranks.rank == 0) as display:
@@ -196,7 +197,7 @@ class _Pass:
         tally, ranks = self._tally, self._ranks
         images = [int(n) for n in ranks.gather(torch.tensor(tally.images), "images")]
         if not sum(images):
-            raise CalibrationError("the loader yielded no images: nothing to calibrate on")
+            raise DataError(self._source.nothing)
         sites = merge_all(ranks.gather_totals(tally.totals, "end")).by_site()
         if tally.bins is not None:
             tally.bins.counts = torch.stack(ranks.gather(tally.bins.counts, "histograms")).sum(0)

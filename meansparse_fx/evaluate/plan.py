@@ -5,9 +5,8 @@ Knows attacks and the switches on operators; keeps no results.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,29 +79,3 @@ def spread(mask: Tensor, values: Tensor, elsewhere: bool) -> Tensor:
     whole = torch.full_like(mask, elsewhere)
     whole[mask] = values
     return whole
-
-
-def batches(test: Iterable[Any] | tuple[Tensor, Tensor], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images, labels), checked.
-
-    Raises:
-        EvaluationError: There are none, or images are not in [0, 1].
-    """
-    if isinstance(test, (tuple, list)) and len(test) == 2 and all(isinstance(t, Tensor) for t in test):
-        test = zip(test[0].split(batch_size), test[1].split(batch_size), strict=True)
-    empty = True
-    for batch in test:
-        if not (isinstance(batch, (tuple, list)) and len(batch) >= 2):
-            raise EvaluationError("the loader must yield (images, labels) batches")
-        images, labels = batch[:2]
-        if len(images) == 0:
-            continue
-        if images.min() < 0 or images.max() > 1:
-            raise EvaluationError(
-                f"images must be in [0, 1] (found {images.min():.3f} to {images.max():.3f}): eps has no meaning "
-                "otherwise; put the normalisation into the model"
-            )
-        empty = False
-        yield images, labels
-    if empty:
-        raise EvaluationError("no images to evaluate on")

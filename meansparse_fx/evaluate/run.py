@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from ..batches import as_batches, labelled, length
 from ..errors import EvaluationError
 from ..operators import get_alpha, require_transformed
 from ..progress import bar
@@ -17,7 +18,7 @@ from ..shards import gather, own_file, place
 from .attacks import AttackSettings
 from .comparison import Comparison
 from .ledger import Ledger, digest, model_identity
-from .plan import batches, plan_runs
+from .plan import plan_runs
 from .sanity import check_balls
 from .verdict import Evaluation
 
@@ -53,8 +54,9 @@ def evaluate(
 
     Args:
         sparse: A transformed model in eval mode.
-        test: ``(images, labels)`` tensors, or a loader of such batches: images ``[N, C, H, W]`` in [0, 1],
-            labels ``[N]``. They should be images that neither calibration nor the choice of alpha saw.
+        test: ``(images, labels)`` tensors, a Dataset, or a loader of such batches: images ``[N, C, H, W]`` in [0, 1],
+            labels ``[N]``; docs/data.md lists what else is understood. They should be images that neither
+            calibration nor the choice of alpha saw.
         eps: Radius of the ball, in the units of the images.
         norm: ``Linf`` or ``L2``.
         attacks: Names from `ATTACKS`, or of AutoAttack's versions: ``standard``, ``plus``, ``rand``.
@@ -80,8 +82,8 @@ def evaluate(
 
     Raises:
         StateError: The model is not transformed, or in train mode.
-        EvaluationError: No images, images outside [0, 1], an attack that cannot be run or left its ball, or a
-            checkpoint of another run.
+        EvaluationError: No images, images or labels that cannot be used (DataError), an attack that cannot be run or
+            left its ball, or a checkpoint of another run.
     """
     require_transformed(sparse, "evaluate")
     settings = AttackSettings(eps=eps, norm=norm, steps=steps, queries=queries, seed=seed)
@@ -96,7 +98,7 @@ def evaluate(
     with bar(progress and rank == 0) as display, ledger:
         task = display.add_task("attack", total=_count(test, batch_size, 2 * len(runs), world), note="")
         seen: list[str] = []
-        for index, (images, labels) in enumerate(batches(test, batch_size)):
+        for index, (images, labels) in enumerate(labelled(test, batch_size, sparse)):
             if index % world == rank:
                 comparison.meet(index, images, labels, sanity_images, lambda: display.advance(task))
                 display.update(task, note=comparison.so_far())
@@ -123,13 +125,8 @@ def evaluate(
 
 def _count(test: Any, batch_size: int, runs: int, world: int) -> int | None:
     """Return how many attacks on batches the first process will make, if the data says how many batches it has."""
-    if isinstance(test, (tuple, list)) and len(test) == 2 and isinstance(test[0], Tensor):
-        found = math.ceil(len(test[0]) / batch_size)
-    elif isinstance(test, Sized):
-        found = len(test)
-    else:
-        return None
-    return math.ceil(found / world) * runs
+    found = length(as_batches(test, batch_size, pair=True))
+    return None if found is None else math.ceil(found / world) * runs
 
 
 def _unite(comparison: Comparison, identity: dict[str, Any], seen: list[str], seconds: float, group: Any) -> float:

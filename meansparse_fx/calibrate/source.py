@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
+from ..batches import Intake, as_batches, batched, count, length, nothing_in
 from ..errors import CalibrationError
 
 
 class Source:
     """Batches of images in a fixed order.
 
+    Args:
+        data: A loader, or anything else that `as_batches` takes.
+        model: What the images are for.
+
     Attributes:
         batches: How many there are; None if the loader does not say.
         images: How many images there are; None if unknown.
+        nothing: What to say if there turn out to be none.
     """
 
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self._loader = loader
-        self.batches = len(loader) if isinstance(loader, Sized) else None
+    def __init__(self, data: Any, model: nn.Module) -> None:
+        self.nothing = nothing_in(data)
+        self._loader = loader = as_batches(data)
+        self._intake = Intake(model)
+        self.batches = length(loader)
         self.images: int | None = None
-        if self._by_index:
+        if self._by_index and self.batches is not None:
             sampler = loader.sampler  # type: ignore[attr-defined]
             self.images = len(sampler) if not loader.drop_last else self.batches * loader.batch_size  # type: ignore
         elif isinstance(loader, (list, tuple)):
-            self.images = sum(len(images_of(batch)) for batch in loader)
+            self.images = count(loader)
 
     @property
     def _by_index(self) -> bool:
@@ -77,17 +85,9 @@ class Source:
         elif isinstance(loader, Sequence):
             batches = ((i, loader[i]) for i in [*again, *range(start, len(loader))] if i < len(loader))
         else:
-            batches = ((i, batch) for i, batch in enumerate(loader) if i >= start or i in again)
+            batches = ((i, batch) for i, batch in enumerate(batched(loader)) if i >= start or i in again)
         for index, batch in batches:
-            yield index, images_of(batch)
-
-
-def images_of(batch: Any) -> Tensor:
-    """Return the images of a loader's batch: the batch itself, or its first element."""
-    images = batch[0] if isinstance(batch, (tuple, list)) else batch
-    if not isinstance(images, Tensor):
-        raise CalibrationError(f"the loader yielded {type(images).__name__} where a tensor of images was expected")
-    return images
+            yield index, self._intake.images(batch)
 
 
 def digest(images: Tensor) -> str:

@@ -1,0 +1,23 @@
+"""Floor 1: what a user gives as data, as batches of images and labels.
+
+The one place that looks at loaders, the layout of their batches, dtypes, ranges and labels: `calibrate`, `evaluate`,
+`select_alpha` and the command line share it. Of a model it asks the dtype of its weights and the number of its logits.
+Imports errors only.
+"""
+
+from .intake import Intake, labelled
+from .labels import class_numbers, out_of_range
+from .loaders import BATCH_SIZE, as_batches, batched, count, length, nothing_in
+
+__all__ = [
+    "BATCH_SIZE",
+    "Intake",
+    "as_batches",
+    "batched",
+    "class_numbers",
+    "count",
+    "labelled",
+    "length",
+    "nothing_in",
+    "out_of_range",
+]

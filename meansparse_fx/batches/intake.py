@@ -1,0 +1,146 @@
+"""Floor 1: batches made ready for a model: dtype and range of the images, labels among its classes."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError
+from .labels import class_numbers, out_of_range
+from .loaders import as_batches, batched, collate, is_sample, nothing_in, parts
+from .tensors import as_tensor, is_array
+
+_MOST_OF_NORMALISED = 16.0  # no usual normalisation makes values as large, and images of bytes all have larger ones
+
+
+def labelled(data: Any, batch_size: int, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield images ``[N, C, H, W]`` in [0, 1] and labels ``[N]`` int64, each a class of the model.
+
+    Args:
+        data: A loader of batches, ``(images, labels)``, a Dataset: docs/data.md lists what is understood.
+        batch_size: Where ``data`` does not come in batches.
+        model: That will classify the images; in eval mode.
+
+    Raises:
+        DataError: There are none, or something is not what it should be: says what, where, and what to do.
+    """
+    intake, count = Intake(model), 0
+    for batch in batched(as_batches(data, batch_size, pair=True), batch_size):
+        images, labels = intake.pair(batch)
+        if len(images):
+            yield images, labels
+        count += len(images)
+    if not count:
+        raise DataError(nothing_in(data))
+
+
+class Intake:
+    """Takes the batches of one loader, one after the other.
+
+    Args:
+        model: What the images are for.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} or {torch.float32}
+        self._classes: int | None = None
+        self._scaled = False
+        self._images = 0  # taken
+
+    def images(self, batch: Any) -> Tensor:
+        """Return the images of a batch, of which the labels do not matter, in a dtype that the model takes."""
+        images = self._floats(parts(_collated(batch))[0])
+        if not self._images and _like_bytes(images):
+            raise DataError(
+                f"images of {images.dtype} from {float(images.min()):g} to {float(images.max()):g}: expected [0, 1]; "
+                "divide them by 255, or put what divides them into the model, in front"
+            )
+        self._images += len(images) if images.dim() else 0
+        return images
+
+    def pair(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return images in [0, 1] and labels ``[N]`` int64 of a batch."""
+        raw, raw_labels = parts(_collated(batch))
+        if raw_labels is None:
+            raise DataError("the loader must yield (images, labels) batches, and there are no labels in this one")
+        images = self._floats(raw)
+        if images.dim() < 2 or not images.is_floating_point():
+            raise DataError(f"images {list(images.shape)} of {images.dtype}: expected floats [N, C, H, W] in [0, 1]")
+        if len(images):
+            low, high = (float(value) for value in images.aminmax())
+            if not (low >= 0 and high <= 1):
+                cure = "divide them by 255" if _like_bytes(images) else "put the normalisation into the model"
+                raise DataError(
+                    f"images must be in [0, 1] (found {low:.3f} to {high:.3f}): eps has no meaning otherwise; {cure}"
+                )
+        labels, classes = class_numbers(raw_labels, len(images))
+        if len(images):
+            self._require_classes(images, labels, classes)
+        self._images += len(images)
+        return images, labels
+
+    def _floats(self, raw: Any) -> Tensor:
+        """Return images as floats of the model's dtype; whole numbers of up to two dimensions stay what they are."""
+        if isinstance(raw, (list, tuple)) and raw and all(is_array(image) for image in raw):
+            raw = [as_tensor(image, "images") for image in raw]
+            if len(shapes := {tuple(image.shape) for image in raw}) > 1:
+                some = " and ".join(str(list(shape)) for shape in sorted(shapes)[:2])
+                raise DataError(f"images of several shapes in one batch, {some}: resize them to one")
+            raw = torch.stack(raw)
+        images = as_tensor(raw, "images")
+        # float32 goes into models of half precision as it is: some cast it themselves.
+        standard = torch.float32 if torch.float32 in self._dtypes else max(self._dtypes, key=lambda d: d.itemsize)
+        if images.dtype == torch.uint8:
+            if not self._scaled:
+                warnings.warn("images of uint8: scaled by 1/255 to [0, 1]", stacklevel=2)
+            self._scaled = True
+            return images.to(standard) / 255
+        if images.is_floating_point():
+            half = images.dtype == torch.float32 and standard.itemsize < 4
+            return images if images.dtype in self._dtypes or half else images.to(standard)
+        if images.is_complex() or images.dim() > 2:
+            raise DataError(
+                f"images of {images.dtype}: expected floats in [0, 1], or uint8, which is scaled by 1/255: for whole "
+                "numbers up to 255, images.to(torch.uint8)"
+            )
+        return images
+
+    def _require_classes(self, images: Tensor, labels: Tensor, one_hot: int | None) -> None:
+        """Raise DataError if a label is none of the model's; how many there are is asked once, with two images."""
+        if self._classes is None:
+            place = next(itertools.chain(self._model.parameters(), self._model.buffers()), images).device
+            with torch.no_grad():
+                try:
+                    logits = self._model(images[:2].to(place))
+                except RuntimeError as error:
+                    if images.dim() == 4 and images.shape[3] in (1, 3, 4) and images.shape[1] not in (1, 3, 4):
+                        raise DataError(
+                            f"images {list(images.shape)} have their channels last: images.permute(0, 3, 1, 2)"
+                        ) from error
+                    raise
+            if not isinstance(logits, Tensor) or logits.dim() != 2:
+                return  # what runs the model says what it needs
+            self._classes = logits.shape[1]
+        if one_hot is not None and one_hot != self._classes:
+            raise DataError(f"one-hot labels of {one_hot} classes for a model of {self._classes}: another data set's?")
+        if problem := out_of_range(labels, self._classes, self._images):
+            raise DataError(problem)
+
+
+def _collated(batch: Any) -> Any:
+    """Return a batch that a loader left as a list of single images with their labels as one of tensors."""
+    return collate(list(batch)) if isinstance(batch, (list, tuple)) and batch and is_sample(batch[0]) else batch
+
+
+def _like_bytes(images: Tensor) -> bool:
+    """Return whether images look as if they went to 255."""
+    if not (images.is_floating_point() and images.dim() == 4 and images.shape[1] in (1, 3, 4) and images.numel()):
+        return False
+    low, high = (float(value) for value in images.aminmax())
+    return low >= 0 and high > _MOST_OF_NORMALISED

@@ -1,0 +1,70 @@
+"""Floor 1: labels of any form as class numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from .tensors import as_tensor
+
+
+def class_numbers(labels: Any, count: int) -> tuple[Tensor, int | None]:
+    """Return labels as ``[N]`` int64, and their number of classes if they were one-hot.
+
+    Args:
+        labels: ``[N]`` or ``[N, 1]`` whole numbers of any dtype, or one-hot ``[N, K]``; tensor, array or list.
+        count: N.
+
+    Raises:
+        DataError: They are something else.
+
+    Example:
+        >>> class_numbers([[0, 1, 0], [1, 0, 0]], 2)
+        (tensor([1, 0]), 3)
+    """
+    if isinstance(labels, (list, tuple)) and any(isinstance(label, Tensor) for label in labels):
+        labels = torch.stack([torch.as_tensor(label) for label in labels])
+    found = as_tensor(labels, "labels")
+    shape, classes = list(found.shape), None
+    if found.is_complex():
+        raise DataError(f"labels of {found.dtype}: expected class numbers from 0")
+    if found.dtype in (torch.uint16, torch.uint32, torch.uint64):  # few operators know them
+        found = found.to(torch.int64)
+    if found.dim() == 0:
+        found = found.reshape(1)
+    elif found.dim() == 2 and shape[1] == 1:
+        found = found.squeeze(1)
+    if found.dim() not in (1, 2) or len(found) != count:
+        raise DataError(f"labels {shape} for {count} images: expected [{count}], one class number an image")
+    if found.dim() == 2:
+        one_hot = ((found == 0) | (found == 1)).all(1) & ((found != 0).sum(1) == 1)
+        if not bool(one_hot.all()):
+            raise DataError(
+                f"labels {shape} are neither class numbers nor one-hot rows: soft labels and several labels an image "
+                "have no single right class; give labels.argmax(1) if that is what counts as right"
+            )
+        found, classes = (found != 0).to(torch.uint8).argmax(1), shape[1]
+    if found.is_floating_point() and not bool((found == found.round()).all()):
+        raise DataError(f"labels of {found.dtype} that are no whole numbers: expected class numbers from 0")
+    return found.to(torch.int64), classes
+
+
+def out_of_range(labels: Tensor, classes: int, first: int = 0) -> str | None:
+    """Return what is wrong with the first label that has no logit, in words; None if all have one.
+
+    Args:
+        labels: ``[N]``.
+        classes: Number of logits.
+        first: Position of the first label among all.
+    """
+    wrong = (labels < 0) | (labels >= classes)
+    if not bool(wrong.any()):
+        return None
+    at = int(wrong.nonzero()[0])
+    return (
+        f"image {first + at}: label {int(labels[at])} is out of range for a model of {classes} classes, "
+        f"labelled 0 to {classes - 1}; is it another data set's model?"
+    )

@@ -1,0 +1,148 @@
+"""Floor 1: loaders of every kind as iterables of batches, and what in a batch are the images and the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from ..errors import DataError
+from .tensors import is_array
+
+BATCH_SIZE = 128  # of what does not come in batches: a tensor, a Dataset, single images
+IMAGE_KEYS = ("pixel_values", "image", "images", "img", "imgs", "x", "input", "inputs", "data", "jpg", "jpeg", "png")
+LABEL_KEYS = ("labels", "label", "targets", "target", "y", "cls", "class", "fine_label")
+
+
+def as_batches(data: Any, batch_size: int = BATCH_SIZE, pair: bool = False) -> Iterable[Any]:
+    """Return what a user gave as an iterable of batches, cut where all images come at once.
+
+    Args:
+        data: A loader is returned as it is.
+        batch_size: Where it is no loader.
+        pair: Two arrays are images and labels, whatever their shapes; otherwise they may be two batches of images.
+    """
+    if (whole := _whole(data, pair)) is not None:
+        images, labels = whole
+        if labels is not None and len(labels) != len(images):
+            raise DataError(f"{len(images)} images and {len(labels)} labels: each image needs one")
+        cuts = [slice(i, i + batch_size) for i in range(0, len(images), batch_size)]
+        return [images[cut] if labels is None else (images[cut], labels[cut]) for cut in cuts]
+    if isinstance(data, (str, bytes, Path)):
+        raise DataError(f"{data!r} is a path: open it, as with meansparse_fx.data.load_images(path).loader(128)")
+    samples = isinstance(data, Sequence) and len(data) > 0 and is_sample(data[0])
+    if samples or (isinstance(data, Dataset) and not isinstance(data, IterableDataset)):
+        return DataLoader(data, batch_size, collate_fn=collate)  # type: ignore[arg-type]
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise DataError(f"{type(data).__name__} is no loader: give a DataLoader, a Dataset, or (images, labels)")
+    return data
+
+
+def batched(batches: Iterable[Any], batch_size: int = BATCH_SIZE) -> Iterator[Any]:
+    """Yield the batches of a loader; if it yields single images with their labels, yield batches of these."""
+    single: list[Any] = []
+    for element in batches:
+        if not is_sample(element):
+            yield element
+            continue
+        single.append(element)
+        if len(single) == batch_size:
+            yield collate(single)
+            single = []
+    if single:
+        yield collate(single)
+
+
+def length(data: Any) -> int | None:
+    """Return how many batches a loader says it has; None if it does not."""
+    try:
+        return len(data) if isinstance(data, Sized) else None
+    except (TypeError, NotImplementedError):  # a DataLoader has __len__, its IterableDataset need not
+        return None
+
+
+def count(loader: Sequence[Any]) -> int | None:
+    """Return how many images a list of batches holds; None if that does not show."""
+    found = [parts(batch)[0] for batch in loader]
+    return sum(len(images) for images in found) if all(is_array(i) and i.ndim for i in found) else None
+
+
+def nothing_in(data: Any) -> str:
+    """Return that there are no images in ``data``, and why that may be."""
+    if isinstance(data, Iterator):
+        return (
+            "no images: a generator or another iterator can be read once only, and this one is used up: give a "
+            "DataLoader or a list of batches"
+        )
+    return "no images: the loader yielded none (where it reads from a generator: that can be read once only)"
+
+
+def parts(batch: Any) -> tuple[Any, Any]:
+    """Return what holds the images of a batch, and what holds its labels, None if nothing does.
+
+    By name in a mapping, a dataclass or a named tuple; else the first is the images and the second the labels.
+    """
+    if is_dataclass(batch) and not isinstance(batch, (type, Mapping)):
+        batch = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    elif isinstance(names := getattr(batch, "_fields", None), tuple) and {n.lower() for n in names} & {*IMAGE_KEYS}:
+        batch = dict(zip(names, batch, strict=True))
+    if isinstance(batch, Mapping):
+        return _named(batch, IMAGE_KEYS, "images"), _named(batch, LABEL_KEYS, "labels")
+    if not isinstance(batch, (tuple, list)):
+        return batch, None
+    if not batch:
+        raise DataError("the loader yielded an empty tuple or list where a batch was expected")
+    images, labels = batch[0], batch[1] if len(batch) > 1 else None
+    if isinstance(images, Mapping):
+        images = _named(images, IMAGE_KEYS, "images")
+    return images, _named(labels, LABEL_KEYS, "labels") if isinstance(labels, Mapping) else labels
+
+
+def is_sample(element: Any) -> bool:
+    """Return whether something is one image with its label, and no batch."""
+    if not isinstance(element, (tuple, list, Mapping)):
+        return False
+    image, label = parts(element)
+    scalar = isinstance(label, (int, float, str, np.generic)) or getattr(label, "ndim", None) == 0
+    return scalar and not (getattr(image, "ndim", 0) == 4 and len(image) == 1)
+
+
+def collate(samples: list[Any]) -> Any:
+    """Return images with their labels as a batch."""
+    try:
+        return default_collate(samples)
+    except (TypeError, RuntimeError) as error:
+        cure = "give the data set a transform such as ToTensor()" if isinstance(error, TypeError) else "resize them"
+        raise DataError(f"images that make no batch, {cure}: {str(error).splitlines()[0]}") from error
+
+
+def _whole(data: Any, pair: bool) -> tuple[Any, Any] | None:
+    """Return (images, labels or None) if ``data`` is all images at once; None if it is a loader."""
+    if is_array(data):
+        return data, None
+    if isinstance(data, Mapping):
+        return parts(data)
+    if not isinstance(data, (tuple, list)) or len(data) < 2 or not is_array(data[0]):
+        return None
+    images, labels = parts(data)
+    if pair and len(data) == 2:
+        return images, labels
+    if is_array(labels):
+        return (images, labels) if labels.ndim < images.ndim and labels.ndim in (1, 2) else None
+    numbers = isinstance(labels, Sequence) and all(isinstance(label, (int, np.integer)) for label in labels)
+    return (images, labels) if numbers else None
+
+
+def _named(batch: Mapping[Any, Any], known: Sequence[str], what: str) -> Any:
+    """Return the one value whose key says that it is ``what``."""
+    found = [key for key in batch if str(key).lower() in known]
+    if len(found) == 1:
+        return batch[found[0]]
+    if not found and what == "labels":
+        return None
+    problem = f"which of {', '.join(map(repr, found))} are the" if found else "none of them says that it is the"
+    raise DataError(f"a batch with the keys {', '.join(map(repr, batch))}: {problem} {what}; yield (images, labels)")

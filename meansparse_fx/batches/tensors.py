@@ -1,0 +1,36 @@
+"""Floor 1: tensors, arrays and lists of numbers as plain tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+
+
+def is_array(value: Any) -> bool:
+    """Return whether ``value`` is a tensor or a NumPy array."""
+    return isinstance(value, (Tensor, np.ndarray))
+
+
+def as_tensor(value: Any, what: str) -> Tensor:
+    """Return a tensor, an array or a list of numbers as a plain tensor; subclasses of Tensor become one.
+
+    Raises:
+        DataError: It is something else; ``what`` it should be is said.
+    """
+    if isinstance(value, Tensor):
+        return value if type(value) is Tensor else value.detach().as_subclass(Tensor)
+    try:
+        array = np.asarray(value) if isinstance(value, (list, tuple, int, float, np.generic)) else value
+    except ValueError:  # rows of unequal lengths
+        array = None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufc":
+        cure = "give class numbers" if what == "labels" else "give the data set a transform such as ToTensor()"
+        words = isinstance(array, np.ndarray) and array.dtype.kind in "US"
+        kind = f"words ({array.flat[0]}, ...)" if words and array.size else type(value).__name__
+        raise DataError(f"the loader yielded {kind} where a tensor of {what} was expected: {cure}")
+    return torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
