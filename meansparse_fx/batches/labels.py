@@ -15,7 +15,7 @@ def class_numbers(labels: Any, count: int) -> tuple[Tensor, int | None]:
     """Return labels as ``[N]`` int64, and their number of classes if they were one-hot.
 
     Args:
-        labels: ``[N]`` or ``[N, 1]`` whole numbers of any dtype, or one-hot ``[N, K]``; tensor, array or list.
+        labels: ``[N]`` or ``[N, 1]`` of any integer dtype, or one-hot ``[N, K]``; tensor, array or list.
         count: N.
 
     Raises:
@@ -30,7 +30,7 @@ def class_numbers(labels: Any, count: int) -> tuple[Tensor, int | None]:
     found = as_tensor(labels, "labels")
     shape, classes = list(found.shape), None
     if found.is_complex():
-        raise DataError(f"labels of {found.dtype}: expected class numbers from 0")
+        raise DataError(f"labels must be integers from 0, found {found.dtype}")
     if found.dtype in (torch.uint16, torch.uint32, torch.uint64):  # few operators know them
         found = found.to(torch.int64)
     if found.dim() == 0:
@@ -47,8 +47,10 @@ def class_numbers(labels: Any, count: int) -> tuple[Tensor, int | None]:
                 "have no single right class; give labels.argmax(1) if that is what counts as right"
             )
         found, classes = (found != 0).to(torch.uint8).argmax(1), shape[1]
-    if found.is_floating_point() and not bool((found == found.round()).all()):
-        raise DataError(f"labels of {found.dtype} that are no whole numbers: expected class numbers from 0")
+    if found.is_floating_point():
+        raise DataError(
+            f"labels must be integers from 0, found {found.dtype}: labels.long(), if they are class numbers"
+        )
     return found.to(torch.int64), classes
 
 

@@ -1,0 +1,91 @@
+"""Floor 1: which format lies at a path, and the part of it that was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import ArtifactError
+from .arrays import has_npy, npy_split, open_npy, open_npz
+from .cifar import cifar_splits, open_cifar
+from .idx import idx_splits, open_idx
+from .image_set import LAYOUTS, ImageSet, as_float_images
+
+
+def load_images(
+    path: str | Path,
+    split: str | None = None,
+    *,
+    image_size: int | None = None,
+    limit: int | None = None,
+    skip: int = 0,
+) -> ImageSet:
+    """Return the labelled images at ``path``, in a fixed shuffled order.
+
+    The order depends on the number of images alone, so that ``limit`` and ``skip`` cut the same disjoint
+    parts every time.
+
+    Args:
+        path: Of a format in docs/data.md: an image folder, Tiny-ImageNet, IDX files, CIFAR's batches, ``.npy`` files,
+            or an ``.npz`` file.
+        split: Subdirectory, prefix of the IDX files (``train``, ``t10k``), or NAME of the arrays ``NAME_images`` and
+            ``NAME_labels``; needed where there are several.
+        image_size: For image folders: side of the centred square (224 by default), cut from the image resized
+            to 8/7 of it.
+        limit: Number of images to keep at most.
+        skip: Number of images to leave out before them.
+
+    Raises:
+        ArtifactError: Nothing there, a layout or a shape that is not understood, a truncated file, no images
+            left, or labels that are not class numbers.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> file = tempfile.mkdtemp() + "/two.npz"
+        >>> np.savez(file, images=np.zeros((2, 28, 28), np.uint8), labels=np.array([3, 7]))
+        >>> images = load_images(file)
+        >>> images[0][0].shape, sorted(images.labels.tolist())
+        (torch.Size([1, 28, 28]), [3, 7])
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ArtifactError(f"{path}: no such file or directory; expected {LAYOUTS}")
+    found = _open(path, split, image_size or 224)
+    if image_size is not None and isinstance(found.images, np.ndarray):
+        raise ArtifactError(f"{path}: holds arrays of a fixed size; an image size can be chosen for image folders only")
+    kept = np.random.default_rng(0).permutation(len(found))[skip:][:limit]
+    if len(kept) == 0:
+        raise ArtifactError(f"{path}: no images left of {len(found)} (limit {limit}, skip {skip})")
+    images = found.images[kept]
+    if isinstance(images, np.ndarray):
+        images = as_float_images(images, path)
+    description = found.description if len(kept) == len(found) else f"{found.description}, {len(kept)} of {len(found)}"
+    return replace(found, images=images, labels=found.labels[torch.from_numpy(kept)], description=description)
+
+
+def _open(path: Path, split: str | None, image_size: int) -> ImageSet:
+    """Return all images at ``path``, arrays as they are stored."""
+    if path.is_file():
+        if path.suffix == ".npz":
+            return open_npz(path, split)
+        if path.suffix == ".npy":
+            return open_npy(path.parent, npy_split(path) if split is None else split)
+        raise ArtifactError(f"{path}: not a layout this package reads; expected {LAYOUTS}")
+    places = [(path, split)]
+    if split is not None and (path / split).is_dir():
+        places.append((path / split, None))
+    for directory, name in places:
+        if idx_splits(directory):
+            return open_idx(directory, name)
+        if cifar_splits(directory):
+            return open_cifar(directory, name)
+        if has_npy(directory):
+            return open_npy(directory, name)
+    try:
+        from .folder import open_folder  # torchvision takes a second to import
+    except ImportError as error:
+        raise ArtifactError(f"{path}: image folders need torchvision: pip install 'meansparse_fx[zoo]'") from error
+    return open_folder(path, split, image_size)

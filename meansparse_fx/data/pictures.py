@@ -1,0 +1,89 @@
+"""Floor 1: one image file as a tensor, read as torchvision reads it where that is right.
+
+Pillow makes white of whatever is above 255 when it converts to RGB: 16-bit files become white nearly everywhere. Those
+are scaled by the white of their type here; where a type has none, as 32-bit integers, the file is refused. An EXIF
+orientation is left alone, as in torchvision, timm and RobustBench, so that accuracies are theirs.
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_dtype
+
+from ..errors import ArtifactError
+
+# What Pillow raises for files that are damaged, in one format or another.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """Turns the path of an image file into an image ``[3, size, size]`` float32 in [0, 1].
+
+    Attributes:
+        size: Side of the centred square, cut from the image resized to 8/7 of it: 224 of 256 is the usual share of an
+            image kept for evaluation.
+    """
+
+    size: int
+
+    def __call__(self, file: str) -> Tensor:
+        """Return the image.
+
+        Raises:
+            ArtifactError: The file is damaged, of a kind without a set range, or too large; it is named.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with open(file, "rb") as stream, Image.open(stream) as image:
+                    found = _deep(image) if image.mode in ("I", "F") or image.mode.startswith("I;") else _bytes(image)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ArtifactError(
+                f"{file}: more than the {Image.MAX_IMAGE_PIXELS:,} pixels that Pillow opens, perhaps a decompression "
+                "bomb: remove it, or make it smaller"
+            ) from error
+        except _Refused as error:
+            raise ArtifactError(f"{file}: {error}") from error
+        except _DAMAGED as error:
+            raise ArtifactError(f"{file}: truncated or not an image ({error})") from error
+        square = center_crop(resize(found, [self.size * 8 // 7], antialias=True), [self.size, self.size])
+        if isinstance(square, Image.Image):
+            return to_dtype(pil_to_tensor(square), torch.float32, scale=True)
+        return square.clamp(0, 1).expand(3, -1, -1)
+
+
+class _Refused(Exception):
+    """An image whose values have no certain meaning."""
+
+
+def _bytes(image: Image.Image) -> Image.Image:
+    """Return an image of at most 8 bits a value as RGB."""
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours, without Pillow's warning
+    return image.convert("RGB")
+
+
+def _deep(image: Image.Image) -> Tensor:
+    """Return an image of one channel and more than 8 bits as ``[1, H, W]`` in [0, 1]."""
+    tags = getattr(image, "tag_v2", {})
+    values = np.asarray(image).astype(np.float32)
+    if image.mode == "F":
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise _Refused(f"floats from {values.min():g} to {values.max():g}; expected [0, 1]: divide by their white")
+    elif image.mode == "I" and image.format not in ("PNG", "PPM"):  # those have 16 bits
+        raise _Refused("signed or 32-bit integers, of which no value is white: save it with 8 or with 16 bits")
+    else:
+        values /= 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        values = 1 - values
+    return torch.from_numpy(values)[None]
