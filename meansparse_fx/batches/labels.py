@@ -48,9 +48,7 @@ def class_numbers(labels: Any, count: int) -> tuple[Tensor, int | None]:
             )
         found, classes = (found != 0).to(torch.uint8).argmax(1), shape[1]
     if found.is_floating_point():
-        raise DataError(
-            f"labels must be integers from 0, found {found.dtype}: labels.long(), if they are class numbers"
-        )
+        raise DataError(f"labels must be integers from 0, found {found.dtype}: labels.long() if those are meant")
     return found.to(torch.int64), classes
 
 

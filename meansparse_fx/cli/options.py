@@ -36,7 +36,10 @@ class ModelOptions:
 
     model: Annotated[str, typer.Argument(metavar="MODEL", help=SPECS)]
     weights: Annotated[
-        Path | None, typer.Option(help="safetensors, or a state_dict (loaded with weights_only=True).")
+        Path | None,
+        typer.Option(
+            help="safetensors, or a state_dict or a checkpoint that holds one (loaded with weights_only=True)."
+        ),
     ] = None
     num_classes: Annotated[
         int | None, typer.Option("--num-classes", min=1, help="Logits of a timm or torchvision model.")

@@ -72,7 +72,7 @@ def _pair(path: Path, split: str | None, names: Iterable[str]) -> tuple[str, str
 
 
 def _roles(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Return by split which name is the ``images`` and which the ``labels``: of ``x_train``, ``train_labels``, ``X``."""
+    """Return by split which name is the ``images`` and which the ``labels``: ``x_train``, ``train_images``, ``Y``."""
     found: dict[str, dict[str, str]] = {}
     for name in names:
         words = name.split("_")

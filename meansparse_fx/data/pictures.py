@@ -44,9 +44,14 @@ class Decoder:
         """
         try:
             with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of damaged tags, which say nothing of the pixels
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with open(file, "rb") as stream, Image.open(stream) as image:
-                    found = _deep(image) if image.mode in ("I", "F") or image.mode.startswith("I;") else _bytes(image)
+                with Image.open(file) as image:
+                    found = (
+                        _deep(image)
+                        if image.mode in ("I", "F") or image.mode.startswith("I;")
+                        else image.convert("RGB")
+                    )
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ArtifactError(
                 f"{file}: more than the {Image.MAX_IMAGE_PIXELS:,} pixels that Pillow opens, perhaps a decompression "
@@ -55,7 +60,7 @@ class Decoder:
         except _Refused as error:
             raise ArtifactError(f"{file}: {error}") from error
         except _DAMAGED as error:
-            raise ArtifactError(f"{file}: truncated or not an image ({error})") from error
+            raise ArtifactError(f"{file}: truncated or not an image that Pillow reads ({error})") from error
         square = center_crop(resize(found, [self.size * 8 // 7], antialias=True), [self.size, self.size])
         if isinstance(square, Image.Image):
             return to_dtype(pil_to_tensor(square), torch.float32, scale=True)
@@ -64,13 +69,6 @@ class Decoder:
 
 class _Refused(Exception):
     """An image whose values have no certain meaning."""
-
-
-def _bytes(image: Image.Image) -> Image.Image:
-    """Return an image of at most 8 bits a value as RGB."""
-    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")  # the same colours, without Pillow's warning
-    return image.convert("RGB")
 
 
 def _deep(image: Image.Image) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +14,112 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError, ModelError
 
+# Modules that wrap a model or a part of it put their names into those of the tensors.
+_WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_DEPTH = 4  # of dictionaries in a checkpoint
+
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load the weights kept in a file into ``model``; every one of its tensors, and no others.
+    """Load the weights kept in a file into ``model``; every one of its tensors.
+
+    A file may hold several state_dicts, each under a key or under a prefix of its names (``state_dict``, ``ema``,
+    ``model.``, ``module.``); the one that has the model's names and shapes, and no others, is taken.
 
     Raises:
-        ArtifactError: The file cannot be read.
-        ModelError: Names or shapes differ; the model is unchanged.
+        ArtifactError: The file cannot be read, or holds no state_dict.
+        ModelError: None of them is the model's, or several that differ are; the model is unchanged.
     """
-    state, own = read_state_dict(path), model.state_dict()
-    problems = [
-        f"{len(names)} {what}: {some(names)}"
-        for what, names in (
-            ("missing", own.keys() - state.keys()),
-            ("unexpected", state.keys() - own.keys()),
-            (
-                "of another shape",
-                {
-                    f"{n} {list(state[n].shape)} for {list(own[n].shape)}"
-                    for n in own.keys() & state.keys()
-                    if state[n].shape != own[n].shape
-                },
-            ),
+    found, own = read_state_dicts(path), model.state_dict()
+    forms = {f"{key}{form}": state for key, value in found.items() for form, state in _forms(value).items()}
+    fitting = {key: s for key, s in forms.items() if len(s) == len(own) and not _problems(own, s)}
+    if not fitting:
+        nearest = min(forms.values(), key=lambda state: len(own.keys() ^ state.keys()))
+        held = f" (it holds {_listed(found)})" if len(found) > 1 else ""
+        raise ModelError(f"{path}: weights of another model{held}; {'; '.join(_problems(own, nearest))}")
+    first, *others = fitting.values()
+    if not all(_same(value, other[name]) for other in others for name, value in first.items()):
+        raise ModelError(
+            f"{path}: {len(fitting)} different weights of the model, under {_listed(fitting)}: save those you mean "
+            "in a file of their own"
         )
-        if names
-    ]
-    if problems:
-        raise ModelError(f"{path}: weights of another model; {'; '.join(problems)}")
-    model.load_state_dict(state)
+    model.load_state_dict(first)
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file or of a saved state_dict, by name, without ``module.`` prefix."""
-    state = read_checkpoint(path)
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not is_state_dict(state):
-        raise ArtifactError(f"{path}: not a state_dict, bare or under the key 'state_dict'")
+    """Return the tensors of a safetensors file or of a saved state_dict, by name, without a prefix that all have.
+
+    Raises:
+        ArtifactError: The file cannot be read, or holds several state_dicts, or none.
+    """
+    found = read_state_dicts(path)
+    if len(found) > 1:
+        raise ArtifactError(
+            f"{path}: several state_dicts, {_listed(found)}: save the one you mean in a file of its own"
+        )
+    state = next(iter(found.values()))
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
     return dict(state)
+
+
+def read_state_dicts(path: str | Path) -> dict[str, Mapping[str, Tensor]]:
+    """Return the state_dicts that a file holds, by the keys that lead to them; a bare one is under the empty key.
+
+    Raises:
+        ArtifactError: The file cannot be read, or holds none.
+    """
+    held = read_checkpoint(path)
+    found = dict(_state_dicts(held, "", _DEPTH))
+    if not found:
+        keys = f"; it holds {_listed(held)}" if isinstance(held, Mapping) and held else ""
+        raise ArtifactError(f"{path}: not a state_dict, bare or under a key{keys}")
+    return found
+
+
+def _state_dicts(value: Any, key: str, depth: int) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """Yield the state_dicts in what was saved; an optimizer's state is none."""
+    if not isinstance(value, Mapping) or not depth or any(not isinstance(name, str) for name in value):
+        return
+    if is_state_dict(value):
+        yield key, value
+        return
+    for name in (name for name in value if not name.startswith("optim")):
+        yield from _state_dicts(value[name], f"{key}.{name}" if key else name, depth - 1)
+
+
+def _forms(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return a state_dict as it is, without the names of wrappers, and each part of it that has a prefix."""
+    bare = {".".join(p for p in name.split(".") if p not in _WRAPPERS): value for name, value in state.items()}
+    found = {"": dict(state)}
+    if len(bare) == len(state) and bare.keys() != state.keys():
+        found[" without wrappers"] = bare
+    waiting = [("", form) for form in found.values()]
+    for prefix, names in waiting:  # grows
+        tops = {name.partition(".")[0] for name in names if "." in name}
+        for top in tops if prefix.count(".") < _DEPTH else ():
+            inner = {n.removeprefix(f"{top}."): value for n, value in names.items() if n.startswith(f"{top}.")}
+            found.setdefault(f" {prefix}{top}.", inner)
+            waiting.append((f"{prefix}{top}.", inner))
+    return found
+
+
+def _problems(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Return in what names and shapes differ, in words."""
+    shapes = {
+        f"{n} {list(state[n].shape)} for {list(own[n].shape)}"
+        for n in own.keys() & state.keys()
+        if state[n].shape != own[n].shape
+    }
+    kinds = {"missing": own.keys() - state.keys(), "unexpected": state.keys() - own.keys(), "of another shape": shapes}
+    return [f"{len(names)} {what}: {some(names)}" for what, names in kinds.items() if names]
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first is second or (first.dtype == second.dtype and torch.equal(first, second))
+
+
+def _listed(held: Mapping[Any, Any]) -> str:
+    return some((repr(str(key).strip()) for key in held), limit=10)
 
 
 def read_checkpoint(path: str | Path) -> Any:
