@@ -1,4 +1,6 @@
-"""Floor 1: files of tensors with a JSON header, as safetensors: written whole or not at all, never unpickled.
+"""Floor 1: files written whole or not at all, and kept elsewhere where there is no place for them.
+
+Also files of tensors with a JSON header, as safetensors, never unpickled.
 
 Knows nothing of what is in them. Imports errors only.
 """
@@ -8,7 +10,9 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +23,126 @@ from torch import Tensor
 from .errors import ArtifactError
 
 
-def write(path: str | Path, kind: str, version: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write a file atomically, through a temporary one beside it; equal contents give equal bytes.
+def write(
+    path: str | Path,
+    kind: str,
+    version: str,
+    header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    rescue: bool = False,
+) -> None:
+    """Write a file of tensors, as `write_whole` does; equal contents give equal bytes.
 
     Args:
-        path: What a crash leaves is the old file or the new one.
+        path, rescue: As there.
         kind: Name of the format, such as ``meansparse_fx.statistics``.
         version: Of the format.
         header: Values that JSON can hold.
         tensors: By name.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     # One entry: the order in which safetensors writes several is random.
     entry = json.dumps({"format_version": version, **header})
+    held = {k: v.contiguous().cpu() for k, v in tensors.items()}
+    write_whole(path, lambda place: save_file(held, str(place), metadata={kind: entry}), rescue)
+
+
+def write_whole(path: str | Path, make: Callable[[Path], object], rescue: bool = False) -> None:
+    """Make a file through a temporary one beside it, so that what a crash leaves is the old file or the new one.
+
+    Args:
+        path: The file. A device, such as ``/dev/stdout``, is written to and not replaced.
+        make: Writes the file at the path it is given.
+        rescue: What cannot be written there took long to find: write it into the system's temporary folder instead.
+
+    Raises:
+        ArtifactError: It could not be written, for lack of space, a directory in its place, ...; says where it is now.
+    """
+    path = Path(path)
     try:
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, str(temporary), metadata={kind: entry})
+        if _is_device(path):
+            # By way of a file of its own: safetensors would put its file in the device's place.
+            with tempfile.TemporaryDirectory(prefix="meansparse_fx-") as directory:
+                make(place := Path(directory, path.name))
+                path.write_bytes(place.read_bytes())
+        else:
+            _replace(path, make)
+    except (OSError, SafetensorError) as error:
+        kept = _rescued(path.name, make) if rescue else ""
+        raise ArtifactError(f"{path}: cannot be written ({_reason(error)}){kept}") from error
+
+
+def _replace(path: Path, make: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        make(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a directory, made if missing, each as `write_whole` does.
+
+    Raises:
+        ArtifactError: They could not be written; they are in the system's temporary folder then, and it says where.
+    """
+
+    def fill(directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_whole(directory / name, lambda place, content=content: place.write_bytes(content))
+
+    try:
+        fill(path)
+    except (OSError, ArtifactError) as error:
+        problem = str(error) if isinstance(error, ArtifactError) else f"{path}: cannot be written ({_reason(error)})"
+        raise ArtifactError(problem + _rescued(path.name, fill)) from error
+
+
+def require_place(path: Path, folder: bool = False) -> None:
+    """Raise ArtifactError, before the work is done, where its result cannot be written.
+
+    Args:
+        path: File to be written, or directory to write files into.
+        folder: It is a directory; it need not exist.
+    """
+    if _is_device(path):
+        return
+    if path.is_dir() and not folder:
+        raise ArtifactError(f"{path}: is a directory; give the name of a file in it")
+    place = path.parent
+    if folder:
+        place = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise ArtifactError(f"{place}: is a file, no directory" if folder else f"{path}: its directory does not exist")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be written ({_reason(error)})") from error
+
+
+def _is_device(path: Path) -> bool:
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _rescued(name: str, make: Callable[[Path], object]) -> str:
+    """Make it in the temporary folder and return where, as the end of a sentence."""
+    try:
+        place = Path(tempfile.mkdtemp(prefix="meansparse_fx-")) / name
+        make(place)
+    except (OSError, SafetensorError, ArtifactError) as error:
+        return f", and neither can the temporary folder ({_reason(error)})"
+    return f"; it is kept as {place}: move it from there"
+
+
+def _reason(error: Exception) -> str:
+    """Return what went wrong, without the path."""
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
 
 
 def remove_partial(path: str | Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from .artifacts import require_place
 from .errors import ArtifactError, CaptureError, StateError
 from .hooks import has_hooks
 from .operators import operators, require_transformed
@@ -98,13 +99,17 @@ def export(
     suffix, write = _WRITERS[format]
     if path.suffix != suffix:
         raise ArtifactError(f"{path}: a file of format {format!r} ends in {suffix}")
-    if not path.parent.is_dir():
-        raise ArtifactError(f"{path}: its directory does not exist")
+    require_place(path)
     program = to_exported_program(sparse, images, dynamic_batch)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
         partial = Path(directory, f"model{suffix}")
-        write(program, partial)
-        os.replace(partial, path)
+        try:
+            write(program, partial)
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise ArtifactError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
     return path
 
 

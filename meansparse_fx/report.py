@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping
 from datetime import date
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .alpha import AlphaSearch
+from .artifacts import write_folder
 from .evaluate import Evaluation
 from .histogram import FeatureHistogram
 from .plots import DARK, LIGHT, alpha_figure, histogram_figure, percent, png, tradeoff_figure
@@ -93,8 +93,10 @@ def write_report(
             holds the result to its clean budget.
         histogram: From `feature_histogram`: drawn as ``histogram.png``.
         shares: From `band_shares`.
+
+    Raises:
+        ArtifactError: It cannot be written there; it is in the temporary folder instead, at the place named.
     """
-    out.mkdir(parents=True, exist_ok=True)
     sites = _site_rows(plan, shares or {})
     clean_budget = search.clean_budget if search else None
     report = evaluation.to_dict() | {
@@ -115,10 +117,11 @@ def write_report(
         "histogram": histogram and (lambda theme: histogram_figure(histogram, theme)),
     }
     plots: dict[str, dict[str, str]] = {}
+    contents: dict[str, bytes] = {}
     for name, draw in drawings.items():
         if draw:
             light, dark = (png(draw(theme)) for theme in (LIGHT, DARK))
-            _write(out / f"{name}.png", light)
+            contents[f"{name}.png"] = light
             plots[name] = {k: base64.b64encode(v).decode() for k, v in (("light", light), ("dark", dark))}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": lambda v: f"{100 * v:.1f}", "points": lambda v: f"{100 * v:+.1f}"}
@@ -137,8 +140,9 @@ def write_report(
         active=len(plan.active),
         clean_budget=clean_budget,
     )
-    _write(out / "report.html", page.encode())
-    _write(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    contents["report.html"] = page.encode()
+    contents["report.json"] = (json.dumps(report, indent=2) + "\n").encode()
+    write_folder(out, contents)
     return report
 
 
@@ -170,10 +174,3 @@ def _site_rows(plan: SitePlan, shares: Mapping[str, Tensor]) -> list[dict[str, A
         }
         for s in plan
     ]
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old one or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -182,7 +182,11 @@ class Statistics(Mapping[str, ChannelStatistics]):
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file; a reader sees the old file or the whole new one."""
+        """Write a safetensors file; a reader sees the old file or the whole new one.
+
+        Raises:
+            ArtifactError: It cannot be written there; it is in the temporary folder instead, at the place named.
+        """
         tensors: dict[str, Tensor] = {}
         for name, s in self.sites.items():
             tensors |= {f"{name}:mean": s.mean, f"{name}:m2": s.m2, f"{name}:std": s.std}
@@ -197,7 +201,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
             "table": self.table,
             "metadata": self.metadata,
         }
-        artifacts.write(path, FORMAT, FORMAT_VERSION, header, tensors)
+        artifacts.write(path, FORMAT, FORMAT_VERSION, header, tensors, rescue=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:

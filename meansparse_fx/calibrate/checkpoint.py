@@ -34,7 +34,7 @@ class Checkpoint:
 
     Raises:
         CalibrationError: From any method, if the file is of another calibration.
-        ArtifactError: It is of another number of processes.
+        ArtifactError: It is of another number of processes, or cannot be written.
     """
 
     def __init__(self, path: str | Path, every: float, identity: dict[str, Any], rank: int, world: int) -> None:
@@ -43,6 +43,7 @@ class Checkpoint:
         self._last_write = time.monotonic()
         self._digests: dict[int, str] = {}
         self._first = ""
+        artifacts.require_place(self.path)
         artifacts.remove_partial(self.path)
 
     def resume(self, tally: Tally) -> None:

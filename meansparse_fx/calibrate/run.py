@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from importlib.metadata import version
@@ -14,7 +15,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, fx
 
-from ..errors import CalibrationError, DataError
+from ..errors import ArtifactError, CalibrationError, DataError
 from ..kernels import ops
 from ..operators import operators, require_transformed, set_statistics
 from ..passes import observe
@@ -183,7 +184,10 @@ class _Pass:
         if kept is not None:
             kept.require_compared()
             if latest is not None:
-                kept.write(tally, latest)
+                try:
+                    kept.write(tally, latest)
+                except ArtifactError as error:  # all is measured, and the result needs no checkpoint
+                    warnings.warn(str(error), stacklevel=2)
         for _ in range(tally.batches, shared_end):  # the others have more batches
             if self._settled:
                 break

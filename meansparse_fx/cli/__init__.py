@@ -5,6 +5,7 @@ A command is a plain function in a file of its group; here they become one progr
 
 from __future__ import annotations
 
+import errno
 from importlib.metadata import version
 from typing import Annotated
 
@@ -21,6 +22,8 @@ from .options import spread
 from .robustness import evaluate, select
 from .statistics import calibrate, merge, plot, show
 
+# Of the user's disk and not of our code: full, read-only, not permitted, a directory where a file should be.
+_NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR}
 COMMANDS = (inspect, calibrate, select, evaluate, export, cost, demo, show, merge, plot)
 
 
@@ -31,8 +34,17 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except MeanSparseError as error:
-            Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+            _print_error(str(error))
             raise typer.Exit(2) from error
+        except OSError as error:
+            if error.errno not in _NO_PLACE:
+                raise
+            _print_error(f"{error.filename or 'a file'}: {error.strerror}")
+            raise typer.Exit(2) from error
+
+
+def _print_error(text: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"error: {text}", style="red", markup=False, highlight=False)
 
 
 app = typer.Typer(

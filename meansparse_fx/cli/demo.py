@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import demo as demo_run
+from ..artifacts import require_place
 from .loading import console
 from .options import Seed, Steps
 
@@ -21,6 +22,7 @@ def demo(
     seed: Seed = 0,
 ) -> None:
     """Run the whole job on the bundled robust network: a few minutes on a CPU, no download."""
+    require_place(out, folder=True)
     demo_run.run(
         out,
         console(),

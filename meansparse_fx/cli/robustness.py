@@ -10,6 +10,7 @@ import typer
 from torch import fx
 
 from ..alpha import ALPHAS, CLEAN_BUDGET, select_alpha
+from ..artifacts import require_place, write_whole
 from ..errors import ArtifactError
 from ..evaluate import evaluate as run_evaluate
 from ..evaluate.run import DEFAULT_ATTACKS
@@ -53,11 +54,11 @@ def select(
     attacks: Attacks = "apgd-ce",
     steps: Steps = 20,
     queries: Queries = 500,
-    out: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="JSON file for the search; evaluate takes it as --alpha.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the search; evaluate takes it as --alpha.")] = None,
 ) -> None:
     """Choose alpha on held-out images: best worst case under attack within the clean budget."""
+    if out is not None:
+        require_place(out)
     images = open_images(data)
     search = select_alpha(
         open_sparse(model, images, statistics),
@@ -79,7 +80,8 @@ def select(
     variant = f", variant {search.variant}" if search.variant != "mean" else ""
     console().print(f"{chosen}{variant}", style="bold", highlight=False)
     if out is not None:
-        out.write_text(json.dumps(search.to_dict(), indent=2) + "\n", "utf-8")
+        text = json.dumps(search.to_dict(), indent=2) + "\n"
+        write_whole(out, lambda place: place.write_text(text, "utf-8"), rescue=True)
 
 
 def evaluate(
@@ -100,6 +102,8 @@ def evaluate(
 
     Under torchrun each process takes its share: torchrun --nproc-per-node 4 -m meansparse_fx evaluate ...
     """
+    if out is not None:
+        require_place(out, folder=True)
     model, group = join_processes(model)
     images = open_images(data)
     sparse = open_sparse(model, images, statistics)

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from ..artifacts import require_place, write_whole
 from ..calibrate import calibrate as run_calibrate
 from ..calibrate.summary import summary_table
-from ..errors import ArtifactError, StatisticsError
+from ..errors import StatisticsError
 from ..histogram import stored_histogram
 from ..shards import own_file, place
 from ..statistics import Statistics
@@ -48,8 +49,7 @@ def calibrate(
 
     Under torchrun each process takes its share: torchrun --nproc-per-node 4 -m meansparse_fx calibrate ...
     """
-    if not out.parent.is_dir():
-        raise ArtifactError(f"{out}: its directory does not exist")
+    require_place(out)
     model, group = join_processes(model)
     rank, world = place(group)
     images = open_images(data)
@@ -88,8 +88,7 @@ def merge(
     """Merge statistics of different images into what one pass over all of them would have measured."""
     if len(files) < 2:
         raise StatisticsError("merge needs two files or more")
-    if not out.parent.is_dir():
-        raise ArtifactError(f"{out}: its directory does not exist")
+    require_place(out)
     merged = Statistics.load(files[0])
     for file in files[1:]:
         merged = merged.merge(Statistics.load(file))
@@ -110,7 +109,7 @@ def plot(
     from ..plots import histogram_figure, png  # matplotlib takes a second to import, and other commands do without
 
     drawn = stored_histogram(Statistics.load(file), site, channel, alpha)
-    if not out.parent.is_dir():
-        raise ArtifactError(f"{out}: its directory does not exist")
-    out.write_bytes(png(histogram_figure(drawn)))
+    require_place(out)
+    picture = png(histogram_figure(drawn))
+    write_whole(out, lambda place: place.write_bytes(picture))
     console().print(f"{100 * drawn.share:.1f} % of the values lie in the band: {out}")

@@ -58,8 +58,8 @@ def load_model(spec: str, weights: str | Path | None = None, num_classes: int | 
         spec: ``timm:NAME``, ``torchvision:NAME``, ``robustbench:THREAT/DATASET/NAME`` as on RobustBench's pages,
             ``path/to/file.py:function`` (called without arguments), or ``bundled``.
         weights: safetensors, or a state_dict that ``torch.load(weights_only=True)`` reads: bare or in a
-            checkpoint, with or without the prefixes that wrappers put before the names. For RobustBench its own files, or
-            the directory of an ensemble's; None takes what lies where RobustBench keeps it, or downloads it there.
+            checkpoint, with or without the prefixes that wrappers put before the names. For RobustBench its own files,
+            or the directory of an ensemble's; None takes what lies where RobustBench keeps it, or downloads it there.
         num_classes: Length of the logits, for timm and torchvision.
 
     Raises:
