@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -243,6 +247,35 @@ def test_errors_are_one_line(tmp_path, model, data, statistics):
     check_error(run("calibrate", model, "--data", data, "--out", tmp_path / "none" / "s"), "directory")
     check_error(run("show", data), "not a statistics file")
     check_error(run("select", model, "--data", data, "--statistics", statistics, "--norm", "L7"), "norm must be")
+
+
+def test_places_that_cannot_be_written(tmp_path, model, data, statistics, monkeypatch):
+    attack = (model, "--data", data, "--statistics", statistics, "--steps", 1)
+    calibrate = ("calibrate", model, "--data", data, "--out")
+    (tmp_path / "full").symlink_to("/dev/full")
+    check_error(run(*calibrate, tmp_path), "is a directory")
+    check_error(run(*calibrate, "/proc/s"), "/proc/s: cannot be written")
+    check_error(run("select", *attack, "--alphas", "0.2", "--attacked", 4, "--out", tmp_path), "is a directory")
+    check_error(run("evaluate", *attack, "--alpha", 0.2, "--out", statistics), "is a file")
+    check_error(run("merge", statistics, statistics, "--out", tmp_path), "is a directory")
+    check_error(run("demo", "--out", statistics), "is a file")
+    baked = ("--input-shape", "1,8,8", "--statistics", statistics, "--alpha", 0.2, "--out")
+    check_error(run("export", model, *baked, tmp_path / "none" / "a.pt2"), "directory does not exist")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    done = run(*calibrate, tmp_path / "full")
+    check_error(done, "No space left on device")
+    assert Statistics.load(re.search(r"kept as (\S+): move", done.stderr)[1]).images == 30
+    done = run("select", *attack, "--alphas", "0.2", "--attacked", 4, "--out", tmp_path / "full")
+    check_error(done, "No space left on device")
+    assert "alpha" in json.loads(Path(re.search(r"kept as (\S+): move", done.stderr)[1]).read_text())
+
+
+def test_the_users_disk_is_no_bug(model, data, monkeypatch):
+    def no_space(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+    monkeypatch.setattr("meansparse_fx.cli.statistics.open_images", no_space)
+    check_error(run("calibrate", model, "--data", data, "--out", "s"), "somewhere: No space left on device")
 
 
 def test_labels_beyond_the_models_classes(tmp_path, model):

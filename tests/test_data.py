@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import io
+import os
 import pickle
+import struct
+import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -206,6 +211,363 @@ def test_arrays_that_do_not_fit(tmp_path, arrays, problem):
 def test_image_size_is_for_folders(idx):
     with pytest.raises(ArtifactError, match="image folders only"):
         load_images(idx, "train", image_size=32)
+
+
+# Image files
+
+
+def ramp(dtype=np.uint8, white=255):
+    return (np.linspace(0, 1, 1600).reshape(40, 40) * white).round().astype(dtype)
+
+
+def tiff(values: np.ndarray, sample_format: int, bits: int | None = None, photometric: int = 1) -> bytes:
+    """Return a TIFF of one strip, written by hand: Pillow writes few of the kinds that it reads."""
+    height, width = values.shape[:2]
+    samples = values.shape[2] if values.ndim == 3 else 1
+    photometric = 2 if samples == 3 else photometric
+    data, bits = values.tobytes(), bits or 8 * values.itemsize
+    numbers = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 0, 277: samples, 278: height}
+    numbers |= {279: len(data), 339: sample_format}
+    first = 8 + 2 + 12 * len(numbers) + 4  # past the directory
+    per_sample = {258: struct.pack(f"<{samples}H", *[bits] * samples)} if samples > 2 else {}
+    numbers[273] = first + sum(map(len, per_sample.values()))
+    entries = b""
+    for tag, number in numbers.items():
+        if tag in per_sample:
+            entries += struct.pack("<HHII", tag, 3, samples, first)
+        else:
+            entries += struct.pack("<HHII", tag, 4, 1, number)
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(numbers))
+    return head + entries + struct.pack("<I", 0) + b"".join(per_sample.values()) + data
+
+
+def png16(values: np.ndarray, colour: int) -> bytes:
+    """Return a PNG of 16 bits a sample, written by hand."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def saved(values, suffix: str, mode: str | None = None, **options) -> bytes:
+    image = pytest.importorskip("PIL.Image").fromarray(values)
+    file = io.BytesIO()
+    (image if mode is None else image.convert(mode)).save(file, suffix, **options)
+    return file.getvalue()
+
+
+def colour(dtype=np.uint8, white=255):
+    return np.stack([ramp(dtype, white)] * 3, -1)
+
+
+U2, WHITE = np.uint16, 65535
+READ = {
+    "8 bits": ("png", lambda: saved(ramp(), "PNG")),
+    "RGB": ("png", lambda: saved(colour(), "PNG")),
+    "RGBA": ("png", lambda: saved(colour(), "PNG", "RGBA")),
+    "LA": ("png", lambda: saved(ramp(), "PNG", "LA")),
+    "CMYK": ("tif", lambda: saved(colour(), "TIFF", "CMYK")),
+    "CMYK JPEG": ("jpg", lambda: saved(colour(), "JPEG", "CMYK", quality=100)),
+    "BMP": ("bmp", lambda: saved(colour(), "BMP")),
+    "16-bit PNG": ("png", lambda: saved(ramp(U2, WHITE), "PNG")),
+    "16-bit RGB PNG": ("png", lambda: png16(colour(U2, WHITE), 2)),
+    "16-bit LA PNG": ("png", lambda: png16(np.stack([ramp(U2, WHITE)] * 2, -1), 4)),
+    "16-bit TIFF": ("tif", lambda: saved(ramp(U2, WHITE), "TIFF")),
+    "16-bit TIFF, white is 0": ("tiff", lambda: tiff(WHITE - ramp(U2, WHITE), 1, photometric=0)),
+    "16-bit RGB TIFF": ("tiff", lambda: tiff(colour(U2, WHITE), 1)),
+    "16-bit PGM": ("pgm", lambda: b"P5 40 40 65535\n" + ramp(">u2", WHITE).tobytes()),
+    "12-bit PGM": ("pgm", lambda: b"P5 40 40 4095\n" + ramp(">u2", 4095).tobytes()),
+    "float TIFF": ("tif", lambda: saved((ramp(U2, WHITE) / WHITE).astype(np.float32), "TIFF")),
+}
+
+
+def one_file(tmp_path, name: str, content: bytes):
+    """Return a folder of one class with one file in it, opened."""
+    (tmp_path / "one").mkdir(exist_ok=True)
+    (tmp_path / "one" / name).write_bytes(content)
+    return load_images(tmp_path, image_size=35)  # resized to the file's own 40, and cut
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_image_files_of_every_depth_hold_the_same_ramp(tmp_path, kind):
+    suffix, content = READ[kind]
+    image = one_file(tmp_path, f"a.{suffix}", content())[0][0]
+    expected = torch.linspace(0, 1, 1600).reshape(40, 40)[2:37, 2:37].expand(3, -1, -1)
+    assert image.dtype == torch.float32
+    torch.testing.assert_close(image, expected, atol=0.015 if "JPEG" in kind else 0.004, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["1", "P", "transparent palette", "EXIF"])
+def test_image_files_that_torchvision_reads_right_are_read_alike(tmp_path, kind):
+    """Palettes lose their transparency there, and an orientation in EXIF is left alone."""
+    folder = pytest.importorskip("torchvision.datasets.folder")
+    exif = pytest.importorskip("PIL.Image").Exif()
+    exif[274] = 6
+    content = {
+        "1": lambda: saved(colour(), "PNG", "1"),
+        "P": lambda: saved(colour(), "PNG", "P"),
+        "transparent palette": lambda: saved(colour(), "PNG", "P", transparency=bytes(range(256))),
+        "EXIF": lambda: saved(colour(), "JPEG", exif=exif),
+    }[kind]()
+    found = one_file(tmp_path, "a.jpg" if kind == "EXIF" else "a.png", content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = np.array(folder.default_loader(found.images.paths[0]))[2:37, 2:37]
+    torch.testing.assert_close(found[0][0], torch.from_numpy(theirs).permute(2, 0, 1) / 255)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (lambda: saved(ramp(np.int32, 255), "TIFF"), "32-bit integers, of which no value is white"),
+        (lambda: tiff(ramp(np.int16, 255), 2), "signed or 32-bit integers"),
+        (lambda: tiff(ramp(np.uint32, 2**32 - 1), 1), "32-bit integers"),
+        (lambda: saved(ramp(np.float32, 255), "TIFF"), "floats from 0 to 255; expected .0, 1."),
+        (lambda: saved(ramp(np.float32, np.nan), "TIFF"), "floats from nan"),
+        (lambda: tiff(colour(np.float32, 1), 3), "not an image that Pillow reads"),
+    ],
+)
+def test_image_files_without_a_certain_range_are_refused(tmp_path, content, problem):
+    found = one_file(tmp_path, "a.tif", content())
+    with pytest.raises(ArtifactError, match=rf"one.a\.tif: .*{problem}"):
+        found[0]
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "JPEG", "TIFF", "WEBP", "BMP"])
+def test_truncated_files_are_named_wherever_they_end(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    content = saved(noise, suffix)
+    for end in (0, 5, len(content) // 9, len(content) // 2):
+        found = one_file(tmp_path, f"a.{suffix.lower()}", content[:end])
+        with pytest.raises(ArtifactError, match=rf"a\.{suffix.lower()}: truncated or not an image"):
+            found[0]
+
+
+@pytest.mark.parametrize("limit", [900, 500])  # Pillow warns up to twice its limit, and raises above
+def test_decompression_bombs_are_refused(tmp_path, monkeypatch, limit):
+    found = one_file(tmp_path, "a.png", saved(ramp(), "PNG"))
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(ArtifactError, match=rf"a\.png: more than the {limit} pixels .* bomb"):
+        found[0]
+
+
+# Folders
+
+
+def fill(directory, *files):
+    for file in files:
+        (directory / file).parent.mkdir(parents=True, exist_ok=True)
+        (directory / file).write_bytes(saved(ramp()[:8, :8], "PNG"))
+
+
+def by_file(found):
+    return {path.rpartition("/")[2]: int(label) for path, label in zip(found.images.paths, found.labels, strict=True)}
+
+
+def test_what_systems_leave_behind_is_no_image_and_no_class(tmp_path):
+    fill(tmp_path, "a/1.png", "b/2.png", ".ipynb_checkpoints/3.png", "__MACOSX/a/4.png", "b/.ipynb_checkpoints/5.png")
+    fill(tmp_path, "a/._1.png", "b/@eaDir/6.png", ".DS_Store", "Thumbs.db", "a/Thumbs.db", "a/.DS_Store", "stray.png")
+    assert by_file(load_images(tmp_path)) == {"1.png": 0, "2.png": 1}
+
+
+@pytest.mark.parametrize("how", ["split", "path"])
+def test_classes_are_those_of_the_training_images(tmp_path, how):
+    fill(tmp_path, "train/a/1.png", "train/b/2.png", "train/c/3.png", "val/a/4.png", "val/c/5.png")
+    (tmp_path / "val/b").mkdir()
+    found = load_images(tmp_path, "val") if how == "split" else load_images(tmp_path / "val")
+    assert by_file(found) == {"4.png": 0, "5.png": 2}
+    fill(tmp_path, "val/d/6.png", "other/x/7.png")
+    with pytest.raises(ArtifactError, match=r"d is none of the classes in .*train"):
+        load_images(tmp_path, "val")
+    assert by_file(load_images(tmp_path, "other")) == {"7.png": 0}
+    (tmp_path / "other/y").mkdir()
+    with pytest.raises(ArtifactError, match="no images in y"):
+        load_images(tmp_path, "other")
+
+
+@pytest.mark.parametrize("classes_from", ["train", "wnids.txt", "annotations"])
+@pytest.mark.parametrize("how", ["split", "path"])
+def test_tiny_imagenet_as_distributed(tmp_path, classes_from, how):
+    names = ["n3", "n1", "n3", "n2"] if classes_from == "annotations" else ["n4", "n2", "n4", "n3"]
+    fill(tmp_path, *(f"val/images/val_{i}.JPEG" for i in range(4)))
+    lines = [f"val_{i}.JPEG\t{name}\t0\t0\t1\t1\n" for i, name in enumerate(names)]
+    (tmp_path / "val" / "val_annotations.txt").write_text("".join(lines))
+    if classes_from == "wnids.txt":
+        (tmp_path / "wnids.txt").write_text("n3\nn1\nn2\nn4\n")
+    if classes_from == "train":
+        fill(tmp_path, *(f"train/n{i}/images/n{i}_0.JPEG" for i in (3, 1, 2, 4)))
+        assert by_file(load_images(tmp_path, "train")) == {f"n{i}_0.JPEG": i - 1 for i in (1, 2, 3, 4)}
+    found = load_images(tmp_path, "val") if how == "split" else load_images(tmp_path / "val")
+    labels = [2, 0, 2, 1] if classes_from == "annotations" else [3, 1, 3, 2]
+    assert by_file(found) == {f"val_{i}.JPEG": label for i, label in enumerate(labels)}
+    fill(tmp_path, "val/images/val_9.JPEG")
+    with pytest.raises(ArtifactError, match=r"val_9\.JPEG has no class"):
+        load_images(tmp_path, "val")
+
+
+def test_tiny_imagenet_repacked(tmp_path):
+    fill(tmp_path, "train/n1/images/1.JPEG", "train/n2/images/2.JPEG", "val/n2/images/3.JPEG", "val/n1/4.JPEG")
+    (tmp_path / "val/images").mkdir()
+    (tmp_path / "val/val_annotations.txt").write_text("3.JPEG\tn2\n")
+    assert by_file(load_images(tmp_path, "val")) == {"3.JPEG": 1, "4.JPEG": 0}
+
+
+def test_flat_folders_are_refused(tmp_path):
+    fill(tmp_path, "val/ILSVRC2012_val_00000001.JPEG", "val/ILSVRC2012_val_00000002.JPEG")
+    (tmp_path / "val/ground_truth.txt").write_text("1\n2\n")
+    with pytest.raises(ArtifactError, match=r"2 images directly in it, .*no labels .*one directory per class"):
+        load_images(tmp_path / "val")
+
+
+# Arrays
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "split"),
+    [
+        ("train_images", "train_labels", "train"),
+        ("x_test", "y_test", "test"),
+        ("X", "Y", None),
+        ("images", "labels", None),
+        ("data", "targets", None),
+    ],
+)
+@pytest.mark.parametrize("kind", ["npz", "npy", "file"])
+def test_names_of_arrays(tmp_path, pictures, images, labels, split, kind):
+    """MedMNIST's, Keras' and the usual ones; labels [N, 1], as MedMNIST has them."""
+    path = tmp_path / "data"
+    path.mkdir()
+    arrays = {images: pictures, labels: np.arange(7, dtype=np.uint8)[:, None]}
+    if split is not None:
+        arrays |= {images.replace(split, "val"): pictures[:3], labels.replace(split, "val"): np.arange(3)}
+    if kind == "npz":
+        np.savez(path / "a.npz", **arrays)
+        path = path / "a.npz"
+    else:
+        for name, array in arrays.items():
+            np.save(path / f"{name}.npy", array)
+    found = load_images(path / f"{images}.npy") if kind == "file" else load_images(path, split)
+    got, numbers = as_sorted(found)
+    assert torch.equal(numbers, torch.arange(7))
+    torch.testing.assert_close(got, torch.from_numpy(pictures).float().unsqueeze(1) / 255)
+
+
+def test_labels_in_files(tmp_path, pictures):
+    found = load_images(npz(tmp_path / "a.npz", images=pictures, labels=np.eye(7)))
+    assert sorted(found.labels.tolist()) == list(range(7))
+    with pytest.raises(ArtifactError, match="neither class numbers nor one-hot"):
+        load_images(npz(tmp_path / "b.npz", images=pictures, labels=np.ones((7, 14), np.uint8)))
+    np.savez(tmp_path / "c.npz", pictures, np.arange(7))
+    with pytest.raises(ArtifactError, match="no images and labels in it, but arr_0, arr_1"):
+        load_images(tmp_path / "c.npz")
+
+
+def test_npy_files_are_not_unpickled(tmp_path):
+    np.save(tmp_path / "images.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "labels.npy", np.arange(1))
+    with pytest.raises(ArtifactError, match=r"images\.npy: .*plain array"):
+        load_images(tmp_path)
+
+
+# CIFAR
+
+
+@pytest.fixture
+def cifar() -> tuple[np.ndarray, np.ndarray]:
+    return np.random.default_rng(0).integers(0, 256, (6, 3072), dtype=np.uint8), np.array([3, 1, 0, 2, 5, 4])
+
+
+def check_cifar(found, images, labels):
+    got, numbers = as_sorted(found)
+    order = np.argsort(labels)
+    assert numbers.tolist() == labels[order].tolist()
+    torch.testing.assert_close(got, torch.from_numpy(images[order].reshape(-1, 3, 32, 32)).float() / 255)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("keys", [bytes, str])
+def test_cifar_python(tmp_path, cifar, protocol, keys):
+    images, labels = cifar
+
+    def batch(part, kind=list):
+        held = {"data": images[part], "labels": kind(labels[part]), "filenames": ["a.png"], "batch_label": "batch"}
+        return {k.encode() if keys is bytes else k: v for k, v in held.items()}
+
+    (tmp_path / "data_batch_1").write_bytes(pickle.dumps(batch(slice(0, 2)), protocol))
+    (tmp_path / "data_batch_2").write_bytes(pickle.dumps(batch(slice(2, 5), np.asarray), protocol))
+    (tmp_path / "test_batch").write_bytes(pickle.dumps(batch(slice(5, 6), lambda a: a.tolist()), protocol))
+    check_cifar(load_images(tmp_path, "train"), images[:5], labels[:5])
+    check_cifar(load_images(tmp_path, "test"), images[5:], labels[5:])
+    with pytest.raises(ArtifactError, match="several splits; choose one of test, train"):
+        load_images(tmp_path)
+
+
+def test_cifar_python_2(tmp_path, cifar):
+    """As CIFAR's own files: strings of Python 2, whose arrays are of numpy.core."""
+    images = cifar[0][:1]
+    raw = (
+        b"\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        b"(K\x01K\x01M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff"
+        b"\xffK\x00tb\x89T\x00\x0c\x00\x00" + images.tobytes() + b"tbU\x06labelsq\x03]K\x04au."
+    )
+    (tmp_path / "test_batch").write_bytes(raw)
+    check_cifar(load_images(tmp_path), images, np.array([4]))
+
+
+def test_cifar_binary(tmp_path, cifar):
+    images, labels = cifar
+    rows = np.concatenate([labels[:, None].astype(np.uint8), images], 1)
+    rows[:4].tofile(tmp_path / "data_batch_1.bin")
+    rows[4:5].tofile(tmp_path / "data_batch_2.bin")
+    rows[5:].tofile(tmp_path / "test_batch.bin")
+    check_cifar(load_images(tmp_path, "train"), images[:5], labels[:5])
+    check_cifar(load_images(tmp_path, "test"), images[5:], labels[5:])
+    (tmp_path / "test_batch.bin").write_bytes(rows.tobytes()[:-1])
+    with pytest.raises(ArtifactError, match="truncated"):
+        load_images(tmp_path, "test")
+
+
+@pytest.mark.parametrize("kind", ["python", "binary"])
+def test_cifar_100_has_its_fine_labels(tmp_path, cifar, kind):
+    images, labels = cifar
+    if kind == "python":
+        held = {b"data": images, b"fine_labels": labels.tolist(), b"coarse_labels": [0] * 6}
+        (tmp_path / "train").write_bytes(pickle.dumps(held))
+        (tmp_path / "meta").write_bytes(b"")
+    else:
+        coarse = np.zeros((6, 1), np.uint8)
+        np.concatenate([coarse, labels[:, None].astype(np.uint8), images], 1).tofile(tmp_path / "train.bin")
+    check_cifar(load_images(tmp_path, "train"), images, labels)
+
+
+class Attack:
+    """Makes a directory where it is unpickled."""
+
+    def __init__(self, place) -> None:
+        self.place = str(place)
+
+    def __reduce__(self):
+        return os.mkdir, (self.place,)
+
+
+def test_cifar_python_calls_nothing(tmp_path, cifar):
+    images, _ = cifar
+    for data in (Attack(tmp_path / "made"), np.array([Attack(tmp_path / "made")], dtype=object)):
+        (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": data, b"labels": [0]}))
+        with pytest.raises(ArtifactError, match=r"test_batch: .*(not unpickled|arrays of O)"):
+            load_images(tmp_path)
+    assert not (tmp_path / "made").exists()
+    whole = pickle.dumps({b"data": images, b"labels": [0] * 6})
+    for end in range(0, len(whole) - 1, len(whole) // 40):
+        (tmp_path / "test_batch").write_bytes(whole[:end])
+        with pytest.raises(ArtifactError, match="test_batch: truncated"):
+            load_images(tmp_path)
+
+
+# The bundled network
 
 
 def test_bundled_splits_are_disjoint():

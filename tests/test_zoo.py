@@ -118,6 +118,53 @@ def test_weights(tmp_path, spec, state, wrap, prefix):
     check_loaded(spec, tmp_path / "a.pt", state)
 
 
+def renamed(state, prefix):
+    return {prefix + name: value for name, value in state.items()}
+
+
+WRONG = {"fc.weight": torch.zeros(2), "fc.bias": torch.zeros(2)}
+OPTIMIZER = {"state": {0: {"step": torch.zeros(()), "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
+CHECKPOINTS = {
+    "compiled": lambda s: renamed(s, "_orig_mod."),
+    "compiled and parallel": lambda s: renamed(s, "_orig_mod.module."),
+    "net": lambda s: renamed(s, "net."),
+    "Lightning": lambda s: {"state_dict": renamed(s, "model.") | {"loss.weight": torch.zeros(3)}, "epoch": 3},
+    "inner wrappers": lambda s: {f"{n.split('.')[0]}.module.{n.split('.')[1]}": v for n, v in s.items()},
+    "model_state_dict": lambda s: {"model_state_dict": s, "optimizer_state_dict": OPTIMIZER, "loss": 0.5},
+    "model and optimizer": lambda s: {"model": renamed(s, "module."), "optimizer": OPTIMIZER, "epoch": 3},
+    "averaged": lambda s: {"n_averaged": torch.tensor(5)} | renamed(s, "module."),
+    "deep": lambda s: {"ema": {"model": {"state_dict": s}}},
+    "one of two fits": lambda s: {"state_dict": s, "teacher": WRONG},
+    "the same twice": lambda s: {"state_dict": s, "ema": {n: v.clone() for n, v in s.items()}},
+    "part of a larger model": lambda s: renamed(s, "backbone.") | renamed(WRONG, "head."),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_checkpoints_that_hold_the_weights(tmp_path, spec, state, kind):
+    torch.save(CHECKPOINTS[kind](state), tmp_path / "a.pt")
+    check_loaded(spec, tmp_path / "a.pt", state)
+
+
+@pytest.mark.parametrize("prefix", ["", "student."])
+def test_several_different_weights_are_listed(tmp_path, spec, state, prefix):
+    other = {name: value + 1 for name, value in state.items()}
+    held = renamed(state, prefix) | renamed(other, "teacher.") if prefix else {"state_dict": state, "ema": other}
+    torch.save(held, tmp_path / "a.pt")
+    names = "'student.', 'teacher.'" if prefix else "'ema', 'state_dict'"
+    with pytest.raises(ModelError, match=rf"2 different weights of the model, under {names}"):
+        load_model(spec, tmp_path / "a.pt")
+
+
+def test_checkpoints_without_the_weights_list_what_they_hold(tmp_path, spec):
+    torch.save({"generator": WRONG, "critic": {"a.weight": torch.zeros(1)}}, tmp_path / "a.pt")
+    with pytest.raises(ModelError, match=r"another model \(it holds 'critic', 'generator'\)"):
+        load_model(spec, tmp_path / "a.pt")
+    torch.save({"epoch": 3, "optimizer": OPTIMIZER}, tmp_path / "a.pt")
+    with pytest.raises(ArtifactError, match=r"not a state_dict, .*it holds 'epoch', 'optimizer'"):
+        load_model(spec, tmp_path / "a.pt")
+
+
 def test_safetensors(tmp_path, spec, state):
     save_file(state, tmp_path / "a.safetensors")
     check_loaded(spec, tmp_path / "a.safetensors", state)
