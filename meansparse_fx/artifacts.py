@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import ArtifactError
+from .errors import ArtifactError, WriteError
 
 
 def write(
@@ -55,7 +55,7 @@ def write_whole(path: str | Path, make: Callable[[Path], object], rescue: bool =
         rescue: What cannot be written there took long to find: write it into the system's temporary folder instead.
 
     Raises:
-        ArtifactError: It could not be written, for lack of space, a directory in its place, ...; says where it is now.
+        WriteError: It could not be written, for lack of space, a directory in its place, ...; says where it is now.
     """
     path = Path(path)
     try:
@@ -68,7 +68,7 @@ def write_whole(path: str | Path, make: Callable[[Path], object], rescue: bool =
             _replace(path, make)
     except (OSError, SafetensorError) as error:
         kept = _rescued(path.name, make) if rescue else ""
-        raise ArtifactError(f"{path}: cannot be written ({_reason(error)}){kept}") from error
+        raise WriteError(f"{path}: cannot be written ({_reason(error)}){kept}") from error
 
 
 def _replace(path: Path, make: Callable[[Path], object]) -> None:
@@ -88,7 +88,7 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """Write files into a directory, made if missing, each as `write_whole` does.
 
     Raises:
-        ArtifactError: They could not be written; they are in the system's temporary folder then, and it says where.
+        WriteError: They could not be written; they are in the system's temporary folder then, and it says where.
     """
 
     def fill(directory: Path) -> None:
@@ -98,13 +98,13 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
 
     try:
         fill(path)
-    except (OSError, ArtifactError) as error:
-        problem = str(error) if isinstance(error, ArtifactError) else f"{path}: cannot be written ({_reason(error)})"
-        raise ArtifactError(problem + _rescued(path.name, fill)) from error
+    except OSError as error:
+        problem = str(error) if isinstance(error, WriteError) else f"{path}: cannot be written ({_reason(error)})"
+        raise WriteError(problem + _rescued(path.name, fill)) from error
 
 
 def require_place(path: Path, folder: bool = False) -> None:
-    """Raise ArtifactError, before the work is done, where its result cannot be written.
+    """Raise WriteError, before the work is done, where its result cannot be written.
 
     Args:
         path: File to be written, or directory to write files into.
@@ -113,17 +113,17 @@ def require_place(path: Path, folder: bool = False) -> None:
     if _is_device(path):
         return
     if path.is_dir() and not folder:
-        raise ArtifactError(f"{path}: is a directory; give the name of a file in it")
+        raise WriteError(f"{path}: is a directory; give the name of a file in it")
     place = path.parent
     if folder:
         place = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not place.is_dir():
-        raise ArtifactError(f"{place}: is a file, no directory" if folder else f"{path}: its directory does not exist")
+        raise WriteError(f"{place}: is a file, no directory" if folder else f"{path}: its directory does not exist")
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise ArtifactError(f"{path}: cannot be written ({_reason(error)})") from error
+        raise WriteError(f"{path}: cannot be written ({_reason(error)})") from error
 
 
 def _is_device(path: Path) -> bool:
@@ -135,7 +135,7 @@ def _rescued(name: str, make: Callable[[Path], object]) -> str:
     try:
         place = Path(tempfile.mkdtemp(prefix="meansparse_fx-")) / name
         make(place)
-    except (OSError, SafetensorError, ArtifactError) as error:
+    except (OSError, SafetensorError) as error:
         return f", and neither can the temporary folder ({_reason(error)})"
     return f"; it is kept as {place}: move it from there"
 

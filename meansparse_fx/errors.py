@@ -34,6 +34,10 @@ class ArtifactError(MeanSparseError):
     """A file is truncated, foreign, or of a format version this release does not read."""
 
 
+class WriteError(ArtifactError, OSError):
+    """A file cannot be written: no space, no permission, a directory in its place. Says where a result is kept."""
+
+
 class EvaluationError(MeanSparseError):
     """An attack or an evaluation cannot be run as asked, or its result failed a sanity check."""
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from .artifacts import require_place
-from .errors import ArtifactError, CaptureError, StateError
+from .errors import ArtifactError, CaptureError, StateError, WriteError
 from .hooks import has_hooks
 from .operators import operators, require_transformed
 from .rewrite import sharing_copy
@@ -109,7 +109,7 @@ def export(
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise
-            raise ArtifactError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
+            raise WriteError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
     return path
 
 

@@ -95,7 +95,7 @@ def write_report(
         shares: From `band_shares`.
 
     Raises:
-        ArtifactError: It cannot be written there; it is in the temporary folder instead, at the place named.
+        WriteError: It cannot be written there; it is in the temporary folder instead, at the place named.
     """
     sites = _site_rows(plan, shares or {})
     clean_budget = search.clean_budget if search else None

@@ -185,7 +185,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
         """Write a safetensors file; a reader sees the old file or the whole new one.
 
         Raises:
-            ArtifactError: It cannot be written there; it is in the temporary folder instead, at the place named.
+            WriteError: It cannot be written there; it is in the temporary folder instead, at the place named.
         """
         tensors: dict[str, Tensor] = {}
         for name, s in self.sites.items():

@@ -14,7 +14,7 @@ import torch
 import meansparse_fx as msfx
 from meansparse_fx import artifacts
 from meansparse_fx.artifacts import require_place, write_folder, write_whole
-from meansparse_fx.errors import ArtifactError
+from meansparse_fx.errors import WriteError
 from meansparse_fx.statistics import ChannelStatistics
 
 
@@ -52,7 +52,7 @@ def check_kept(error, statistics, temporary):
 
 
 def test_a_full_disk(full, statistics, temporary):
-    with pytest.raises(ArtifactError, match=r"full: cannot be written \(No space left on device\)") as error:
+    with pytest.raises(WriteError, match=r"full: cannot be written \(No space left on device\)") as error:
         statistics.save(full)
     check_kept(error, statistics, temporary)
     assert full.is_symlink()
@@ -69,7 +69,7 @@ def test_a_disk_that_fills_up(tmp_path, statistics, temporary, monkeypatch):
         save(tensors, path, metadata)
 
     monkeypatch.setattr(artifacts, "save_file", no_space)
-    with pytest.raises(ArtifactError, match="No space left on device") as error:
+    with pytest.raises(WriteError, match="No space left on device") as error:
         statistics.save(tmp_path / "s")
     check_kept(error, statistics, temporary)
     assert (tmp_path / "s").read_bytes() == b"old"
@@ -78,13 +78,13 @@ def test_a_disk_that_fills_up(tmp_path, statistics, temporary, monkeypatch):
 
 def test_a_directory_in_the_place(tmp_path, statistics, temporary):
     (tmp_path / "s").mkdir()
-    with pytest.raises(ArtifactError, match="Is a directory") as error:
+    with pytest.raises(WriteError, match="Is a directory") as error:
         statistics.save(tmp_path / "s")
     check_kept(error, statistics, temporary)
 
 
 def test_no_directory(tmp_path, statistics, temporary):
-    with pytest.raises(ArtifactError, match="No such file or directory") as error:
+    with pytest.raises(WriteError, match="No such file or directory") as error:
         statistics.save(tmp_path / "none" / "s")
     check_kept(error, statistics, temporary)
 
@@ -93,9 +93,9 @@ def test_no_space_anywhere(tmp_path, temporary):
     def make(place):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(ArtifactError, match=r"\(No space left on device\), and neither can the temporary folder"):
+    with pytest.raises(WriteError, match=r"\(No space left on device\), and neither can the temporary folder"):
         write_whole(tmp_path / "s", make, rescue=True)
-    with pytest.raises(ArtifactError, match=r"\(No space left on device\)$"):
+    with pytest.raises(WriteError, match=r"\(No space left on device\)$"):
         write_whole(tmp_path / "s", make)
 
 
@@ -115,7 +115,7 @@ def test_devices_are_written_to(tmp_path):
 def test_folders(tmp_path):
     write_folder(tmp_path / "a" / "b", {"c": b"d"})
     assert (tmp_path / "a/b/c").read_bytes() == b"d"
-    with pytest.raises(ArtifactError, match=r"c: cannot be written \((File exists|Not a directory)\)") as error:
+    with pytest.raises(WriteError, match=r"c: cannot be written \((File exists|Not a directory)\)") as error:
         write_folder(tmp_path / "a/b/c", {"e": b"f"})
     assert (kept(error) / "e").read_bytes() == b"f"
 
@@ -132,7 +132,7 @@ def test_places_are_looked_at_before_the_work(tmp_path):
         (tmp_path / "file" / "report", True, "is a file, no directory"),
         (Path("/proc/s"), False, "cannot be written"),
     ):
-        with pytest.raises(ArtifactError, match=problem):
+        with pytest.raises(WriteError, match=problem):
             require_place(path, folder)
     assert {f.name for f in tmp_path.iterdir()} == {"file", "temporary"}
 
@@ -143,5 +143,5 @@ def test_a_finished_calibration_needs_no_checkpoint(net, images, tmp_path, monke
     with pytest.warns(UserWarning, match=r"c: cannot be written \(full\)"):
         found = msfx.calibrate(sparse, images.split(5), checkpoint=tmp_path / "c", progress=False)
     assert found.images == 12
-    with pytest.raises(ArtifactError, match="its directory does not exist"):
+    with pytest.raises(WriteError, match="its directory does not exist"):
         msfx.calibrate(sparse, images.split(5), checkpoint=tmp_path / "none" / "c", progress=False)

@@ -34,7 +34,7 @@ class Checkpoint:
 
     Raises:
         CalibrationError: From any method, if the file is of another calibration.
-        ArtifactError: It is of another number of processes, or cannot be written.
+        ArtifactError: It is of another number of processes, or cannot be written (WriteError).
     """
 
     def __init__(self, path: str | Path, every: float, identity: dict[str, Any], rank: int, world: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, fx
 
-from ..errors import ArtifactError, CalibrationError, DataError
+from ..errors import CalibrationError, DataError, WriteError
 from ..kernels import ops
 from ..operators import operators, require_transformed, set_statistics
 from ..passes import observe
@@ -186,7 +186,7 @@ class _Pass:
             if latest is not None:
                 try:
                     kept.write(tally, latest)
-                except ArtifactError as error:  # all is measured, and the result needs no checkpoint
+                except WriteError as error:  # all is measured, and the result needs no checkpoint
                     warnings.warn(str(error), stacklevel=2)
         for _ in range(tally.batches, shared_end):  # the others have more batches
             if self._settled:

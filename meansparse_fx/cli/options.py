@@ -65,13 +65,13 @@ class DataOptions:
     data: Annotated[
         Path,
         typer.Option(
-            help="Directory of one directory of images per class, of CIFAR's batches, of IDX or .npy files, or .npz with "
-            "arrays images and labels (or NAME_images and NAME_labels: --split NAME); see docs/data.md."
+            help="Directory of one directory of images per class, of CIFAR's batches, of IDX or .npy files, or .npz "
+            "with arrays images and labels (or NAME_images and NAME_labels: --split NAME); see docs/data.md."
         ),
     ]
     split: Annotated[
         str | None,
-        typer.Option(help="Split of the data: subdirectory, IDX prefix (t10k), or name in the arrays' names."),
+        typer.Option(help="Split of the data: subdirectory, IDX prefix (t10k), or name of the arrays."),
     ] = None
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side images of a folder are resized and cropped to [224].")
