@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     def fill(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            write_whole(directory / name, lambda place, content=content: place.write_bytes(content))
+            write_whole(directory / name, partial(Path.write_bytes, data=content))
 
     try:
         fill(path)

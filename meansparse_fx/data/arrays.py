@@ -39,7 +39,7 @@ def open_npy(directory: Path, split: str | None) -> ImageSet:
                 arrays.append(np.load(stream, allow_pickle=False))
         except _UNREADABLE as error:
             raise ArtifactError(f"{path}: truncated, or not an .npy file of a plain array ({error})") from error
-    return from_arrays(*arrays, describe(directory, name))
+    return from_arrays(arrays[0], arrays[1], describe(directory, name))
 
 
 def npy_split(file: Path) -> str:

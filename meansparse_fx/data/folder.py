@@ -47,10 +47,8 @@ def open_folder(path: Path, split: str | None, image_size: int) -> ImageSet:
     root = path / split if split else path
     if not root.is_dir():
         raise ArtifactError(f"{path}: has no subdirectory {split!r}")
-    if (root / _ANNOTATIONS).is_file() and _has_images(root / "images"):
-        samples = _annotated(root)
-    else:
-        samples = _by_directory(root)
+    distributed = (root / _ANNOTATIONS).is_file() and _has_images(root / "images")
+    samples = _annotated(root) if distributed else _by_directory(root)
     paths, labels = zip(*samples, strict=True)
     return ImageSet(Files(list(paths), Decoder(image_size)), torch.tensor(labels), describe(path, split))
 

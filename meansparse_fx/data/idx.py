@@ -58,4 +58,4 @@ def open_idx(directory: Path, split: str | None) -> ImageSet:
         if not files:
             raise ArtifactError(f"{directory}: no {name}-{kind.replace('[-.]', '-')}-ubyte file (or its .gz)")
         arrays.append(read_idx(files[0]))
-    return from_arrays(*arrays, describe(directory, split))
+    return from_arrays(arrays[0], arrays[1], describe(directory, split))
