@@ -30,7 +30,8 @@ def as_tensor(value: Any, what: str) -> Tensor:
         array = None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufc":
         cure = "give class numbers" if what == "labels" else "yield (images, labels), images as ToTensor() makes them"
-        words = isinstance(array, np.ndarray) and array.dtype.kind in "US" and array.size > 0
-        kind = f"words ({np.ravel(array)[0]}, ...)" if words else type(value).__name__
+        kind = type(value).__name__
+        if isinstance(array, np.ndarray) and array.dtype.kind in "US" and array.size:
+            kind = f"words ({array.flat[0]}, ...)"
         raise DataError(f"the loader yielded {kind} where a tensor of {what} was expected: {cure}")
     return torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
