@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -133,10 +134,13 @@ def _is_device(path: Path) -> bool:
 
 def _rescued(name: str, make: Callable[[Path], object]) -> str:
     """Make it in the temporary folder and return where, as the end of a sentence."""
+    directory = None
     try:
-        place = Path(tempfile.mkdtemp(prefix="meansparse_fx-")) / name
-        make(place)
+        directory = tempfile.mkdtemp(prefix="meansparse_fx-")
+        make(place := Path(directory) / name)
     except (OSError, SafetensorError) as error:
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)
         return f", and neither can the temporary folder ({_reason(error)})"
     return f"; it is kept as {place}: move it from there"
 

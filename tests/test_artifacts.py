@@ -95,6 +95,7 @@ def test_no_space_anywhere(tmp_path, temporary):
 
     with pytest.raises(WriteError, match=r"\(No space left on device\), and neither can the temporary folder"):
         write_whole(tmp_path / "s", make, rescue=True)
+    assert not list(temporary.iterdir())
     with pytest.raises(WriteError, match=r"\(No space left on device\)$"):
         write_whole(tmp_path / "s", make)
 
