@@ -52,6 +52,7 @@ class Row:
         rewritten, skipped: Sites by kind, and by the first words of the reason.
         nodes: Of the captured graph.
         equal: ``bitwise``, or the largest difference between transformed model and base at alpha 0 (eager lowering).
+        gradient: The same of the gradients with respect to the images; ``none`` if the base has none.
         forward_cpu_s: One forward pass of the base on two images, as a measure for the next ones; the model's first.
         capture_cpu_s: Capture with its checks.
         find_cpu_s: Finding the sites.
@@ -68,6 +69,7 @@ class Row:
     skipped: str = ""
     nodes: int = 0
     equal: str = ""
+    gradient: str = ""
     forward_cpu_s: float = 0.0
     capture_cpu_s: float = 0.0
     find_cpu_s: float = 0.0
@@ -102,6 +104,7 @@ def measure(name: str) -> Row:
             "skipped": _counts(site.skipped.split(":")[0] for site in plan if site.skipped),
             "nodes": len(sparse.graph.nodes),
             "equal": _difference(sparse(images), expected),
+            "gradient": _difference(_gradient(sparse, images), _gradient(model, images)),
             "capture_cpu_s": seconds["capture"],
             "find_cpu_s": seconds["find_sites"],
         }
@@ -151,7 +154,18 @@ def _counts(words: Any) -> str:
     return " ".join(f"{word.replace(' ', '-')}:{count}" for word, count in Counter(words).items())
 
 
-def _difference(actual: Tensor, expected: Tensor) -> str:
+def _gradient(model: nn.Module, images: Tensor) -> Tensor | None:
+    """Return the gradient of a combination of the logits with respect to the images; None if there is none."""
+    images = images.clone().requires_grad_()
+    with torch.enable_grad():
+        logits = model(images.clone())
+        total = (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum()
+    return torch.autograd.grad(total, images, allow_unused=True)[0] if total.requires_grad else None
+
+
+def _difference(actual: Tensor | None, expected: Tensor | None) -> str:
+    if actual is None or expected is None:
+        return "none" if actual is expected else "only one has any"
     if not expected.isfinite().all():
         return "not finite"
     return "bitwise" if torch.equal(actual, expected) else f"{(actual - expected).abs().max().item():.1e}"
@@ -181,7 +195,7 @@ def write(rows: dict[str, Row], path: Path) -> None:
 # The page.
 
 _COLUMNS = ("model", "image", "route", "checked", "rewritten", "skipped", "nodes", "at alpha 0")
-_COLUMNS += ("forward", "capture", "find", "transform")
+_COLUMNS += ("input gradient bitwise", "forward", "capture", "find", "transform")
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -190,6 +204,7 @@ def page(rows: Sequence[Row]) -> str:
     routes = Counter(row.route for row in captured)
     checked = Counter(row.checked for row in captured)
     equal = Counter("bitwise" if row.equal == "bitwise" else "within rounding" for row in captured)
+    gradient = Counter(row.gradient for row in captured)
     where = "; ".join(sorted({f"{row.device}, torch {row.torch}, {row.threads} threads" for row in rows}))
     lines = [
         "# The zoo",
@@ -202,6 +217,7 @@ def page(rows: Sequence[Row]) -> str:
         f"- `transform` saw {checked['operations']} graphs to make the model's very operator calls, and compared "
         f"{checked['numbers']} with it in numbers.",
         f"- Transformed model at alpha 0 and base, both run here on two images, torch operators: {_spoken(equal)}.",
+        f"- Their gradients with respect to the images: {_spoken(gradient)}.",
         f"- {_total(captured, 'rewritten')} sites are rewritten; {_total(captured, 'skipped')} are skipped.",
         f"- Measured on {where}.",
         "",
@@ -223,6 +239,7 @@ def page(rows: Sequence[Row]) -> str:
     ]
     lines += [
         f"| {r.model} | {r.image} | {r.route} | {r.checked} | {r.rewritten} | {r.skipped} | {r.nodes} | {r.equal} "
+        f"| {'yes' if r.gradient == 'bitwise' else r.gradient} "
         f"| {r.forward_cpu_s:.2f} | {r.capture_cpu_s:.2f} | {r.find_cpu_s:.2f} | {r.transform_cpu_s:.2f} |"
         for r in captured
     ]

@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from .artifacts import require_place
+from .capture.derivatives import own_derivatives
 from .errors import ArtifactError, CaptureError, StateError, WriteError
 from .hooks import has_hooks
 from .operators import operators, require_transformed
@@ -30,7 +32,8 @@ def to_exported_program(sparse: fx.GraphModule, images: Tensor, dynamic_batch: b
     """Return a transformed model as an exported program of aten operators, for inference.
 
     Later changes of the model, of alpha for example, do not reach it. A fused model is exported as it was before
-    fusion: compilers fuse by themselves.
+    fusion: compilers fuse by themselves. Standard operators have no backward of a model's own: where the model has one,
+    a warning says that the program's gradients are others.
 
     Args:
         sparse: What `transform` returned, with statistics, in eval mode.
@@ -66,6 +69,12 @@ def to_exported_program(sparse: fx.GraphModule, images: Tensor, dynamic_batch: b
     except Exception as error:  # torch raises many kinds; each names the line of the model it failed at
         advice = "; dynamic_batch=False may be what it can do" if dynamic_batch else ""
         raise CaptureError(f"torch.export cannot take this model{advice}: {error}") from error
+    if lost := own_derivatives(sparse):
+        warnings.warn(
+            f"exported for inference: {', '.join(lost)} would give the model other gradients than standard operators "
+            "do, and is not in the program. Differentiate the model itself",
+            stacklevel=2,
+        )
     own = {
         str(node.target)
         for node in program.graph.nodes

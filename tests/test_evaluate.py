@@ -387,6 +387,9 @@ def test_checks_fail_on_a_masked_model():
         "Square against gradients, base",
         "Square against gradients, with MeanSparse",
     }
+    unbounded = result.checks[0].finding
+    assert "for 32 of them the gradient is lost in the model itself" in unbounded
+    assert "blind" not in unbounded
     assert "In doubt, 4 of the checks failed" in result.verdict
     assert "3 of 7 passed" in " ".join(str(result).split())
     assert [c["passed"] for c in result.to_dict()["checks"]] == [c.passed for c in result.checks]
@@ -412,6 +415,16 @@ def test_checks_can_be_left_out(sparse, test_set, monkeypatch):
     result = msfx.evaluate(sparse, test_set, sanity_images=0, **QUICK)
     assert len(made) == 4
     assert [check.name for check in result.checks] == ["inside the ball"]
+
+
+def test_a_blind_attack_is_told_from_a_lost_gradient():
+    n = torch.arange(100)
+    blind, lost = (sanity.check_unbounded("base", n < 40, n < count) for count in (10, 30))
+    assert not blind.passed
+    assert "the attack is blind here" in blind.finding
+    assert not lost.passed
+    assert "for 30 of them the gradient is lost in the model itself" in lost.finding
+    assert sanity.check_unbounded("base", n < 4, n < 4).passed
 
 
 @pytest.mark.parametrize(

@@ -404,21 +404,14 @@ def test_what_asks_for_values_is_compared_in_numbers():
     assert capture(of(guarded), IMAGES).checked == "numbers"
 
 
-def reassigning(self, x):
-    h = F.relu(x)
-    h.data = h * 2
-    return h + 1
-
-
 def seeding(self, x):
     torch.manual_seed(42)
     return F.relu(x + torch.randn_like(x))
 
 
-@pytest.mark.parametrize("function", [reassigning, seeding])
-def test_what_a_trace_drops_is_noticed(function):
+def test_what_a_trace_drops_is_noticed():
     with pytest.raises(CaptureError, match="computes something else"):
-        capture(of(function), IMAGES)
+        capture(of(seeding), IMAGES)
 
 
 def test_models_run_on_nothing_before_numbers_are_needed():

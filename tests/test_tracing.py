@@ -13,9 +13,9 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meansparse_fx.capture import ROUTES, capture
+from meansparse_fx.capture.counting import count_activations
 from meansparse_fx.capture.examples import trace_by_example
 from meansparse_fx.capture.tracing import trace
-from meansparse_fx.capture.verify import count_activations
 from meansparse_fx.errors import CaptureError
 from meansparse_fx.sites import find_sites
 from meansparse_fx.sites.shapes import cheap_fake

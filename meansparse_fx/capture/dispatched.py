@@ -15,6 +15,14 @@ aten = torch.ops.aten
 CONVOLUTIONS = {aten.convolution.default, aten._convolution.default}
 
 
+# They take indices beside what they index. Elsewhere operands of two types may be an error that only real ones raise.
+_INDEXING = {aten.index, aten.index_put, aten.index_put_, aten.embedding, aten.gather, aten.index_select}
+
+
+class Unrecordable(Exception):
+    """The images' values are asked for, or something else happens that a recording cannot hold."""
+
+
 def storage(tensor: Tensor) -> int:
     """Return which memory a tensor lies in."""
     return tensor.untyped_storage()._cdata
@@ -106,3 +114,37 @@ def mapped(value: Any, f: Callable[[Any], Any]) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(mapped(part, f) for part in value)
     return f(value)
+
+
+def meta(shape: tuple, stride: tuple, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of that form on the meta device."""
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
+def layout_of(value: Any) -> Any:
+    """Return a value with the layout of tensors in their place."""
+    if isinstance(value, Tensor):
+        return Tensor, value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, tuple | list):
+        return (type(value), *map(layout_of, value))
+    return (type(value), repr(value)) if isinstance(value, int | float | complex) else value
+
+
+def drawn(args: tuple, kwargs: dict) -> bytes:
+    """Return what the numbers of a random call follow from: seeding is no operator call."""
+    if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
+        raise Unrecordable("random numbers of a generator of its own")
+    operand = next(tensors((args, kwargs)), None)
+    return generator_state(torch.device(kwargs.get("device") or ("cpu" if operand is None else operand.device)))
+
+
+def same_types(func: Any, operands: list[Tensor], device: torch.device) -> bool:
+    """Refuse what a meta kernel does not mind and a real one may; return whether all operands have one type."""
+    sized = [t for t in operands if t.dim()]
+    if any(t.device != device for t in sized):
+        raise Unrecordable(f"{func} gets tensors of two devices")
+    types = {t.dtype for t in operands}
+    mixed = {t.dtype for t in sized} - {torch.bool}
+    if len(mixed) > 1 and torch.Tag.pointwise not in func.tags and func.overloadpacket not in _INDEXING:
+        raise Unrecordable(f"{func} gets tensors of two types")
+    return len(types) == 1 and all(t.is_floating_point for t in types)

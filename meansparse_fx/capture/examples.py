@@ -114,7 +114,6 @@ class ExampleTracer(ModelTracer):
         self.conditions = conditions
         self._fake = FakeTensorMode(allow_non_fake_inputs=True) if conditions.fake else None
         self._batches = batches
-        self._evaluating = False
         self._pure: list[fx.Node] = []  # sizes, parameters and parts of tuples: without readers they are nothing
         self._autowrap_search.append(torch)
         self._autowrap_function_ids |= {id(factory) for factory in FACTORIES}
@@ -160,6 +159,7 @@ class ExampleTracer(ModelTracer):
         proxy_factory_fn: Any = None,
     ) -> Any:
         """Return the answer to a question; else a new node's proxy, or a tuple, list or dict of its parts' proxies."""
+        kind, target, args = self.spelled(kind, target, args)
         examples, by_value = self._examples(kind, target, args, kwargs)
         first = examples[0]
         if len({type(e) for e in examples}) > 1:
@@ -207,7 +207,8 @@ class ExampleTracer(ModelTracer):
         """Return what a node yields for each batch, or one value if it does not depend on the images; and whether
         its sizes depend on values."""
         if kind == "placeholder":
-            return (tuple(self._fake.from_tensor(b) for b in self._batches) if self._fake else self._batches), False
+            with self.evaluating():
+                return tuple(self._fake.from_tensor(b) if self._fake else b for b in self._batches), False
         if kind == "get_attr":
             with self.evaluating():
                 return (operator.attrgetter(target)(self.root),), False

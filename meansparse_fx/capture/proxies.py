@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import TraceError
 
+from .derivatives import ModelProxy
 from .tracing import Retrace
 
 SIZES = (2, 3)  # of the example batches: two that differ, and neither is 1, which broadcasts
@@ -65,7 +66,7 @@ class Sizes(tuple):
         return product
 
 
-class ExampleProxy(fx.Proxy):
+class ExampleProxy(ModelProxy):
     """Stands for a node's result, and knows it for each example batch.
 
     Attributes:
@@ -110,7 +111,7 @@ class TensorProxy(ExampleProxy):
 
     @property
     def __class__(self) -> type:  # type: ignore[misc]  # so that isinstance(x, torch.Tensor)
-        return Tensor
+        return TensorProxy if self.__dict__["tracer"].looking(sys._getframe(1)) else Tensor
 
     def __bool__(self) -> bool:
         harmless = _without_raising(sys._getframe(1)) if len(self.examples) > 1 else None

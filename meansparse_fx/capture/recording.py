@@ -2,7 +2,9 @@
 
 Values are numbered, not tensors: a write in place gives its tensor, and every other that shares its memory, a new
 number. So where two recordings are equal, the same operators meet the same operands in the same order, and the results
-are equal bit for bit, whatever the images hold. Imports torch and `dispatched` only.
+are equal bit for bit, whatever the images hold. The images want gradients while this happens, and a recording says
+which operands do, under which mode, through which `torch.autograd.Function` and tensor hooks: so derivatives with
+respect to images and parameters are equal, too. Imports torch, `derivatives` and `dispatched` only.
 """
 
 from __future__ import annotations
@@ -18,31 +20,34 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .derivatives import applied_by, without_checkpoints
 from .dispatched import (
     CONVOLUTIONS,
+    Unrecordable,
     change_shape,
     digest,
+    drawn,
     functional_name,
-    generator_state,
     hollow,
     laid_out,
+    layout_of,
     mapped,
+    meta,
+    same_types,
     storage,
     tensors,
     version,
     written_by,
 )
+from .histories import Histories, hook_term
 
 aten = torch.ops.aten
-
-# They take indices beside what they index. Elsewhere operands of two types may be an error that only real ones raise.
-_INDEXING = {aten.index, aten.index_put, aten.index_put_, aten.embedding, aten.gather, aten.index_select}
 
 Forms = dict[tuple, tuple[type | None, list]]  # a call, operands' layouts in their place -> its results' layouts
 
 
-class Unrecordable(Exception):
-    """The images' values are asked for, or something else happens that a recording cannot hold."""
+class Halted(Exception):
+    """The call at which to stop has come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +55,10 @@ class Recording:
     """What a model does with images of one shape.
 
     Attributes:
-        calls: Of each operator call its name, its operands and the layout of its results. Results of earlier calls
-            stand there by number, parameters and buffers by name, constants by value, other tensors by a digest. Of
-            random ones also a digest of the generator's state.
+        calls: Of each operator call its name, its operands, the layout of its results and whether it is differentiated.
+            Results of earlier calls stand there by number, parameters and buffers by name, constants by value, other
+            tensors by a digest; each with whether it wants a gradient. Of random ones also a digest of the generator's
+            state. Applying a `torch.autograd.Function` and setting a tensor hook are calls, too.
         output: The model's output, in the same terms.
     """
 
@@ -60,22 +66,26 @@ class Recording:
     output: Any
 
 
-def record(model: Callable[[Tensor], Any], images: Tensor, state: dict[str, Tensor], forms: Forms) -> Recording:
+def record(
+    model: Callable[[Tensor], Any], images: Tensor, state: dict[str, Tensor], forms: Forms, halt: int | None = None
+) -> Recording:
     """Return what ``model`` does with images of this shape, type and device.
 
     What does not depend on the images is computed. A model that asks how its tensors are laid out is told what torch's
     meta kernels say, of convolutions what the device does; one that asks for memory addresses is not understood.
 
-    What happens past torch's operators is not seen, and a trace does not see it either, so a graph can be recorded as
-    the model and is not: a model that asks for a tensor's class (``type(x) is Tensor`` is false here; ``isinstance`` is
-    answered rightly), changes a constant through NumPy, or changes torch's settings (``torch.backends``) on its way.
+    What happens past torch's operators is seen neither here nor by a trace: a tensor's class (``type(x) is Tensor`` is
+    false here; ``isinstance`` is answered rightly), constants changed through NumPy, torch's settings
+    (``torch.backends``) changed on the way.
 
     Args:
         model: Called once, under the caller's modes and random state. It may keep what it is given: pass a copy.
         state: The parameters and buffers that both sides of a comparison have, by name.
         forms: Remembers what calls give, from one recording to the next.
+        halt: Stop before this call.
 
     Raises:
+        Halted: At that call.
         Unrecordable: The model asks for values of the images, or changes its own state. Other errors are the model's,
             or those of operators that cannot do without data.
 
@@ -85,9 +95,13 @@ def record(model: Callable[[Tensor], Any], images: Tensor, state: dict[str, Tens
         >>> [call[0] for call in first.calls], first == second
         (['aten.relu.default', 'aten.add.Tensor'], False)
     """
-    recorder = _Recorder(state, forms)
+    recorder = _Recorder(state, forms, halt)
     ghost = recorder.haunt(torch.empty_like(images, device="meta"), images.device, 0)
-    with recorder:
+    with without_checkpoints(), applied_by(recorder.apply, lambda value: isinstance(value, Tensor)), recorder:
+        if images.is_floating_point() and torch.is_grad_enabled():
+            ghost = ghost.requires_grad_().clone()  # no leaf, which nobody may write to
+            recorder.calls.clear()
+            ghost.value = 0, 0
         output = model(ghost)
     if hasattr(type(output), "__dataclass_fields__"):
         output = type(output), {name: getattr(output, name) for name in type(output).__dataclass_fields__}
@@ -136,16 +150,20 @@ class _Ghost(Tensor):
     def data(self, value: Tensor) -> None:
         raise Unrecordable("an assignment to .data, which is no operator call")
 
+    def register_hook(self, hook: Callable) -> Any:
+        self.recorder.note("register_hook", self.recorder.term(self), hook_term(hook))
+        return super().register_hook(hook)
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         raise Unrecordable(f"{func}: a tensor of a recording was kept after its end")
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, state: dict[str, Tensor], forms: Forms) -> None:
+    def __init__(self, state: dict[str, Tensor], forms: Forms, halt: int | None) -> None:
         super().__init__()
         self.calls: list[tuple] = []
-        self._forms = forms
+        self._forms, self._halt = forms, halt
         self._state: dict[int, tuple[str, int]] = {}  # storage -> the name of a tensor in it, and its version
         for name, tensor in state.items():
             self._state.setdefault(storage(tensor), (name, version(tensor)))
@@ -154,6 +172,18 @@ class _Recorder(TorchDispatchMode):
         self._digests: dict[int, tuple[tuple, tuple, Tensor]] = {}
         self._metas: dict[int, tuple[tuple, Tensor, Tensor]] = {}
         self._sharing: dict[int, list[weakref.ref[_Ghost]]] = defaultdict(list)  # storage -> ghosts in it
+        self._histories = Histories({key: name for key, (name, _) in self._state.items()})
+
+    def note(self, *call: Any) -> None:
+        """Add a call."""
+        if len(self.calls) == self._halt:
+            raise Halted
+        self.calls.append(call)
+
+    def apply(self, function: type, run: Callable[[], Any], args: tuple, kwargs: dict) -> Any:
+        """Note that a `torch.autograd.Function` is applied, and run its forward."""
+        self.note(function, self.term(args), self.term(tuple(kwargs.items())))
+        return run()
 
     def haunt(self, meta: Tensor, device: torch.device, position: int) -> _Ghost:
         """Return a new ghost, a result of the last call."""
@@ -175,18 +205,20 @@ class _Recorder(TorchDispatchMode):
         random = torch.Tag.nondeterministic_seeded in func.tags
         if not ghosts:
             if random:  # the numbers are the same only if they are drawn in the same order
-                self.calls.append(
-                    (str(func), self.term(args), self.term(tuple(kwargs.items())), self._drawn(args, kwargs))
-                )
+                self.note(str(func), self.term(args), self.term(tuple(kwargs.items())), drawn(args, kwargs))
             result = func(*args, **kwargs)
             self._own |= {storage(t) for t in tensors(result)} - {storage(t) for t in operands}
             return result
         if not all(type(t) is _Ghost for t in written):
             raise Unrecordable(f"{func} writes images into a constant")
-        same_type = self._check(func, operands, ghosts[0].device)
+        if func is aten.alias.default:  # the same tensor; autograd takes one of a view that was written to
+            result = self.haunt(func(ghosts[0].meta), ghosts[0].device, 0)
+            result.value = ghosts[0].value
+            return result
+        same_type = same_types(func, operands, ghosts[0].device)
         terms: tuple = self.term(args), self.term(tuple(kwargs.items()))
         if random:
-            terms = *terms, self._drawn(args, kwargs)
+            terms = *terms, drawn(args, kwargs)
         if func is aten._fused_sdp_choice.default:
             # What it chooses depends on the device. It never touches the memory.
             args, kwargs = mapped((args, kwargs), lambda v: hollow(v) if isinstance(v, Tensor) else v)
@@ -194,7 +226,9 @@ class _Recorder(TorchDispatchMode):
         container, parts = self._result(func, args, kwargs)
         # `x += y` and `x = x + y` compute the same, unless another type is cast back.
         plain = written and same_type and not random
-        self.calls.append((functional_name(func) if plain else str(func), *terms, [self._form(p) for p in parts]))
+        name = functional_name(func) if plain else str(func)
+        differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+        self.note(name, *terms, [layout_of(p) for p in parts], differentiated)
         self._write(written)
         device = torch.device(kwargs.get("device") or ghosts[0].device)
         own = {id(g.meta): g for g in ghosts}  # what an in-place call returns is its operand
@@ -205,33 +239,15 @@ class _Recorder(TorchDispatchMode):
         ]
         return seen[0] if container is None else container(seen)
 
-    def _drawn(self, args: tuple, kwargs: dict) -> bytes:
-        """Return what the numbers of a random call follow from: seeding is no operator call."""
-        if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
-            raise Unrecordable("random numbers of a generator of its own")
-        operand = next(tensors((args, kwargs)), None)
-        return generator_state(torch.device(kwargs.get("device") or ("cpu" if operand is None else operand.device)))
-
-    def _check(self, func: Any, operands: list[Tensor], device: torch.device) -> bool:
-        """Refuse what a meta kernel does not mind and a real one may; return whether all operands have one type."""
-        sized = [t for t in operands if t.dim()]
-        if any(t.device != device for t in sized):
-            raise Unrecordable(f"{func} gets tensors of two devices")
-        types = {t.dtype for t in operands}
-        mixed = {t.dtype for t in sized} - {torch.bool}
-        if len(mixed) > 1 and torch.Tag.pointwise not in func.tags and func.overloadpacket not in _INDEXING:
-            raise Unrecordable(f"{func} gets tensors of two types")
-        return len(types) == 1 and all(t.is_floating_point for t in types)
-
     def _result(self, func: Any, args: tuple, kwargs: dict) -> tuple[type | None, list[Any]]:
         """Return what a call gives, on the meta device: its container, if any, and the parts in it."""
         key = None
         if not any(a.alias_info for a in (*func._schema.arguments, *func._schema.returns)):
             # Remembered, because meta kernels are slow, batch norm's 3 ms: a ResNet-50 records in 0.03 s, not in 0.10.
-            key = func, self._form(args), self._form(tuple(kwargs.items()))
+            key = func, layout_of(args), layout_of(tuple(kwargs.items()))
             if key in self._forms:
                 container, forms = self._forms[key]
-                return container, [_meta(*form[1:4]) if type(form) is tuple else form for form in forms]
+                return container, [meta(*form[1:4]) if type(form) is tuple else form for form in forms]
         given = kwargs | {"device": torch.device("meta")} if "device" in kwargs else kwargs
         result = func(*mapped(args, self._stand_in), **mapped(given, self._stand_in))
         if torch.Tag.inplace_view in func.tags:
@@ -243,16 +259,8 @@ class _Recorder(TorchDispatchMode):
         if func in CONVOLUTIONS:
             parts = [laid_out(result, func, args, kwargs)]
         if key is not None:
-            self._forms[key] = container, [self._form(p) if isinstance(p, Tensor) else p for p in parts]
+            self._forms[key] = container, [layout_of(p) if isinstance(p, Tensor) else p for p in parts]
         return container, parts
-
-    def _form(self, value: Any) -> Any:
-        """Return a value with the layout of tensors in their place."""
-        if isinstance(value, Tensor):
-            return Tensor, value.shape, value.stride(), value.dtype, value.device
-        if isinstance(value, tuple | list):
-            return (type(value), *map(self._form, value))
-        return (type(value), repr(value)) if isinstance(value, int | float | complex) else value
 
     def _write(self, written: list[_Ghost]) -> None:
         """Number anew what the last call wrote, and what else lies in that memory."""
@@ -265,7 +273,7 @@ class _Recorder(TorchDispatchMode):
     def term(self, value: Any) -> Any:
         """Return what stands for an operand: equal terms are equal operands."""
         if isinstance(value, Tensor):
-            return value.value if type(value) is _Ghost else self._named(value)
+            return (value.value, value.requires_grad) if type(value) is _Ghost else self._named(value)
         if isinstance(value, tuple | list):
             return (type(value), *map(self.term, value))
         if isinstance(value, int | float | complex):
@@ -273,7 +281,7 @@ class _Recorder(TorchDispatchMode):
         return value
 
     def _named(self, tensor: Tensor) -> tuple:
-        form = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        form = tensor.shape, tensor.stride(), tensor.dtype, tensor.device, *self._histories.of(tensor)
         name, at_start = self._state.get(storage(tensor), (None, None))
         if name is not None and at_start == version(tensor):
             return name, tensor.storage_offset(), *form
@@ -291,9 +299,5 @@ class _Recorder(TorchDispatchMode):
         form = value.shape, value.stride(), value.dtype
         known = self._metas.get(id(value))
         if known is None or known[0] != form:
-            known = self._metas[id(value)] = form, _meta(*form), value
+            known = self._metas[id(value)] = form, meta(*form), value
         return known[1]
-
-
-def _meta(shape: tuple, stride: tuple, dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,11 +21,17 @@ from ..activations import match_module
 from ..errors import CaptureError
 from ..hooks import enter, has_foreign_hooks, has_own_forward, leave, only_own_hooks
 from ..published import published_operator
-from .verify import kept_parameters, plain_attention, shadow
+from .derivatives import (
+    ModelProxy,
+    applied_by,
+    check_hook,
+    grad_modes_as_calls,
+    register_hook,
+    settle_modes,
+    without_checkpoints,
+)
+from .verify import kept_parameters, plain_attention, shadow, source_line
 
-_TORCH = str(Path(torch.__file__).parent)
-_FX = str(Path(fx.__file__).parent)
-_OURS = {str(Path(__file__).with_name(name)) for name in ("tracing.py", "proxies.py", "examples.py")}
 _CALL = nn.Module.__call__  # taken before a tracer patches it
 _MAX_LEAVES = 16
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -68,6 +72,8 @@ def _timm_registry() -> ModuleType | None:
 class ModelTracer(fx.Tracer):
     """Traces a model as a function of one tensor, into every module that might hide an activation.
 
+    What decides a derivative is in the graph: `torch.autograd.Function` as one call, gradient modes, tensor hooks.
+
     Args:
         leaves: Module types not to trace into, besides torch.nn's own and those timm marks.
         trace_buffers: Buffers are read by the graph, as parameters are. Otherwise what the model computes from
@@ -81,6 +87,56 @@ class ModelTracer(fx.Tracer):
         self._trace_buffers = trace_buffers
         self._state_names: dict[int, str] = {}
         self.entered: dict[str, None] = {"": None}
+        self._attributes: dict[int, fx.Proxy] = {}  # what the graph calls and no graph can write down, by id
+        self._evaluating = False  # what runs now is no part of the graph
+        self.looking: Callable[[FrameType], bool] = lambda caller: False  # see `applied_by`
+
+    def trace(self, root: nn.Module | Callable, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with (
+            applied_by(self._apply, lambda value: isinstance(value, fx.Proxy)) as self.looking,
+            grad_modes_as_calls(self._call, lambda: not self._evaluating),
+            without_checkpoints(),
+        ):
+            graph = super().trace(root, concrete_args)
+        settle_modes(graph)
+        return graph
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return ModelProxy(node, self)
+
+    def create_proxy(self, kind: str, target: Any, args: tuple, kwargs: dict, *rest: Any, **options: Any) -> Any:
+        kind, target, args = self.spelled(kind, target, args)
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
+        if target is register_hook:
+            proxy.node.meta["is_wrapped"] = True  # or unpickling, which traces the generated code, would run it
+        return proxy
+
+    def spelled(self, kind: str, target: Any, args: tuple) -> tuple[str, Any, tuple]:
+        """Return a call as a graph can hold it: of a tensor hook the hook is read from the model."""
+        if target != "register_hook" and target is not register_hook:
+            return kind, target, args
+        tensor, hook = args
+        if not isinstance(hook, fx.Proxy):
+            check_hook(hook)
+            hook = self._attribute(hook)
+        return "call_function", register_hook, (tensor, hook)
+
+    def _apply(self, function: type, run: Callable, args: tuple, kwargs: dict) -> Any:
+        return self.create_proxy("call_method", "apply", (self._attribute(function), *args), kwargs)
+
+    def _call(self, function: Callable, *args: Any) -> fx.Node:
+        return self.create_node("call_function", function, args, {})
+
+    def _attribute(self, value: Any) -> fx.Proxy:
+        """Return a proxy of what has no spelling in a graph; it becomes an attribute of the model."""
+        if id(value) not in self._attributes:
+            known = (name for name, other in vars(self.root).items() if other is value)
+            name = next(known, "_" + getattr(value, "__name__", "hook").strip("<>"))
+            while getattr(self.root, name, value) is not value:
+                name += "_"
+            setattr(self.root, name, value)
+            self._attributes[id(value)] = self.create_proxy("get_attr", name, (), {})
+        return self._attributes[id(value)]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if match_module(m) is not None or published_operator(m) is not None or isinstance(m, torch.jit.ScriptModule):
@@ -213,10 +269,7 @@ def trace(model: nn.Module, make_tracer: Callable[[frozenset[type]], ModelTracer
 
 
 def _where_tracing_stopped(error: Exception, path: str, module: nn.Module) -> str:
-    everything = list(traceback.extract_tb(error.__traceback__))
-    frames = [f for f in everything if f.filename not in _OURS and not f.filename.startswith(_FX)] or everything
-    # The last line of the user's or of a library's own; torch's only if there is none.
-    frame = ([f for f in frames if not f.filename.startswith(_TORCH)] or frames)[-1]
+    frame = source_line(error)
     where = f"{path} ({type(module).__name__})" if path else type(module).__name__
     reason = str(error).strip().split("\n")[0]
     return (

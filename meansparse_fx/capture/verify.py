@@ -1,29 +1,34 @@
-"""Floor 2: whether a graph is the model: the same values, bit for bit, and every activation in sight.
+"""Floor 2: whether a graph is the model: the same values, bit for bit, and gradients; and every activation in sight.
 
 Shown by operations where both can be recorded and are the same: then it holds for any images of the example's size, in
-batches of two and three. Otherwise by numbers: on two batches both are run, on a copy. Imports torch, `recording` and
-floor 1.
+batches of two and three. Otherwise by numbers: on two batches both are run, on a copy, and differentiated with respect
+to images and parameters. Imports torch, `recording`, `derivatives` and floor 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import types
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..activations import match_function, match_module
 from ..errors import CaptureError
 from ..hooks import has_hooks
 from .copies import copied
-from .recording import Forms, Recording, record, state_of
+from .counting import ActivationCounter, count_activations
+from .derivatives import applied_functions, without_checkpoints
+from .recording import Forms, Halted, Recording, record, state_of
+
+_HERE, _TORCH, _FX = (str(Path(file).parent) for file in (__file__, torch.__file__, fx.__file__))
+
+_OWN_BACKWARD = "own backward: an activation inside of {}, a torch.autograd.Function, which has its own gradient"
 
 
 def shadow(model: nn.Module) -> nn.Module:
@@ -68,6 +73,7 @@ class Reference:
     batches: tuple[Tensor, ...]
     recordings: tuple[Recording, ...] = ()
     activations: int = 0
+    _own_backwards: frozenset[type] = frozenset()  # Functions that call activations, each then one itself
     _outputs: tuple[Any, ...] | None = None
     _changed: str = ""
     _forms: Forms = field(default_factory=dict)
@@ -88,14 +94,18 @@ class Reference:
         """Return by what the graph was seen to compute the same: ``operations``, or only ``numbers``.
 
         Raises:
-            CaptureError: It computes something else, or hides an activation.
+            CaptureError: It computes something else, has other gradients, or hides an activation.
         """
-        shown = count_activations(graph_module)
+        applied = applied_functions(graph_module)
+        own_backwards = {node: function for node, function in applied.items() if function in self._own_backwards}
+        shown = count_activations(graph_module) + len(own_backwards)
         if shown < self.activations:
             raise CaptureError(
                 f"the model calls {self.activations} activations and the graph shows {shown}: "
                 f"{self.activations - shown} are hidden in modules, functions or hooks that are not traced into"
             )
+        for node, function in own_backwards.items():
+            node.meta["skipped"] = _OWN_BACKWARD.format(function.__qualname__)
         if self.recordings and self._records_the_same(graph_module):
             return "operations"
         self._check_numbers(graph_module)
@@ -104,33 +114,31 @@ class Reference:
     def _record(self) -> None:
         own, state = shadow(self.model), state_of(self.model)
         mirrored = state_of(own, state)
-        counter, recordings = _ActivationCounter(own), []
+        counter, recordings = ActivationCounter(own), []
         for batch in self.batches:
-            counter.count = 0
             with _conditions(batch), kept_parameters(own), counter:
                 recordings.append(record(own, batch, mirrored, self._forms))
-        self.recordings, self.activations = tuple(recordings), counter.count
+        self.recordings = tuple(recordings)
+        self.activations, self._own_backwards = counter.found()
 
     def _records_the_same(self, graph_module: fx.GraphModule) -> bool:
-        with _copied_leaves(graph_module):
-            state = state_of(graph_module, state_of(self.model))
-            try:
-                for batch, recording in zip(self.batches, self.recordings, strict=True):
-                    with _conditions(batch):
-                        if record(graph_module, batch, state, self._forms) != recording:
-                            return False
-            except Exception:  # the numbers will tell whether that is the graph's fault
-                return False
-        return True
+        try:
+            both = zip(self.batches, self.recordings, strict=True)
+            return all(self._recorded(graph_module, batch) == recording for batch, recording in both)
+        except Exception:  # the numbers will tell whether that is the graph's fault
+            return False
+
+    def _recorded(self, graph_module: fx.GraphModule, batch: Tensor) -> Recording:
+        with _copied_leaves(graph_module), _conditions(batch):
+            return record(graph_module, batch, state_of(graph_module, state_of(self.model)), self._forms)
 
     def _compute(self) -> tuple[Any, ...]:
         """Return the model's outputs, computed once."""
         if self._outputs is not None:
             return self._outputs
         own = shadow(self.model)
-        counter, outputs = _ActivationCounter(own), []
+        counter, outputs = ActivationCounter(own), []
         for batch in self.batches:
-            counter.count = 0
             try:
                 with kept_parameters(own) as reassigned, counter:
                     outputs.append(_run(own, batch))
@@ -140,7 +148,8 @@ class Reference:
                     f"device {batch.device}: {type(error).__name__}: {error}. Pass example images as the model takes "
                     "them (on the command line: --input-shape 1x28x28)"
                 ) from error
-        self._outputs, self.activations = tuple(outputs), counter.count
+        self._outputs = tuple(outputs)
+        self.activations, self._own_backwards = counter.found()
         if reassigned:
             self._changed = f". It gives {reassigned[0]} new values whenever it runs, which no graph does"
         return self._outputs
@@ -159,23 +168,81 @@ class Reference:
                     f"the captured graph computes something else than the model on a batch of {len(batch)}, "
                     f"as it does where a tensor is changed in place under two names{self._changed}"
                 )
+            if lost := self._other_gradients(graph_module, batch):
+                raise CaptureError(
+                    f"the captured graph has the model's values on a batch of {len(batch)}, but not its gradients with "
+                    f"respect to {', '.join(lost[:3])}{self._where(graph_module)}. A torch.autograd.Function keeps a "
+                    "backward of its own, x.detach() and torch.no_grad() keep a gradient out"
+                )
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
 
+    def _other_gradients(self, graph_module: fx.GraphModule, batch: Tensor) -> list[str]:
+        """Return the names of those with respect to which a graph has other gradients than the model."""
+        expected = self._own_gradients(batch)
+        if expected is None:
+            return []
+        actual = _gradients(graph_module, batch)
+        return [n for n, value in expected.items() if actual is None or not _same_gradient(actual.get(n), value)]
+
+    def _own_gradients(self, batch: Tensor) -> dict[str, Tensor | None] | None:
+        own = shadow(self.model)
+        with kept_parameters(own):
+            return _gradients(own, batch)
+
+    def _where(self, graph_module: fx.GraphModule) -> str:
+        """Return where model and graph part, as far as recordings tell."""
+        batch, own, state = self.batches[0], shadow(self.model), state_of(self.model)
+        try:
+            calls = self._recorded(graph_module, batch).calls
+            index = next(i for i, (a, b) in enumerate(zip(calls, self.recordings[0].calls, strict=False)) if a != b)
+            with _conditions(batch), kept_parameters(own):
+                record(own, batch, state_of(own, state), self._forms, halt=index)
+        except Halted as halted:
+            frame = source_line(halted)
+            return f": they part at {frame.filename}:{frame.lineno}, `{frame.line}`"
+        except Exception:
+            return ""
+        return ""
+
 
 @contextmanager
-def _conditions(images: Tensor) -> Iterator[None]:
-    """Run without gradients, with the same random numbers each time and none used up."""
+def _conditions(images: Tensor, wanted: bool = True) -> Iterator[None]:
+    """Run with gradients or without, with the same random numbers each time and none used up."""
     devices = [images.device] if images.is_cuda else []
-    with torch.random.fork_rng(devices), torch.no_grad(), plain_attention():
+    with torch.random.fork_rng(devices), torch.set_grad_enabled(wanted), plain_attention():
         torch.manual_seed(0)
         yield
 
 
 def _run(model: nn.Module, images: Tensor) -> Any:
-    with _conditions(images):
+    with _conditions(images, wanted=False):
         return model(images.clone())
+
+
+def _gradients(model: nn.Module, images: Tensor) -> dict[str, Tensor | None] | None:
+    """Return the gradients of a random combination of all outputs, by parameter; None if they cannot be computed."""
+    wanted = {"the images": images.clone()} | dict(model.named_parameters())
+    wanted["the images"].requires_grad_(images.is_floating_point())
+    wanted = {name: tensor for name, tensor in wanted.items() if tensor.requires_grad}
+    try:
+        with _conditions(images), without_checkpoints():
+            outputs = _leaves(model(wanted.get("the images", images).clone()))[0]
+            outputs = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
+            torch.manual_seed(1)
+            given = [torch.randn_like(t) for t in outputs]
+            found = torch.autograd.grad(outputs, list(wanted.values()), given, allow_unused=True) if outputs else ()
+    except Exception:  # the model is not made for gradients
+        return None
+    return dict(zip(wanted, found, strict=False))
+
+
+def source_line(error: BaseException) -> traceback.FrameSummary:
+    """Return the line that an error came from: the last of the user's or of a library's, torch's if there is none."""
+    everything = list(traceback.extract_tb(error.__traceback__))
+    frames = [f for f in everything if not f.filename.startswith((_HERE, _FX))] or everything
+    return ([f for f in frames if not f.filename.startswith(_TORCH)] or frames)[-1]
 
 
 @contextmanager
@@ -202,10 +269,7 @@ def _copied_leaves(graph_module: fx.GraphModule) -> Iterator[None]:
 
 def _same(actual: Any, expected: Any) -> bool:
     """Return whether two outputs agree bit for bit; NaN equals NaN."""
-    if dataclasses.is_dataclass(expected):
-        actual, expected = (vars(v) if hasattr(v, "__dict__") else v for v in (actual, expected))
-    actual, actual_spec = pytree.tree_flatten(actual)
-    expected, expected_spec = pytree.tree_flatten(expected)
+    (actual, actual_spec), (expected, expected_spec) = _leaves(actual), _leaves(expected)
     if actual_spec != expected_spec:
         return False
     for a, b in zip(actual, expected, strict=True):
@@ -217,43 +281,16 @@ def _same(actual: Any, expected: Any) -> bool:
     return True
 
 
-def count_activations(graph_module: fx.GraphModule) -> int:
-    """Return how many calls of known activations the graph makes."""
-    modules = dict(graph_module.named_modules(remove_duplicate=False))
-    nodes = graph_module.graph.nodes
-    functions = sum(_is_activation(n.target) for n in nodes if n.op in ("call_function", "call_method"))
-    return functions + sum(match_module(modules[n.target]) is not None for n in nodes if n.op == "call_module")
+def _same_gradient(actual: Tensor | None, expected: Tensor | None) -> bool:
+    """Return whether two gradients agree to rounding: TorchScript, compilers, some devices add up in another order."""
+    if actual is None or expected is None or not expected.numel():
+        return (actual is None) == (expected is None)
+    rounding = 64 * torch.finfo(expected.dtype).eps * expected.detach().abs().nan_to_num().amax()
+    return bool(((actual - expected).abs() <= rounding).logical_or(actual.isnan() & expected.isnan()).all())
 
 
-def _is_activation(target: Callable | str) -> bool:
-    return match_function(target, (), {}) is not None  # whatever its arguments
-
-
-class _ActivationCounter(TorchFunctionMode):
-    """Counts the activations that a model calls: its activation modules, and outside of them the functions.
-
-    Inside ``__torch_function__`` the mode is off, so a function that calls another counts once.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.count = 0
-        self._depth = 0
-        for module in model.modules():
-            if match_module(module) is not None:
-                module.register_forward_pre_hook(self._enter)
-                module.register_forward_hook(self._leave, prepend=True)  # its own hooks call what they call
-
-    def _enter(self, module: nn.Module, args: tuple) -> None:
-        self.count += self._depth == 0
-        self._depth += 1
-
-    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._depth -= 1
-
-    def __torch_function__(self, func: Callable, types_: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        target = func.__name__ if isinstance(func, types.MethodDescriptorType) else func
-        if self._depth == 0 and _is_activation(target):
-            self.count += 1
-        return func(*args, **kwargs)
+def _leaves(output: Any) -> tuple[list, Any]:
+    """Return what a model's output holds, and its form."""
+    if dataclasses.is_dataclass(output) and hasattr(output, "__dict__"):
+        output = vars(output)
+    return pytree.tree_flatten(output)

@@ -13,7 +13,7 @@ from ..passes import restore
 from .attacks import AttackSettings
 from .ledger import Ledger, Masks
 from .outcome import ModelOutcome
-from .plan import Run, correct, device_of, perturbed, spread
+from .plan import Run, correct, device_of, perturbed, spread, without_gradient
 from .sanity import Check, check_square, check_steps, check_unbounded
 from .swift import Attacked
 
@@ -119,6 +119,12 @@ class Comparison:
             for run in unbounded.values():
                 survived = left(run, replace(settings, eps=largest))
                 masks["unbounded"] = masks.get("unbounded", survived) & survived
+                blank = (
+                    spread(survived, without_gradient(model, run, images[survived]), False)
+                    if survived.any()
+                    else survived
+                )
+                masks["no gradient"] = masks.get("no gradient", blank) & blank
             if gradient and settings.steps > 1:
                 masks["half the steps"] = left(gradient[0], replace(settings, steps=settings.steps // 2))
             return masks
@@ -142,7 +148,8 @@ class Comparison:
         for which, words in _IN_WORDS.items():
             looked = [masks[which] for _, masks in sorted(self.sanity.items())]
             if looked and "unbounded" in looked[0]:
-                found.append(check_unbounded(words, torch.cat([m["unbounded"] for m in looked])))
+                left, blank = (torch.cat([m[key] for m in looked]) for key in ("unbounded", "no gradient"))
+                found.append(check_unbounded(words, left, blank))
             if looked and "half the steps" in looked[0]:
                 fewer = torch.cat([m["half the steps"] for m in looked])
                 found.append(check_steps(words, str(first), fewer, outcomes[which].robust[str(first)][: len(fewer)]))

@@ -59,6 +59,19 @@ def perturbed(model: nn.Module, run: Run, images: Tensor, labels: Tensor, settin
         return attack(run.attack, model, images, labels, replace(settings, seed=run.seed))
 
 
+def without_gradient(model: nn.Module, run: Run, images: Tensor) -> Tensor:
+    """Return the mask ``[N]`` of images with respect to which the logits have no gradient under the run's backward."""
+    with switched(model), torch.enable_grad():
+        for operator in model.modules():
+            if isinstance(operator, MeanSparse) and run.backward is not None:
+                operator.set_backward(run.backward, operator.steepness)
+        images = images.detach().clone().requires_grad_()
+        logits = logits_of(model, images)
+        weights = torch.linspace(1, 2, logits.shape[1], device=logits.device, dtype=logits.dtype)
+        (gradient,) = torch.autograd.grad((logits * weights).sum(), images)
+    return (gradient == 0).flatten(1).all(1)
+
+
 def correct(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Return the mask ``[N]`` of images classified correctly."""
     if not len(images):

@@ -36,16 +36,23 @@ class Check:
         return {"name": self.name, "passed": self.passed, "finding": self.finding}
 
 
-def check_unbounded(which: str, left: Tensor) -> Check:
+def check_unbounded(which: str, left: Tensor, blank: Tensor) -> Check:
     """Judge an attack whose ball holds every image there is: it must break the model.
 
     Args:
         which: The model.
         left: ``[n]``, images that survived it under every backward mode.
+        blank: ``[n]``, those of them that the model has no gradient for: nothing for an attack to follow.
     """
     share = mean(left)
     finding = f"{100 * share:.1f} % of {len(left)} images survive an attack that may change them into any other"
-    if share > MOST_LEFT:
+    if share > MOST_LEFT and 2 * int(blank.sum()) > int(left.sum()):
+        finding += (
+            f"; for {int(blank.sum())} of them the gradient is lost in the model itself, zero with respect to every "
+            "pixel: rounding, a step, detach or no_grad. Give that a backward (torch.autograd.Function), or attack "
+            "without gradients"
+        )
+    elif share > MOST_LEFT:
         finding += ": the attack is blind here, and what other attacks leave means little; try more steps, or another"
     return Check(f"unbounded attack, {which}", share <= MOST_LEFT, finding)
 

@@ -61,6 +61,8 @@ class Overwrites:
     def _written(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes whose tensors a call writes into, as far as its name and its arguments tell."""
         given = [node.kwargs.get("out")]
+        if node.target == "apply":  # a torch.autograd.Function may write into what it is given
+            given.append(node.args)
         if self._in_place(node):
             given.append(node.args[0] if node.args else node.all_input_nodes)
         return [n for n in pytree.tree_leaves(given) if isinstance(n, fx.Node)]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ..capture.derivatives import MODE_CALLS
 from ..frozen import FrozenNorm
 from ..hooks import enter, has_hooks, has_own_forward, leave
 from ..nn import MeanSparse
@@ -28,6 +29,7 @@ _SUMS = (python.add, python.iadd, torch.add, "add", "add_", "__iadd__")
 
 _HOOKS = "a module beside it has hooks"
 _FREEZE = "model.requires_grad_(False)"
+_OTHER_MODE = "gradients are turned on or off between it and what stands around it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,7 @@ class Finder:
         self._operators = Operators.of(graph_module)
         self._flow = flow
         self._overwrites = Overwrites(graph_module.graph, self._operators, flow)
+        self._modes = _modes(graph_module.graph)
         self._changed, self._read_again = self._overwrites.changed, self._overwrites.read_again
 
     def around(self, node: fx.Node, operator: MeanSparse) -> Surroundings:
@@ -148,6 +151,9 @@ class Finder:
         reader = outer.node if outer else node
         want_sum = total is not None and any(user is not reader for user in total.node.users)
         behind = reasons.keep(self._behind(node, branch, want_sum))
+        moved = [part.node for part in (branch.norm, branch.scale, total, outer) if part] + list(behind or ())[:1]
+        if any(self._modes[n] != self._modes[node] for n in moved):
+            return Surroundings(Branch(source, None, None), None, None, False, None, None, (_OTHER_MODE,))
         return Surroundings(branch, total, outer, want_sum, *(behind or (None, None)), tuple(reasons))
 
     def _branch(self, value: fx.Node, operator: MeanSparse, reasons: _Reasons) -> Branch:
@@ -265,6 +271,7 @@ class Finder:
     def know(self, new: fx.Node, old: fx.Node) -> None:
         """Note that a new node yields what an old one did."""
         self._flow.values[new] = self._flow.values[old]
+        self._modes[new] = self._modes[old]
         self._overwrites.know(new, old)
 
     # The two forms of a batch norm.
@@ -291,6 +298,15 @@ class Finder:
         if len(owners) != 1 or own != list(names[1:5]):
             return None
         return FrozenNorm(self._graph_module.get_submodule(owners.pop()), given.get("eps", 1e-5))
+
+
+def _modes(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Return how often the gradient mode was set before each call."""
+    modes, count = {}, 0
+    for node in graph.nodes:
+        count += node.target in MODE_CALLS
+        modes[node] = count
+    return modes
 
 
 _READERS: tuple[Callable[[Finder, fx.Node], FrozenNorm | None], ...] = (Finder.read_module, Finder.read_function)

@@ -105,6 +105,13 @@ def elementwise(call: Call) -> int | None:
     return _agreed(axis + len(call.result) - len(call.flow.shape(n)) for n, axis in known.items())
 
 
+def applied(call: Call) -> int | None:
+    """A `torch.autograd.Function` that gives a tensor of its first one's shape leaves dimensions where they are."""
+    first = next(iter(call.node.args[1:]), None)
+    kept = isinstance(first, fx.Node) and call.flow.shape(first) == call.result
+    return call.axes.get(first) if kept else None
+
+
 def joined(call: Call) -> int | None:
     """cat: all operands have the result's dimensions."""
     return _agreed(call.axes.get(n) for n in _nodes(call.source))

@@ -110,6 +110,7 @@ _ROWS: tuple[tuple[str, Op], ...] = (
     ("matmul bmm mm baddbmm addmm __matmul__", Op("matmul", axis.product, pools=True)),
     ("scaled_dot_product_attention", Op("attention", axis.attended)),
     ("multi_head_attention_forward", Op("attention", axis.last)),
+    ("apply", Op("function", axis.applied)),
 )
 METHODS = {name: op for names, op in _ROWS for name in names.split()}
 FUNCTIONS: dict[Any, Op] = {

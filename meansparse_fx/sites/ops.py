@@ -61,7 +61,7 @@ class Operators:
         if node in self.composites:
             return ELEMENTWISE
         if self.activation(node) is not None:
-            return ACTIVATION
+            return METHODS["apply"] if node.target == "apply" else ACTIVATION
         if node.op == "call_method":
             return METHODS.get(str(node.target), UNKNOWN)
         if node.op == "call_function":
@@ -96,6 +96,8 @@ class Operators:
             return replace(call, fused=False) if call and has_hooks(module) else call
         if node.op not in ("call_function", "call_method"):
             return None
+        if "skipped" in node.meta:  # a torch.autograd.Function that calls activations
+            return ActivationCall(str(node.args[0]).strip("_"), fused=False)
         try:
             return match_function(node.target, node.args, node.kwargs)
         except TypeError:
@@ -108,6 +110,8 @@ class Operators:
         """Return the tensor that an activation's node reads, or what it is the last call of."""
         if node in self.composites:
             return self.composites[node].source
+        if node.target == "apply":  # of a torch.autograd.Function
+            return node.args[1]
         return node.args[0] if node.args else node.kwargs["input"]
 
     def readers(self, node: fx.Node) -> tuple[fx.Node, ...]:
@@ -117,6 +121,8 @@ class Operators:
 
     def refusal(self, node: fx.Node) -> str | None:
         """Return why no operator can stand before an activation, by what it is."""
+        if "skipped" in node.meta:
+            return node.meta["skipped"]
         composite = self.composites.get(node)
         return self.weights.get(node) if composite is None else composite.skipped
 
