@@ -154,8 +154,7 @@ def state_of(name: str, contender: nn.Module) -> Iterable[Tensor]:
     found = [*contender.parameters(), *contender.buffers()]
     for module in contender.modules():
         if isinstance(module, MeanSparse):
-            norms = (module.before.norm, module.before.outer)
-            found += [vector for norm in norms if norm is not None for vector in norm.affine()]
+            found += [vector for vector in module.prologue.affines(module.name) if vector is not None]
     if name == "ours compiled":
         found += [b for operator in msfx.compile_report(contender).operators.values() for b in operator.buffers()]
     return found

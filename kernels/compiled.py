@@ -1,4 +1,4 @@
-"""The lowering for large CPU tensors: the eager composition compiled by Inductor into one loop.
+"""The lowering for large CPU tensors: the composition compiled by Inductor into one loop.
 
 torch's CPU comparisons and `where` take most of what the composition costs; one loop costs little more than the
 activation alone, where the composition costs several times as much (docs/kernels.md has the table). Compiled once
@@ -13,21 +13,18 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from . import eager
-from .direct import Direct, Known
-from .layout import laid_out_like
+from . import composition
+from .composition import Gradients, Wanted
+from .layout import is_laid_out_like, laid_out_like
 from .records import Options, Vectors
+from .unguarded import Unguarded
 
 MIN_ELEMENTS = 1 << 13  # below, torch operators are about as fast, and there is nothing to compile
-
-# By everything a call depends on: what `on_views` did, and the shape and strides of the views.
-_SEEN: dict[Hashable, tuple[Known, Sequence[int], Sequence[int]]] = {}
-_SEEN_LIMIT = 4096  # of shapes, for a model that sees ever new ones
 
 _LOGGER = logging.getLogger("meansparse_fx.kernels")
 
@@ -55,81 +52,91 @@ def flatten(x: Tensor, channel_dim: int) -> Tensor | None:
     return moved.view(-1, channels) if moved.is_contiguous() else None
 
 
-def unflatten(flat: Tensor, like: Tensor, channel_dim: int) -> Tensor:
-    """Return a result of `flatten`'s shape with the shape and memory format of ``like``."""
-    if like.is_contiguous():
-        return flat.view(like.shape)
-    return flat.view(like.movedim(channel_dim, -1).shape).movedim(-1, channel_dim)
-
-
 def takes(x: Tensor, channel_dim: int, weight: Tensor | None) -> bool:
-    """Return whether this lowering handles x; a learned slope is left to the eager one."""
+    """Return whether this lowering handles x; a learned slope is left to torch operators."""
     large = weight is None and x.numel() >= MIN_ELEMENTS
     return large and (x.is_contiguous() or flatten(x, channel_dim) is not None) and available()
 
 
-def forward(x: Tensor, vectors: Vectors, options: Options) -> Tensor:
-    """Return act(s(x)); arguments as in `eager.forward`."""
-    (y,) = on_views(eager.forward, (x,), x, vectors, options._replace(backward="exact"))
-    return y
+def forward_runner(
+    vectors: Vectors, options: Options, x: Tensor, residual: Tensor | None, shortcut: Tensor | None
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Return ``(vectors, x, residual, shortcut) -> (y, v)`` for tensors like these."""
+    options = options._replace(backward="exact", backward_steepness=10.0)  # which values do not depend on
+    run = _on_views(composition.forward, (), (x, residual, shortcut), 0, vectors, options)
+    if options.want_sum:
+        return run
+    return lambda vectors, *tensors: (*run(vectors, *tensors), None)
 
 
-def backward(grad: Tensor, x: Tensor, vectors: Vectors, options: Options) -> tuple[Tensor, Tensor]:
-    """Return the gradient of x, and an empty one for the weight."""
-    grad_x, grad_weight = on_views(eager.backward, (grad, x), x, vectors, options)
-    return grad_x, grad_weight
+def backward_runner(
+    vectors: Vectors,
+    options: Options,
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    from_sum: bool,
+    wanted: Wanted,
+) -> Callable[..., Gradients]:
+    """Return ``(vectors, grad, grad_sum, x, residual) -> gradients`` for tensors like these."""
+    scaled = vectors.scale is not None or vectors.layer_scale is not None
+    tensors = grad, grad_sum, x, residual
+    # Without a scale on x its gradient is the residual's, and one tensor serves as both.
+    run = _on_views(composition.backward, (from_sum, Wanted(wanted.v and scaled)), tensors, 2, vectors, options)
+
+    def gradients(vectors: Vectors, *tensors: Tensor | None) -> Gradients:
+        grad_x, *grad_v = run(vectors, *tensors)
+        return Gradients(grad_x, *(grad_v or [grad_x] * wanted.v))
+
+    return gradients
 
 
-def on_views(
-    plain: Callable, tensors: Sequence[Tensor | None], x: Tensor, vectors: Vectors, options: Options
-) -> list[Tensor]:
-    """Return the results of ``plain(*tensors, vectors, options)``, compiled.
+def _on_views(
+    plain: Callable, rest: tuple, tensors: Sequence[Tensor | None], at: int, vectors: Vectors, options: Options
+) -> Callable[..., Sequence[Tensor]]:
+    """Return ``(vectors, *tensors) -> results``: those of ``plain(*tensors, vectors, options, *rest)``, compiled.
 
     Args:
         plain: What to compile, for the channels in the middle or innermost.
-        tensors: Shaped like x, or None; x is one of them, and ``plain`` says which.
-        x: Whose layout the results get, those of its size.
-        vectors: Per channel.
-        options: Everything else.
+        tensors: Of one shape, or None.
+        at: Which of them is x, whose layout the results get.
     """
-    case = plain, options, torch.get_num_threads(), *map(_layout, tensors), *map(_layout, vectors)
-    if (seen := _SEEN.get(case)) is not None:
-        known, shape, stride = seen
-        flat = [t if t is None else t.as_strided(shape, stride) for t in tensors]
-        results = known.call((*flat, *vectors))
-        return [r.as_strided(x.shape, x.stride()) if r.numel() == x.numel() else r for r in results]
+    x = tensors[at]
+    view, whole, strides = flatten(x, options.channel_dim), x.shape, x.stride()
+    shape, stride = view.shape, view.stride()
+    kernel = _kernel(plain, rest, len(tensors), options._replace(channel_dim=1))
+    copies = any(t is not None and not is_laid_out_like(t, x) for t in tensors)
+    gathers = any(v is not None and not v.is_contiguous() for v in vectors)
+    call: Callable[[Sequence[Tensor | None]], Sequence[Tensor]] | None = None
 
-    dim = options.channel_dim
-    alike = [t if t is None or t is x else laid_out_like(t, x) for t in tensors]
-    flat = [t if t is None else flatten(t, dim) for t in alike]
-    dense = [v if v is None else v.contiguous() for v in vectors]
-    call = kernel(plain, len(flat), options._replace(channel_dim=1))
-    found = call(*flat, *dense)
-    known = call.known(*flat, *dense)
-    given, used = (*tensors, *vectors), (*alike, *dense)
-    if known is not None and all(a is b for a, b in zip(given, used, strict=True)):
-        like = flatten(x, dim)
-        if len(_SEEN) >= _SEEN_LIMIT:
-            _SEEN.clear()
-        _SEEN[case] = known, like.shape, like.stride()
-    return [unflatten(r, x, dim) if r.numel() == x.numel() else r for r in found]
+    def run(vectors: Vectors, *tensors: Tensor | None) -> Sequence[Tensor]:
+        nonlocal call
+        if copies:
+            tensors = [t if t is None else laid_out_like(t, tensors[at]) for t in tensors]
+        if gathers:
+            vectors = [v if v is None else v.contiguous() for v in vectors]
+        arguments = [*[t if t is None else t.as_strided(shape, stride) for t in tensors], *vectors]
+        if call is None:
+            results = kernel(*arguments)
+            call = kernel.direct(arguments)
+        else:
+            results = call(arguments)
+        return [r.as_strided(whole, strides) for r in results]
 
-
-def _layout(t: Tensor | None) -> Hashable:
-    return t if t is None else (t.shape, t.stride(), t.dtype)
+    return run
 
 
 @functools.cache
-def kernel(plain: Callable, count: int, options: Options) -> Direct:
-    """Return the compiled form of ``plain(*tensors, vectors, options)``: from tensors and vectors to a tuple.
+def _kernel(plain: Callable, rest: tuple, count: int, options: Options) -> Unguarded:
+    """Return the compiled form of ``plain(*tensors, vectors, options, *rest)``: of tensors and vectors, to a tuple.
 
     Args:
         count: How many tensors come before the vectors.
     """
 
     def call(*arguments):
-        found = plain(*arguments[:count], Vectors(*arguments[count:]), options)
-        return (found,) if isinstance(found, Tensor) else found
+        found = plain(*arguments[:count], Vectors(*arguments[count:]), options, *rest)
+        return tuple([t for t in found if t is not None])
 
-    name = f"mean_sparse_{plain.__module__.rpartition('.')[2]}_{plain.__name__}_{options.activation}"
-    return Direct(call, name)
+    return Unguarded(call, f"mean_sparse_{plain.__name__}_{options.activation}")

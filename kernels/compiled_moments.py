@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import compiled
-from .direct import Direct
+from .unguarded import Unguarded
 
 MIN_ELEMENTS = 1 << 12  # chosen when a compiled call cost 60 microseconds of its own
 ROWS = 64  # of a channels-last tensor at a time: a block that stays in the cache while its columns are summed
@@ -70,6 +70,6 @@ def _finish(first: Tensor, total: Tensor, squares: Tensor, count: int) -> tuple[
 
 
 @functools.cache
-def _kernel(spatial: bool, _rest: int) -> Direct:
+def _kernel(spatial: bool, _rest: int) -> Unguarded:
     plain = _spatial_moments if spatial else _row_moments
-    return Direct(plain, plain.__name__)
+    return Unguarded(plain, plain.__name__)

@@ -1,8 +1,4 @@
-"""Triton device functions of the operator: where a program's tile lies, s(x) and its derivative.
-
-A tensor is seen as ``[outer, rows, cols]`` with cols contiguous (`layout.plan`); a program owns one tile of rows
-by columns. Channels run along the columns (channels_last, tokens) or along the rows (N,C,H,W), so the channel's
-centre and threshold are loaded once for the tile and nothing is divided per element.
+"""Triton device functions of the operator: which elements a program has, their channels, s(u) and its derivative.
 
 Floor 0, imported only where a kernel is launched: importing this module imports triton.
 """
@@ -14,68 +10,109 @@ import triton.language as tl
 
 
 @triton.jit
-def elements(units, VECTOR: tl.constexpr, WIDE: tl.constexpr):
-    """A size or stride in elements, from units of VECTOR: the product is what proves alignment to the compiler."""
-    if WIDE:  # offsets reach 2^31
-        units = units.to(tl.int64)
-    return units * VECTOR
+def divided(n, multiplier, shift):
+    """n // d for 0 <= n < 2^31, with what `layout.divider` made of d: no division, and no size compiled in."""
+    high = tl.umulhi(n.to(tl.uint32), multiplier.to(tl.uint32))
+    return (high >> shift.to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit
-def tile_offsets(
-    outer,
-    row_block,
-    col_block,
-    rows,
-    cols,
-    outer_stride,
-    row_stride,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
-    """Return row and column indices, offsets into the input, offsets into the dense output, and the mask."""
-    row_offsets = (row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
-    col_offsets = (col_block * BLOCK_COLS + tl.arange(0, BLOCK_COLS))[None, :]
-    mask = (row_offsets < rows) & (col_offsets < cols)
-    offsets = outer * outer_stride + row_offsets * row_stride + col_offsets
-    dense_offsets = outer * (rows * cols) + row_offsets * cols + col_offsets
-    return row_offsets, col_offsets, offsets, dense_offsets, mask
+def part_of_tensor(vectors, tail, PART: tl.constexpr, V: tl.constexpr, VECTORS: tl.constexpr):
+    """Return indices of vectors ``[n, 1]`` and of lanes ``[1, V]``, and the mask: of the whole vectors or of the tail.
+
+    Masked by vectors, which is how the compiler knows that 128-bit accesses are whole.
+    """
+    lane = tl.arange(0, V)[None, :]
+    if PART == 0:
+        vec = (tl.program_id(0) * VECTORS + tl.arange(0, VECTORS))[:, None]
+        mask = vec < vectors
+    else:
+        vec = vectors + tl.arange(0, 1)[:, None]
+        mask = (lane < tail) & (tl.program_id(0) == 0)
+    return vec, lane, mask
 
 
 @triton.jit
-def program_tile(rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Return the slab, row block and column block of this program: three scalar divisions for a whole tile."""
-    program = tl.program_id(0)
-    col_blocks = tl.cdiv(cols, BLOCK_COLS)
-    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
-    slab_blocks = program // col_blocks
-    return slab_blocks // row_blocks, slab_blocks % row_blocks, program % col_blocks
+def channel_index(
+    vec, lane, period, period_multiplier, period_shift, inner, inner_multiplier, inner_shift,
+    CHANNELS: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Return the channel of each vector or element, the one after it, and which elements have that one (``pair``)."""
+    crosses = lane >= V
+    if CHANNELS == "one":
+        channel = vec * 0
+        following = channel
+    elif CHANNELS == "vector" or CHANNELS == "columns":
+        place = vec - divided(vec, period_multiplier, period_shift) * period
+        if CHANNELS == "vector":
+            channel = divided(place, inner_multiplier, inner_shift)
+        else:
+            channel = place * V + lane
+        following = channel
+    else:
+        if WIDE:  # the offset of a vector reaches 2^31, its place in the period does not
+            vec = vec - divided(vec, period_multiplier, period_shift) * period
+        start = vec * V
+        start = start - divided(start, period_multiplier, period_shift) * period
+        if CHANNELS == "pair":
+            channel = divided(start, inner_multiplier, inner_shift)
+            end = (channel + 1) * inner
+            crosses = lane >= end - start
+            following = tl.where(end == period, 0, channel + 1)
+        else:
+            place = start + lane
+            channel = place - divided(place, period_multiplier, period_shift) * period
+            if CHANNELS == "each":
+                channel = divided(channel, inner_multiplier, inner_shift)
+            following = channel
+    return channel, following, crosses
 
 
 @triton.jit
-def load_channel(ptr, channels, channel_mask):
-    """A per-channel vector in float32, broadcastable against the tile."""
-    return tl.load(ptr + channels, mask=channel_mask, other=0.0).to(tl.float32)
+def place_in_slabs(
+    vec, lane, slab, slab_multiplier, slab_shift, outer_stride,
+    STRIDED: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Return offsets into x and into dense tensors; as products with V, which proves alignment to the compiler."""
+    x_vec = vec
+    if STRIDED:
+        outer = divided(vec, slab_multiplier, slab_shift)
+        x_vec = vec - outer * slab
+        if WIDE:
+            outer = outer.to(tl.int64)
+        x_vec += outer * outer_stride
+    if WIDE:
+        vec, x_vec = vec.to(tl.int64), x_vec.to(tl.int64)
+    return x_vec * V + lane, vec * V + lane
 
 
 @triton.jit
-def affine(v, scale_ptr, shift_ptr, channels, channel_mask):
+def load_channel(ptr, index, CHANNELS: tl.constexpr, STRIDE: tl.constexpr = 1):
+    """A per-channel vector in float32, broadcastable against the elements."""
+    channel, following, crosses = index
+    value = tl.load(ptr + channel * STRIDE).to(tl.float32)
+    if CHANNELS == "pair":
+        value = tl.where(crosses, tl.load(ptr + following * STRIDE).to(tl.float32), value)
+    return value
+
+
+@triton.jit
+def affine(v, scale_ptr, shift_ptr, index, CHANNELS: tl.constexpr):
     """v * scale + shift per channel, each where its pointer is given: a frozen batch norm."""
     if scale_ptr is not None:
-        v = v * load_channel(scale_ptr, channels, channel_mask)
+        v = v * load_channel(scale_ptr, index, CHANNELS)
     if shift_ptr is not None:
-        v = v + load_channel(shift_ptr, channels, channel_mask)
+        v = v + load_channel(shift_ptr, index, CHANNELS)
     return v
 
 
 @triton.jit
-def pre_activation(x, residual_ptr, scale_ptr, shift_ptr, layer_scale_ptr, channels, channel_mask, dense_offsets, mask):
-    """v in float32: frozen batch norm, LayerScale, residual add, each where its pointer is given."""
-    v = affine(x.to(tl.float32), scale_ptr, shift_ptr, channels, channel_mask)
-    if layer_scale_ptr is not None:
-        v = v * load_channel(layer_scale_ptr, channels, channel_mask)
+def residual_sum(x, residual_ptr, scale_ptr, shift_ptr, layer_scale_ptr, index, offsets, mask, CHANNELS: tl.constexpr):
+    """v in float32: frozen batch norm, LayerScale, residual sum, each where its pointer is given."""
+    v = affine(x.to(tl.float32), scale_ptr, shift_ptr, index, CHANNELS)
+    v = affine(v, layer_scale_ptr, None, index, CHANNELS)
     if residual_ptr is not None:
-        v = v + tl.load(residual_ptr + dense_offsets, mask=mask, other=0.0).to(tl.float32)
+        v = v + tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     return v
 
 

@@ -10,10 +10,12 @@ Floor 0, imported only where a kernel is launched: importing this module imports
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 class Row(NamedTuple):
@@ -22,12 +24,10 @@ class Row(NamedTuple):
     Attributes:
         value: ``(s, weight, A, B) -> y``; A and B are the activation's constants, compile-time values.
         gradient: ``(grad, s, weight, A, B) -> grad_s``.
-        weight_gradient: ``(grad, s, weight, A, B) -> grad_weight`` per element, where a slope is learned.
     """
 
     value: Any
     gradient: Any
-    weight_gradient: Any = None
 
 
 @triton.jit
@@ -84,11 +84,6 @@ def prelu(s, weight, A: tl.constexpr, B: tl.constexpr):
 @triton.jit
 def prelu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
     return tl.where(s > 0, grad, grad * weight)
-
-
-@triton.jit
-def prelu_weight_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
-    return tl.where(s > 0, 0.0, grad * s)
 
 
 @triton.jit
@@ -231,13 +226,6 @@ def psilu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def psilu_weight_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
-    # d/dw s sigmoid(w s) = s^2 sigmoid(w s) (1 - sigmoid(w s))
-    gate = tl.sigmoid(s * weight)
-    return grad * (s * gate) * (s * (1 - gate))
-
-
-@triton.jit
 def pssilu(s, weight, A: tl.constexpr, B: tl.constexpr):
     return s * (tl.sigmoid(s * weight) - A) * (1 / (1 - A))
 
@@ -249,17 +237,12 @@ def pssilu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
     return grad * (gate - A + s * weight * gate * (1 - gate)) * (1 / (1 - A))
 
 
-@triton.jit
-def pssilu_weight_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
-    return psilu_weight_gradient(grad, s, weight, A, B) * (1 / (1 - A))
-
-
 ACTIVATIONS: dict[str, Row] = {
     "identity": Row(identity, identity_gradient),
     "relu": Row(relu, relu_gradient),
     "relu6": Row(relu6, relu6_gradient),
     "leaky_relu": Row(leaky_relu, leaky_relu_gradient),
-    "prelu": Row(prelu, prelu_gradient, prelu_weight_gradient),
+    "prelu": Row(prelu, prelu_gradient),
     "elu": Row(elu, elu_gradient),
     "gelu": Row(gelu, gelu_gradient),
     "gelu_tanh": Row(gelu_tanh, gelu_tanh_gradient),
@@ -268,6 +251,17 @@ ACTIVATIONS: dict[str, Row] = {
     "hardswish": Row(hardswish, hardswish_gradient),
     "mish": Row(mish, mish_gradient),
     "softplus": Row(softplus, softplus_gradient),
-    "psilu": Row(psilu, psilu_gradient, psilu_weight_gradient),
-    "pssilu": Row(pssilu, pssilu_gradient, pssilu_weight_gradient),
+    "psilu": Row(psilu, psilu_gradient),
+    "pssilu": Row(pssilu, pssilu_gradient),
 }
+
+
+def compile_time_constants(constants: Sequence[float]) -> dict[str, float]:
+    """Return an activation's constants as the kernels' A and B."""
+    first, second = (*map(float, constants), 0.0, 0.0)[:2]
+    return {"A": first, "B": second}
+
+
+def weight_stride(weight: Tensor | None) -> int:
+    """Return 1 for a slope per channel, 0 for one that all channels share."""
+    return 0 if weight is None or weight.numel() == 1 else 1

@@ -1,8 +1,9 @@
-"""How a kernel walks a tensor: one index map for every layout, chosen once per shape and kept.
+"""How the operator's kernels walk a tensor: as vectors of 16 bytes, whose channels are arithmetic on their index.
 
-A tensor becomes ``[outer, rows, cols]`` with cols contiguous, in one of two ways. N,C,H,W contiguous: outer = N,
-rows = C, cols = H*W, and a row has one channel. channels_last, N,L,C and N,C: rows are positions, cols = C.
-Slices of the outer dimensions are walked as they lie; what fits neither map is copied once by the caller.
+A dense tensor is n elements in the order of its memory, whatever its memory format: the channel of element i is
+``i // inner % channels``, with inner = H * W for N,C,H,W and 1 for channels-last and tokens. Slices of the outer
+dimensions are walked as they lie, by an outer stride; what is not dense otherwise is copied once by the caller.
+Divisors reach a kernel as a multiplier and a shift, so that no size is compiled in.
 
 Floor 0: torch and nothing else, no triton.
 """
@@ -11,162 +12,89 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from math import prod
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WARPS = 4
+# Two vectors a thread. On an H200 neither 512 vectors, nor 8 warps, nor twice the vector were faster throughout.
+VECTORS, WARPS = 256, 4
 # fp fusion is said aloud, because Triton 3.10 turns its default off and 3.9 warns of it.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 INT32_ELEMENTS = 2**31 - 1
+_LARGEST = 2**31 - 2 * VECTORS  # vectors that 32 bits count
 
 
-@dataclass(frozen=True)  # without slots: what every launch asks for is computed once
-class Plan:
-    """The index map of one tensor, and the tile that one program takes.
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a kernel walks one tensor.
 
     Attributes:
-        outer: Number of slabs of rows by cols.
-        rows: Rows of a slab: channels, or positions where ``channels_last``.
-        cols: Contiguous elements of a row: positions, or channels where ``channels_last``.
-        outer_stride: Elements between slabs of the input; the output is dense.
-        row_stride: Elements between rows of the input.
-        channels_last: Whether channels run along the columns.
-        vector: Power of two that divides cols and both strides, up to 128 bits of elements. Kernels take the
-            three in units of it, which is how the compiler knows that 128-bit accesses are aligned.
-        block_rows: Rows of a tile, a power of two.
-        block_cols: Columns of a tile, a power of two.
-        wide: Whether offsets need 64 bits.
-        warps: Warps of a program.
+        grid: Programs, of `VECTORS` vectors each.
+        sizes: The kernel's integer arguments: whole vectors, elements beyond them, then divisor, multiplier and shift
+            of the period after which channels repeat, of inner, and of the slab that lies dense, then the stride of
+            slabs. In units of vectors where all of them are whole vectors.
+        vector: Elements of a vector, a power of two.
+        channels: Which channels a vector has: ``one`` (of all), ``vector`` (one for each), ``columns`` (contiguous
+            ones), ``pair`` (one or two), ``wrap`` and ``each`` (any).
+        strided: x is slabs with gaps between them.
+        wide: Offsets need 64 bits.
+        within_2gb: No byte of x or of the results lies further out, which compilers for AMD ask.
     """
 
-    outer: int
-    rows: int
-    cols: int
-    outer_stride: int
-    row_stride: int
-    channels_last: bool
+    grid: int
+    sizes: tuple[int, ...]
     vector: int
-    block_rows: int
-    block_cols: int
+    channels: str
+    strided: bool
     wide: bool
-    warps: int
+    within_2gb: bool
 
-    @cached_property
-    def row_blocks(self) -> int:
-        """Tiles along the rows of a slab."""
-        return _blocks(self.rows, self.block_rows)
-
-    @cached_property
-    def col_blocks(self) -> int:
-        """Tiles along a row."""
-        return _blocks(self.cols, self.block_cols)
-
-    @cached_property
-    def grid(self) -> tuple[int]:
-        """The launch grid: one program a tile."""
-        return (self.outer * self.row_blocks * self.col_blocks,)
-
-    @cached_property
-    def tiles_per_channel(self) -> int:
-        """Tiles that one channel is spread over."""
-        return self.outer * (self.row_blocks if self.channels_last else self.col_blocks)
-
-    @cached_property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """Rows, and cols, outer stride and row stride in units of ``vector``."""
-        return self.rows, self.cols // self.vector, self.outer_stride // self.vector, self.row_stride // self.vector
-
-    @cached_property
-    def constexprs(self) -> dict[str, int | bool]:
-        """The compile-time arguments that every kernel takes."""
+    @property
+    def constexprs(self) -> dict[str, int | bool | str]:
+        """The compile-time arguments that both kernels take."""
         return {
-            "CHANNELS_LAST": self.channels_last,
-            "VECTOR": self.vector,
-            "BLOCK_ROWS": self.block_rows,
-            "BLOCK_COLS": self.block_cols,
-            "WIDE": self.wide,
-        }
-
-    @cached_property
-    def options(self) -> dict[str, int | bool]:
-        """The compiler's options."""
-        return {**OPTIONS, "num_warps": self.warps}
+            "CHANNELS": self.channels, "STRIDED": self.strided, "WIDE": self.wide, "TAIL": self.sizes[1] > 0,
+            "V": self.vector, "VECTORS": VECTORS,
+        }  # fmt: skip
 
 
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
+def divider(divisor: int) -> tuple[int, int, int]:
+    """Return a divisor of at least 2 with multiplier and shift: n // divisor = (n * multiplier >> 32) >> shift.
 
+    Exact for 0 <= n < 2^31: with 2^l >= divisor > 2^(l - 1), the multiplier is 2^(31 + l) / divisor rounded up by
+    e / divisor, e < divisor, and n * e < 2^(31 + l).
 
-def _power_of_two(size: int) -> int:
-    """Return the least power of two that is not below ``size``."""
-    return 1 << max(size - 1, 0).bit_length()
-
-
-def _block(size: int, limit: int) -> int:
-    """Return the tile's extent along a dimension: large, with less than 15% of the last tile's lanes idle if it can be.
-
-    Down to 64 elements, two 128-byte lines of float32, a row's part of a tile still fills whole cache lines.
+    Example:
+        >>> divisor, multiplier, shift = divider(49)
+        >>> all((n * multiplier >> 32) >> shift == n // 49 for n in (0, 48, 49, 97, 98, 2**31 - 1))
+        True
     """
-    candidates = [limit >> k for k in range(limit.bit_length()) if limit >> k >= 64] or [limit]
-    if size <= candidates[-1]:
-        return min(_power_of_two(size), limit)
-    padded = {block: _blocks(size, block) * block for block in candidates}
-    return next((b for b in candidates if padded[b] <= 1.15 * size), min(candidates, key=lambda b: (padded[b], -b)))
+    bits = (divisor - 1).bit_length()
+    return divisor, -(-(2 ** (31 + bits)) // divisor), bits - 1
 
 
-def _collapse(dims: Sequence[tuple[int, int]], groups: int) -> list[tuple[int, int]] | None:
-    """Return (size, stride) pairs, outermost first, merged into at most ``groups``; None if they do not merge so."""
-    merged: list[tuple[int, int]] = []
-    for size, stride in dims:
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    return merged if len(merged) <= groups else None
+_NO_DIVIDER = (0, 0, 0)
 
 
-def _index_map(
-    shape: Sequence[int], strides: Sequence[int], dense: Sequence[int], channel_dim: int
-) -> tuple[int, int, int, int, int, bool] | None:
-    """Return outer, rows, cols, outer stride, row stride and channels_last; None where x must be copied first."""
-    order = sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -dense[d])
-    dims = [(shape[d], strides[d]) for d in order]
-    if channel_dim not in order:  # one channel: slabs of a single row
-        merged = _collapse(dims, 2)
-        if merged is None or (merged and merged[-1][1] != 1):
-            return None
-        cols = merged[-1][0] if merged else 1
-        outer, outer_stride = merged[0] if merged and len(merged) > 1 else (1, cols)
-        return outer, 1, cols, outer_stride, cols, False
-    at = order.index(channel_dim)
-    channels, channel_stride = dims[at]
-    outside, inside = _collapse(dims[:at], 2), _collapse(dims[at + 1 :], 1)
-    if outside is None or inside is None or (inside[0] if inside else dims[at])[1] != 1:
-        return None
-    if inside:
-        if len(outside) > 1:
-            return None
-        cols = inside[0][0]
-        outer, outer_stride = outside[0] if outside else (1, channels * cols)
-        return outer, channels, cols, outer_stride, channel_stride, False
-    rows, row_stride = outside[-1] if outside else (1, channels)
-    outer, outer_stride = outside[0] if len(outside) > 1 else (1, rows * row_stride)
-    return outer, rows, channels, outer_stride, row_stride, True
+def _channels_of(inner: int, channels: int, vector: int) -> tuple[str, int, int]:
+    """Return which channels a vector has, the period, and inner, in the units in which a kernel divides by them."""
+    if channels == 1:
+        return "one", 0, 0
+    if inner % vector == 0 and inner > vector:
+        return "vector", inner * channels // vector, inner // vector
+    if inner == 1 and channels % vector == 0 and channels > vector:
+        return "columns", channels // vector, 0
+    if inner == 1:
+        return "wrap", channels, 0
+    return ("pair" if inner >= vector else "each"), inner * channels, inner
 
 
 @lru_cache(maxsize=4096)
-def plan(
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    dense: tuple[int, ...],
-    channel_dim: int,
-    itemsize: int,
-    reduces: bool = False,
-) -> Plan | None:
+def layout_of(
+    shape: tuple[int, ...], strides: tuple[int, ...], dense: tuple[int, ...], channel_dim: int, itemsize: int
+) -> Layout | None:
     """Return how to walk a tensor of these strides into a dense output; None where it must be copied first.
 
     Args:
@@ -175,63 +103,77 @@ def plan(
         dense: Strides of the output, which is dense in the input's memory format.
         channel_dim: Dimension that holds the channels.
         itemsize: Bytes of an element.
-        reduces: Whether the kernel reduces each tile over its positions. Such a program is a single warp, which needs
-            no shared memory and no barrier for that, and takes few channels, to have more positions of each.
     """
-    index_map = _index_map(shape, strides, dense, channel_dim)
-    if index_map is None:
+    order = sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -dense[d])
+    slabs = _merged([(shape[d], strides[d]) for d in order]) or [(1, 1)]
+    count, channels = torch.Size(shape).numel(), shape[channel_dim]
+    inner = dense[channel_dim] if channels > 1 else count
+    (slab, step), (_, outer_stride) = slabs[-1], slabs[0]
+    strided, vector = len(slabs) > 1, 16 // itemsize
+    if len(slabs) > 2 or step != 1 or (strided and slab == 1):
         return None
-    outer, rows, cols, outer_stride, row_stride, channels_last = index_map
-    vector = 16 // itemsize
-    while cols % vector or outer_stride % vector or row_stride % vector:
+    while strided and (slab % vector or outer_stride % vector or slab == vector):
         vector //= 2
-    # Four 128-bit loads in flight for a thread, eight where float32 is reduced (on sm_90 that is 18 instructions an
-    # element instead of 25).
-    warps = 1 if reduces else WARPS
-    limit = 32 * warps * (16 if itemsize == 4 and not reduces else 32)
-    block_cols = _block(cols, 64 if reduces and channels_last else limit)
-    block_rows = min(_power_of_two(rows), limit // block_cols)
-    reach = max(prod(shape), (outer - 1) * outer_stride + (rows - 1) * row_stride + cols) + limit
-    return Plan(*index_map, vector, block_rows, block_cols, reach > INT32_ELEMENTS, warps)
+    kind, period, inner = _channels_of(inner, channels, vector)
+    whole, tail = divmod(count, vector)
+    reach = max(count, (count // slab - 1) * outer_stride + slab if strided else 0)
+    dividers = [divider(size) if size else _NO_DIVIDER for size in (period, inner, slab // vector if strided else 0)]
+    return Layout(
+        grid=max(-(-whole // VECTORS), 1),
+        sizes=(whole, tail, *dividers[0], *dividers[1], *dividers[2], outer_stride // vector if strided else 0),
+        vector=vector,
+        channels=kind,
+        strided=strided,
+        wide=reach + VECTORS * vector > INT32_ELEMENTS,
+        within_2gb=reach * itemsize < 2**31,
+    )
 
 
-def planned(x: Tensor, channel_dim: int, reduces: bool = False) -> tuple[Tensor, Tensor, Plan]:
-    """Return x (copied if no map fits it), an empty output in its memory format, and the plan.
+def fits(layout: Layout) -> bool:
+    """Return whether a kernel can count what it walks: beyond some 8 thousand million elements it cannot."""
+    whole, _, period, *_ = layout.sizes
+    return whole < _LARGEST and period * layout.vector < 2**31
+
+
+def _merged(dims: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return (size, stride) pairs, outermost first, those merged that lie as one."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in dims:
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    return merged
+
+
+def expanded_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return ``tensor`` in a shape that it broadcasts to.
 
     Raises:
-        TypeError: If x is not float32, float16 or bfloat16; float64 is computed by `reference`.
+        ValueError: It does not, and a kernel would read beyond it.
     """
-    if x.dtype not in DTYPES:
-        raise TypeError(f"the Triton kernels take float32, float16 or bfloat16, not {x.dtype}")
-    y = torch.empty_like(x)
-    found = plan(x.shape, x.stride(), y.stride(), channel_dim, x.element_size(), reduces)
-    if found is None:
-        x = torch.empty_like(y).copy_(x)
-        found = plan(x.shape, x.stride(), y.stride(), channel_dim, x.element_size(), reduces)
-        assert found is not None, "a dense tensor fits one of the two maps"
-    return x, y, found
+    if tensor.shape == shape:
+        return tensor
+    try:
+        return tensor.expand(shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"a tensor of shape {list(tensor.shape)} beside one of shape {list(shape)}: it must have that shape or "
+            "broadcast to it"
+        ) from error
+
+
+def is_laid_out_like(tensor: Tensor, y: Tensor) -> bool:
+    """Return whether two tensors have one shape, and their elements the same places."""
+    pairs = zip(tensor.stride(), y.stride(), y.shape, strict=True)
+    return tensor.shape == y.shape and all(a == b for a, b, n in pairs if n > 1)
 
 
 def laid_out_like(tensor: Tensor, y: Tensor) -> Tensor:
     """Return ``tensor`` in the shape and memory layout of ``y``, copied only if it differs.
 
     Raises:
-        ValueError: It does not broadcast to y's shape, beyond which a kernel would read.
+        ValueError: It does not broadcast to y's shape.
     """
-    if tensor.shape != y.shape:
-        try:
-            tensor = tensor.expand(y.shape)
-        except RuntimeError as error:
-            raise ValueError(
-                f"a tensor of shape {list(tensor.shape)} beside one of shape {list(y.shape)}: it must have that shape "
-                "or broadcast to it"
-            ) from error
-    same = all(a == b for a, b, n in zip(tensor.stride(), y.stride(), y.shape, strict=True) if n > 1)
-    return tensor if same else torch.empty_like(y, dtype=tensor.dtype).copy_(tensor)
-
-
-def vector_of_channels(vector: Tensor | None, channels: int, name: str) -> Tensor | None:
-    """Return a contiguous ``[C]``; raises ValueError for another size, which a kernel would read out of bounds."""
-    if vector is not None and vector.numel() != channels:
-        raise ValueError(f"{name} has {vector.numel()} elements for {channels} channels")
-    return None if vector is None else vector.contiguous()
+    tensor = expanded_to(tensor, y.shape)
+    return tensor if is_laid_out_like(tensor, y) else torch.empty_like(y, dtype=tensor.dtype).copy_(tensor)

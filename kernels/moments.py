@@ -18,10 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import elements, load_channel, tile_offsets
-from .device_activations import ACTIVATIONS
-from .launch import compile_time_constants, weight_stride
-from .layout import OPTIONS, planned, vector_of_channels
+from . import layout
+from .device_activations import ACTIVATIONS, compile_time_constants, weight_stride
+from .tiles import OPTIONS, planned, vector_of_channels
 
 _SIZES = ["outer_slabs", "rows", "cols", "outer_stride", "row_stride", "steps", "parts", "channels", "channel_stride"]
 
@@ -44,6 +43,41 @@ class Moments(NamedTuple):
     count: int
     mean: Tensor
     m2: Tensor
+
+
+@triton.jit
+def elements(units, VECTOR: tl.constexpr, WIDE: tl.constexpr):
+    """A size or stride in elements, from units of VECTOR: the product is what proves alignment to the compiler."""
+    if WIDE:  # offsets reach 2^31
+        units = units.to(tl.int64)
+    return units * VECTOR
+
+
+@triton.jit
+def tile_offsets(
+    outer,
+    row_block,
+    col_block,
+    rows,
+    cols,
+    outer_stride,
+    row_stride,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Return row and column indices, offsets into the input, offsets into the dense output, and the mask."""
+    row_offsets = (row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    col_offsets = (col_block * BLOCK_COLS + tl.arange(0, BLOCK_COLS))[None, :]
+    mask = (row_offsets < rows) & (col_offsets < cols)
+    offsets = outer * outer_stride + row_offsets * row_stride + col_offsets
+    dense_offsets = outer * (rows * cols) + row_offsets * cols + col_offsets
+    return row_offsets, col_offsets, offsets, dense_offsets, mask
+
+
+@triton.jit
+def load_channel(ptr, channels, channel_mask):
+    """A per-channel vector in float32, broadcastable against the tile."""
+    return tl.load(ptr + channels, mask=channel_mask, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -161,7 +195,7 @@ def _moments(
     if x.numel() == 0:
         zeros = torch.zeros(2, channels, dtype=torch.float64, device=x.device)
         return None if activation is None else torch.empty_like(x), Moments(0, zeros[0], zeros[1])
-    x, y, plan = planned(x, channel_dim, reduces=True)
+    x, y, plan = planned(x, channel_dim)
     channel_blocks, tiles = plan.col_blocks if plan.channels_last else plan.row_blocks, plan.tiles_per_channel
     steps = max(-(-tiles * channel_blocks // PROGRAMS), -(-tiles // PARTS))
     parts = -(-tiles // steps)
@@ -171,11 +205,11 @@ def _moments(
         moments_kernel[(channel_blocks * parts,)](
             x, None if activation is None else y, weight, partial, plan.outer, *plan.sizes, steps, parts,
             VALUE=ACTIVATIONS[activation or "identity"].value, **compile_time_constants(constants),
-            WEIGHT_STRIDE=weight_stride(weight), **plan.constexprs, **plan.options,
+            WEIGHT_STRIDE=weight_stride(weight), **plan.constexprs, **OPTIONS,
         )  # fmt: skip
         merge_moments_kernel[(-(-channels // MERGED_CHANNELS),)](
             partial, x, mean, m2, parts, channels, 1 if plan.channels_last else plan.row_stride,
-            BLOCK_PARTS=MERGED_PARTS, BLOCK_CHANNELS=MERGED_CHANNELS, **OPTIONS,
+            BLOCK_PARTS=MERGED_PARTS, BLOCK_CHANNELS=MERGED_CHANNELS, **layout.OPTIONS,
         )  # fmt: skip
     return None if activation is None else y, Moments(x.numel() // channels, mean, m2)
 

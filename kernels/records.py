@@ -5,7 +5,6 @@ Floor 0: torch and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,7 +17,7 @@ class Vectors(NamedTuple):
         centre, threshold: The band, in the units of u.
         weight: The activation's learned slope, ``[C]`` or ``[1]``.
         scale, shift: Of a frozen norm of x: weight / sqrt(variance + eps), and bias - mean * scale.
-        layer_scale: Of a LayerScale behind it.
+        layer_scale: Of a LayerScale after it.
         norm_scale, norm_shift: Of a frozen norm of v.
     """
 
@@ -31,22 +30,40 @@ class Vectors(NamedTuple):
     norm_scale: Tensor | None = None
     norm_shift: Tensor | None = None
 
+    @property
+    def before(self) -> tuple[Tensor | None, ...]:
+        """Those that make u of x."""
+        return self[3:]
+
 
 class Options(NamedTuple):
-    """Everything else, as `reference.mean_sparse` has it, and whether v is wanted.
+    """Everything else.
 
-    Backward alone knows one more variant: ``none``, where what is kept already tells s.
+    Backward alone knows one more variant: ``none``, where what is kept already stands for s.
+
+    Attributes:
+        channel_dim: Dimension of x that holds the channels, not negative.
+        activation: A name in `reference.ACTIVATIONS`.
+        constants: Scalar arguments of the activation, in the order of its row.
+        variant: ``mean`` (the paper's), ``edge`` (the nearer edge of the band) or ``smooth`` (a sigmoid gate).
+        backward: ``exact``, ``identity`` (straight through the operator) or ``smooth`` (of a sigmoid gate).
+        steepness: Of the smooth variant's gate, per relative distance to the band's edge.
+        backward_steepness: Of the smooth backward's gate; values do not depend on it.
+        want_sum: v is a second result.
     """
 
     channel_dim: int
     activation: str = "identity"
-    constants: Sequence[float] = ()
+    constants: tuple[float, ...] = ()
     variant: str = "mean"
     backward: str = "exact"
     steepness: float = 10.0
+    backward_steepness: float = 10.0
     want_sum: bool = False
 
-
-def options_of(channel_dim: int, activation: str, constants: Sequence[float], *others) -> Options:
-    """Return the options as a dispatcher passes them on: there, constants are a list, which no table can look up."""
-    return Options(channel_dim, activation, tuple(constants), *others)
+    @property
+    def gate_steepness(self) -> float | None:
+        """The steepness of the gate whose derivative backward takes; None where it takes none."""
+        if self.backward == "smooth":
+            return self.backward_steepness
+        return self.steepness if self.backward == "exact" and self.variant == "smooth" else None

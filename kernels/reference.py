@@ -1,10 +1,11 @@
-"""The one definition of the operator's semantics, in torch operators only.
+"""The one definition of the operator, in plain torch operators, differentiable in every mode and to any order.
 
-    y = act(s(x)),   s(x) = centre if |x - centre| <= threshold else x        (paper, section 3.2)
+    y = act(s(u)) + shortcut,   u = sum_norm(v),   v = norm(x) * layer_scale + residual
+    s(u) = centre if |u - centre| <= threshold else u                         (paper, section 3.2)
 
-`mean_sparse` below is a composition of aten operators. It is what torch.compile and export see, and the
-oracle of every faster lowering. A channel with a negative threshold passes x through, gradient included:
-that is how alpha = 0 is the base model.
+Every factor is optional; the operator by itself is act(s(x)). A channel with a negative threshold passes u through,
+gradient included: that is how alpha = 0 is the base model. Norms and LayerScale are frozen: a scale and a shift per
+channel. Whoever observes or transforms a call gets `operator` below; every faster lowering is held against it.
 
 Floor 0: torch and nothing else.
 """
@@ -13,10 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .records import Options, Vectors
 
 VARIANTS = ("mean", "edge", "smooth")
 BACKWARDS = ("exact", "identity", "smooth")
@@ -36,9 +40,9 @@ class Activation:
         overwrite: `forward` in place of s, for callers that own s; None where torch has no such form.
         constants: Names of the scalar arguments, in order, with their defaults.
         weight_backward: ``(grad_y, s, weight, *constants) -> grad_weight`` per element, where there is a learned slope.
-        clips: Its derivative is zero at zero, and it is s itself wherever its derivative is not zero, so that the
-            derivative can be told from the result as well.
-        keeps_result: torch's own activation keeps its result for backward and not its input.
+        gradient_from_result: Its derivative is zero at zero, and it is s itself wherever its derivative is not zero,
+            so that the derivative follows from the result as well as from the input.
+        result_is_kept: torch's own activation keeps its result for backward and not its input.
     """
 
     forward: Callable[..., Tensor]
@@ -46,8 +50,8 @@ class Activation:
     overwrite: Callable[..., Tensor] | None = None
     constants: tuple[tuple[str, float], ...] = ()
     weight_backward: Callable[..., Tensor] | None = None
-    clips: bool = False
-    keeps_result: bool = False
+    gradient_from_result: bool = False
+    result_is_kept: bool = False
 
 
 def _swish_backward(g: Tensor, s: Tensor) -> Tensor:
@@ -75,14 +79,14 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda s, w: F.relu(s),
         lambda g, s, w: aten.threshold_backward(g, s, 0.0),
         lambda s, w: aten.relu_(s),
-        clips=True,
-        keeps_result=True,
+        gradient_from_result=True,
+        result_is_kept=True,
     ),
     "relu6": Activation(
         lambda s, w: F.relu6(s),
         lambda g, s, w: aten.hardtanh_backward(g, s, 0.0, 6.0),
         lambda s, w: aten.hardtanh_(s, 0.0, 6.0),
-        clips=True,
+        gradient_from_result=True,
     ),
     "leaky_relu": Activation(
         lambda s, w, slope: F.leaky_relu(s, slope),
@@ -163,12 +167,42 @@ def per_channel(vector: Tensor, rank: int, channel_dim: int) -> Tensor:
     return vector.view(shape)
 
 
+def shaped(vector: Tensor | None, like: Tensor, channel_dim: int) -> Tensor | None:
+    """Return a per-channel vector that broadcasts against ``like``, in its dtype."""
+    if vector is None:
+        return None
+    return per_channel(vector if vector.dtype == like.dtype else vector.to(like.dtype), like.dim(), channel_dim)
+
+
+def affine(v: Tensor, scale: Tensor | None, shift: Tensor | None, channel_dim: int) -> Tensor:
+    """Return v * scale + shift per channel, each where it is given: a frozen norm, or a LayerScale."""
+    scale, shift = shaped(scale, v, channel_dim), shaped(shift, v, channel_dim)
+    if scale is not None and shift is not None:
+        return torch.addcmul(shift, v, scale)
+    return v if scale is None else v * scale
+
+
+def residual_sum(x: Tensor, residual: Tensor | None, vectors: Vectors, channel_dim: int) -> Tensor:
+    """Return v = norm(x) * layer_scale + residual in the computing dtype."""
+    v = affine(widened(x), vectors.scale, vectors.shift, channel_dim)
+    v = affine(v, vectors.layer_scale, None, channel_dim)
+    return v if residual is None else v + widened(residual)
+
+
 def inside_band(x: Tensor, centre: Tensor, threshold: Tensor) -> Tensor:
     """Return the mask of elements the operator replaces; all arguments broadcast. Empty where threshold < 0."""
     return (x - centre).abs() <= threshold
 
 
-def sparsify(x: Tensor, centre: Tensor, threshold: Tensor, variant: str, backward: str, steepness: float) -> Tensor:
+def sparsify(
+    x: Tensor,
+    centre: Tensor,
+    threshold: Tensor,
+    variant: str,
+    backward: str,
+    steepness: float,
+    backward_steepness: float = 10.0,
+) -> Tensor:
     """Return s(x), differentiable as ``backward`` says; centre and threshold broadcast against x."""
     inside = inside_band(x, centre, threshold)
     if variant == "smooth":
@@ -177,9 +211,10 @@ def sparsify(x: Tensor, centre: Tensor, threshold: Tensor, variant: str, backwar
         snapped = torch.where(x < centre, centre - threshold, centre + threshold) if variant == "edge" else centre
         if backward == "identity":
             snapped = snapped + (x - x.detach())  # a zero whose derivative is one; x is finite inside the band
-        hard = torch.where(inside, snapped, x)
-        soft = smooth_gate(x, centre, threshold, steepness) if backward == "smooth" else hard
-    if variant == "smooth" and backward == "identity":
+        hard = soft = torch.where(inside, snapped, x)
+    if backward == "smooth":
+        soft = smooth_gate(x, centre, threshold, backward_steepness)
+    elif variant == "smooth" and backward == "identity":
         soft = x
     if soft is hard:
         return hard
@@ -209,6 +244,39 @@ def smooth_gate_derivative(x: Tensor, centre: Tensor, threshold: Tensor, steepne
     return torch.where((threshold >= 0) & d.isfinite(), gate + slope, torch.ones_like(gate))
 
 
+def activated(v: Tensor, vectors: Vectors, options: Options) -> Tensor:
+    """Return act(s(sum_norm(v))) of a v in its computing dtype."""
+    dim = options.channel_dim
+    u = affine(v, vectors.norm_scale, vectors.norm_shift, dim)
+    centre, threshold, weight = (shaped(vector, u, dim) for vector in vectors[:3])
+    s = sparsify(
+        u, centre, threshold, options.variant, options.backward, options.steepness, options.backward_steepness
+    )
+    return ACTIVATIONS[options.activation].forward(s, weight, *options.constants)
+
+
+def operator(
+    x: Tensor, residual: Tensor | None, shortcut: Tensor | None, vectors: Vectors, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Return y and v as a composition of torch operators.
+
+    Args:
+        x: ``[..., C, ...]``, any floating dtype; float16 and bfloat16 are computed in float32 and rounded once.
+        residual, shortcut: Of x's shape, or broadcasting to it. Of several dtypes, as autocast makes them, the results
+            have those that single torch operators would give them.
+        vectors: Per channel.
+        options: Everything else. A v that is wanted is rounded first, and y is the function of that.
+    """
+    v = residual_sum(x, residual, vectors, options.channel_dim)
+    parts = (t.dtype for t in (residual, vectors.layer_scale) if t is not None)
+    dtype = reduce(torch.promote_types, parts, x.dtype)
+    rounded = v.to(dtype)
+    y = activated(widened(rounded) if options.want_sum else v, vectors, options)
+    if shortcut is not None:
+        y, dtype = y + shortcut, torch.promote_types(dtype, shortcut.dtype)
+    return y.to(dtype), rounded
+
+
 def mean_sparse(
     x: Tensor,
     centre: Tensor,
@@ -220,24 +288,8 @@ def mean_sparse(
     variant: str = "mean",
     backward: str = "exact",
     steepness: float = 10.0,
+    backward_steepness: float = 10.0,
 ) -> Tensor:
-    """Return act(s(x)) as a composition of torch operators.
-
-    Args:
-        x: ``[..., C, ...]``, any floating dtype; float16 and bfloat16 are computed in float32 and rounded once.
-        centre: ``[C]``, what values inside the band become.
-        threshold: ``[C]``, half the band's width in the units of x; negative means the identity.
-        channel_dim: Dimension of x that holds the channels, not negative.
-        activation: A name in `ACTIVATIONS`.
-        constants: Scalar arguments of the activation, in the order of its row.
-        weight: ``[C]`` or ``[1]``, the learned slope of an activation that has one.
-        variant: ``mean`` (the paper's), ``edge`` (the nearer edge of the band) or ``smooth`` (a sigmoid gate).
-        backward: ``exact``, ``identity`` (straight through the operator) or ``smooth`` (the smooth variant's).
-        steepness: Of the smooth gate, per relative distance to the band's edge.
-    """
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    centre, threshold = (per_channel(v.to(wide.dtype), x.dim(), channel_dim) for v in (centre, threshold))
-    s = sparsify(wide, centre, threshold, variant, backward, steepness)
-    if weight is not None:
-        weight = per_channel(weight.to(wide.dtype), x.dim(), channel_dim)
-    return ACTIVATIONS[activation].forward(s, weight, *constants).to(x.dtype)
+    """Return act(s(x)), the operator by itself; arguments as in `operator`, `Vectors` and `Options`."""
+    options = Options(channel_dim, activation, tuple(constants), variant, backward, steepness, backward_steepness)
+    return operator(x, None, None, Vectors(centre, threshold, weight), options)[0]

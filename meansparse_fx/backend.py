@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from .compilation import CompileReport, Options
 from .errors import StateError
-from .kernels import ops, traced
+from .kernels import ops
 from .passes.instrument import instrument
 from .passes.lower import lower
 from .passes.sparsify import sparsify
@@ -71,7 +71,7 @@ def meansparse(
                 sparsify(graph_module, plan)
                 report.share(graph_module)
                 write_back(graph_module, [s for s in plan.active if s.name in found.overwriting])
-                lower(graph_module, report.operators, _CALLS.get(asked.inner, traced.mean_sparse))
+                lower(graph_module, report.operators, _CALLS.get(asked.inner, ops.composed))
             remove_entrances(graph_module.graph)
             graph_module.recompile()
             report.add(captured, plan)

@@ -1,15 +1,19 @@
-"""Floor 3: what a pass may take into the operator: a frozen batch norm, and the sum before or behind it.
+"""Floor 3: what a pass may take into the operator that stands before it: frozen batch norms.
 
-Knows modules and tensors, nothing of graphs. Imports torch only.
+Knows modules and tensors, nothing of graphs. Imports torch and the errors only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .errors import StateError
+
+_STATE = ("running_mean", "running_var", "weight", "bias")
 
 
 class FrozenNorm:
@@ -24,43 +28,58 @@ class FrozenNorm:
     def __init__(self, module: nn.Module, eps: float) -> None:
         self.module = module
         self.eps = eps
-        self._state: tuple = ()
+        self._state: list = []
         self._affine: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the norm of x ``[N, C, ...]``, as torch computes it."""
-        m = self.module
-        return F.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, False, 0.0, self.eps)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Return scale and shift ``[C]``, float32 or wider: norm(x) = x * scale + shift."""
-        m = self.module
-        tensors = (m.running_mean, m.running_var, m.weight, m.bias)
+        module = self.module
+        parameters, buffers = module._parameters, module._buffers
+        tensors = [
+            parameters[n] if n in parameters else buffers[n] if n in buffers else getattr(module, n) for n in _STATE
+        ]
+        if torch.compiler.is_compiling():
+            return self._computed(tensors)
         # Loading weights or moving the model changes these; asking costs a microsecond, computing four launches.
-        state = tuple(None if t is None else (t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        state = [None if t is None else (t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         if self._affine is None or state != self._state:
-            with torch.no_grad():
-                mean, variance, weight, bias = (
-                    None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors
-                )
-                scale = torch.rsqrt(variance + self.eps)
-                scale = scale if weight is None else scale * weight
-                shift = -mean * scale
-                self._affine = scale, shift if bias is None else shift + bias
-            self._state = state
+            self._affine, self._state = self._computed(tensors), state
         return self._affine
+
+    def _computed(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            mean, variance, weight, bias = (
+                None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors
+            )
+            scale = torch.rsqrt(variance + self.eps)
+            scale = scale if weight is None else scale * weight
+            shift = -mean * scale
+            return scale, shift if bias is None else shift + bias
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Before:
-    """What stands before the operator in one call: u = outer(norm(x) * layer_scale + residual), where there is one.
+class Prologue:
+    """What one call computes before the operator besides sums: u = sum_norm(input_norm(x) * layer_scale + residual).
 
     Attributes:
-        norm: Of x.
-        outer: Of the sum.
-        want_sum: Others read norm(x) * layer_scale + residual too: it is a second result.
+        input_norm: Of x.
+        sum_norm: Of the sum.
+        want_sum: Others read input_norm(x) * layer_scale + residual too: it is a second result.
     """
 
-    norm: FrozenNorm | None = None
-    outer: FrozenNorm | None = None
+    input_norm: FrozenNorm | None = None
+    sum_norm: FrozenNorm | None = None
     want_sum: bool = False
+
+    def affines(self, site: str) -> tuple[Tensor | None, ...]:
+        """Return scale and shift of x's norm, then of the sum's; None where there is none.
+
+        Raises:
+            StateError: A norm is in train mode; names the site.
+        """
+        found: list[Tensor | None] = []
+        for norm in (self.input_norm, self.sum_norm):
+            if norm is not None and norm.module.training:
+                raise StateError(f"{site}: fused with a batch norm in eval mode, which is in train mode: call eval()")
+            found += (None, None) if norm is None else norm.affine()
+        return tuple(found)

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .activations import ActivationCall
 from .errors import SiteError, StateError
-from .frozen import Before
-from .kernels.fused import fused
-from .kernels.ops import activation_moments, channel_moments, mean_sparse
+from .frozen import Prologue
+from .kernels.operator import Operator
+from .kernels.ops import activation_moments, channel_moments
 from .kernels.records import Options, Vectors
-from .kernels.reference import BACKWARDS, VARIANTS, per_channel
+from .kernels.reference import BACKWARDS, VARIANTS
 from .published import PublishedOperator
 from .rewrite import RecordedCall
 from .statistics import ChannelStatistics
@@ -26,7 +27,7 @@ CENTRES = ("channel", "zero", "layer")
 
 
 class MeanSparse(nn.Module):
-    """The operator at one site, with the site's activation fused behind it (paper, section 3.2).
+    """The operator at one site, with the site's activation fused after it (paper, section 3.2).
 
     Values within ``alpha * std`` of the channel's centre become the centre, then the activation is applied.
     At alpha = 0 it is the activation alone.
@@ -43,9 +44,9 @@ class MeanSparse(nn.Module):
         centre, threshold: ``[C]``, what the kernel reads: derived from the above, so not in the state_dict.
             Always float32, or float64 in a float64 model. A negative threshold switches a channel off.
         replaces: The call this operator took the place of, activation included; None for a bare operator.
-        before: What a fused call takes in besides its tensors; see `passes.fuse`.
+        prologue: What a fused call takes in besides its tensors; see `passes.fuse`.
         strict: The band is open, as published checkpoints have it: values at distance alpha * std stay.
-        variant, backward, steepness: See `kernels.reference.mean_sparse`.
+        variant, backward, steepness, backward_steepness: See `kernels.records.Options`.
     """
 
     def __init__(self, name: str, channels: int, channel_dim: int, activation: ActivationCall | None = None):
@@ -55,12 +56,12 @@ class MeanSparse(nn.Module):
         self.channel_dim = channel_dim
         self.activation = activation
         self.replaces: RecordedCall | None = None
-        self.before = Before()
+        self.prologue = Prologue()
         self.strict = False
         self.variant = "mean"
         self.centre_mode = "channel"
         self.backward = "exact"
-        self.steepness = 10.0
+        self.steepness = self.backward_steepness = 10.0
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.full((channels,), math.nan))
         self.register_buffer("alpha", torch.zeros(()))
@@ -76,84 +77,59 @@ class MeanSparse(nn.Module):
         layer_scale: Tensor | None = None,
         shortcut: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return act(s(x)), shaped like x.
+        """Return act(s(u)) + shortcut, and v if the prologue wants it; u = sum_norm(v).
 
         Args:
             x: ``[..., C, ...]``.
             weight: The activation's learned slope, if it has one.
-            fused: Take in what stands around the operator, too; see `fused`.
-            residual, layer_scale, shortcut: For a fused call.
-        """
-        if fused:
-            return self.fused(x, weight, residual, layer_scale, shortcut)
-        return mean_sparse(
-            x,
-            self.centre,
-            self.threshold,
-            self.channel_dim,
-            self.activation.name if self.activation else "identity",
-            self.activation.constants if self.activation else (),
-            weight,
-            self.variant,
-            self.backward,
-            self.steepness,
-        )
-
-    def fused(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        residual: Tensor | None,
-        layer_scale: Tensor | None,
-        shortcut: Tensor | None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return act(s(outer(v))) + shortcut of v = norm(x) * layer_scale + residual; and v if `before` wants it.
-
-        Args:
-            x: ``[..., C, ...]``.
-            weight: The activation's learned slope, if it has one.
+            fused: Take in what stands around the operator: v = input_norm(x) * layer_scale + residual. Otherwise v and
+                u are x, and there is nothing else.
             residual, shortcut: Of x's shape.
             layer_scale: C numbers, whatever their shape.
         """
-        if any(norm is not None and norm.module.training for norm in (self.before.norm, self.before.outer)):
-            raise StateError(f"{self.name}: fused with a batch norm in eval mode, which is in train mode: call eval()")
-        # Of several dtypes, as autocast makes them, the result has torch's own.
-        mixed = any(t is not None and t.dtype != x.dtype for t in (residual, layer_scale, shortcut))
-        if mixed or torch.compiler.is_compiling():
-            return self._composed(x, weight, residual, layer_scale, shortcut)
-        inner, outer = (
-            (None, None) if norm is None else norm.affine() for norm in (self.before.norm, self.before.outer)
-        )
-        layer_scale = None if layer_scale is None else layer_scale.detach().flatten()
-        vectors = Vectors(self.centre, self.threshold, weight, *inner, layer_scale, *outer)
-        activation = self.activation
-        options = Options(
-            self.channel_dim,
-            activation.name if activation else "identity",
-            activation.constants if activation else (),
-            self.variant,
-            self.backward,
-            self.steepness,
-            self.before.want_sum,
-        )
-        return fused(x, residual, shortcut, vectors, options)
+        return self._operator(weight, fused, layer_scale)(x, residual, shortcut)
 
-    def _composed(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        residual: Tensor | None,
-        layer_scale: Tensor | None,
-        shortcut: Tensor | None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the same as single calls, which compilers fuse themselves."""
-        v = x if self.before.norm is None else self.before.norm(x)
-        v = v if layer_scale is None else v * per_channel(layer_scale.flatten(), x.dim(), self.channel_dim)
-        v = v if residual is None else v + residual
-        u = v if self.before.outer is None else self.before.outer(v)
-        y = self.forward(u, weight)
-        y = y if shortcut is None else y + shortcut
-        return (y, v) if self.before.want_sum else y
+    def _operator(self, weight: Tensor | None, fused: bool, layer_scale: Tensor | None) -> Operator:
+        """Return the operator with all of its vectors and options, made again only where one is another."""
+        centre, threshold = self._buffers["centre"], self._buffers["threshold"]
+        norms: tuple[Tensor | None, ...] = (None, None, None, None)
+        if fused:
+            norms = self.prologue.affines(self.name)
+        if torch.compiler.is_compiling():
+            return self._bind(Vectors(centre, threshold, weight), norms, layer_scale, fused, "composition")
+        key = id(centre), id(threshold), id(weight)
+        if fused:
+            scale = 0 if layer_scale is None else layer_scale.data_ptr()
+            key = (*key, id(norms[0]), id(norms[2]), id(layer_scale), scale)
+        bound = self._bound.get(key)
+        if bound is None:
+            if len(self._bound) > 16:  # of tensors that are gone
+                self._bound.clear()
+            operator = self._bind(Vectors(centre, threshold, weight), norms, layer_scale, fused)
+            # What an id stands for lives as long as the id is asked for.
+            bound = self._bound[key] = operator, norms, layer_scale
+        return bound[0]
+
+    def _bind(
+        self, vectors: Vectors, norms: tuple[Tensor | None, ...], layer_scale: Tensor | None, fused: bool,
+        choice: str | None = None,
+    ) -> Operator:  # fmt: skip
+        layer_scale = None if layer_scale is None else layer_scale.detach().flatten()
+        scale, shift, norm_scale, norm_shift = norms
+        vectors = Vectors(*vectors[:3], scale, shift, layer_scale, norm_scale, norm_shift)
+        name, constants = (self.activation.name, self.activation.constants) if self.activation else ("identity", ())
+        options = Options(
+            self.channel_dim, name, tuple(map(float, constants)), self.variant, self.backward, float(self.steepness),
+            float(self.backward_steepness), fused and self.prologue.want_sum,
+        )  # fmt: skip
+        return Operator(vectors, options, choice)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        self.__dict__["_bound"] = {}  # operators by their vectors; whatever changes here makes them other ones
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bound": {}}
 
     @property
     def calibrated(self) -> bool:
@@ -192,7 +168,7 @@ class MeanSparse(nn.Module):
         """Choose the gradient: ``exact``, ``identity`` or ``smooth``; forward values do not change."""
         if mode not in BACKWARDS:
             raise ValueError(f"backward must be one of {', '.join(BACKWARDS)}, got {mode!r}")
-        self.backward, self.steepness = mode, _positive("steepness", steepness)
+        self.backward, self.backward_steepness = mode, _positive("steepness", steepness)
 
     def set_variant(self, variant: str, centre: str, steepness: float) -> None:
         """Choose what the band becomes (``mean``, ``edge``, ``smooth``) and its centre (paper, Table 8)."""

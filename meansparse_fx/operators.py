@@ -74,7 +74,8 @@ def set_backward(model: nn.Module, mode: str, steepness: float = 10.0) -> None:
     Args:
         model: A transformed model.
         mode: ``exact`` (zero inside the band), ``identity`` (straight through: BPDA) or ``smooth`` (of a sigmoid gate).
-        steepness: Of the smooth gate, per relative distance to the band's edge.
+        steepness: Of the smooth backward's gate, per relative distance to the band's edge; that of the smooth variant
+            is another, which `set_variant` sets.
     """
     for operator in operators(model).values():
         operator.set_backward(mode, steepness)
@@ -151,7 +152,7 @@ def load_published(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 @contextmanager
 def switched(model: nn.Module) -> Iterator[None]:
     """Put alpha and the backward mode of every site back as they were on leaving the block; a base has none."""
-    before = {m: (float(m.alpha), m.backward, m.steepness) for m in _find(model).values()}
+    before = {m: (float(m.alpha), m.backward, m.backward_steepness) for m in _find(model).values()}
     try:
         yield
     finally:

@@ -90,7 +90,7 @@ def transform(
         backward: ``exact``, ``identity`` or ``smooth``; see `set_backward`.
         fuse: ``activation`` makes one call of operator and activation, so that at alpha = 0 the result is the model's,
             bit for bit. ``all`` is faster: frozen batch norms, LayerScales and the residual sum before an operator and
-            the sum behind it become part of it, equal to rounding. Norms and LayerScales then get no gradients, so
+            the sum after it become part of it, equal to rounding. Norms and LayerScales then get no gradients, so
             those whose parameters want some are left: model.requires_grad_(False) first.
 
     Raises:

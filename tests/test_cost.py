@@ -46,7 +46,7 @@ def images():
 
 @pytest.fixture
 def preactivation():
-    """A sum that others read, behind it a norm and a ReLU."""
+    """A sum that others read, after it a norm and a ReLU."""
 
     def run(m, x):
         x = m.stem(x)
@@ -107,7 +107,7 @@ def test_layer_scale_and_the_sum_behind_by_hand(images):
     model = Functional(run, stem=nn.Conv2d(1, 4, 3), conv=nn.Conv2d(4, 4, 1), act=nn.GELU())
     model.scale = nn.Parameter(torch.full((4, 1, 1), 0.5))
     found = msfx.cost(model.eval(), images, msfx.Placement(kinds=("residual_branch",)))
-    assert [site.before for site in found] == ["scale + sum behind"]
+    assert [site.before for site in found] == ["scale + sum after"]
     cost = moved(found.total)
     # Forward: scale 1:1, sum 2:1; ours puts the operator between them. Backward: scale 1:1, the operator 2:1.
     assert cost["base"] == ((2, 3, 2), (1, 1, 1), 1)

@@ -135,11 +135,11 @@ def test_what_is_fused_at_the_end_of_a_branch(images):
     fused = msfx.transform(build(LayerScaled), images, fuse="all", placement="robustbench:convnext")
     assert [(s.kind, s.fused) for s in fused.meta["plan"] if not s.skipped] == [
         ("activation", "nothing beside it to take in"),
-        ("residual_branch", "LayerScale, sum behind it"),
+        ("residual_branch", "LayerScale, sum after it"),
         ("activation", "nothing beside it to take in"),
-        ("residual_branch", "LayerScale, sum behind it"),
+        ("residual_branch", "LayerScale, sum after it"),
         ("activation", "nothing beside it to take in"),
-        ("residual_branch", "sum behind it"),
+        ("residual_branch", "sum after it"),
     ]
     methods = [n.target for n in fused.graph.nodes if n.op in ("call_method", "call_function")]
     assert set(methods) == {"permute", "mean"}
@@ -168,31 +168,31 @@ def seven(x):
     return torch.tanh(x) * 7
 
 
-SCALED = "LayerScale, sum behind it"
+SCALED = "LayerScale, sum after it"
 BRANCHES = {
     "gamma first": (lambda m, x: x + m.gamma * seven(x), SCALED),
     "in place": (lambda m, x: x + seven(x).mul_(m.gamma), SCALED),
     "the sum in place": (lambda m, x: (seven(x) * m.gamma).add_(x), SCALED),
-    "gamma is indexed": (lambda m, x: x + seven(x) * m.gamma.flatten()[:, None, None], "sum behind it"),
+    "gamma is indexed": (lambda m, x: x + seven(x) * m.gamma.flatten()[:, None, None], "sum after it"),
     "rows are scaled": (
         lambda m, x: x[:, :, :6] + seven(x[:, :, :6]) * m.gamma.view(6, 1),
-        "sum behind it; what it is multiplied by is not one number for each of its channels",
+        "sum after it; what it is multiplied by is not one number for each of its channels",
     ),
     "the product is read twice": (
         lambda m, x: (lambda y: (x + y) * y.mean())(seven(x) * m.gamma),
-        "sum behind it; others read the LayerScale's result, too",
+        "sum after it; others read the LayerScale's result, too",
     ),
     "what gamma scales changes": (
         lambda m, x: (lambda y: (lambda z: (y.add_(1), x + z)[1])(y * m.gamma))(seven(x)),
-        "sum behind it; a value around the LayerScale is overwritten",
+        "sum after it; a value around the LayerScale is overwritten",
     ),
     "the shortcut changes": (
         lambda m, x: (lambda s: (lambda t: (s.mul_(2), t)[1])(s + seven(s) * m.gamma))(x * 1),
-        "LayerScale; what the sum behind it reads is overwritten",
+        "LayerScale; what the sum after it reads is overwritten",
     ),
     "the sum is read as its operand": (
         lambda m, x: (lambda s: (lambda t: t * s)(s.add_(seven(s) * m.gamma)))(x * 1),
-        "LayerScale; what the sum behind it reads is overwritten",
+        "LayerScale; what the sum after it reads is overwritten",
     ),
 }
 
@@ -310,8 +310,8 @@ def test_gradients_wanted_for_a_norm_decline_it(model, images):
         "sum",  # its norm has no parameters, or stays outside
         "norm + sum",
         "nothing beside it to take in",
-        "sum behind it",
-        "sum behind it; the LayerScale's parameter wants gradients: model.requires_grad_(False)",
+        "sum after it",
+        "sum after it; the LayerScale's parameter wants gradients: model.requires_grad_(False)",
     }
     torch.testing.assert_close(fused(images), calibrated(model, images)(images), rtol=1e-9, atol=1e-11)
 
@@ -348,9 +348,9 @@ def test_what_others_read_or_overwrite_stays(images):
     model = build(Hazards)
     plain, fused = calibrated(model, images), calibrated(model, images, fuse="all")
     assert {s.name: s.fused for s in fused.meta["plan"]} == {
-        "relu": "sum behind it",  # of one reader, and overwritten by nobody
+        "relu": "sum after it",  # of one reader, and overwritten by nobody
         "gelu": "nothing beside it to take in",
-        "silu": "what the sum behind it reads is overwritten",
+        "silu": "what the sum after it reads is overwritten",
     }
     assert torch.equal(fused(images), plain(images))
     assert sum(isinstance(m, MeanSparse) for m in fused.modules()) == 3
@@ -385,12 +385,12 @@ HAZARDS = {
         lambda m, x: F.relu(m.conv(x) * m.square.transpose(0, 1).reshape(1, 8, 1, 1)),
         NOTHING,
     ),
-    "inplace by keyword": (norms_input(lambda m, a: F.hardsigmoid(a, inplace=True)), "sum behind it"),
-    "inplace by position": (norms_input(lambda m, a: F.hardsigmoid(a, True)), "sum behind it"),
-    "a module in place": (norms_input(lambda m, a: m.hard(a)), "sum behind it"),
-    "through a view": (norms_input(lambda m, a: a.flatten().mul_(0.5)), "sum behind it"),
-    "as where the result goes": (norms_input(lambda m, a: torch.neg(a, out=a)), "sum behind it"),
-    "by nobody: dropout does nothing": (norms_input(lambda m, a: m.drop(a)), "norm, sum behind it"),
+    "inplace by keyword": (norms_input(lambda m, a: F.hardsigmoid(a, inplace=True)), "sum after it"),
+    "inplace by position": (norms_input(lambda m, a: F.hardsigmoid(a, True)), "sum after it"),
+    "a module in place": (norms_input(lambda m, a: m.hard(a)), "sum after it"),
+    "through a view": (norms_input(lambda m, a: a.flatten().mul_(0.5)), "sum after it"),
+    "as where the result goes": (norms_input(lambda m, a: torch.neg(a, out=a)), "sum after it"),
+    "by nobody: dropout does nothing": (norms_input(lambda m, a: m.drop(a)), "norm, sum after it"),
     "the sum is read under an older name": (two_names, NOTHING),
 }
 
@@ -433,6 +433,6 @@ def test_a_position_embedding_is_no_residual_for_one_image_either(before, count)
     model = hazardous(forward)
     fused = msfx.transform(model, IMAGES[:count], fuse="all")
     (site,) = fused.meta["plan"]
-    assert site.fused in (NOTHING, "norm; the sum behind it is not of two tensors of its shape")
+    assert site.fused in (NOTHING, "norm; the sum after it is not of two tensors of its shape")
     assert not any({"residual", "shortcut"} & n.kwargs.keys() for n in fused.graph.nodes)
     torch.testing.assert_close(fused(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)

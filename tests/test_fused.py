@@ -1,4 +1,4 @@
-"""The operator with norm, sum and LayerScale before it and a sum behind it, against the same written out in float64."""
+"""The operator with norm, sum and LayerScale before it and a sum after it, against the same written out in float64."""
 
 from __future__ import annotations
 

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import ActivationCall
-from ..kernels.fused import fused
-from ..kernels.ops import mean_sparse
+from ..kernels.operator import Operator
 from ..kernels.records import Options, Vectors
 from ..kernels.reference import ACTIVATIONS, per_channel
 
@@ -44,16 +43,16 @@ def branch_free(x: Tensor, mean: Tensor, band: Tensor, channel_dim: int) -> Tens
 class Region:
     """A site and what `fuse` takes in around it.
 
-    y = act(s(u)) + shortcut,   u = outer(v),   v = norm(x) * layer_scale + residual
+    y = act(s(u)) + shortcut,   u = sum_norm(v),   v = norm(x) * layer_scale + residual
 
     Attributes:
         shape: Of x, and of all the others.
         dtype: Of the same.
         channel_dim: Dimension of x that holds the channels.
         activation: None for a bare operator.
-        norm, outer: There is a norm of x; of the sum.
+        norm, sum_norm: There is a norm of x; of the sum.
         layer_scale: There is a LayerScale.
-        residual, shortcut: There is a sum before the operator; behind it.
+        residual, shortcut: There is a sum before the operator; after it.
         want_sum: Others read v, too.
     """
 
@@ -64,7 +63,7 @@ class Region:
     norm: bool
     layer_scale: bool
     residual: bool
-    outer: bool
+    sum_norm: bool
     shortcut: bool
     want_sum: bool
 
@@ -83,8 +82,8 @@ class Region:
             ("norm", self.norm),
             ("scale", self.layer_scale),
             ("sum", self.residual),
-            ("norm", self.outer),
-            ("sum behind", self.shortcut),
+            ("norm", self.sum_norm),
+            ("sum after", self.shortcut),
         )
         return " + ".join(word for word, there in words if there)
 
@@ -98,10 +97,10 @@ def _before(region: Region, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     v = _normed(inputs[0], region) if region.norm else inputs[0]
     v = v * per_channel(region.vector(), v.dim(), region.channel_dim) if region.layer_scale else v
     v = v + inputs[1] if region.residual else v
-    return v, _normed(v, region) if region.outer else v
+    return v, _normed(v, region) if region.sum_norm else v
 
 
-def _behind(y: Tensor, region: Region, inputs: list[Tensor]) -> Tensor:
+def _after(y: Tensor, region: Region, inputs: list[Tensor]) -> Tensor:
     return y + inputs[-1] if region.shortcut else y
 
 
@@ -135,7 +134,7 @@ def _with(operator: Callable[[Tensor, Region], Tensor]) -> Form:
     def form(region: Region, inputs: list[Tensor]) -> Results:
         v, u = _before(region, inputs)
         s = operator(u, region)
-        y = _behind(_activated(s, region, s is not inputs[0]), region, inputs)
+        y = _after(_activated(s, region, s is not inputs[0]), region, inputs)
         return (y, v) if region.want_sum else (y,)
 
     return form
@@ -150,31 +149,61 @@ def _branch_free(u: Tensor, region: Region) -> Tensor:
     return branch_free(u, region.vector(), region.vector(), region.channel_dim)
 
 
+_library = torch.library.Library("meansparse_fx_cost", "DEF")
+_library.define("call(Tensor[] reads, int writes) -> Tensor[]")
+_library.impl("call", lambda reads, writes: [torch.empty_like(reads[0]) for _ in range(writes)], "Meta")
+
+
+class _OneCall(torch.autograd.Function):
+    """The operator as the kernels compute it, one call in each direction; nothing is computed.
+
+    What is kept for backward is what `Operator` says.
+    """
+
+    @staticmethod
+    def forward(ctx, operator, x, residual, shortcut):
+        inputs = [t for t in (x, residual, shortcut) if t is not None]
+        y, *v = torch.ops.meansparse_fx_cost.call(inputs, 2 if operator.options.want_sum else 1)
+        source = operator.kept_for_backward(x.dtype, residual is not None, shortcut is not None)
+        kept = {"input": inputs[: 1 + (residual is not None)], "sum": v, "result": [y]}[source]
+        ctx.operator = operator
+        ctx.save_for_backward(*kept)
+        ctx.set_materialize_grads(False)
+        return (y, *v) if v else y
+
+    @staticmethod
+    def backward(ctx, *grads):
+        _, _, has_residual, has_shortcut = ctx.needs_input_grad
+        vectors = ctx.operator.vectors
+        # Without a scale on x its gradient is the residual's, and one tensor serves as both.
+        scaled = vectors.scale is not None or vectors.layer_scale is not None
+        reads = [*ctx.saved_tensors, *[g for g in grads if g is not None]]
+        found = torch.ops.meansparse_fx_cost.call(reads, 2 if has_residual and scaled else 1)
+        return None, found[0], found[-1] if has_residual else None, grads[0] if has_shortcut else None
+
+
 def _ours(region: Region, inputs: list[Tensor]) -> Results:
     v, u = _before(region, inputs)
-    name, constants = _named(region)
-    y = mean_sparse(u, region.vector(), region.vector(), region.channel_dim, name, constants, _slope(region))
-    y = _behind(y, region, inputs)
+    operator = Operator(Vectors(region.vector(), region.vector(), _slope(region)), _options(region, False))
+    y = _after(_OneCall.apply(operator, u, None, None), region, inputs)
     return (y, v) if region.want_sum else (y,)
 
 
 def _fused(region: Region, inputs: list[Tensor]) -> Results:
-    if not region.taken_in():
-        return _ours(region, inputs)
-    inner, outer = (
-        (region.vector(), region.vector()) if there else (None, None) for there in (region.norm, region.outer)
+    norm, sum_norm = (
+        (region.vector(), region.vector()) if there else (None, None) for there in (region.norm, region.sum_norm)
     )
     scale = region.vector() if region.layer_scale else None
-    vectors = Vectors(region.vector(), region.vector(), _slope(region), *inner, scale, *outer)
-    options = Options(region.channel_dim, *_named(region), want_sum=region.want_sum)
+    vectors = Vectors(region.vector(), region.vector(), _slope(region), *norm, scale, *sum_norm)
     residual, shortcut = inputs[1] if region.residual else None, inputs[-1] if region.shortcut else None
-    results = fused(inputs[0], residual, shortcut, vectors, options)
+    results = _OneCall.apply(Operator(vectors, _options(region, region.want_sum)), inputs[0], residual, shortcut)
     return results if isinstance(results, tuple) else (results,)
 
 
-def _named(region: Region) -> tuple[str, tuple[float, ...]]:
+def _options(region: Region, want_sum: bool) -> Options:
     call = region.activation
-    return (call.name, call.constants) if call else ("identity", ())
+    name, constants = (call.name, call.constants) if call else ("identity", ())
+    return Options(region.channel_dim, name, constants, want_sum=want_sum)
 
 
 FORMS: dict[str, Form] = {

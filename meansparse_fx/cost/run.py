@@ -151,7 +151,7 @@ def cost(model: nn.Module, images: Tensor, placement: Placement | str | None = N
     - Backward is that of the images' gradient: parameters want none. A frozen norm's backward does not read its input.
       Where others read the sum, too, adding up its two gradients is part of the stretch.
     - An activation that the operator cannot take in is the same in every form and is left out.
-    - Kept for backward is what the stretch keeps, each tensor once, and its result, which the layer behind keeps as its
+    - Kept for backward is what the stretch keeps, each tensor once, and its result, which the next layer keeps as its
       input. Two sites that keep the same tensor both count it: a residual is often another site's result.
     - Ours is one call, as the Triton kernels are, and the loops compiled for large CPU tensors. Small CPU tensors take
       several.
@@ -189,11 +189,12 @@ def cost(model: nn.Module, images: Tensor, placement: Placement | str | None = N
 
 
 def _region(node: fx.Node, operator: MeanSparse, shape: tuple[int, ...], dtype: torch.dtype) -> Region:
-    before = operator.before
+    prologue = operator.prologue
     around = {name: name in node.kwargs for name in ("layer_scale", "residual", "shortcut")}
     return Region(
         shape, dtype, operator.channel_dim, operator.activation,
-        norm=before.norm is not None, outer=before.outer is not None, want_sum=before.want_sum, **around,
+        norm=prologue.input_norm is not None, sum_norm=prologue.sum_norm is not None, want_sum=prologue.want_sum,
+        **around,
     )  # fmt: skip
 
 

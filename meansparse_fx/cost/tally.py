@@ -27,16 +27,8 @@ def _unread_by_norm(args: Sequence[Any]) -> int:
     return 1 if not train and list(mask) == [True, False, False] else 0
 
 
-def _unwritten_by_fused(args: Sequence[Any]) -> int:
-    # Without a scale on x its gradient is the residual's, and one tensor serves as both.
-    _, _, _, residual, vectors, *_ = args
-    _, _, _, scale, _, layer_scale, *_ = vectors
-    return 1 if residual is not None and scale is None and layer_scale is None else 0
-
-
-# Inputs that a call has and does not read, and results that are one tensor: how many, by the call's arguments.
+# Inputs that a call has and does not read: how many, by the call's arguments.
 _UNREAD: dict[str, Callable[[Sequence[Any]], int]] = {"aten::native_batch_norm_backward": _unread_by_norm}
-_UNWRITTEN: dict[str, Callable[[Sequence[Any]], int]] = {"meansparse::fused_backward": _unwritten_by_fused}
 
 
 class Tally(TorchDispatchMode):
@@ -68,11 +60,11 @@ class Tally(TorchDispatchMode):
         name = func._schema.name
         if not func.is_view and name not in _FREE:
             self.calls += 1
-            self.read += self._bytes((args, kwargs), _UNREAD.get(name), args)
-            self.written += self._bytes(result, _UNWRITTEN.get(name), args)
+            self.read += self._bytes((args, kwargs), _UNREAD[name](args) if name in _UNREAD else 0)
+            self.written += self._bytes(result)
         return result
 
-    def _bytes(self, values: Any, spared: Callable[[Sequence[Any]], int] | None, args: Sequence[Any]) -> int:
+    def _bytes(self, values: Any, unread: int = 0) -> int:
         # By storage, so that a tensor that is given twice is read once.
         tensors = {
             t.untyped_storage()._cdata: t.numel() * t.element_size()
@@ -80,7 +72,7 @@ class Tally(TorchDispatchMode):
             if isinstance(t, Tensor) and t.numel() >= self.smallest
         }
         sizes = list(tensors.values())
-        return sum(sizes[: len(sizes) - (spared(args) if spared else 0)])
+        return sum(sizes[: len(sizes) - unread])
 
 
 class _Kept:

@@ -130,7 +130,8 @@ def model_identity(sparse: nn.Module, alpha: bool) -> dict[str, str]:
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, m in operators(sparse).items():
-        options = (m.channels, m.channel_dim, m.centre_mode, m.strict, m.steepness, *([m.variant] if alpha else []))
+        steepness = m.steepness, m.backward_steepness
+        options = (m.channels, m.channel_dim, m.centre_mode, m.strict, *steepness, *([m.variant] if alpha else []))
         digest.update(f"{name} {options}".encode())
         for vector in (m.mean, m.std, *([m.alpha] if alpha else [])):
             digest.update(vector.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -55,7 +55,7 @@ def perturbed(model: nn.Module, run: Run, images: Tensor, labels: Tensor, settin
     with switched(model):
         for operator in model.modules():
             if isinstance(operator, MeanSparse) and run.backward is not None:
-                operator.set_backward(run.backward, operator.steepness)
+                operator.set_backward(run.backward, operator.backward_steepness)
         return attack(run.attack, model, images, labels, replace(settings, seed=run.seed))
 
 

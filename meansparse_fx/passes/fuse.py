@@ -12,7 +12,7 @@ import operator as python
 
 from torch import Tensor, fx
 
-from ..frozen import Before
+from ..frozen import Prologue
 from ..nn import MeanSparse
 from ..rewrite import keep_unfused
 from ..sites.shapes import propagate
@@ -44,22 +44,22 @@ def _fuse(node: fx.Node, operator: MeanSparse, finder: Finder) -> str:
     found = finder.around(node, operator)
     if not found:
         return str(found)
-    branch, total, outer = found.branch, found.total, found.outer
-    operator.before = Before(branch.norm and branch.norm.frozen, outer and outer.frozen, found.want_sum)
+    branch, total, sum_norm = found.branch, found.total, found.sum_norm
+    operator.prologue = Prologue(branch.norm and branch.norm.frozen, sum_norm and sum_norm.frozen, found.want_sum)
     if branch.scale:
         branch.scale.node.replace_all_uses_with(branch.scale.x)  # what only moves values goes on with the unscaled
     y = _call(node, operator, found)
-    finder.know(y, found.behind or node)
-    (found.behind or node).replace_all_uses_with(y)
+    finder.record(y, found.epilogue or node)
+    (found.epilogue or node).replace_all_uses_with(y)
     if found.want_sum:
-        finder.know(y.args[0], total.node)
+        finder.record(y.args[0], total.node)
         with node.graph.inserting_after(y.args[0]):
             v = node.graph.call_function(python.getitem, (y.args[0], 1))
         v.meta = dict(total.node.meta)
-        finder.know(v, total.node)
+        finder.record(v, total.node)
         total.node.replace_all_uses_with(v)
-    _erase(found.behind, node, *(n for n in node.args[1:] if isinstance(n, fx.Node)))
-    _erase(*(part and part.node for part in (outer, total, branch.scale, branch.norm)))
+    _erase(found.epilogue, node, *(n for n in node.args[1:] if isinstance(n, fx.Node)))
+    _erase(*(part and part.node for part in (sum_norm, total, branch.scale, branch.norm)))
     _erase(*(branch.scale.views if branch.scale else ()))
     return str(found)
 
@@ -68,7 +68,7 @@ def _call(node: fx.Node, operator: MeanSparse, found: Surroundings) -> fx.Node:
     """Insert the fused call for an operator's call; return the node of its result y."""
     graph = node.graph
     # With two results it must stand where the first of them is read, otherwise where all is there that it reads.
-    place = found.behind or (found.total.node if found.total else node)
+    place = found.epilogue or (found.total.node if found.total else node)
     weight = node.args[1] if len(node.args) > 1 else None
     with graph.inserting_before(place):
         if weight is not None:  # a parameter: it may be read earlier
@@ -83,7 +83,7 @@ def _call(node: fx.Node, operator: MeanSparse, found: Surroundings) -> fx.Node:
         if found.want_sum:
             y = graph.call_function(python.getitem, (call, 0))
     call.meta = dict(node.meta)
-    y.meta = dict((found.behind or node).meta)
+    y.meta = dict((found.epilogue or node).meta)
     return y
 
 

@@ -1,6 +1,6 @@
 """Floor 4: operators as plain functions of tensors, for compilers.
 
-Requires: a graph that calls `MeanSparse` modules. Ensures: it calls `kernels.traced.mean_sparse` instead, with
+Requires: a graph that calls `MeanSparse` modules. Ensures: it calls `kernels.ops.composed` instead, with
 centre and threshold read from buffers: compilers see aten operators, and values that may change.
 
 A call of a module would hide its options from AOTAutograd's cache, which takes modules in a graph for torch's own:
@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, fx
 
-from ..kernels import traced
+from ..kernels import ops
 from ..nn import MeanSparse
 from ..rewrite import PREFIX
 
 Call = Callable[..., Tensor]
 
 
-def lower(graph_module: fx.GraphModule, shared: Mapping[str, MeanSparse], call: Call = traced.mean_sparse) -> None:
+def lower(graph_module: fx.GraphModule, shared: Mapping[str, MeanSparse], call: Call = ops.composed) -> None:
     """Replace each operator's module by ``call``, in place.
 
     Args:
@@ -40,7 +40,7 @@ def lower(graph_module: fx.GraphModule, shared: Mapping[str, MeanSparse], call: 
                 for part in ("centre", "threshold")
             ]
             arguments = (operator.channel_dim, *_activation(operator), weight)
-            options = (operator.variant, operator.backward, operator.steepness)
+            options = (operator.variant, operator.backward, operator.steepness, operator.backward_steepness)
             new = graph.call_function(call, (x, *band, *arguments, *options))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)

@@ -37,7 +37,7 @@ class Overwrites:
             for key in frozenset().union(*(self._memory[n] for n in self._written(node))):
                 self._writers[key].append(node)
 
-    def know(self, new: fx.Node, old: fx.Node) -> None:
+    def record(self, new: fx.Node, old: fx.Node) -> None:
         """Note that a new node yields what an old one did, as far as its readers can tell."""
         self._order[new] = self._order[old]
         self._hold(new, self._memory[old])

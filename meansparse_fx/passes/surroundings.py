@@ -63,7 +63,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A value that an operator reads or a sum adds: ``x`` behind its own norm and LayerScale, where it has them."""
+    """A value that an operator reads or a sum adds: ``x`` after its own norm and LayerScale, where it has them."""
 
     x: fx.Node
     norm: Norm | None
@@ -86,24 +86,24 @@ class Surroundings:
     Attributes:
         branch: What the operator computes from: directly, or as an operand of the sum before it.
         total: The sum before it.
-        outer: A norm of that sum.
+        sum_norm: A norm of that sum.
         want_sum: Others read the sum before it, too.
-        behind: The sum behind it.
+        epilogue: The sum after it.
         shortcut: What that one adds.
         reasons: Why what stands there, too, is left.
     """
 
     branch: Branch
     total: Sum | None
-    outer: Norm | None
+    sum_norm: Norm | None
     want_sum: bool
-    behind: fx.Node | None
+    epilogue: fx.Node | None
     shortcut: fx.Node | None
     reasons: tuple[str, ...]
 
     def __bool__(self) -> bool:
         """Whether there is anything."""
-        return any((self.branch.norm, self.branch.scale, self.total, self.behind))
+        return any((self.branch.norm, self.branch.scale, self.total, self.epilogue))
 
     def __str__(self) -> str:
         """Say what is taken in, and why something is not."""
@@ -111,10 +111,10 @@ class Surroundings:
             (self.branch.norm, "norm"),
             (self.branch.scale, "LayerScale"),
             (self.total, "sum"),
-            (self.outer, "norm"),
+            (self.sum_norm, "norm"),
         )
         parts = [" + ".join(word for found, word in before if found)]
-        parts += ["both results read"] * self.want_sum + ["sum behind it"] * bool(self.behind)
+        parts += ["both results read"] * self.want_sum + ["sum after it"] * bool(self.epilogue)
         taken = ", ".join(part for part in parts if part)
         return "; ".join(part for part in (taken, *self.reasons) if part) or "nothing beside it to take in"
 
@@ -144,17 +144,17 @@ class Finder:
     def around(self, node: fx.Node, operator: MeanSparse) -> Surroundings:
         """Return what stands around the operator that ``node`` calls."""
         source, reasons = node.args[0], _Reasons()
-        outer = reasons.keep(self._norm(source, operator))
-        total = self._sum(outer.node.args[0] if outer else source, operator, reasons)
-        outer = outer if total else None
+        sum_norm = reasons.keep(self._norm(source, operator))
+        total = self._sum(sum_norm.node.args[0] if sum_norm else source, operator, reasons)
+        sum_norm = sum_norm if total else None
         branch = total.branch if total else self._branch(source, operator, reasons)
-        reader = outer.node if outer else node
+        reader = sum_norm.node if sum_norm else node
         want_sum = total is not None and any(user is not reader for user in total.node.users)
-        behind = reasons.keep(self._behind(node, branch, want_sum))
-        moved = [part.node for part in (branch.norm, branch.scale, total, outer) if part] + list(behind or ())[:1]
+        epilogue = reasons.keep(self._epilogue(node, branch, want_sum))
+        moved = [part.node for part in (branch.norm, branch.scale, total, sum_norm) if part] + list(epilogue or ())[:1]
         if any(self._modes[n] != self._modes[node] for n in moved):
             return Surroundings(Branch(source, None, None), None, None, False, None, None, (_OTHER_MODE,))
-        return Surroundings(branch, total, outer, want_sum, *(behind or (None, None)), tuple(reasons))
+        return Surroundings(branch, total, sum_norm, want_sum, *(epilogue or (None, None)), tuple(reasons))
 
     def _branch(self, value: fx.Node, operator: MeanSparse, reasons: _Reasons) -> Branch:
         """Return where a value comes from."""
@@ -234,7 +234,7 @@ class Finder:
                 return Sum(node, branch, residual)
         return Sum(node, Branch(operands[0], None, None), operands[1])
 
-    def _behind(self, node: fx.Node, branch: Branch, want_sum: bool) -> tuple[fx.Node, fx.Node] | str | None:
+    def _epilogue(self, node: fx.Node, branch: Branch, want_sum: bool) -> tuple[fx.Node, fx.Node] | str | None:
         """Return the sum of the operator's result and of another value, and that; why it cannot be taken; or None."""
         total = next(iter(node.users), None)
         if total is not None and self._is_hooked(total):
@@ -243,14 +243,14 @@ class Finder:
             return None
         operands = self._operands(total)
         if operands is None:
-            return "the sum behind it is not of two tensors of its shape" if len(total.all_input_nodes) == 2 else None
+            return "the sum after it is not of two tensors of its shape" if len(total.all_input_nodes) == 2 else None
         shortcut = operands[1] if operands[0] is node else operands[0]
         if want_sum:  # which is needed before the shortcut may be there
-            return "others read the sum before it, so the one behind it stays"
+            return "others read the sum before it, so the one after it stays"
         # The call moves to where the sum is.
         product = branch.scale.node if branch.scale else None
         if self._changed(branch.x, product) or self._changed(shortcut, total) or self._read_again(total):
-            return "what the sum behind it reads is overwritten"
+            return "what the sum after it reads is overwritten"
         return total, shortcut
 
     def _operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -268,11 +268,11 @@ class Finder:
             return node.target in (enter, leave)
         return has_hooks(module) and (type(module) in _NORMS or self._operators.activation(node) is not None)
 
-    def know(self, new: fx.Node, old: fx.Node) -> None:
+    def record(self, new: fx.Node, old: fx.Node) -> None:
         """Note that a new node yields what an old one did."""
         self._flow.values[new] = self._flow.values[old]
         self._modes[new] = self._modes[old]
-        self._overwrites.know(new, old)
+        self._overwrites.record(new, old)
 
     # The two forms of a batch norm.
 

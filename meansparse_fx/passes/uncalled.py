@@ -80,7 +80,7 @@ def _taken(graph_module: fx.GraphModule) -> Iterator[tuple[nn.Module, str]]:
     for path, operator in graph_module.named_modules():
         if not isinstance(operator, MeanSparse):
             continue
-        for norm in (operator.before.norm, operator.before.outer):
+        for norm in (operator.prologue.input_norm, operator.prologue.sum_norm):
             if norm is not None:
                 yield norm.module, path
         if operator.replaces is not None and operator.replaces.op == "call_module":

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from meansparse_fx.kernels import layout as layouts
 from meansparse_fx.kernels.device_activations import ACTIVATIONS
-from meansparse_fx.kernels.launch import mean_sparse_backward, mean_sparse_forward
 from meansparse_fx.kernels.records import Options, Vectors
+
+from . import calls
 
 # Relative and absolute; half precision is rounded once, so within half a unit in the last place. A whole unit for
 # bfloat16 under the interpreter, which truncates.
@@ -83,7 +84,7 @@ def gate(x, centre, threshold, steepness):
 def oracle(x, vectors, options, grad_y):
     """y, grad_x and grad_weight in float64."""
     centre, threshold, weight, *_ = vectors
-    channel_dim, activation, constants, variant, backward, steepness, _ = options
+    channel_dim, activation, constants, variant, backward, steepness, backward_steepness, _ = options
     along = [n if d == channel_dim else 1 for d, n in enumerate(x.shape)]
     x = x.double().clone().requires_grad_()
     centre, threshold = (v.double().view(along) for v in (centre, threshold))
@@ -96,8 +97,8 @@ def oracle(x, vectors, options, grad_y):
         s = torch.where(inside, centre, x)
     if backward == "identity":
         s = x + (s - x).detach()
-    elif backward == "smooth" and variant != "smooth":
-        soft = gate(x, centre, threshold, steepness)
+    elif backward == "smooth":
+        soft = gate(x, centre, threshold, backward_steepness)
         s = soft + (s - soft).detach()
     slope = None if weight is None else weight.double().clone().requires_grad_()
     shaped = None if slope is None else slope.view([1] * x.dim() if slope.numel() == 1 else along)
@@ -112,15 +113,15 @@ def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype, **kwargs) ->
     torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=atol, **kwargs)
 
 
-def check(x, centre, threshold, weight, channel_dim, activation, variant="mean", backward="exact", steepness=4.0):
+def check(x, centre, threshold, weight, channel_dim, activation, variant="mean", backward="exact", steepness=(4.0, 3.0)):
     """Compare forward and backward with the oracle; returns y and the gradients."""
     if activation not in LEARNED:
         weight = None
     vectors = Vectors(centre, threshold, weight)
-    options = Options(channel_dim, activation, CONSTANTS.get(activation, ()), variant, backward, steepness)
+    options = Options(channel_dim, activation, CONSTANTS.get(activation, ()), variant, backward, *steepness)
     grad_y = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
-    y = mean_sparse_forward(x, vectors, options)
-    grads = mean_sparse_backward(grad_y, x, vectors, options)
+    y = calls.forward(x, vectors, options)
+    grads = calls.backward(grad_y, x, vectors, options)
     expected_y, expected_x, expected_weight = oracle(x, vectors, options, grad_y)
     assert y.dtype == grads.x.dtype == x.dtype
     assert y.stride() == grads.x.stride() == torch.empty_like(x).stride()
@@ -173,11 +174,11 @@ def test_layout(name, dtype, device) -> None:
 @pytest.mark.parametrize("name", ["contiguous", "channels_last", "tokens", "channel_slice"])
 def test_offsets_of_64_bits(name, device, monkeypatch) -> None:
     monkeypatch.setattr(layouts, "INT32_ELEMENTS", 0)
-    layouts.plan.cache_clear()
+    layouts.layout_of.cache_clear()
     x, *vectors = inputs((2, 4, 3, 5), 1, torch.float32, device)
     arrange, channel_dim = LAYOUTS[name]
     check(arrange(x), *vectors, channel_dim, "prelu")
-    layouts.plan.cache_clear()
+    layouts.layout_of.cache_clear()
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (1, 1, 1), (1, 3, 1), (5, 1, 1), (1, 1, 5)])
@@ -261,14 +262,14 @@ def test_special_values(activation, threshold, device) -> None:
     constants = CONSTANTS.get(activation, ())
     vectors = Vectors(torch.zeros(1, device=device), torch.full((1,), threshold, device=device), weight)
     options = Options(1, activation, constants)
-    got = mean_sparse_forward(x, vectors, options)
+    got = calls.forward(x, vectors, options)
     assert got[0].isnan()
     assert got[1:3].flatten().tolist() == pytest.approx(LIMITS[activation])
     leaf = x[3:].double().requires_grad_()
     s = torch.where(leaf.detach().abs() <= threshold, 0.0, leaf)
     expected = ORACLE[activation](s, None if weight is None else weight.double(), *constants)
     torch.testing.assert_close(got[3:].double(), expected.detach(), rtol=1e-5, atol=1e-6)
-    grad_x = mean_sparse_backward(grad, x, vectors, options).x
+    grad_x = calls.backward(grad, x, vectors, options).x
     (expected_grad,) = torch.autograd.grad(expected, leaf, grad[3:].double())
     torch.testing.assert_close(grad_x[3:].double(), expected_grad, rtol=1e-5, atol=1e-6)
 
@@ -278,18 +279,18 @@ def test_nan_and_infinity_are_never_inside(variant, device) -> None:
     x = torch.tensor([[float("nan")], [float("inf")], [float("-inf")]], device=device)
     ones = torch.ones(1, device=device)
     for threshold in (ones, torch.full_like(ones, 3e38), -ones):
-        y = mean_sparse_forward(x, Vectors(ones, threshold), Options(1, variant=variant))
+        y = calls.forward(x, Vectors(ones, threshold), Options(1, variant=variant))
         torch.testing.assert_close(y, x, equal_nan=True, rtol=0, atol=0)
 
 
 def test_the_band_is_closed(device) -> None:
     x = torch.tensor([[0.75], [1.25], [0.5], [1.5], [1.0]], device=device)
     band = Vectors(torch.tensor([1.0], device=device), torch.tensor([0.25], device=device))
-    y = mean_sparse_forward(x, band, Options(1))
+    y = calls.forward(x, band, Options(1))
     assert y.flatten().tolist() == [1.0, 1.0, 0.5, 1.5, 1.0]
-    edge = mean_sparse_forward(x, band, Options(1, variant="edge"))
+    edge = calls.forward(x, band, Options(1, variant="edge"))
     assert edge.flatten().tolist() == [0.75, 1.25, 0.5, 1.5, 1.25]
-    grad = mean_sparse_backward(torch.ones_like(x), x, band, Options(1)).x
+    grad = calls.backward(torch.ones_like(x), x, band, Options(1)).x
     assert grad.flatten().tolist() == [0.0, 0.0, 1.0, 1.0, 0.0]
 
 
@@ -297,7 +298,7 @@ def test_gelu_over_its_whole_range(device) -> None:
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(1, 38, 200), -torch.logspace(1, 38, 200)])
     x = x.view(-1, 1).to(device)
     none = -torch.ones(1, device=device)
-    y = mean_sparse_forward(x, Vectors(none, none), Options(1, "gelu"))
+    y = calls.forward(x, Vectors(none, none), Options(1, "gelu"))
     torch.testing.assert_close(y.double(), F.gelu(x.double()), rtol=3e-7, atol=1e-7)
 
 
@@ -308,10 +309,10 @@ def test_gelu_over_its_whole_range(device) -> None:
 def test_float64_is_left_to_the_reference(device) -> None:
     x, vector = torch.zeros(2, 3, dtype=torch.float64, device=device), torch.zeros(3, device=device)
     with pytest.raises(TypeError, match="float64"):
-        mean_sparse_forward(x, Vectors(vector, vector), Options(1))
+        calls.forward(x, Vectors(vector, vector), Options(1))
 
 
 def test_vectors_of_another_size_are_refused(device) -> None:
     x, vector = torch.zeros(2, 3, device=device), torch.zeros(3, device=device)
     with pytest.raises(ValueError, match="threshold has 2 elements for 3 channels"):
-        mean_sparse_forward(x, Vectors(vector, vector[:2]), Options(1))
+        calls.forward(x, Vectors(vector, vector[:2]), Options(1))

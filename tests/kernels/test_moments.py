@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from meansparse_fx.activations import ActivationCall
 from meansparse_fx.kernels import layout as layouts
 from meansparse_fx.kernels import moments as module
+from meansparse_fx.kernels import tiles
 from meansparse_fx.kernels.moments import activation_moments, channel_moments
 from meansparse_fx.nn import ChannelMoments
 
@@ -122,11 +123,11 @@ def test_fused_learned_slope(device) -> None:
 
 def test_offsets_of_64_bits(device, monkeypatch) -> None:
     monkeypatch.setattr(layouts, "INT32_ELEMENTS", 0)
-    layouts.plan.cache_clear()
+    tiles.plan.cache_clear()
     for arrange, channel_dim in list(LAYOUTS.values())[:3]:
         x = arrange(sample((3, 6, 5, 7), torch.float32, device))
         check(channel_moments(x, channel_dim), x, channel_dim)
-    layouts.plan.cache_clear()
+    tiles.plan.cache_clear()
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 0), (1, 1, 1), (1, 3, 1), (5, 1, 1), (1, 1, 5)])

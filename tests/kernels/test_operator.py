@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from meansparse_fx.kernels import ops, reference
-from meansparse_fx.kernels.fused import fused
+from meansparse_fx.kernels.operator import Operator
 from meansparse_fx.kernels.records import Options, Vectors
 
 
@@ -53,7 +53,7 @@ def test_fused_operator_is_its_composition(strides, want_sum, device, monkeypatc
     results = []
     for choice in ("triton", "eager"):
         monkeypatch.setenv("MEANSPARSE_FX_LOWERING", choice)
-        found = fused(*leaves, vectors, Options(1, want_sum=want_sum))
+        found = Operator(vectors, Options(1, want_sum=want_sum))(*leaves)
         found = found if want_sum else (found,)
         grads = torch.autograd.grad(found, leaves, streams[3 : 3 + len(found)])
         results.append((*found, *grads))

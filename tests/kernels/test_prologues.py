@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meansparse_fx.kernels.launch import mean_sparse_backward, mean_sparse_forward
 from meansparse_fx.kernels.records import Options, Vectors
+
+from . import calls
 
 SILU, BOTH = Options(1, "silu"), Options(1, "silu", want_sum=True)
 
@@ -81,35 +82,35 @@ def case(request, names, memory_format, device) -> SimpleNamespace:
 
 
 def test_prologue(case) -> None:
-    y = mean_sparse_forward(case.x, case.vectors, SILU, case.residual)
+    y = calls.forward(case.x, case.vectors, SILU, case.residual)
     assert_close(y, case.y.detach(), case.rtol)
     shortcut = case.grad_y  # as good as any
-    added = mean_sparse_forward(case.x, case.vectors, SILU, case.residual, shortcut)
+    added = calls.forward(case.x, case.vectors, SILU, case.residual, shortcut)
     bound = case.rtol * (case.y.abs() + shortcut.double().abs()) + 1e-6
     assert ((added.double() - case.y - shortcut.double()).abs() <= bound).all()
-    grads = mean_sparse_backward(case.grad_y, case.x, case.vectors, SILU, case.residual, want_grad_sum=True)
+    grads = calls.backward(case.grad_y, case.x, case.vectors, SILU, case.residual, want_grad_sum=True)
     assert_close(grads.x, case.grad_x, case.rtol)
     assert_close(grads.v, case.v.grad, case.rtol)
 
 
 def test_the_sum_as_a_second_output(case) -> None:
-    y, v = mean_sparse_forward(case.x, case.vectors, BOTH, case.residual)
+    y, v = calls.forward(case.x, case.vectors, BOTH, case.residual)
     assert v.stride() == y.stride() == case.x.stride()
     assert_close(v, case.v.detach(), case.rtol)
     # y is the operator of the sum as returned, bit for bit.
     centre, threshold, *_, scale, shift = case.vectors
     norm = Vectors(centre, threshold, scale=scale, shift=shift)
-    assert torch.equal(y, mean_sparse_forward(v, norm, SILU))
-    both = mean_sparse_forward(case.x, case.vectors, BOTH, case.residual, case.grad_y)
+    assert torch.equal(y, calls.forward(v, norm, SILU))
+    both = calls.forward(case.x, case.vectors, BOTH, case.residual, case.grad_y)
     assert torch.equal(both[1], v)
-    assert torch.equal(both[0], mean_sparse_forward(v, norm, SILU, shortcut=case.grad_y))
+    assert torch.equal(both[0], calls.forward(v, norm, SILU, shortcut=case.grad_y))
 
 
 def test_gradients_through_both_outputs(case) -> None:
-    _, v = mean_sparse_forward(case.x, case.vectors, BOTH, case.residual)
-    grads = mean_sparse_backward(case.grad_y, v, case.vectors, BOTH, case.residual, case.grad_y, want_grad_sum=True)
+    _, v = calls.forward(case.x, case.vectors, BOTH, case.residual)
+    grads = calls.backward(case.grad_y, v, case.vectors, BOTH, case.residual, case.grad_y, want_grad_sum=True)
     outer = case.vectors._replace(scale=None, shift=None, layer_scale=None)
-    plain = mean_sparse_backward(case.grad_y, v, outer, BOTH).x.double()
+    plain = calls.backward(case.grad_y, v, outer, BOTH).x.double()
     both = case.grad_y.double() + plain
     rounding = case.rtol * (plain.abs() + both.abs()) + 1e-6  # each is rounded apart
     assert ((grads.v.double() - both).abs() <= rounding).all()

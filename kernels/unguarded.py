@@ -1,7 +1,8 @@
 """Functions compiled by Inductor for the CPU, and called without Dynamo.
 
 Dynamo's guards and the rebuilding of results cost 60 microseconds a call on two threads of an AMD EPYC, several times
-what a small kernel takes. Here Dynamo calls a function once for each kind of arguments; what it called then is called
+what a small kernel takes; without guards, by torch.compile's option ``guard_filter_fn``, it still costs 51 of them where
+what follows costs 7. Here Dynamo calls a function once for each kind of arguments; what it called then is called
 directly from the second time on. One tuple asks what the guards asked: dtypes, which arguments are missing, which
 sizes are 0, 1 or equal, the number of threads. What does not fit that scheme stays with Dynamo.
 
@@ -22,7 +23,7 @@ from torch import Tensor, fx
 _LOGGER = logging.getLogger("meansparse_fx.kernels")
 
 
-class Known(NamedTuple):
+class CompiledCall(NamedTuple):
     """What Dynamo called for one kind of arguments.
 
     Attributes:
@@ -34,12 +35,14 @@ class Known(NamedTuple):
     compiled: Callable[..., Sequence[Tensor]]
     order: list[tuple[int, int | None]]
 
-    def call(self, arguments: Sequence[Tensor | None]) -> Sequence[Tensor]:
-        """Return the function's results for its own arguments."""
-        return self.compiled(*[arguments[i] if d is None else arguments[i].shape[d] for i, d in self.order])
+    def bound(self, arguments: Sequence[Tensor | None]) -> Callable[[Sequence[Tensor | None]], Sequence[Tensor]]:
+        """Return the function's call for arguments of the sizes of these."""
+        sources = [(i, None if d is None else arguments[i].shape[d]) for i, d in self.order]
+        compiled = self.compiled
+        return lambda given: compiled(*[given[i] if size is None else size for i, size in sources])
 
 
-class Direct:
+class Unguarded:
     """A function of tensors, all of its sizes dynamic; where compiling fails it is called as it is.
 
     Args:
@@ -60,10 +63,12 @@ class Direct:
             self._calls[case] = call = _OneCase(self._plain, self._name)
         return call(*arguments)
 
-    def known(self, *arguments: Tensor | None) -> Known | None:
-        """Return the direct call for arguments of this kind, if there is one by now."""
-        call = self._calls.get(_case_of(arguments))
-        return None if call is None else call.known
+    def direct(
+        self, arguments: Sequence[Tensor | None]
+    ) -> Callable[[Sequence[Tensor | None]], Sequence[Tensor]] | None:
+        """Return the call for arguments of the sizes of these that passes Dynamo by, if there is one by now."""
+        case = self._calls.get(_case_of(arguments))
+        return None if case is None or case.compiled_call is None else case.compiled_call.bound(arguments)
 
 
 def _case_of(arguments: Sequence[Tensor | None]) -> Hashable:
@@ -90,11 +95,11 @@ class _OneCase:
         call.__code__ = call.__code__.replace(co_name=name)
         self._plain, self._seen = plain, threading.local()
         self._compiled = torch.compile(call, backend=self._backend, dynamic=True, fullgraph=True)
-        self.known: Known | None = None
+        self.compiled_call: CompiledCall | None = None
 
     def __call__(self, *arguments: Tensor | None) -> Sequence[Tensor]:
-        if self.known is not None:
-            return self.known.call(arguments)
+        if self.compiled_call is not None:
+            return self.compiled_call.bound(arguments)(arguments)
         if self._compiled is None:
             return self._plain(*arguments)
         self._seen.call = None
@@ -106,7 +111,7 @@ class _OneCase:
             warnings.warn(f"compiling the CPU kernel failed, using torch operators: {error}", stacklevel=2)
             self._compiled = None
             return self._plain(*arguments)
-        self.known = self._told(detached, results)
+        self.compiled_call = self._find_call(detached, results)
         return results
 
     def _backend(self, graph: fx.GraphModule, examples: Sequence) -> Callable:
@@ -122,7 +127,7 @@ class _OneCase:
 
         return call
 
-    def _told(self, arguments: Sequence[Tensor | None], results: Sequence[Tensor]) -> Known | None:
+    def _find_call(self, arguments: Sequence[Tensor | None], results: Sequence[Tensor]) -> CompiledCall | None:
         """Return the call that Dynamo made; None if that cannot be told, or if it made more of the results."""
         if self._seen.call is None:
             return None
@@ -143,4 +148,4 @@ class _OneCase:
             for fake, own in zip(placeholders, given, strict=True)
         ]
         known = [source for source in order if source is not None]
-        return Known(compiled, known) if len(known) == len(order) else None
+        return CompiledCall(compiled, known) if len(known) == len(order) else None

@@ -1,0 +1,99 @@
+"""A Triton kernel launched again without a look at its arguments: what is not public in Triton's interface is here.
+
+``kernel[grid](...)`` looks at every argument at every call, to find the compiled kernel that serves them: 19 of the 25
+microseconds of a launch on the host of an H200. What serves them is decided by the layout, which a `Launch` is made
+for, and by the alignment of the pointers. So the first call goes that way, and the next ones hand pointers to what it
+returned. Not public are ``run``, ``function`` and ``packed_metadata`` of a compiled kernel, as its own
+``compiled[grid]`` uses them, and the driver's ``get_current_stream``; the same in Triton 3.6 and 3.8.
+
+Floor 0, imported only where a kernel is launched: importing this module imports triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+
+from .layout import INT32_ELEMENTS, OPTIONS, Layout
+
+_ALIGNMENT = 16  # bytes, what Triton compiles for if all pointers have it
+_COMPILED: dict[Hashable, Any] = {}
+
+
+class Launch:
+    """One kernel for tensors of one layout; called with the tensors in the order of the kernel's pointers, or None.
+
+    Args:
+        kernel: A function under `triton.jit`: pointers, then numbers, then compile-time arguments.
+        layout: Of the tensors.
+        numbers: The kernel's arguments after the sizes of the layout.
+        constexprs: Compile-time arguments before those of the layout, by name, in order.
+        device: Of the tensors.
+    """
+
+    __slots__ = ("_constexprs", "_device", "_function", "_index", "_kernel", "_metadata", "_rest", "_run", "_several",
+                 "_stream", "_wide_sizes", "grid", "within_2gb")  # fmt: skip
+
+    def __init__(
+        self, kernel: Any, layout: Layout, numbers: tuple[float, ...], constexprs: dict[str, Any], device: torch.device
+    ) -> None:
+        self.grid, self.within_2gb = layout.grid, layout.within_2gb
+        self._kernel, self._device, self._index = kernel, device, device.index
+        self._constexprs = constexprs | layout.constexprs
+        self._rest = (*layout.sizes, *numbers, *self._constexprs.values())
+        self._wide_sizes = tuple(size > INT32_ELEMENTS for size in layout.sizes)  # which are other types to Triton
+        self._run = None
+        self._several = device.type == "cuda" and torch.cuda.device_count() > 1
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch on the current stream of the tensors' device."""
+        pointers = [t if t is None else t.data_ptr() for t in tensors]
+        bits = 0
+        for pointer in pointers:
+            if pointer:
+                bits |= pointer
+        if self._run is None or bits % _ALIGNMENT or _is_hooked():
+            self._first(tensors, bits % _ALIGNMENT == 0)
+        elif self._several and torch.cuda.current_device() != self._index:
+            with torch.cuda.device(self._device):
+                self._again(pointers)
+        else:
+            self._again(pointers)
+
+    def _again(self, pointers: list[int | None]) -> None:
+        stream = self._stream(self._index)
+        self._run(self.grid, 1, 1, stream, self._function, self._metadata, None, None, None, *pointers, *self._rest)
+
+    def _first(self, tensors: tuple[Tensor | None, ...], aligned: bool) -> None:
+        """Launch as Triton does, which compiles where there is need, and keep what can be called directly from now."""
+        numbers = self._rest[: len(self._rest) - len(self._constexprs)]
+        with torch.cuda.device_of(next(t for t in tensors if t is not None)):
+            key = self._key(tensors)
+            compiled = _COMPILED.get(key) if aligned and not _is_hooked() else None
+            if compiled is None:
+                compiled = self._kernel[(self.grid,)](*tensors, *numbers, **self._constexprs, **OPTIONS)
+                launched = True
+            else:
+                launched = False
+            if not aligned or not hasattr(compiled, "run"):  # interpreted kernels return nothing
+                return
+            _COMPILED[key] = compiled
+            self._run, self._function, self._metadata = compiled.run, compiled.function, compiled.packed_metadata
+            self._stream = driver.active.get_current_stream
+            if not launched:
+                self._again([t if t is None else t.data_ptr() for t in tensors])
+
+    def _key(self, tensors: tuple[Tensor | None, ...]) -> Hashable:
+        dtypes = tuple([t if t is None else t.dtype for t in tensors])
+        return self._kernel, dtypes, *self._constexprs.values(), self._device, self._wide_sizes, self.within_2gb
+
+
+def _is_hooked() -> bool:
+    """Return whether somebody, such as Triton's profiler, wants to hear of launches."""
+    hook = knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))

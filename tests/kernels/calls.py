@@ -1,0 +1,38 @@
+"""The Triton kernels called as a test wants them: directly, whatever the device, and without autograd."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from meansparse_fx.kernels import composition, launch
+from meansparse_fx.kernels.composition import Gradients, Wanted
+from meansparse_fx.kernels.operator import Operator
+from meansparse_fx.kernels.records import Options, Vectors
+
+
+def forward(
+    x: Tensor, vectors: Vectors, options: Options, residual: Tensor | None = None, shortcut: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return y, or y and v with ``options.want_sum``."""
+    y, v = Operator(vectors, options, "triton").forward(x, residual, shortcut)
+    return (y, v) if options.want_sum else y
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    vectors: Vectors,
+    options: Options,
+    residual: Tensor | None = None,
+    grad_sum: Tensor | None = None,
+    want_grad_sum: bool = False,
+) -> Gradients:
+    """Return the gradients of x and, if wanted, of v; with ``options.want_sum`` x is v. That of a slope is torch's."""
+    if x.numel() == 0:
+        return composition.backward(grad, grad_sum, x, residual, vectors, options, options.want_sum)
+    wanted, tensors = Wanted(want_grad_sum), (grad, grad_sum, x, residual if not options.want_sum else None)
+    found = launch.backward_runner(vectors, options, *tensors, options.want_sum, wanted)(vectors, *tensors)
+    if vectors.weight is None:
+        return found
+    weight = composition.backward(*tensors, vectors, options, options.want_sum, Wanted(weight=True)).weight
+    return found._replace(weight=weight)
