@@ -157,6 +157,6 @@ def _activation_gradient(
     if not want_weight:
         return grad_u, None
     per_element = row.weight_backward(grad, s, weight, *options.constants)
-    kept = [dim] if vectors.weight.numel() > 1 else []
+    kept = [dim] if vectors.weight.numel() != 1 else []
     total = per_element.sum([d for d in range(u.dim()) if d not in kept])
     return grad_u, total.view(vectors.weight.shape).to(vectors.weight.dtype)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meansparse_fx.kernels import composed
-from meansparse_fx.kernels.fused import fused
+from meansparse_fx.kernels import composition, operator
+from meansparse_fx.kernels.operator import Operator
 from meansparse_fx.kernels.records import Options, Vectors
 
 PROLOGUES = [
@@ -43,6 +43,8 @@ def case(names, shape, dtype):
     x = normal(0, *shape).to(dtype)
     residual, shortcut = (normal(s, *shape).to(dtype) if n in names else None for s, n in enumerate(STREAMS, 1))
     vectors = {n: normal(3 + i, channels).float() + 1 for i, n in enumerate(names) if n not in STREAMS}
+    if "layer_scale" in vectors:  # a parameter of the model, whose dtype x has
+        vectors["layer_scale"] = vectors["layer_scale"].to(dtype)
     wide = {n: v.double().view(1, -1, 1, 1) for n, v in vectors.items()}
     leaves = [t if t is None else t.double().clone().requires_grad_() for t in (x, residual, shortcut)]
     v = leaves[0] * wide.get("scale", 1) + wide.get("shift", 0)
@@ -61,7 +63,7 @@ def case(names, shape, dtype):
 def check(names, shape, dtype, layout, want_sum, rtol):
     (*tensors, vectors), leaves, v, y = case(names, shape, dtype)
     inputs = [None if t is None else LAYOUTS[layout](t).requires_grad_() for t in tensors]
-    results = fused(*inputs, vectors, Options(1, "silu", want_sum=want_sum))
+    results = Operator(vectors, Options(1, "silu", want_sum=want_sum))(*inputs)
     upstream = [normal(20 + i, *shape) for i in range(2 if want_sum else 1)]
     got = results if want_sum else (results,)
     for result, expected in zip(got, (y, v), strict=False):
@@ -107,7 +109,7 @@ def test_what_is_kept_for_backward(want_sum):
     x.requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        fused(x, residual, shortcut, vectors, Options(1, "silu", want_sum=want_sum))
+        Operator(vectors, Options(1, "silu", want_sum=want_sum))(x, residual, shortcut)
     assert sum(t.numel() == x.numel() for t in kept) == (1 if want_sum else 2)
 
 
@@ -124,7 +126,7 @@ def test_a_relus_gradient_is_told_from_its_result(names, backward, dtype):
     inputs = [None if t is None else t.requires_grad_() for t in (x, residual)]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = fused(*inputs, None, vectors, Options(1, "relu", backward=backward))
+        y = Operator(vectors, Options(1, "relu", backward=backward))(*inputs, None)
     large = [t for t in kept if t.numel() == x.numel()]
     if dtype == torch.bfloat16:
         assert len(large) == 1 + ("residual" in names)
@@ -146,18 +148,18 @@ def test_a_relus_gradient_is_told_from_its_result(names, backward, dtype):
 
 def test_no_gradient_wanted():
     (x, residual, _, vectors), *_ = case(PROLOGUES[2], (3, 4, 5, 2), torch.float32)
-    assert not fused(x, residual, None, vectors, Options(1, "relu")).requires_grad
+    assert not Operator(vectors, Options(1, "relu"))(x, residual, None).requires_grad
     with torch.no_grad():
-        assert not fused(x.requires_grad_(), residual, None, vectors, Options(1, "relu")).requires_grad
+        assert not Operator(vectors, Options(1, "relu"))(x.requires_grad_(), residual).requires_grad
     residual.requires_grad_()
-    fused(x.detach(), residual, None, vectors, Options(1, "relu")).sum().backward()
+    Operator(vectors, Options(1, "relu"))(x.detach(), residual).sum().backward()
     assert residual.grad is not None
 
 
 def test_the_gradient_of_the_shortcut_is_the_results():
     """The same tensor, and without a call where nothing else wants one."""
     (x, _, shortcut, vectors), *_ = case(("layer_scale", "shortcut"), (3, 4, 5, 2), torch.float32)
-    y = fused(x, None, shortcut.requires_grad_(), vectors, Options(1))
+    y = Operator(vectors, Options(1))(x, None, shortcut.requires_grad_())
     upstream = torch.rand_like(y)
     with Calls() as calls:
         (grad,) = torch.autograd.grad(y, shortcut, upstream, retain_graph=True)
@@ -186,22 +188,23 @@ class Calls(TorchDispatchMode):
         (PROLOGUES[2], Options(1, "relu", backward="identity")),
     ],
 )
-def test_one_call_forward_and_one_backward(names, options):
+def test_one_call_forward_and_one_backward(names, options, monkeypatch):
+    called = []
+    for name in ("forward", "backward"):
+        original = getattr(composition, name)
+        monkeypatch.setattr(composition, name, lambda *a, n=name, f=original: (called.append(n), f(*a))[1])
+    monkeypatch.setattr(operator, "_RUNNERS", {})
     (*tensors, vectors), *_ = case(names, (3, 4, 5, 2), torch.float32)
     leaves = [t.requires_grad_() for t in tensors if t is not None]
-    with Calls() as forward:
-        y = fused(*tensors, vectors, options)
-    upstream = torch.rand_like(y)
-    with Calls() as backward:
-        torch.autograd.grad(y, leaves, upstream)
-    assert forward.names == ["meansparse.fused.default"]
-    assert backward.names == ["meansparse.fused_backward.default"]
+    y = Operator(vectors, options)(*tensors)
+    torch.autograd.grad(y, leaves, torch.rand_like(y))
+    assert called == ["forward", "backward"]
 
 
 def test_a_sum_that_nobody_wants_is_not_rounded():
     (x, residual, _, vectors), *_ = case(("residual",), (3, 4, 5, 2), torch.bfloat16)
     with Calls() as calls:
-        composed.forward(x, residual, None, vectors, Options(1, "silu"))
+        composition.forward(x, residual, None, vectors, Options(1, "silu"))
     assert calls.names.count("aten._to_copy.default") == 3  # of x, the residual and y
 
 
@@ -211,15 +214,19 @@ def test_what_broadcasts_is_added_to_every_image(name):
     one = next(t for t in streams if t is not None)[:1].clone().requires_grad_()
     results = []
     for added in (one, one.expand_as(x)):
-        y = fused(x, *(None if t is None else added for t in streams), vectors, Options(1, "silu"))
+        y = Operator(vectors, Options(1, "silu"))(x, *(None if t is None else added for t in streams))
         results.append((y, *torch.autograd.grad(y.square().sum(), one)))
     torch.testing.assert_close(*results)
 
 
-def test_opcheck():
-    (x, residual, _, vectors), *_ = case(PROLOGUES[2], (3, 4, 5, 2), torch.float32)
-    arguments = (x.requires_grad_(), residual.requires_grad_(), None, list(vectors), *Options(1, "silu", want_sum=True))
-    # AOT dispatch would see the autograd formula through an autograd.Function, which compilers never do here:
-    # they get the composition.
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.meansparse.fused.default, arguments, test_utils=tests)
+def test_what_belongs_together_is_checked_once_and_by_name():
+    (x, residual, _, vectors), *_ = case(("residual",), (3, 4, 5, 2), torch.float32)
+    with pytest.raises(ValueError, match="scale has 3 elements for 4 channels"):
+        Operator(vectors._replace(scale=torch.ones(3)), Options(1))
+    with pytest.raises(ValueError, match="variant must be one of mean, edge, smooth, got 'none'"):
+        Operator(vectors, Options(1, variant="none"))
+    operator_ = Operator(vectors, Options(1))
+    with pytest.raises(ValueError, match="x has 3 channels at dim 1, the operator 4"):
+        operator_(x[:, :3])
+    with pytest.raises(ValueError, match=r"a tensor of shape \[2, 4, 5, 2\] beside one of shape \[3, 4, 5, 2\]"):
+        operator_(x, residual[:2])

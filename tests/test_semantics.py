@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meansparse_fx.kernels import ops, reference, traced
+from meansparse_fx.kernels import ops, reference
 
 # The oracle: each activation from its own textbook formula, in float64 NumPy.
 SHIFT = 0.15
@@ -69,7 +69,7 @@ def by_hand(x, centre, threshold, name, weight):
 @pytest.mark.parametrize("name", reference.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
-    "entry", [ops.mean_sparse, reference.mean_sparse, traced.mean_sparse], ids=["operator", "reference", "traced"]
+    "entry", [ops.mean_sparse, reference.mean_sparse, ops.composed], ids=["operator", "reference", "composed"]
 )
 def test_forward_is_the_definition(entry, name, dtype):
     x, centre, threshold = sample(dtype)
@@ -85,7 +85,7 @@ def test_forward_is_the_definition(entry, name, dtype):
 @pytest.mark.parametrize("name", reference.ACTIVATIONS)
 @pytest.mark.parametrize("variant", reference.VARIANTS)
 @pytest.mark.parametrize("backward", reference.BACKWARDS)
-@pytest.mark.parametrize("entry", [ops.mean_sparse, traced.mean_sparse], ids=["operator", "traced"])
+@pytest.mark.parametrize("entry", [ops.mean_sparse, ops.composed], ids=["operator", "composed"])
 def test_lowerings_and_reference_agree(entry, name, variant, backward):
     x, centre, threshold = sample()
     # The edges of the band, and the kink most activations have.
@@ -160,7 +160,7 @@ def test_the_band_is_closed():
 @pytest.mark.parametrize("name", sorted(set(reference.ACTIVATIONS) - set(SLOPED)))
 @pytest.mark.parametrize("backward", reference.BACKWARDS)
 @pytest.mark.parametrize("threshold", [-1.0, 0.3])
-@pytest.mark.parametrize("entry", [ops.mean_sparse, traced.mean_sparse], ids=["operator", "traced"])
+@pytest.mark.parametrize("entry", [ops.mean_sparse, ops.composed], ids=["operator", "composed"])
 def test_special_values_pass_as_in_the_activation(entry, name, backward, threshold):
     x = torch.tensor([[math.nan, math.inf, -math.inf, -0.0]])
     constants, _ = arguments(name)
@@ -233,7 +233,7 @@ def test_backward_keeps_the_input_and_nothing_else_of_its_size(backward):
 
 @pytest.mark.parametrize("backward", ["exact", "identity"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("entry", [ops.mean_sparse, traced.mean_sparse], ids=["operator", "traced"])
+@pytest.mark.parametrize("entry", [ops.mean_sparse, ops.composed], ids=["operator", "composed"])
 def test_a_relu_keeps_its_result_and_the_gradient_is_that_of_the_input(entry, dtype, backward):
     g = torch.Generator().manual_seed(3)
     # Few distinct values, so that many are the centre, a band's edge or zero once rounded to the dtype.
@@ -253,16 +253,6 @@ def test_a_relu_keeps_its_result_and_the_gradient_is_that_of_the_input(entry, dt
     inside = (wide - c).abs() <= t
     slope = torch.where(inside, c, wide) > 0 if backward == "identity" else ~inside & (wide > 0)
     assert torch.equal(torch.autograd.grad(y, x, upstream)[0], torch.where(slope, upstream, 0))
-
-
-# opcheck itself reads .grad of a tensor that is not a leaf.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("name", ["identity", "gelu", "prelu"])
-def test_opcheck(name):
-    x = torch.randn(2, CHANNELS, 3, 3, requires_grad=True)
-    weight = torch.rand(CHANNELS, requires_grad=True) if name == "prelu" else None
-    args = (x, torch.randn(CHANNELS), torch.rand(CHANNELS), weight, 1, name, [], "mean", "identity", 10.0)
-    torch.library.opcheck(torch.ops.meansparse.mean_sparse.default, args)
 
 
 def test_lowering_variable_is_checked(monkeypatch):

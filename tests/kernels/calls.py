@@ -29,7 +29,8 @@ def backward(
 ) -> Gradients:
     """Return the gradients of x and, if wanted, of v; with ``options.want_sum`` x is v. That of a slope is torch's."""
     if x.numel() == 0:
-        return composition.backward(grad, grad_sum, x, residual, vectors, options, options.want_sum)
+        wanted = Wanted(want_grad_sum, vectors.weight is not None)
+        return composition.backward(grad, grad_sum, x, residual, vectors, options, options.want_sum, wanted)
     wanted, tensors = Wanted(want_grad_sum), (grad, grad_sum, x, residual if not options.want_sum else None)
     found = launch.backward_runner(vectors, options, *tensors, options.want_sum, wanted)(vectors, *tensors)
     if vectors.weight is None:

@@ -1,54 +1,91 @@
-"""The index maps: which layouts are walked as they lie, how they are tiled, and where 64-bit offsets begin."""
+"""How the kernels walk tensors: which layouts as they lie, which channel each element gets, and where 64 bits begin."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from meansparse_fx.kernels.layout import laid_out_like, plan, planned
+from meansparse_fx.kernels import tiles
+from meansparse_fx.kernels.layout import Layout, divider, fits, is_laid_out_like, laid_out_like, layout_of
 
 X = torch.empty(4, 6, 8, 10)
 CHANNELS_LAST = torch.empty(4, 6, 8, 10).contiguous(memory_format=torch.channels_last)
+CHANNELS_LAST_3D = torch.empty(2, 6, 3, 4, 5).contiguous(memory_format=torch.channels_last_3d)
 TOKENS = torch.empty(4, 80, 6)
+WIDE_TOKENS = torch.empty(4, 80, 12)
 
-MAPS = {  # outer, rows, cols, channels_last
-    "contiguous": (X, 1, (4, 6, 80, False)),
-    "channels_last": (CHANNELS_LAST, 1, (1, 320, 6, True)),
-    "channels_last_3d": (
-        torch.empty(2, 6, 3, 4, 5).contiguous(memory_format=torch.channels_last_3d),
-        1,
-        (1, 120, 6, True),
-    ),
-    "tokens": (TOKENS, 2, (1, 320, 6, True)),
-    "tokens transposed": (TOKENS.transpose(1, 2), 1, (1, 320, 6, True)),
-    "matrix": (torch.empty(4, 6), 1, (1, 4, 6, True)),
-    "channels first": (X, 0, (1, 4, 480, False)),
-    "no positions": (torch.empty(4, 6, 1, 1), 1, (1, 4, 6, True)),
-    "one channel": (torch.empty(4, 1, 8, 10), 1, (1, 1, 320, False)),
-    "a slice of the channels": (X[:, 1:4], 1, (4, 3, 80, False)),
-    "one of the channels": (X[:, 1:2], 1, (4, 1, 80, False)),
-    "some images": (X[::2], 1, (2, 6, 80, False)),
-    "a slice of the tokens": (TOKENS[:, 1:], 2, (4, 79, 6, True)),
-    "a slice of the channels, last": (CHANNELS_LAST[:, :4], 1, (1, 320, 4, True)),
-    "one image for all": (X[:1].expand(4, 6, 8, 10), 1, (4, 6, 80, False)),
-    "one channel for all": (X[:, :1].expand(4, 6, 8, 10), 1, (4, 6, 80, False)),
+
+def walked(x: torch.Tensor, channel_dim: int) -> Layout | None:
+    dense = torch.empty_like(x)
+    return layout_of(tuple(x.shape), x.stride(), dense.stride(), channel_dim, x.element_size())
+
+
+AS_THEY_LIE = {  # which channels a vector has, whether x lies in slabs, elements of a vector
+    "contiguous": (X, 1, ("vector", False, 4)),
+    "channels_last": (CHANNELS_LAST, 1, ("wrap", False, 4)),
+    "channels_last_3d": (CHANNELS_LAST_3D, 1, ("wrap", False, 4)),
+    "tokens": (TOKENS, 2, ("wrap", False, 4)),
+    "tokens transposed": (TOKENS.transpose(1, 2), 1, ("wrap", False, 4)),
+    "tokens, whole vectors": (WIDE_TOKENS, 2, ("columns", False, 4)),
+    "matrix": (torch.empty(4, 12), 1, ("columns", False, 4)),
+    "channels first": (X, 0, ("vector", False, 4)),
+    "no positions": (torch.empty(4, 6, 1, 1), 1, ("wrap", False, 4)),
+    "7x7": (torch.empty(4, 6, 7, 7), 1, ("pair", False, 4)),
+    "7x7, half precision": (torch.empty(4, 6, 7, 7, dtype=torch.bfloat16), 1, ("pair", False, 8)),
+    "2x2, half precision": (torch.empty(4, 6, 2, 2, dtype=torch.bfloat16), 1, ("each", False, 8)),
+    "one channel": (torch.empty(4, 1, 8, 10), 1, ("one", False, 4)),
+    "a slice of the channels": (X[:, 1:4], 1, ("vector", True, 4)),
+    "one of the channels": (X[:, 1:2], 1, ("one", True, 4)),
+    "some images": (X[::2], 1, ("vector", True, 4)),
+    "a slice of the tokens": (TOKENS[:, 1:], 2, ("columns", True, 2)),
+    "a slice of the channels, last": (CHANNELS_LAST[:, :4], 1, ("columns", True, 2)),
+    "one image for all": (X[:1].expand(4, 6, 8, 10), 1, ("vector", True, 4)),
+    "rows with a gap": (X[..., 1:], 1, ("vector", True, 1)),
 }
 
 
-@pytest.mark.parametrize("name", list(MAPS))
+@pytest.mark.parametrize("name", AS_THEY_LIE)
 def test_walked_without_a_copy(name) -> None:
-    x, channel_dim, expected = MAPS[name]
-    walked, y, found = planned(x, channel_dim)
-    assert walked is x
-    assert (found.outer, found.rows, found.cols, found.channels_last) == expected
-    assert y.stride() == torch.empty_like(x).stride()
+    x, channel_dim, expected = AS_THEY_LIE[name]
+    found = walked(x, channel_dim)
+    assert (found.channels, found.strided, found.vector) == expected
 
 
-@pytest.mark.parametrize("x", [X[..., 1:], X[..., ::2], X[:, :, 1:, :3], X[..., :1].expand(4, 6, 8, 10)])
+@pytest.mark.parametrize(
+    "x", [X[..., ::2], X[:, :, 1:, :3], X[..., :1].expand(4, 6, 8, 10), X[:, :1].expand(4, 6, 8, 10)]
+)
 def test_copied_once(x) -> None:
-    walked, y, _ = planned(x, 1)
-    assert walked is not x
-    assert walked.stride() == y.stride()
+    assert walked(x, 1) is None
+    assert walked(torch.empty_like(x), 1) is not None
+
+
+@pytest.mark.parametrize("itemsize", [4, 2])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [7, 8, 14, 28, 56])
+@pytest.mark.parametrize("channels", [64, 160, 2048])
+def test_accesses_of_real_models_are_16_bytes_wide(channels, size, memory_format, itemsize) -> None:
+    """And no vector there has more than two channels that do not lie side by side."""
+    x = torch.empty(8, channels, size, size, device="meta").contiguous(memory_format=memory_format)
+    found = layout_of(tuple(x.shape), x.stride(), x.stride(), 1, itemsize)
+    assert found.vector * itemsize == 16
+    assert found.channels in ("vector", "columns", "pair")
+
+
+def test_a_dynamic_batch_compiles_nothing() -> None:
+    found = {walked(torch.empty(n, 64, 14, 14), 1).constexprs.__repr__() for n in (1, 2, 3, 64, 100)}
+    assert len(found) == 1
+    sizes = {walked(torch.empty(8, c, s, s), 1).constexprs.__repr__() for c in (64, 65, 256) for s in (8, 14, 56)}
+    assert sizes == found
+
+
+@given(st.integers(2, 2**31 - 1), st.integers(0, 2**31 - 1))
+def test_division_by_a_product_is_exact(divisor, n) -> None:
+    _, multiplier, shift = divider(divisor)
+    assert multiplier < 2**32
+    for value in (n, n - n % divisor, max(n - n % divisor - 1, 0), 2**31 - 1):
+        assert (value * multiplier >> 32) >> shift == value // divisor
 
 
 @pytest.mark.parametrize(
@@ -56,27 +93,23 @@ def test_copied_once(x) -> None:
 )
 def test_offsets_widen_before_they_overflow(shape, wide) -> None:
     x = torch.empty(shape, device="meta", dtype=torch.float16)
-    found = plan(x.shape, x.stride(), x.stride(), 1, 2)
+    found = layout_of(shape, x.stride(), x.stride(), 1, 2)
     assert found.wide is wide
-    assert found.grid[0] < 2**31  # of one launch
+    assert found.grid < 2**31  # of one launch
+    assert fits(found)
 
 
 def test_a_slice_of_a_huge_tensor_widens() -> None:
     x = torch.empty(2**11, 2**10, 2**11, device="meta")[:, :8]
     y = torch.empty_like(x)
     assert y.numel() < 2**31
-    assert plan(x.shape, x.stride(), y.stride(), 1, 4).wide
+    found = layout_of(tuple(x.shape), x.stride(), y.stride(), 1, 4)
+    assert (found.wide, found.within_2gb) == (True, False)
 
 
-@pytest.mark.parametrize(("itemsize", "widest"), [(4, 4), (2, 8)])
-@pytest.mark.parametrize("size", [7, 14, 28, 56])
-def test_vectors_divide_rows_and_idle_lanes_are_few(size, itemsize, widest) -> None:
-    x = torch.empty(8, 64, size, size, device="meta")
-    found = plan(x.shape, x.stride(), x.stride(), 1, itemsize)
-    cols = size * size
-    assert found.vector == min(widest, cols & -cols)
-    assert found.block_rows * found.block_cols == (2048 if itemsize == 4 else 4096)
-    assert found.col_blocks * found.block_cols <= 1.31 * cols
+def test_what_no_kernel_can_count_is_left_to_torch() -> None:
+    x = torch.empty(2**12, 2**12, 2**10, device="meta", dtype=torch.float16)  # 2^34 elements in 2^31 vectors
+    assert not fits(layout_of(tuple(x.shape), x.stride(), x.stride(), 1, 2))
 
 
 @pytest.mark.parametrize("y", [X, CHANNELS_LAST], ids=["rows", "channels_last"])
@@ -86,10 +119,53 @@ def test_what_a_kernel_reads_beside_x_has_all_its_elements(shape, y) -> None:
     found = laid_out_like(tensor, y)
     assert found.stride() == y.stride()
     assert torch.equal(found, tensor.expand_as(y))
-    assert (found is tensor) == (shape == y.shape and y is X)
+    assert (found is tensor) == (shape == y.shape and y is X) == is_laid_out_like(tensor, y)
 
 
 @pytest.mark.parametrize("shape", [(3, 6, 8, 10), (4, 6, 80)], ids=str)
 def test_what_does_not_broadcast_is_refused(shape) -> None:
     with pytest.raises(ValueError, match=r"beside one of shape \[4, 6, 8, 10\]"):
         laid_out_like(torch.rand(shape), X)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tiles of the moments
+
+TILES = {  # outer, rows, cols, channels_last
+    "contiguous": (X, 1, (4, 6, 80, False)),
+    "channels_last": (CHANNELS_LAST, 1, (1, 320, 6, True)),
+    "channels_last_3d": (CHANNELS_LAST_3D, 1, (1, 120, 6, True)),
+    "tokens": (TOKENS, 2, (1, 320, 6, True)),
+    "matrix": (torch.empty(4, 6), 1, (1, 4, 6, True)),
+    "channels first": (X, 0, (1, 4, 480, False)),
+    "one channel": (torch.empty(4, 1, 8, 10), 1, (1, 1, 320, False)),
+    "a slice of the channels": (X[:, 1:4], 1, (4, 3, 80, False)),
+    "a slice of the tokens": (TOKENS[:, 1:], 2, (4, 79, 6, True)),
+    "one channel for all": (X[:, :1].expand(4, 6, 8, 10), 1, (4, 6, 80, False)),
+}
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_tiles_without_a_copy(name) -> None:
+    x, channel_dim, expected = TILES[name]
+    same, y, found = tiles.planned(x, channel_dim)
+    assert same is x
+    assert (found.outer, found.rows, found.cols, found.channels_last) == expected
+    assert y.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize(("itemsize", "widest"), [(4, 4), (2, 8)])
+@pytest.mark.parametrize("size", [7, 14, 28, 56])
+def test_vectors_of_tiles_divide_rows_and_idle_lanes_are_few(size, itemsize, widest) -> None:
+    x = torch.empty(8, 64, size, size, device="meta")
+    found = tiles.plan(x.shape, x.stride(), x.stride(), 1, itemsize)
+    cols = size * size
+    assert found.vector == min(widest, cols & -cols)
+    assert found.block_rows * found.block_cols == 1024
+    assert found.col_blocks * found.block_cols <= 1.31 * cols
+
+
+@pytest.mark.parametrize(("shape", "wide"), [((2**11, 2**10, 2**9), False), ((2**11, 2**10, 2**10), True)])
+def test_offsets_of_tiles_widen_before_they_overflow(shape, wide) -> None:
+    x = torch.empty(shape, device="meta", dtype=torch.float16)
+    assert tiles.plan(x.shape, x.stride(), x.stride(), 1, 2).wide is wide
