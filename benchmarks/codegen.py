@@ -25,9 +25,10 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from meansparse_fx.kernels import elementwise, launch, moments
-from meansparse_fx.kernels.device_activations import ACTIVATIONS
-from meansparse_fx.kernels.layout import Plan, plan
+from meansparse_fx.kernels import elementwise, layout, moments, tiles
+from meansparse_fx.kernels.device_activations import ACTIVATIONS, compile_time_constants
+from meansparse_fx.kernels.layout import Layout, layout_of
+from meansparse_fx.kernels.tiles import Plan, plan
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,11 +37,16 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SHAPE = (64, 256, 56, 56)
+LAYOUTS = {  # what it is called, and a shape of it: a vector has one channel, contiguous ones, or at most two
+    "rows": (64, 256, 56, 56),
+    "columns": (64, 256, 56, 56),
+    "7x7": (256, 2048, 7, 7),
+}
+LEARNED = ("prelu", "psilu", "pssilu")
 CONSTANTS = {"leaky_relu": (0.01,), "elu": (1.0,), "softplus": (1.0, 20.0), "pssilu": (0.1,)}
 KERNELS = {
-    "forward": elementwise.mean_sparse_forward_kernel,
-    "backward": elementwise.mean_sparse_backward_kernel,
+    "forward": elementwise.forward_kernel,
+    "backward": elementwise.backward_kernel,
     "moments": moments.moments_kernel,
 }
 # Pointers that each case gives; all others are None, which compiles their code away.
@@ -87,21 +93,27 @@ class Case:
     target: str
     variant: str = "mean"
     backward: str = "exact"
-    shape: tuple[int, ...] = SHAPE
 
     @property
-    def plan(self) -> Plan:
-        dense = torch.empty(self.shape, device="meta")
+    def plan(self) -> Layout | Plan:
+        """How the kernel walks a tensor of this layout."""
+        shape = LAYOUTS[self.layout]
+        dense = torch.empty(shape, device="meta")
         if self.layout == "columns":
             dense = dense.to(memory_format=torch.channels_last)
-        return plan(
-            self.shape,
-            dense.stride(),
-            dense.stride(),
-            1,
-            DTYPES[self.dtype].itemsize,
-            self.kernel.startswith("moments"),
-        )
+        walk = plan if self.kernel.startswith("moments") else layout_of
+        return walk(shape, dense.stride(), dense.stride(), 1, DTYPES[self.dtype].itemsize)
+
+    @property
+    def options(self) -> dict:
+        """The compiler's, with the number of warps."""
+        return tiles.OPTIONS if self.kernel.startswith("moments") else layout.OPTIONS
+
+    @property
+    def elements(self) -> int:
+        """How many a program has; in the moments' loop at a time."""
+        found = self.plan
+        return found.block_rows * found.block_cols if isinstance(found, Plan) else layout.VECTORS * found.vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +142,14 @@ def compile_case(case: Case) -> triton.compiler.CompiledKernel:
     """Return the kernel compiled for the case's target, pointers aligned to 16 bytes as torch allocates them."""
     function = KERNELS[case.kernel.split("+")[0]]
     row = ACTIVATIONS[case.activation]
-    names = {"value": "VALUE", "gradient": "GRADIENT", "weight_gradient": "WEIGHT_GRADIENT"}
+    names = {"value": "VALUE", "gradient": "GRADIENT"}
     known = {parameter: getattr(row, field) for field, parameter in names.items()}
-    known |= launch.compile_time_constants(CONSTANTS.get(case.activation, ()))
+    known |= compile_time_constants(CONSTANTS.get(case.activation, ()))
     known |= {"VARIANT": case.variant, "BACKWARD": case.backward, "WEIGHT_STRIDE": 1}
     known |= {"FROM_SUM": "grad_sum_ptr" in OPTIONAL[case.kernel]} | case.plan.constexprs
     given = {"x_ptr", "grad_ptr", "grad_x_ptr", "centre_ptr", "threshold_ptr", "parts_ptr", *OPTIONAL[case.kernel]}
     given |= {"y_ptr"} if case.kernel.startswith("forward") else set()
-    given |= {"weight_ptr", "grad_weight_ptr"} if row.weight_gradient else set()
+    given |= {"weight_ptr"} if case.activation in LEARNED else set()
     signature, constexprs, attributes = {}, {}, {}
     for at, name in enumerate(inspect.signature(function.fn).parameters):
         if name in known or (name.endswith("_ptr") and name not in given):
@@ -146,24 +158,23 @@ def compile_case(case: Case) -> triton.compiler.CompiledKernel:
             signature[name] = "*" + (case.dtype if name in TENSOR_POINTERS else "fp32")
             attributes[(at,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "steepness" else "i32"
+            wide = name.endswith("_multiplier")
+            signature[name] = "fp32" if name.endswith("steepness") else "i64" if wide else "i32"
     source = ASTSource(function, signature, constexprs, attributes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of compute capabilities that a later Triton drops
-        return triton.compile(source, target=TARGETS[case.target], options=case.plan.options)
+        return triton.compile(source, target=TARGETS[case.target], options=case.options)
 
 
 def read_code(case: Case) -> Code:
     """Return what the compiled case shows."""
     compiled = compile_case(case)
     amd = case.target.startswith("gfx")
-    threads = case.plan.warps * (64 if amd else 32)
-    per_thread = case.plan.block_rows * case.plan.block_cols // threads
+    per_thread = case.elements // (case.options["num_warps"] * (64 if amd else 32))
     facts = _amd(compiled.asm["amdgcn"]) if amd else _nvidia(compiled.asm["cubin"])
     instructions, reciprocals = facts.pop("instructions"), facts.pop("reciprocals")
-    labels = {name: value for name, value in asdict(case).items() if name != "shape"}
     return Code(
-        **labels,
+        **asdict(case),
         **facts,
         elements_per_thread=per_thread,
         streams=STREAMS[case.kernel],
@@ -224,17 +235,17 @@ def cases(targets: list[str], activations: list[str], dtypes: list[str]) -> Iter
     """Yield every kernel with every activation, then the other cases with ReLU."""
     for target in targets:
         for dtype in dtypes:
-            for layout in ("rows", "columns"):
+            for form in LAYOUTS:
                 for activation in activations:
                     for kernel in ("forward", "backward"):
-                        yield Case(kernel, activation, dtype, layout, target)
+                        yield Case(kernel, activation, dtype, form, target)
                 for kernel in OPTIONAL:
-                    if kernel not in ("forward", "backward"):
-                        yield Case(kernel, "relu", dtype, layout, target)
+                    if kernel not in ("forward", "backward") and not (form == "7x7" and kernel.startswith("moments")):
+                        yield Case(kernel, "relu", dtype, form, target)
                 for variant in ("edge", "smooth"):
-                    yield Case("forward", "relu", dtype, layout, target, variant)
+                    yield Case("forward", "relu", dtype, form, target, variant)
                 for backward in ("identity", "smooth"):
-                    yield Case("backward", "relu", dtype, layout, target, "mean", backward)
+                    yield Case("backward", "relu", dtype, form, target, "mean", backward)
 
 
 def table(rows: list[Code]) -> Table:

@@ -5,12 +5,12 @@ Floor 0, imported only where a kernel is launched: importing this module imports
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .composition import Gradients, Wanted
+from .composition import Wanted
 from .device_activations import ACTIVATIONS, compile_time_constants, weight_stride
 from .elementwise import backward_kernel, forward_kernel
 from .layout import DTYPES, Layout, fits, is_laid_out_like, laid_out_like, layout_of
@@ -36,7 +36,8 @@ def forward_runner(
         "VALUE": ACTIVATIONS[options.activation].value, **compile_time_constants(options.constants),
         "VARIANT": options.variant, "WEIGHT_STRIDE": weight_stride(vectors.weight),
     }  # fmt: skip
-    launch = Launch(forward_kernel, layout, (float(options.steepness),), constexprs, x.device)
+    given = _places(x, x, x if options.want_sum else None, residual, shortcut, *vectors)
+    launch = Launch(forward_kernel, given, layout, (float(options.steepness),), constexprs, x.device)
     want_sum, gathers = options.want_sum, _gathers(vectors)
     rearranges = any(t is not None and not is_laid_out_like(t, dense) for t in (residual, shortcut))
 
@@ -66,10 +67,10 @@ def backward_runner(
     residual: Tensor | None,
     from_sum: bool,
     wanted: Wanted,
-) -> Callable[..., Gradients] | None:
+) -> Callable[..., Sequence[Tensor | None]] | None:
     """Return ``(vectors, grad, grad_sum, x, residual) -> gradients`` for tensors like these; None as `forward_runner`.
 
-    Arguments as in `composition.backward`; that of a learned slope is not among the gradients.
+    Arguments as in `composition.backward`, and gradients in its order; that of a learned slope is not among them.
     """
     layout, dense, copies = _walked(x, options.channel_dim)
     if not fits(layout):
@@ -80,13 +81,14 @@ def backward_runner(
         "FROM_SUM": from_sum,
     }  # fmt: skip
     numbers = float(options.steepness), float(options.gate_steepness or 0.0)
-    launch = Launch(backward_kernel, layout, numbers, constexprs, x.device)
     scaled, gathers = vectors.scale is not None or vectors.layer_scale is not None, _gathers(vectors)
+    given = _places(x, grad, grad_sum, residual, x, x if wanted.v and scaled else None, *vectors)
+    launch = Launch(backward_kernel, given, layout, numbers, constexprs, x.device)
     rearranges = any(t is not None and not is_laid_out_like(t, dense) for t in (grad, grad_sum, residual))
 
     def run(
         vectors: Vectors, grad: Tensor, grad_sum: Tensor | None, x: Tensor, residual: Tensor | None
-    ) -> Gradients:
+    ) -> Sequence[Tensor | None]:
         grad_x = torch.empty_like(x)
         # Without a scale on x its gradient is the residual's, and one tensor serves as both.
         grad_v = torch.empty_like(x) if wanted.v and scaled else None
@@ -97,7 +99,7 @@ def backward_runner(
         if gathers:
             vectors = _contiguous(vectors)
         launch(x, grad, grad_sum, residual, grad_x, grad_v, *vectors)
-        return Gradients(grad_x, (grad_v if scaled else grad_x) if wanted.v else None)
+        return grad_x, grad_v if scaled else grad_x, None
 
     return run
 
@@ -117,6 +119,10 @@ def _walked(x: Tensor, channel_dim: int) -> tuple[Layout, Tensor, bool]:
     if copies:
         layout = layout_of(shape, dense.stride(), dense.stride(), channel_dim, size)
     return layout, dense, copies
+
+
+def _places(*pointers: Tensor | None) -> list[int]:
+    return [i for i, pointer in enumerate(pointers) if pointer is not None]
 
 
 def _gathers(vectors: Vectors) -> bool:

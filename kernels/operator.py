@@ -11,7 +11,7 @@ Floor 0: torch and, lazily where a kernel is launched, triton.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from torch.utils._device import DeviceContext
 
 from . import compiled, composition, layout, reference
-from .composition import Gradients, Wanted
+from .composition import Wanted
 from .records import Options, Vectors
 
 Results = tuple[Tensor, Tensor | None]  # y, and v if it is wanted
@@ -72,11 +72,6 @@ def _function_mode_observes() -> bool:
     return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
 
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Return whether autograd records what is done with these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 class Operator:
     """The operator with its vectors and options.
 
@@ -90,15 +85,16 @@ class Operator:
         ValueError: Unlike sizes or unknown options.
     """
 
-    __slots__ = ("_backwards", "_forwards", "choice", "options", "vectors", "vectors_given")
+    __slots__ = ("_backwards", "_forwards", "_sources", "choice", "options", "vectors")
 
     def __init__(self, vectors: Vectors, options: Options, choice: str | None = None) -> None:
         self.vectors, self.options = vectors, options
         self.choice = choice or lowering()
-        self.vectors_given = tuple([v for v in vectors if v is not None])
         self._forwards: dict[Hashable, Callable] = {}
         self._backwards: dict[Hashable, Callable] = {}
-        if self.choice != "composition":
+        self._sources: dict[Hashable, str] = {}
+        # While torch.jit traces, sizes are tensors.
+        if self.choice != "composition" and torch._C._get_tracing_state() is None:
             _check(vectors, options)
 
     def __call__(
@@ -111,24 +107,34 @@ class Operator:
             residual: Of x's shape, or one that broadcasts to it; added before the operator.
             shortcut: Likewise; added after it.
         """
-        weight = self.vectors.weight
+        weight, apply = self.vectors.weight, _apply
         if self.choice == "composition":  # exported programs hold no autograd.Function
-            by_reference = torch.compiler.is_exporting()
+            apply, by_reference = _MeanSparse.apply, torch.compiler.is_exporting()
         else:
             by_reference = is_observed(x, residual, shortcut)
         if by_reference or self._promotes(x.dtype, residual, shortcut):
             y, v = reference.operator(x, residual, shortcut, self.vectors, self.options)
-        elif needs_gradient(x, residual, shortcut, weight):
-            return _MeanSparse.apply(self, x, residual, shortcut, weight)
-        else:
+        elif not (
+            torch.is_grad_enabled()
+            and (
+                x.requires_grad
+                or (residual is not None and residual.requires_grad)
+                or (shortcut is not None and shortcut.requires_grad)
+                or (weight is not None and weight.requires_grad)
+            )
+        ):
             y, v = self.forward(x, residual, shortcut)
+        elif residual is None and shortcut is None and weight is None:
+            return apply(self, x)
+        else:
+            return apply(self, x, residual, shortcut, weight)
         return (y, v) if self.options.want_sum else y
 
     def forward(self, x: Tensor, residual: Tensor | None, shortcut: Tensor | None) -> Results:
         """Return y and v, below autograd."""
         if self.choice == "composition":
             return composition.forward(x, residual, shortcut, self.vectors, self.options)
-        case = x.shape, x.stride(), x.dtype, x.device, x.is_cuda or torch.get_num_threads()
+        case = x.shape, x.stride(), x.dtype, x.device, torch.get_num_threads()
         if residual is not None or shortcut is not None:
             case = (*case, *_described(residual), *_described(shortcut))
         run = self._forwards.get(case)
@@ -144,23 +150,31 @@ class Operator:
         x: Tensor,
         residual: Tensor | None,
         source: str,
-        wanted: Wanted,
-    ) -> Gradients:
-        """Return the gradients of what `kept_for_backward` names, below autograd."""
-        options = self.options
-        if source == "result" and options.backward == "identity":
-            options = options._replace(variant="none")  # y tells the slope at s(u); a band around it would ask again
-        from_sum = source != "input"
+        want_sum: bool,
+        want_weight: bool,
+    ) -> Sequence[Tensor | None]:
+        """Return the gradients of x, v and the weight from what `kept_for_backward` names, below autograd.
+
+        Args:
+            vectors: As they were kept.
+            grad, grad_sum: Of y; of v, where that is a result that somebody read.
+            x: What was kept; the residual beside it.
+            want_sum, want_weight: Whether anybody wants those of v and of the weight.
+        """
         if self.choice == "composition":
+            options, from_sum = self._for_backward(source)
+            wanted = Wanted(want_sum, want_weight)
             return composition.backward(grad, grad_sum, x, residual, vectors, options, from_sum, wanted)
-        case = x.shape, x.stride(), x.dtype, x.device, grad.stride(), grad.dtype, source, wanted
-        case = (*case, x.is_cuda or torch.get_num_threads())
+        case = (
+            x.shape, x.stride(), x.dtype, x.device, torch.get_num_threads(),
+            grad.stride(), grad.dtype, source, want_sum, want_weight,
+        )  # fmt: skip
         if residual is not None or grad_sum is not None:
             case = (*case, *_described(residual), *_described(grad_sum))
         run = self._backwards.get(case)
         if run is None:
-            tensors = grad, grad_sum, x, residual
-            run = self._runner(self._backwards, case, _backward_runner, tensors, options, from_sum, wanted)
+            rest = *self._for_backward(source), Wanted(want_sum, want_weight)
+            run = self._runner(self._backwards, case, _backward_runner, (grad, grad_sum, x, residual), *rest)
         return run(vectors, grad, grad_sum, x, residual)
 
     def kept_for_backward(self, dtype: torch.dtype, has_residual: bool, has_shortcut: bool) -> str:
@@ -169,10 +183,19 @@ class Operator:
         Args:
             dtype: Of x.
         """
+        case = dtype, has_residual, has_shortcut
+        found = self._sources.get(case)
+        if found is None:
+            found = self._sources[case] = self._source(*case)
+        return found
+
+    def _source(self, dtype: torch.dtype, has_residual: bool, has_shortcut: bool) -> str:
         options, vectors = self.options, self.vectors
         if options.want_sum:
             return "sum"
-        if has_shortcut or not reference.ACTIVATIONS[options.activation].result_is_kept:
+        # Compilers keep what they like, and the next convolution keeps y.
+        likes_result = self.choice == "composition" or reference.ACTIVATIONS[options.activation].result_is_kept
+        if has_shortcut or not likes_result:
             return "input"
         # y then stands for u, which is v. In half precision y is rounded and v was not: that could take it to the
         # other side of the band's edge, unless x itself is u.
@@ -181,14 +204,25 @@ class Operator:
         plain = vectors.norm_scale is None and composition.gradient_from_result(options)
         return "result" if plain and unrounded else "input"
 
-    def vectors_of(self, given: tuple[Tensor, ...]) -> Vectors:
-        """Return the vectors with other tensors in the places of those that are given."""
-        left = iter(given)
-        return Vectors(*[None if v is None else next(left) for v in self.vectors])
+    def _for_backward(self, source: str) -> tuple[Options, bool]:
+        """Return the options of a backward from what was kept, and whether that stands for v."""
+        if source == "result" and self.options.backward == "identity":
+            # y tells the slope at s(u); a band around it would ask again.
+            return self.options._replace(variant="none"), True
+        return self.options, source != "input"
+
+    def versions(self) -> tuple[int, ...]:
+        """Return what tells whether the band, or a LayerScale, was changed since."""
+        vectors = self.vectors
+        if vectors.layer_scale is None:
+            return vectors.centre._version, vectors.threshold._version
+        return vectors.centre._version, vectors.threshold._version, vectors.layer_scale._version
 
     def _promotes(self, dtype: torch.dtype, residual: Tensor | None, shortcut: Tensor | None) -> bool:
         """Return whether the results are of another dtype than x, or of several, as autocast makes them."""
         scale = self.vectors.layer_scale
+        if residual is None and shortcut is None and scale is None:
+            return False
         return (
             (residual is not None and residual.dtype != dtype)
             or (shortcut is not None and shortcut.dtype != dtype)
@@ -256,7 +290,7 @@ def _backward_runner(
     options: Options,
     from_sum: bool,
     wanted: Wanted,
-) -> Callable[..., Gradients]:
+) -> Callable[..., Sequence[Tensor | None]]:
     """Return ``(vectors, grad, grad_sum, x, residual) -> gradients`` for tensors like these."""
     where, run, tensors = _lowering(operator, x), None, (grad, grad_sum, x, residual)
     # The gradient of a learned slope is torch's: it takes a sum over all other dimensions.
@@ -285,7 +319,7 @@ def _check_tensors(x: Tensor, residual: Tensor | None, shortcut: Tensor | None, 
     channels, dim = operator.vectors.centre.numel(), operator.options.channel_dim
     if x.shape[dim] != channels:
         raise ValueError(f"x has {x.shape[dim]} channels at dim {dim}, the operator {channels}")
-    for t in (residual, shortcut, *operator.vectors_given):
+    for t in (residual, shortcut, *operator.vectors):
         if t is not None and t.device != x.device:
             raise ValueError(f"x is on {x.device}, and what belongs to it on {t.device}: move the model or the images")
     for t in (residual, shortcut):
@@ -294,22 +328,29 @@ def _check_tensors(x: Tensor, residual: Tensor | None, shortcut: Tensor | None, 
 
 
 class _MeanSparse(torch.autograd.Function):
-    """Keeps what `Operator.kept_for_backward` says, and the vectors; backward computes everything else again.
+    """Keeps what `Operator.kept_for_backward` says, and the weight; backward computes everything else again.
 
-    A ReLU's result is kept in the place of its input, as torch does: the next convolution keeps the same tensor.
+    A ReLU's result is kept in the place of its input, as torch does: the next convolution keeps the same tensor. The
+    other vectors stay with the operator, and backward asks whether they are unchanged: keeping them as well would take
+    3 microseconds of a call. Compilers see what is kept and nothing else, so there they are.
     """
 
     @staticmethod
-    def forward(ctx, operator, x, residual, shortcut, weight):
+    def forward(ctx, operator, x, residual=None, shortcut=None, weight=None):
         y, v = operator.forward(x, residual, shortcut)
-        ctx.operator = operator
-        ctx.source = source = operator.kept_for_backward(x.dtype, residual is not None, shortcut is not None)
-        ctx.keeps_residual = source == "input" and residual is not None
+        source = operator.kept_for_backward(x.dtype, residual is not None, shortcut is not None)
         kept = y if source == "result" else v if source == "sum" else x
-        if ctx.keeps_residual:
-            ctx.save_for_backward(kept, residual, *operator.vectors_given)
+        ctx.operator, ctx.source = operator, source
+        ctx.keeps_residual = source == "input" and residual is not None
+        if operator.choice == "composition":
+            vectors = [vector for vector in operator.vectors if vector is not None]
+            ctx.save_for_backward(kept, *([residual] if ctx.keeps_residual else []), *vectors)
         else:
-            ctx.save_for_backward(kept, *operator.vectors_given)
+            ctx.versions = operator.versions()
+            if residual is None and weight is None:
+                ctx.save_for_backward(kept)
+            else:
+                ctx.save_for_backward(kept, residual if ctx.keeps_residual else None, weight)
         if v is None:
             return y
         ctx.set_materialize_grads(False)
@@ -317,21 +358,41 @@ class _MeanSparse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, grad_sum=None):
-        operator, source = ctx.operator, ctx.source
-        _, want_x, want_residual, want_shortcut, want_weight = ctx.needs_input_grad
-        grad_shortcut = grad if want_shortcut else None
-        if not (want_x or want_residual or want_weight):
-            return None, None, None, grad_shortcut, None
-        x, *vectors = ctx.saved_tensors
-        residual = vectors.pop(0) if ctx.keeps_residual else None
-        vectors = operator.vectors_of(vectors)
+        operator, source, needed = ctx.operator, ctx.source, ctx.needs_input_grad
+        want_sum = want_weight = False
+        grad_shortcut = residual = None
+        x, *rest = ctx.saved_tensors
+        vectors = operator.vectors
+        if len(needed) > 2:
+            _, want_x, want_sum, want_shortcut, want_weight = needed
+            grad_shortcut = grad if want_shortcut else None
+            if not (want_x or want_sum or want_weight):
+                return None, None, None, grad_shortcut, None
         if grad is None:
             grad = torch.zeros_like(x)
-        wanted = Wanted(want_residual, want_weight)
-        observed = operator.choice != "composition" and (torch.is_grad_enabled() or is_observed(grad, grad_sum))
-        run = _differentiate if observed else Operator.backward
-        found = run(operator, vectors, grad, grad_sum, x, residual, source, wanted)
-        return None, found.x, found.v, grad_shortcut, found.weight
+        if operator.choice == "composition":
+            residual = rest.pop(0) if ctx.keeps_residual else None
+            vectors = Vectors(*[None if v is None else rest.pop(0) for v in vectors])
+            run = Operator.backward
+        else:
+            if operator.versions() != ctx.versions:
+                raise RuntimeError(
+                    "alpha, statistics or a LayerScale were changed between a forward pass and its backward: set them "
+                    "before, or run the forward pass again"
+                )
+            if rest:
+                residual, weight = rest
+                if weight is not None:
+                    vectors = vectors._replace(weight=weight)
+            run = _differentiate if torch.is_grad_enabled() or is_observed(grad, grad_sum) else Operator.backward
+        grad_x, grad_v, grad_weight = run(
+            operator, vectors, grad, grad_sum, x, residual, source, want_sum, want_weight
+        )
+        return None, grad_x, grad_v if want_sum else None, grad_shortcut, grad_weight
+
+
+# Past Function.apply in Python, whose questions `Operator.__call__` answers: 1.2 microseconds.
+_apply = super(torch.autograd.Function, _MeanSparse).apply
 
 
 def _differentiate(
@@ -342,14 +403,14 @@ def _differentiate(
     x: Tensor,
     residual: Tensor | None,
     source: str,
-    wanted: Wanted,
-) -> Gradients:
+    want_sum: bool,
+    want_weight: bool,
+) -> Sequence[Tensor | None]:
     """Return the gradients as `Operator.backward` does, by differentiating the reference: themselves differentiable."""
     options, dim = operator.options, operator.options.channel_dim
     if source == "result":  # whose derivative by y is zero wherever there is one
-        if options.backward == "identity":
-            options = options._replace(variant="none")
-        return composition.backward(grad, None, x.detach(), None, vectors, options, True, wanted)
+        options, from_sum = operator._for_backward(source)
+        return composition.backward(grad, None, x.detach(), None, vectors, options, from_sum, Wanted(want_sum))
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         x, residual, weight = _alias(x), _alias(residual), _alias(vectors.weight)
@@ -357,12 +418,12 @@ def _differentiate(
         if source == "input":
             v = reference.residual_sum(x, residual, vectors, dim)
         y = reference.activated(v, vectors._replace(weight=weight), options)
-        leaves = [v, weight] if wanted.weight else [v]
+        leaves = [v, weight] if want_weight else [v]
         grad_v, *grad_weight = torch.autograd.grad(y, leaves, grad.to(y.dtype), create_graph=again)
         if grad_sum is not None:
             grad_v = grad_v + grad_sum
         grad_x = reference.affine(reference.affine(grad_v, vectors.layer_scale, None, dim), vectors.scale, None, dim)
-    return Gradients(grad_x.to(x.dtype), grad_v.to(x.dtype) if wanted.v else None, *grad_weight)
+    return grad_x.to(x.dtype), grad_v.to(x.dtype), grad_weight[0] if want_weight else None
 
 
 def _alias(t: Tensor | None) -> Tensor | None:

@@ -11,7 +11,7 @@ Floor 0, imported only where a kernel is launched: importing this module imports
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -30,18 +30,26 @@ class Launch:
 
     Args:
         kernel: A function under `triton.jit`: pointers, then numbers, then compile-time arguments.
+        given: Positions of the pointers that are not None.
         layout: Of the tensors.
         numbers: The kernel's arguments after the sizes of the layout.
         constexprs: Compile-time arguments before those of the layout, by name, in order.
         device: Of the tensors.
     """
 
-    __slots__ = ("_constexprs", "_device", "_function", "_index", "_kernel", "_metadata", "_rest", "_run", "_several",
+    __slots__ = ("_constexprs", "_device", "_function", "_given", "_index", "_kernel", "_metadata", "_rest", "_run", "_several",
                  "_stream", "_wide_sizes", "grid", "within_2gb")  # fmt: skip
 
     def __init__(
-        self, kernel: Any, layout: Layout, numbers: tuple[float, ...], constexprs: dict[str, Any], device: torch.device
+        self,
+        kernel: Any,
+        given: Sequence[int],
+        layout: Layout,
+        numbers: tuple[float, ...],
+        constexprs: dict[str, Any],
+        device: torch.device,
     ) -> None:
+        self._given = tuple(given)
         self.grid, self.within_2gb = layout.grid, layout.within_2gb
         self._kernel, self._device, self._index = kernel, device, device.index
         self._constexprs = constexprs | layout.constexprs
@@ -52,11 +60,10 @@ class Launch:
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launch on the current stream of the tensors' device."""
-        pointers = [t if t is None else t.data_ptr() for t in tensors]
-        bits = 0
-        for pointer in pointers:
-            if pointer:
-                bits |= pointer
+        pointers, bits = [None] * len(tensors), 0
+        for i in self._given:
+            pointers[i] = pointer = tensors[i].data_ptr()
+            bits |= pointer
         if self._run is None or bits % _ALIGNMENT or _is_hooked():
             self._first(tensors, bits % _ALIGNMENT == 0)
         elif self._several and torch.cuda.current_device() != self._index:
@@ -86,7 +93,7 @@ class Launch:
             self._run, self._function, self._metadata = compiled.run, compiled.function, compiled.packed_metadata
             self._stream = driver.active.get_current_stream
             if not launched:
-                self._again([t if t is None else t.data_ptr() for t in tensors])
+                self._again([None if t is None else t.data_ptr() for t in tensors])
 
     def _key(self, tensors: tuple[Tensor | None, ...]) -> Hashable:
         dtypes = tuple([t if t is None else t.dtype for t in tensors])
