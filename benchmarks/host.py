@@ -1,8 +1,9 @@
 """What a call of the operator costs on the host: ``python -m benchmarks.host [--json]``.
 
 Microseconds of wall time a call, of many calls on a small tensor without a synchronisation, beside torch's own calls in
-the same process: medians of short rounds in which all take turns, so that a busy machine seldom interrupts one. With a GPU the kernels are launched there. Without one
-the launch is stubbed on CPU tensors: everything runs but the driver's call, which is what a launch costs anywhere.
+the same process: medians of short rounds in which all take turns, so that a busy machine seldom interrupts one. With a
+GPU the kernels are launched there. Without one the launch is stubbed on CPU tensors: everything runs but the driver's
+call, which is what a launch costs anywhere.
 """
 
 from __future__ import annotations

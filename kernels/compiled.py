@@ -15,7 +15,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from . import composition

@@ -67,6 +67,8 @@ def gradient_from_result(options: Options) -> bool:
 def _inside(distance: Tensor, threshold: Tensor) -> Tensor:
     """Return the mask of the band; ``distance``, u - centre, is overwritten."""
     # a - b <= 0 is a <= b, exactly: a difference of floats is rounded to zero only if they are equal.
+    if torch.compiler.is_compiling():
+        return distance.abs() - threshold <= 0
     return distance.abs_().sub_(threshold) <= 0
 
 
@@ -80,7 +82,8 @@ def _sparsify(u: Tensor, centre: Tensor, threshold: Tensor, options: Options) ->
     inside = _inside(scratch, threshold)
     if options.variant == "edge":
         centre = torch.where(u < centre, centre - threshold, centre + threshold)
-    return torch.where(inside, centre, u, out=scratch), inside
+    out = None if torch.compiler.is_compiling() else scratch
+    return torch.where(inside, centre, u, out=out), inside
 
 
 def forward(
@@ -90,16 +93,24 @@ def forward(
     dim = options.channel_dim
     v, rounded = residual_sum(x, residual, vectors, dim), None
     if options.want_sum:
-        rounded = v.to(x.dtype, copy=v is x)
+        rounded = v.clone() if v is x else _in_dtype(v, x.dtype)
         v = widened(rounded)  # y is the function of exactly what others see
     u = affine(v, vectors.norm_scale, vectors.norm_shift, dim)
     centre, threshold, weight = (shaped(vector, u, dim) for vector in vectors[:3])
     s, _ = _sparsify(u, centre, threshold, options)
     row = ACTIVATIONS[options.activation]
-    y = (row.overwrite or row.forward)(s, weight, *options.constants)
+    # Nothing in place, and nothing twice, for Dynamo: of an autograd.Function it puts out all tensors it makes, and in
+    # torch 2.11 the gradient of one that is put out twice is lost.
+    fresh = torch.compiler.is_compiling()
+    y = ((not fresh and row.overwrite) or row.forward)(s, weight, *options.constants)
     if shortcut is not None:
-        y += shortcut
-    return y.to(x.dtype), rounded
+        y = y + shortcut if fresh else y.add_(shortcut)
+    return _in_dtype(y, x.dtype), rounded
+
+
+def _in_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return t in a dtype; the same tensor, and to Dynamo as well, if that is its own."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def backward(
@@ -110,7 +121,7 @@ def backward(
     vectors: Vectors,
     options: Options,
     from_sum: bool = False,
-    wanted: Wanted = Wanted(),
+    wanted: Wanted = Wanted(),  # noqa: B008, a tuple
 ) -> Gradients:
     """Return the gradients, everything but x and the residual computed again.
 

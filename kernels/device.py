@@ -44,10 +44,7 @@ def channel_index(
         following = channel
     elif CHANNELS == "vector" or CHANNELS == "columns":
         place = vec - divided(vec, period_multiplier, period_shift) * period
-        if CHANNELS == "vector":
-            channel = divided(place, inner_multiplier, inner_shift)
-        else:
-            channel = place * V + lane
+        channel = divided(place, inner_multiplier, inner_shift) if CHANNELS == "vector" else place * V + lane
         following = channel
     else:
         if WIDE:  # the offset of a vector reaches 2^31, its place in the period does not

@@ -95,7 +95,9 @@ def backward_runner(
         if copies:
             x = torch.empty_like(grad_x).copy_(x)
         if rearranges:
-            grad, grad_sum, residual = (t if t is None else laid_out_like(t, grad_x) for t in (grad, grad_sum, residual))
+            grad, grad_sum, residual = (
+                t if t is None else laid_out_like(t, grad_x) for t in (grad, grad_sum, residual)
+            )
         if gathers:
             vectors = _contiguous(vectors)
         launch(x, grad, grad_sum, residual, grad_x, grad_v, *vectors)

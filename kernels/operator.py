@@ -107,11 +107,9 @@ class Operator:
             residual: Of x's shape, or one that broadcasts to it; added before the operator.
             shortcut: Likewise; added after it.
         """
-        weight, apply = self.vectors.weight, _apply
-        if self.choice == "composition":  # exported programs hold no autograd.Function
-            apply, by_reference = _MeanSparse.apply, torch.compiler.is_exporting()
-        else:
-            by_reference = is_observed(x, residual, shortcut)
+        weight, composed = self.vectors.weight, self.choice == "composition"
+        # Exported programs hold no autograd.Function. To Dynamo of torch 2.11 is_exporting() is true always.
+        by_reference = torch.compiler._is_exporting_flag if composed else is_observed(x, residual, shortcut)
         if by_reference or self._promotes(x.dtype, residual, shortcut):
             y, v = reference.operator(x, residual, shortcut, self.vectors, self.options)
         elif not (
@@ -124,10 +122,12 @@ class Operator:
             )
         ):
             y, v = self.forward(x, residual, shortcut)
+        elif composed:
+            return _MeanSparse.apply(self, x, residual, shortcut, weight)
         elif residual is None and shortcut is None and weight is None:
-            return apply(self, x)
+            return _apply(self, x)
         else:
-            return apply(self, x, residual, shortcut, weight)
+            return _apply(self, x, residual, shortcut, weight)
         return (y, v) if self.options.want_sum else y
 
     def forward(self, x: Tensor, residual: Tensor | None, shortcut: Tensor | None) -> Results:
@@ -300,9 +300,7 @@ def _backward_runner(
         run = launch.backward_runner(operator.vectors, options, *tensors, from_sum, wanted)
     elif where == "compiled":
         run = compiled.backward_runner(operator.vectors, options, *tensors, from_sum, wanted)
-    return run or (
-        lambda vectors, *tensors: composition.backward(*tensors, vectors, options, from_sum, wanted)
-    )
+    return run or (lambda vectors, *tensors: composition.backward(*tensors, vectors, options, from_sum, wanted))
 
 
 def _lowering(operator: Operator, x: Tensor) -> str:
@@ -361,8 +359,8 @@ class _MeanSparse(torch.autograd.Function):
         operator, source, needed = ctx.operator, ctx.source, ctx.needs_input_grad
         want_sum = want_weight = False
         grad_shortcut = residual = None
-        x, *rest = ctx.saved_tensors
-        vectors = operator.vectors
+        saved, vectors = ctx.saved_tensors, operator.vectors
+        x = saved[0]
         if len(needed) > 2:
             _, want_x, want_sum, want_shortcut, want_weight = needed
             grad_shortcut = grad if want_shortcut else None
@@ -371,8 +369,9 @@ class _MeanSparse(torch.autograd.Function):
         if grad is None:
             grad = torch.zeros_like(x)
         if operator.choice == "composition":
-            residual = rest.pop(0) if ctx.keeps_residual else None
-            vectors = Vectors(*[None if v is None else rest.pop(0) for v in vectors])
+            residual = saved[1] if ctx.keeps_residual else None
+            kept = iter(saved[2 if ctx.keeps_residual else 1 :])
+            vectors = Vectors(*[None if v is None else next(kept) for v in vectors])
             run = Operator.backward
         else:
             if operator.versions() != ctx.versions:
@@ -380,14 +379,12 @@ class _MeanSparse(torch.autograd.Function):
                     "alpha, statistics or a LayerScale were changed between a forward pass and its backward: set them "
                     "before, or run the forward pass again"
                 )
-            if rest:
-                residual, weight = rest
+            if len(saved) > 1:
+                _, residual, weight = saved
                 if weight is not None:
                     vectors = vectors._replace(weight=weight)
             run = _differentiate if torch.is_grad_enabled() or is_observed(grad, grad_sum) else Operator.backward
-        grad_x, grad_v, grad_weight = run(
-            operator, vectors, grad, grad_sum, x, residual, source, want_sum, want_weight
-        )
+        grad_x, grad_v, grad_weight = run(operator, vectors, grad, grad_sum, x, residual, source, want_sum, want_weight)
         return None, grad_x, grad_v if want_sum else None, grad_shortcut, grad_weight
 
 

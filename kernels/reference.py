@@ -249,9 +249,7 @@ def activated(v: Tensor, vectors: Vectors, options: Options) -> Tensor:
     dim = options.channel_dim
     u = affine(v, vectors.norm_scale, vectors.norm_shift, dim)
     centre, threshold, weight = (shaped(vector, u, dim) for vector in vectors[:3])
-    s = sparsify(
-        u, centre, threshold, options.variant, options.backward, options.steepness, options.backward_steepness
-    )
+    s = sparsify(u, centre, threshold, options.variant, options.backward, options.steepness, options.backward_steepness)
     return ACTIVATIONS[options.activation].forward(s, weight, *options.constants)
 
 

@@ -37,8 +37,10 @@ class Launch:
         device: Of the tensors.
     """
 
-    __slots__ = ("_constexprs", "_device", "_function", "_given", "_index", "_kernel", "_metadata", "_rest", "_run", "_several",
-                 "_stream", "_wide_sizes", "grid", "within_2gb")  # fmt: skip
+    __slots__ = (
+        "_constexprs", "_device", "_function", "_given", "_index", "_kernel", "_metadata", "_rest", "_run", "_several",
+        "_stream", "_wide_sizes", "grid", "within_2gb",
+    )  # fmt: skip
 
     def __init__(
         self,

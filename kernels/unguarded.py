@@ -1,8 +1,8 @@
 """Functions compiled by Inductor for the CPU, and called without Dynamo.
 
 Dynamo's guards and the rebuilding of results cost 60 microseconds a call on two threads of an AMD EPYC, several times
-what a small kernel takes; without guards, by torch.compile's option ``guard_filter_fn``, it still costs 51 of them where
-what follows costs 7. Here Dynamo calls a function once for each kind of arguments; what it called then is called
+what a small kernel takes; without guards, by torch.compile's option ``guard_filter_fn``, it is 51, and what follows
+takes 7. Here Dynamo calls a function once for each kind of arguments; what it called then is called
 directly from the second time on. One tuple asks what the guards asked: dtypes, which arguments are missing, which
 sizes are 0, 1 or equal, the number of threads. What does not fit that scheme stays with Dynamo.
 

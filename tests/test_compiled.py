@@ -160,7 +160,9 @@ def test_who_observes_gets_the_reference_and_a_profiler_changes_nothing(auto, mo
 
 @pytest.mark.slow
 def test_one_call_without_guards_serves_all_sizes_of_its_kind(auto):
-    unguarded = Unguarded(lambda x, other, vector: (x + vector[:, None], x * 2 if other is None else x * other), "example")
+    unguarded = Unguarded(
+        lambda x, other, vector: (x + vector[:, None], x * 2 if other is None else x * other), "example"
+    )
     g = torch.Generator().manual_seed(0)
 
     def check(outer, channels, inner, other=True, dtype=torch.float32, same=False):

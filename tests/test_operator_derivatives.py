@@ -1,4 +1,4 @@
-"""Derivatives of every kind and order, against the base's where the band is empty and numerical ones where it is not."""
+"""Derivatives of every kind and order, against the base where the band is empty, numerical ones elsewhere."""
 
 from __future__ import annotations
 

@@ -113,7 +113,9 @@ def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype, **kwargs) ->
     torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=atol, **kwargs)
 
 
-def check(x, centre, threshold, weight, channel_dim, activation, variant="mean", backward="exact", steepness=(4.0, 3.0)):
+def check(
+    x, centre, threshold, weight, channel_dim, activation, variant="mean", backward="exact", steepness=(4.0, 3.0)
+):
     """Compare forward and backward with the oracle; returns y and the gradients."""
     if activation not in LEARNED:
         weight = None
