@@ -32,7 +32,8 @@ def backward(
         wanted = Wanted(want_grad_sum, vectors.weight is not None)
         return composition.backward(grad, grad_sum, x, residual, vectors, options, options.want_sum, wanted)
     wanted, tensors = Wanted(want_grad_sum), (grad, grad_sum, x, residual if not options.want_sum else None)
-    found = launch.backward_runner(vectors, options, *tensors, options.want_sum, wanted)(vectors, *tensors)
+    run = launch.backward_runner(vectors, options, *tensors, options.want_sum, wanted)
+    found = Gradients(*run(vectors, *tensors))
     if vectors.weight is None:
         return found
     weight = composition.backward(*tensors, vectors, options, options.want_sum, Wanted(weight=True)).weight

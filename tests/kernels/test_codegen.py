@@ -44,7 +44,9 @@ def test_every_tensor_moves_in_128_bits(codes) -> None:
 def test_only_activations_divide(codes) -> None:
     own = {"silu": 1}  # the sigmoid's
     for code in codes:
-        gates = (code["variant"] == "smooth") + (code["backward"] == "smooth")  # the smooth gate's sigmoid
+        # The smooth gate's sigmoid, and where a vector has several channels the gate's threshold.
+        gates = (code["variant"] == "smooth") + (code["backward"] == "smooth")
+        gates *= 1 if code["layout"] == "rows" else 2
         # Below one half: the divisions of a program or of a row, over its elements.
         assert code["reciprocals_per_element"] < own.get(code["activation"], 0) + gates + 0.4, label(code)
 
@@ -56,4 +58,4 @@ def test_relu_waits_for_memory(codes) -> None:
     for code in codes:
         if code["activation"] == "relu" and code["kernel"] in ("forward", "backward"):
             plain = code["variant"] == "mean" and code["backward"] == "exact"
-            assert code["instructions_per_element"] < (22 if plain else 50), label(code)
+            assert code["instructions_per_element"] < (22 if plain else 55), label(code)
