@@ -90,10 +90,10 @@ def record(
             or those of operators that cannot do without data.
 
     Example:
-        >>> images, models = torch.rand(2, 3), (lambda x: x + x.relu(), lambda x: x.relu() + x)
+        >>> images, models = torch.rand(2, 3), (lambda x: x + x.abs(), lambda x: x.abs() + x)
         >>> first, second = (record(model, images, {}, {}) for model in models)
         >>> [call[0] for call in first.calls], first == second
-        (['aten.relu.default', 'aten.add.Tensor'], False)
+        (['aten.abs.default', 'aten.add.Tensor'], False)
     """
     recorder = _Recorder(state, forms, halt)
     ghost = recorder.haunt(torch.empty_like(images, device="meta"), images.device, 0)
