@@ -6,7 +6,7 @@ from .backend import compile_report
 from .calibrate import calibrate
 from .cost import Cost, cost
 from .errors import MeanSparseError
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, evaluate, verify
 from .operators import get_alpha, load_published, operators, set_alpha, set_backward, set_statistics, set_variant
 from .sites import PLACEMENTS, Placement, Site, SitePlan
 from .statistics import Statistics
@@ -38,4 +38,5 @@ __all__ = [
     "set_statistics",
     "set_variant",
     "transform",
+    "verify",
 ]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import meansparse_fx as msfx
+from meansparse_fx.errors import EvaluationError
 from meansparse_fx.evaluate import descent
 from meansparse_fx.evaluate.attacks import ATTACKS, VERSIONS, AttackSettings, attack, expand
 from meansparse_fx.evaluate.plan import plan_runs
@@ -158,7 +159,8 @@ def test_gradient_attacks_find_the_known_radius(name, norm):
 def test_every_attack_keeps_to_its_ball_and_is_repeatable(sparse, images, name, norm):
     labels = sparse(images).argmax(1)
     settings = AttackSettings(eps=0.1 if norm == "Linf" else 1.0, norm=norm, steps=3, queries=5, seed=4)
-    first, second = (attack(name, sparse, images, labels, settings) for _ in range(2))
+    starts = images + settings.eps / 50 if name == "apgd-start" else None
+    first, second = (attack(name, sparse, images, labels, settings, None, starts) for _ in range(2))
     distance = (first - images).flatten(1)
     assert (distance.abs().amax(1) if norm == "Linf" else distance.norm(dim=1)).max() <= settings.eps + 1e-5
     assert first.min() >= 0
@@ -182,13 +184,85 @@ def test_versions_are_autoattacks_own():
         built = AutoAttack(nn.Identity(), eps=0.1, version=version)
         return set(built.attacks_to_run)
 
-    for version, attacks in VERSIONS.items():
+    for version in ("standard", "plus", "rand"):
+        attacks = VERSIONS[version]
         plain = {name.removesuffix("-r5").removesuffix("-eot20") for name in attacks}
         assert plain == names(version)
     assert expand(["standard", "square", "rand"]) == [*VERSIONS["standard"], *VERSIONS["rand"]]
 
 
-def test_runs_put_the_operators_own_gradient_first_and_queries_last():
+def test_runs_put_the_operators_own_gradient_first_queries_and_starts_last():
     names = [run.name for run in plan_runs(["square", "apgd-ce", "pgd"], ["identity", "exact"], 5)]
     assert names == ["apgd-ce/exact", "pgd/exact", "apgd-ce/identity", "pgd/identity", "square"]
     assert len({run.seed for run in plan_runs(["square", "apgd-ce"], ["exact", "identity"], 0)}) == 3
+    own = ["apgd-start/identity", "pgd/smooth-3", "square", "apgd-ce/exact", "apgd-ce"]
+    assert [run.name for run in plan_runs(own, ["identity"], 0)] == [
+        "apgd-ce/exact", "apgd-ce/identity", "pgd/smooth-3", "square", "apgd-start/identity",
+    ]  # fmt: skip
+    for name, message in [("square/exact", "uses no gradient"), ("pgd/steep", "unknown backward 'steep'"),
+                          ("pgd/smooth-0", "unknown backward"), ("pdg/exact", "unknown attack")]:  # fmt: skip
+        with pytest.raises(EvaluationError, match=message):
+            plan_runs([name], ["exact"], 0)
+
+
+# Surrogates.
+
+
+def test_an_attack_goes_through_its_surrogates_modes_in_order(sparse, images):
+    """Seen from the operators: which mode each gradient of one attack was taken with."""
+    operator = next(iter(msfx.operators(sparse.requires_grad_(False)).values()))
+    seen = []
+    hook = operator.register_forward_pre_hook(
+        lambda m, args: seen.append((m.backward, m.steepness)) if args[0].requires_grad else None
+    )
+    labels = sparse(images).argmax(1)
+    seen.clear()
+    settings = AttackSettings(eps=0.1, steps=9)
+    attack("apgd-ce", sparse, images, labels, settings, "annealed")
+    assert seen == [("smooth", s) for s in (3.0, 5.0, 9.0, 17.0, 30.0) for _ in range(2)]
+    seen.clear()
+    attack("apgd-ce-eot20", sparse, images, labels, settings, "annealed")
+    assert seen == [("smooth", s) for s in (3.0, 5.0, 9.0, 17.0, 30.0) for _ in range(40)]
+    seen.clear()
+    attack("pgd", sparse, images, labels, settings, "smooth-3")
+    assert set(seen) == {("smooth", 3.0)}
+    seen.clear()
+    attack("adaptive-1-1", sparse, images, labels, AttackSettings(eps=0.1, steps=1), "identity")
+    assert {mode for mode, _ in seen} == {"identity"}
+    hook.remove()
+    with pytest.raises(EvaluationError, match="takes one backward mode"):
+        attack("adaptive-1-1", sparse, images, labels, settings, "annealed")
+
+
+def test_a_start_is_where_the_attack_begins():
+    """The start is adversarial already, and comes back: one step from elsewhere would end elsewhere."""
+    model = Linear().eval()
+    x = 0.5 + 0.1 * (torch.rand(20, 3, 3, 3, generator=torch.Generator().manual_seed(1)) - 0.5)
+    with torch.no_grad():
+        labels = model(x).argmax(1)
+        towards = torch.where(labels.bool(), 1.0, -1.0).view(-1, 1, 1, 1) * model.weight.sign().view(1, 3, 3, 3)
+    starts = x + 0.3 * towards
+    assert not model(starts).argmax(1).eq(labels).any(), "adversarial already"
+    found = attack("apgd-start", model, x, labels, AttackSettings(eps=0.3, steps=1), "exact", starts)
+    torch.testing.assert_close(found, starts)
+
+
+def test_margin_does_not_depend_on_the_scale_of_logits(images):
+    """Logits times 3,000: cross-entropy's gradient underflows, the margin's does not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(243, 5)).eval()
+    labels = model(images).argmax(1)
+    scaled = nn.Sequential(model, Scale())
+    settings = AttackSettings(eps=0.2, steps=20)
+    plain, ours, blind = (
+        model(attack(name, m, images, labels, settings)).argmax(1).eq(labels)
+        for name, m in (("apgd-margin", model), ("apgd-margin", scaled), ("apgd-ce", scaled))
+    )
+    assert torch.equal(plain, ours)
+    assert not ours.any()
+    assert blind.any()
+
+
+class Scale(nn.Module):
+    def forward(self, x):
+        return 3e4 * x

@@ -39,7 +39,7 @@ def held_out(net):
 def rig(monkeypatch, breaks):
     """Let an attack break what ``breaks(model, images)`` says: marked by a negative pixel, which no image has."""
 
-    def rigged(name, model, images, labels, settings):
+    def rigged(name, model, images, labels, *_):
         hit = images.clone()
         hit[breaks(model, images)] = -1
         return hit
@@ -126,7 +126,7 @@ def test_the_hopeless_are_given_up(sparse, held_out, monkeypatch):
 
     monkeypatch.setattr(plan, "attack", counted)
     alphas = (0.02, 0.04, 0.06, 0.08, 3.0)
-    search = msfx.select_alpha(sparse, held_out, alphas=alphas, clean_budget=0.3, batch_size=4, **QUICK)
+    search = msfx.select_alpha(sparse, held_out, alphas=alphas, clean_budget=0.3, batch_size=4, full_rows=True, **QUICK)
     attacked = {alpha: len(o.worst) for alpha, o in search.outcomes.items()}
     assert attacked[0.0] == 24
     assert attacked[3.0] == 6, "over the clean budget: it shows what became of it, and no more"
@@ -134,7 +134,7 @@ def test_the_hopeless_are_given_up(sparse, held_out, monkeypatch):
     # Each kind of attack meets the images that are right to begin with, once.
     for alpha, found in search.outcomes.items():
         met = sum(n for a, n in made if a == pytest.approx(alpha))
-        assert met == 2 * int(found.clean[: attacked[alpha]].sum())
+        assert met == 4 * int(found.clean[: attacked[alpha]].sum())
     kept = [a for a in alphas if attacked[a] >= 12]
     worst = {a: int(o.worst[:6].sum()) for a, o in search.outcomes.items()}
     assert min(worst[a] for a in kept) >= max(worst[a] for a in alphas[:4] if a not in kept)
@@ -272,7 +272,7 @@ def test_the_commands_pass_a_choice_on(tmp_path):
     run("calibrate", "bundled", *data, "--split", "calibration", "--limit", 100, "--out", statistics)
     threat = ("--statistics", statistics, "--eps", "0.1", "--steps", 2, "--limit", 12, "--attacks", "pgd")
     done = run("select", "bundled", *data, "--split", "selection", *threat, "--alphas", "0.2,0.3", "--variants",
-               "mean,edge", "--out", choice, "--checkpoint", tmp_path / "c1", "--skip-broken")  # fmt: skip
+               "mean,edge", "--out", choice, "--checkpoint", tmp_path / "c1")  # fmt: skip
     assert "12 held-out images" in done.stdout
     found = json.loads(choice.read_text())
     assert found["alpha"] in (0, 0.2, 0.3)
@@ -282,7 +282,7 @@ def test_the_commands_pass_a_choice_on(tmp_path):
     }
     choice.write_text(json.dumps(found | {"variant": "edge", "alpha": by_site}))
     command = ("evaluate", "bundled", *data, "--split", "test", *threat, "--alpha", choice, "--out", out)
-    done = run(*command, "--checkpoint", tmp_path / "c2", "--skip-broken")
+    done = run(*command, "--checkpoint", tmp_path / "c2")
     report = json.loads((out / "report.json").read_text())
     assert report["alpha"] == by_site
     assert report["cumulative"]

@@ -71,10 +71,10 @@ def a_row(number: int, cell, **given) -> Row:
             own_change=0.02,
             own_low=0.01,
             own_high=0.03,
-            both=0.4,
-            both_change=-0.01,
-            both_low=-0.02,
-            both_high=0.0,
+            worst=0.4,
+            worst_change=-0.01,
+            worst_low=-0.02,
+            worst_high=0.0,
             torch="2",
         )
         | given
@@ -84,7 +84,7 @@ def a_row(number: int, cell, **given) -> Row:
 def test_the_page_says_what_the_files_say(tmp_path):
     rows = [a_row(11, cell) for cell in TABLES[11].cells]
     write([a_row(3, cell) for cell in TABLES[3].only(["L2"]).cells], tmp_path / "paper-3.csv")
-    rows[1] = replace(rows[1], both_change=0.04, both_low=0.03, both_high=0.05)
+    rows[1] = replace(rows[1], worst_change=0.04, worst_low=0.03, worst_high=0.05)
     write(rows, tmp_path / "paper-11.csv")
     assert read(tmp_path / "paper-11.csv", Row) == rows
     write_page(tmp_path, tmp_path)
@@ -95,7 +95,19 @@ def test_the_page_says_what_the_files_say(tmp_path):
     assert "|  | 0.2 | 80.0 | 50.0 | +2.0 [+1.0, +3.0] | 40.0 | -1.0 [-2.0, +0.0] | +0.5 |" in page
     assert "Not measured yet: `python -m benchmarks.paper 2`" in page
     assert "Not measured yet: Linf." in page
+    assert "Not measured yet against" not in page
     assert (tmp_path / "paper-11.png").stat().st_size > 10_000
+
+
+def test_the_page_says_what_no_attacker_who_knows_has_seen(tmp_path):
+    unknown = {"worst": None, "worst_change": None, "worst_low": None, "worst_high": None}
+    write([a_row(11, cell, **unknown) for cell in TABLES[11].cells], tmp_path / "paper-11.csv")
+    write([a_row(4, cell, attacks="square", **unknown) for cell in TABLES[4].cells], tmp_path / "paper-4.csv")
+    write_page(tmp_path, tmp_path)
+    page = (tmp_path / "paper.md").read_text()
+    assert page.count("Not measured yet against attackers who know") == 1
+    assert "know the operator: main path, after addition." in page
+    assert "| 11: Main path, and after the addition | 8 | 8 (8) | 0 (0) | | | 8 | 0 |" in page
 
 
 def test_the_page_says_what_choosing_bought(tmp_path):
@@ -182,7 +194,7 @@ def test_a_table_from_the_command_line(tmp_path):
     assert [(row.column, row.row) for row in rows] == [(cell.column, cell.row) for cell in TABLES[11].cells]
     assert {row.attacked for row in rows} == {40}
     for row in rows:
-        assert row.both is not None
-        assert row.both <= row.own <= 1
+        assert row.worst is not None
+        assert row.worst <= row.own <= 1
         if row.alpha == 0:
-            assert row.own_change == row.both_change == 0
+            assert row.own_change == row.worst_change == 0

@@ -26,7 +26,6 @@ from .tables import NETWORKS, Cell, Table
 
 BATCH = 250
 QUERIES = 1000
-BACKWARDS = ("exact", "identity")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +39,8 @@ class Row:
         attacked: How many of them were attacked.
         own: Accuracy under attacks by the operator's own gradient, or by queries.
         own_change, own_low, own_high: Against the base under the same attacks; 95 % interval.
-        both, both_change, both_low, both_high: The same after attacks by the identity backward on what was left; None
-            where no gradient is used.
+        worst, worst_change, worst_low, worst_high: The same after attacks by those who know the operator, on what was
+            left; None where no gradient is used.
         torch: Version.
     """
 
@@ -64,10 +63,10 @@ class Row:
     own_change: float
     own_low: float
     own_high: float
-    both: float | None
-    both_change: float | None
-    both_low: float | None
-    both_high: float | None
+    worst: float | None
+    worst_change: float | None
+    worst_low: float | None
+    worst_high: float | None
     torch: str
 
 
@@ -96,7 +95,7 @@ class Laboratory:
             advance()
 
     def _row(self, number: int, cell: Cell, base: ModelOutcome, own: ModelOutcome) -> Row:
-        gradients = any(name.endswith("/identity") for name in own.robust)
+        gradients = any("/" in name for name in own.robust)
         before, after = ((o.worst_of("/exact") if gradients else o.worst) for o in (base, own))
         change = PairedDifference.of(before, after)
         worst = PairedDifference.of(base.worst, own.worst) if gradients else None
@@ -117,16 +116,17 @@ class Laboratory:
         on = {names[i]: alpha for i in cell.sites}
         msfx.set_variant(sparse, "mean", centre=cell.centre)
         settings = AttackSettings(threat.eps, threat.norm, self._steps or threat.steps, QUERIES)
-        runs = plan_runs(threat.attacks, BACKWARDS, settings.seed)
+        runs = plan_runs(threat.attacks, (), settings.seed)
         identity = model_identity(sparse, alpha=False) | {
             "settings": f"{settings}",
             "attacks": [run.name for run in runs],
         }
-        key = (cell.network, cell.split, cell.centre, *threat.attacks, threat.norm, f"{threat.eps:g}", settings.steps)
+        attacks = (attack.replace("/", ".") for attack in threat.attacks)
+        key = (cell.network, cell.split, cell.centre, *attacks, threat.norm, f"{threat.eps:g}", settings.steps)
         images, labels = self._images(cell.split)
         data = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
         with Ledger(self._cache / f"{'-'.join(map(str, key))}.safetensors", identity) as ledger:
-            field = Field(sparse, data, self._attacked, runs, settings, ledger, skip_broken=True)
+            field = Field(sparse, data, self._attacked, runs, settings, ledger)
             # One number where it is the same everywhere: the base is one candidate, whichever sites a cell is about.
             setting = Candidate(alpha if len(on) == len(names) or not alpha else dict.fromkeys(names, 0.0) | on)
             return field.attack(setting, field.attacked, lambda: None)

@@ -4,6 +4,6 @@
 """
 
 from .result import AlphaSearch
-from .run import ALPHAS, CLEAN_BUDGET, select_alpha
+from .run import ALPHAS, CLEAN_BUDGET, SEARCH_ATTACKS, select_alpha
 
-__all__ = ["ALPHAS", "CLEAN_BUDGET", "AlphaSearch", "select_alpha"]
+__all__ = ["ALPHAS", "CLEAN_BUDGET", "SEARCH_ATTACKS", "AlphaSearch", "select_alpha"]

@@ -60,7 +60,7 @@ class Field:
         runs: The attacks.
         settings: Of the attacks.
         ledger: Keeps the results.
-        skip_broken: Attack only images that no attack before has broken.
+        full_rows: Every run attacks all images, also those broken before it.
         compile, amp: How attacks meet the model; see `evaluate.swift`.
     """
 
@@ -72,12 +72,12 @@ class Field:
         runs: Sequence[Run],
         settings: AttackSettings,
         ledger: Ledger,
-        skip_broken: bool,
+        full_rows: bool = False,
         compile: bool = False,
         amp: torch.dtype | None = None,
     ) -> None:
         self._sparse, self._data, self._runs, self._settings = sparse, data, runs, settings
-        self._ledger, self._skip_broken = ledger, skip_broken
+        self._ledger, self._full_rows = ledger, full_rows
         self._attacked = Attacked({"sparse": sparse}, compile, amp)
         self._device = device_of(sparse)
         count = sum(len(labels) for _, labels in data)
@@ -116,7 +116,7 @@ class Field:
             for run in self._runs:
                 survived = self._survivors(candidate, run, low, high, standing)
                 robust[run.name] = torch.cat([robust[run.name], survived])
-                if self._skip_broken:
+                if not self._full_rows:
                     standing = survived
                 advance()
         return self.outcome(candidate)

@@ -15,14 +15,21 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from ..evaluate.attacks import NAMES
-from ..kernels.reference import BACKWARDS
+from ..evaluate.surrogates import SURROGATES
 from ..sites import PLACEMENTS
 from ..zoo import SPECS
 from . import parsing
 
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the gradient attacks.")]
 Queries = Annotated[int, typer.Option(min=1, help="Queries of the Square attack.")]
-Attacks = Annotated[Any, typer.Option(parser=parsing.names(NAMES), metavar="NAMES", help=f"Of {', '.join(NAMES)}.")]
+Attacks = Annotated[
+    Any,
+    typer.Option(
+        parser=parsing.attacks,
+        metavar="NAMES",
+        help=f"Of {', '.join(NAMES)}; each with its gradient (apgd-ce/annealed), or run under each of --backwards.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of the attacks.")]
 Amp = Annotated[
     Any, typer.Option(parser=parsing.dtype, metavar="DTYPE", help=f"Autocast the model: {' or '.join(parsing.DTYPES)}.")
@@ -96,7 +103,11 @@ class ThreatOptions:
     norm: Annotated[str, typer.Option(help="Linf or L2.")] = "Linf"
     backwards: Annotated[
         Any,
-        typer.Option(parser=parsing.names(BACKWARDS), metavar="NAMES", help=f"Gradients: of {', '.join(BACKWARDS)}."),
+        typer.Option(
+            parser=parsing.backwards,
+            metavar="NAMES",
+            help=f"Gradients of attacks that name none: of {', '.join(SURROGATES)}, or smooth-STEEPNESS.",
+        ),
     ] = "exact,identity"
     seed: Seed = 0
 
@@ -109,8 +120,8 @@ class ThreatOptions:
 class PaceOptions:
     """How attacks get through many images."""
 
-    skip_broken: Annotated[
-        bool, typer.Option("--skip-broken", help="Attack only images that no attack before has broken.")
+    full_rows: Annotated[
+        bool, typer.Option("--full-rows", help="Attack also what is broken already: each row is its attack's own.")
     ] = False
     compile: Annotated[
         bool, typer.Option("--compile", help="Attack through torch.compile; what is found is checked without it.")

@@ -8,6 +8,9 @@ from collections.abc import Callable
 import torch
 import typer
 
+from ..errors import EvaluationError
+from ..evaluate.plan import plan_runs
+from ..evaluate.surrogates import surrogate
 from ..zoo import IMAGENET
 
 
@@ -72,3 +75,24 @@ def names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
         return found
 
     return parse
+
+
+def attacks(text: str) -> tuple[str, ...]:
+    """Return comma-separated names of attacks, some with their backward: ``apgd-ce/annealed,square``."""
+    found = tuple(name.strip() for name in text.split(","))
+    try:
+        plan_runs(found, ("exact",), 0)
+    except EvaluationError as error:
+        raise typer.BadParameter(str(error)) from error
+    return found
+
+
+def backwards(text: str) -> tuple[str, ...]:
+    """Return comma-separated names of surrogates: ``exact,smooth-3``."""
+    found = tuple(name.strip() for name in text.split(","))
+    try:
+        for name in found:
+            surrogate(name)
+    except EvaluationError as error:
+        raise typer.BadParameter(str(error)) from error
+    return found

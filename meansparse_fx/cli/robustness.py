@@ -6,24 +6,38 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from torch import fx
 
-from ..alpha import ALPHAS, CLEAN_BUDGET, select_alpha
+from ..alpha import ALPHAS, CLEAN_BUDGET, SEARCH_ATTACKS, select_alpha
 from ..artifacts import require_place, write_whole
 from ..errors import ArtifactError
+from ..evaluate import Evidence, external_evaluation
 from ..evaluate import evaluate as run_evaluate
+from ..evaluate import verify as run_verify
 from ..evaluate.run import DEFAULT_ATTACKS
 from ..histogram import band_shares, feature_histogram
 from ..kernels.reference import VARIANTS
 from ..operators import set_alpha, set_variant
 from ..report import headline, write_report
 from ..statistics import Statistics
+from ..transform import transform
 from . import parsing
-from .loading import console, device_of, first_images, join_processes, leave_processes, open_images, open_sparse
+from .loading import (
+    console,
+    device_of,
+    first_images,
+    join_processes,
+    leave_processes,
+    open_images,
+    open_model,
+    open_sparse,
+)
 from .options import Attacks, DataOptions, ModelOptions, PaceOptions, Queries, StatisticsFile, Steps, ThreatOptions
 
 HISTOGRAM_IMAGES = 64  # of the test images; enough values for a histogram, few enough for any model's memory
+_SEARCH_ATTACKS = ",".join(SEARCH_ATTACKS)
 _DEFAULT_ATTACKS = ",".join(DEFAULT_ATTACKS)
 _DEFAULT_ALPHAS = ",".join(f"{a:g}" for a in ALPHAS)
 
@@ -51,7 +65,7 @@ def select(
     site_alphas: Annotated[
         Any, typer.Option(parser=parsing.numbers, metavar="NUMBERS", help="To try at each site instead of neighbours.")
     ] = None,
-    attacks: Attacks = "apgd-ce",
+    attacks: Attacks = _SEARCH_ATTACKS,
     steps: Steps = 20,
     queries: Queries = 500,
     out: Annotated[Path | None, typer.Option(help="JSON file for the search; evaluate takes it as --alpha.")] = None,
@@ -94,6 +108,9 @@ def evaluate(
         str, typer.Option(metavar="ALPHA|FILE", help="Half width of the band, or the file that select --out wrote.")
     ],
     out: Annotated[Path | None, typer.Option(help="Directory for report.json, report.html and plots.")] = None,
+    save_adversarial: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="File for the adversarial images; verify checks it.")
+    ] = None,
     attacks: Attacks = _DEFAULT_ATTACKS,
     steps: Steps = 100,
     queries: Queries = 5000,
@@ -104,6 +121,8 @@ def evaluate(
     """
     if out is not None:
         require_place(out, folder=True)
+    if save_adversarial is not None:
+        require_place(save_adversarial)
     model, group = join_processes(model)
     images = open_images(data)
     sparse = open_sparse(model, images, statistics)
@@ -115,6 +134,7 @@ def evaluate(
         steps=steps,
         queries=queries,
         group=group,
+        save_adversarial=save_adversarial,
         **threat.as_arguments(),
         **pace.as_arguments(),
     )
@@ -139,6 +159,31 @@ def evaluate(
             },
         )
         console().print(f"report: {out / 'report.html'}")
+
+
+def verify(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="From evaluate --save-adversarial.")],
+    model: ModelOptions,
+    statistics: StatisticsFile,
+    robustbench: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Also write x_adv and y there, by torch.save, for an external evaluation."),
+    ] = None,
+) -> None:
+    """Check adversarial images that evaluate kept: MODEL and its base are asked, nothing is attacked.
+
+    Alpha and variant are those of the file. Exit status 1 if a model is right where the file says it is wrong.
+    """
+    images = Evidence.load(file).images
+    sparse = transform(
+        open_model(model), images[:2].to(device_of(model)), placement=model.placement, statistics=statistics
+    )
+    found = run_verify(file, sparse)
+    console().print(str(found), highlight=False)
+    if robustbench is not None:
+        torch.save(external_evaluation(file), robustbench)
+    if not found.holds:
+        raise typer.Exit(1)
 
 
 def put_alpha(sparse: fx.GraphModule, written: str) -> None:

@@ -1,11 +1,13 @@
 """Floor 5: how robust a transformed model is against those who know the operator, beside its base.
 
 `run` is the verb, `comparison` what it does with one batch; `plan` says which attacks are run and runs one, `attacks`
-is their table, `descent` holds those of our own, `swift` makes them faster, `ledger` keeps results on disk, `outcome`,
-`sanity` and `verdict` say what they mean.
+is their table, `surrogates` that of the gradients they use, `descent` holds those of our own, `swift` speeds them up;
+`probes` and `planted` look at the attacks themselves; `ledger` keeps results on disk, `evidence` adversarial images;
+`outcome`, `sanity` and `verdict` say what was found.
 """
 
 from .attacks import ATTACKS, VERSIONS, AttackSettings
+from .evidence import Evidence, Verification, external_evaluation, verify
 from .outcome import ModelOutcome, PairedDifference
 from .run import evaluate
 from .sanity import Check
@@ -17,7 +19,11 @@ __all__ = [
     "AttackSettings",
     "Check",
     "Evaluation",
+    "Evidence",
     "ModelOutcome",
     "PairedDifference",
+    "Verification",
     "evaluate",
+    "external_evaluation",
+    "verify",
 ]

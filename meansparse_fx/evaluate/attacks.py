@@ -17,7 +17,8 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from ..errors import EvaluationError
-from .descent import PGD, Adaptive
+from .descent import PGD, Adaptive, Margin
+from .surrogates import WithSurrogate, surrogate, switch
 
 _LOGGER = logging.getLogger("meansparse_fx.attacks")
 
@@ -70,6 +71,8 @@ class AttackKind:
         gradient: It uses gradients, so its result depends on the operator's backward mode.
         classes: Fewest that its loss needs.
         reads_graph: It needs the transformed model itself, not a wrapper around it.
+        repeats: Gradients taken for one step.
+        started: It starts at the images that were found against the other model, not at random.
     """
 
     build: Build
@@ -77,12 +80,18 @@ class AttackKind:
     gradient: bool = True
     classes: int = 2
     reads_graph: bool = False
+    repeats: int = 1
+    started: bool = False
 
 
 def _apgd(loss: str, restarts: int = 1, eot: int = 1) -> Build:
     return lambda model, s, _: APGDAttack(
         model, n_iter=s.steps, loss=loss, eot_iter=eot, **_common(s, restarts), logger=_LOGGER
     )
+
+
+def _apgd_margin(model: nn.Module, s: AttackSettings, _: int) -> Margin:
+    return Margin(model, n_iter=s.steps, loss="dlr", **_common(s), logger=_LOGGER)
 
 
 def _apgd_targeted(model: nn.Module, s: AttackSettings, classes: int) -> Perturber:
@@ -113,6 +122,9 @@ def _common(s: AttackSettings, restarts: int = 1) -> dict:
 _KINDS: dict[str, AttackKind] = {
     "apgd-ce": AttackKind(_apgd("ce"), "gradient ascent on cross-entropy with a step size that adapts (AutoAttack)"),
     "apgd-dlr": AttackKind(_apgd("dlr"), "the same on the difference-of-logits ratio (AutoAttack)", classes=3),
+    "apgd-margin": AttackKind(
+        _apgd_margin, "the same on the difference between the largest wrong logit and the right one, whatever its scale"
+    ),
     "apgd-t": AttackKind(_apgd_targeted, "the same towards each of the nearest wrong classes (AutoAttack)", classes=4),
     "fab": AttackKind(_fab(False, 5), "steps to the nearest decision boundary, 5 restarts (AutoAttack plus)"),
     "fab-t": AttackKind(_fab(True), "steps to the boundary of each of the nearest wrong classes (AutoAttack)"),
@@ -131,15 +143,30 @@ _KINDS: dict[str, AttackKind] = {
     ),
     "apgd-ce-r5": AttackKind(_apgd("ce", restarts=5), "apgd-ce with 5 restarts (AutoAttack plus)"),
     "apgd-dlr-r5": AttackKind(_apgd("dlr", restarts=5), "apgd-dlr with 5 restarts (AutoAttack plus)", classes=3),
-    "apgd-ce-eot20": AttackKind(_apgd("ce", eot=20), "apgd-ce on the mean of 20 gradients (AutoAttack rand)"),
+    "apgd-ce-eot20": AttackKind(
+        _apgd("ce", eot=20), "apgd-ce on the mean of 20 gradients (AutoAttack rand)", repeats=20
+    ),
     "apgd-dlr-eot20": AttackKind(
-        _apgd("dlr", eot=20), "apgd-dlr on the mean of 20 gradients (AutoAttack rand)", classes=3
+        _apgd("dlr", eot=20), "apgd-dlr on the mean of 20 gradients (AutoAttack rand)", classes=3, repeats=20
+    ),
+    "apgd-start": AttackKind(
+        _apgd_margin, "apgd-margin started at the adversarial images found against the other model", started=True
     ),
 }
 ATTACKS = tuple(_KINDS)
 
-# AutoAttack's versions; with 100 steps and 5000 queries each is AutoAttack itself.
+# Lists of attacks: our default, the cheapest finder first; and AutoAttack's versions, which with 100 steps and 5000
+# queries are AutoAttack itself.
 VERSIONS: dict[str, tuple[str, ...]] = {
+    "adaptive": (
+        "apgd-ce/exact",
+        "apgd-ce/identity",
+        "apgd-margin/annealed",
+        "apgd-ce/annealed",
+        "apgd-t/annealed",
+        "square",
+        "apgd-start/annealed",
+    ),
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce-r5", "apgd-dlr-r5", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce-eot20", "apgd-dlr-eot20"),
@@ -159,26 +186,39 @@ def kind(name: str) -> AttackKind:
 
 
 def expand(names: Sequence[str]) -> list[str]:
-    """Return attacks for names of attacks and of AutoAttack's versions, each once.
+    """Return attacks for names of attacks and of lists of them, each once.
 
     Example:
         >>> expand(["standard", "pgd", "square"])
         ['apgd-ce', 'apgd-t', 'fab-t', 'square', 'pgd']
     """
-    found = dict.fromkeys(attack for name in names for attack in VERSIONS.get(name, (name,)))
-    for name in found:
-        kind(name)
-    return list(found)
+    return list(dict.fromkeys(attack for name in names for attack in VERSIONS.get(name, (name,))))
 
 
-def attack(name: str, model: nn.Module, images: Tensor, labels: Tensor, settings: AttackSettings) -> Tensor:
+def attack(
+    name: str,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    settings: AttackSettings,
+    backward: str | None = None,
+    starts: Tensor | None = None,
+) -> Tensor:
     """Return adversarial images ``[N, C, H, W]`` in the ball around ``images`` and in [0, 1].
 
     An image the attack does not break comes back unchanged or changed in vain. The caller's random state is
-    left alone.
+    left alone; the operators' backward modes are not: see `operators.switched`.
+
+    Args:
+        name: Of the attack.
+        model: Returns logits.
+        images, labels: ``[N, C, H, W]`` and ``[N]``.
+        settings: What the attacker may do.
+        backward: The surrogate of the operators' gradient, see `surrogates`; None takes it as it is set.
+        starts: ``[N, C, H, W]`` in the ball, where an attack begins that is `started`.
 
     Raises:
-        EvaluationError: The attack does not exist, needs more classes, or left the ball.
+        EvaluationError: The attack or the backward does not exist, needs more classes, or left the ball.
     """
     row = kind(name)
     if not len(images):
@@ -187,10 +227,25 @@ def attack(name: str, model: nn.Module, images: Tensor, labels: Tensor, settings
         classes = logits_of(model, images).shape[1]  # of all: compilers make another program for a batch of one
     if classes < row.classes:
         raise EvaluationError(f"{name} needs at least {row.classes} classes, the model has {classes}")
+    if backward is not None:
+        chosen, gradients = surrogate(backward), settings.steps + 1  # APGD looks at its start, too
+        if not row.reads_graph:
+            model = WithSurrogate(model, chosen, gradients, row.repeats)
+        elif len(chosen.modes) == 1:
+            switch(model, *chosen.modes[0])
+        else:
+            raise EvaluationError(f"{name} reads the model's graph and takes one backward mode, not {backward}")
     devices = [images.device] if images.is_cuda else []
     with torch.random.fork_rng(devices=devices):
-        adversarial = row.build(model, settings, classes).perturb(images.clone(), labels.clone()).detach()
-    _check_ball(name, images, adversarial, settings)
+        built = row.build(model, settings, classes)
+        if row.started:
+            assert isinstance(built, Margin)
+            assert starts is not None
+            adversarial = built.perturb_from(starts, images, labels)
+        else:
+            adversarial = built.perturb(images.clone(), labels.clone())
+    adversarial = adversarial.detach()
+    check_ball(name, images, adversarial, settings)
     return adversarial
 
 
@@ -205,7 +260,8 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     return logits
 
 
-def _check_ball(name: str, images: Tensor, adversarial: Tensor, settings: AttackSettings) -> None:
+def check_ball(name: str, images: Tensor, adversarial: Tensor, settings: AttackSettings) -> None:
+    """Raise EvaluationError unless all of ``adversarial`` is in [0, 1] and in the balls around ``images``."""
     distance = (adversarial - images).flatten(1)
     radius = distance.abs().amax(1) if settings.norm == "Linf" else distance.norm(dim=1)
     slack = 1e-6 if settings.norm == "Linf" else 1e-5  # float32 rounding of x + eps, and of a norm over all pixels

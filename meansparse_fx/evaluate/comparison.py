@@ -2,53 +2,62 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from ..passes import restore
 from .attacks import AttackSettings
 from .ledger import Ledger, Masks
 from .outcome import ModelOutcome
-from .plan import Run, correct, device_of, perturbed, spread, without_gradient
-from .sanity import Check, check_square, check_steps, check_unbounded
+from .plan import Run, correct, device_of, perturbed, spread
+from .probes import Probed, examine, search_planted
+from .sanity import Check, checks_of
 from .swift import Attacked
 
 Advance = Callable[[], object]  # called after each attack
 OTHER = {"base": "sparse", "sparse": "base"}
-_IN_WORDS = {"base": "base", "sparse": "with MeanSparse"}
+IN_WORDS = {"base": "base", "sparse": "with MeanSparse"}
+TRANSFER = "transfer"
 
 
 class Comparison:
     """Both models under all runs, one batch after the other.
 
+    Args:
+        models: The base and the transformed model, by these names: ``base`` and ``sparse``.
+        runs: The attacks, in order.
+        settings: Of the attacks.
+        ledger: Keeps the results.
+        full_rows: Every run attacks all images, also those broken before it.
+        compile, amp: How attacks meet the models; see `swift`.
+        keep: Adversarial images of all batches stay in the ledger; otherwise those of the batch at hand.
+
     Attributes:
         met: Names of the batches met.
         found, sanity: Masks by number of the batch and by model.
-        made: Adversarial images made.
+        evidence: What broke which image, by number of the batch and by model, if kept.
     """
 
     def __init__(
         self,
-        sparse: fx.GraphModule,
+        models: dict[str, nn.Module],
         runs: Sequence[Run],
         settings: AttackSettings,
         ledger: Ledger,
-        skip_broken: bool,
+        full_rows: bool,
         compile: bool,
         amp: torch.dtype | None,
+        keep: bool = False,
     ) -> None:
-        self._models: dict[str, nn.Module] = {"base": restore(sparse), "sparse": sparse}
-        self._attacked = Attacked(self._models, compile, amp)
-        self._runs, self._settings, self._ledger, self._skip_broken = runs, settings, ledger, skip_broken
-        self._device = device_of(sparse)
+        self._models, self._attacked = models, Attacked(models, compile, amp)
+        self._runs, self._settings, self._ledger, self._full_rows = runs, settings, ledger, full_rows
+        self._device, self._keep = device_of(models["sparse"]), keep
         self.found: dict[int, dict[str, Masks]] = {}
         self.sanity: dict[int, dict[str, Masks]] = {}
+        self.evidence: dict[int, dict[str, dict[str, Tensor]]] = {}
         self.met: list[str] = []
-        self.made = 0
 
     def meet(self, batch: int, images: Tensor, labels: Tensor, sanity_images: int, advance: Advance) -> None:
         """Attack one batch, and look at the attacks themselves on its first ``sanity_images`` images."""
@@ -56,80 +65,85 @@ class Comparison:
         self._ledger.require_same(name, images, labels)
         self.met.append(name)
         images, labels = images.to(self._device), labels.to(self._device)
-        masks: dict[str, dict[str, Tensor]] = {}
-        crossed: dict[str, Tensor] = {}  # still right after all that was found against the other model
-        for which in OTHER:
-            masks[which], crossed[OTHER[which]] = self._attack(name, which, images, labels, advance)
-        for which, own in masks.items():
-            standing = torch.stack(list(own.values())).all(0) if self._skip_broken else own["clean"]
-            own["transfer"] = crossed[which] & standing
-        self.found[batch] = dict(masks)
+        sides = {which: self._clean(name, which, images, labels) for which in OTHER}
+        for which, side in sides.items():
+            for run in self._runs:
+                if not run.started:
+                    self._attack(side, run, which, advance)
+        before = {which: (side.broken.clone(), side.adversarial.clone()) for which, side in sides.items()}
+        for which, side in sides.items():
+            elsewhere, starts = before[OTHER[which]]
+            self._transfer(side, which, elsewhere, starts)
+            for run in self._runs:
+                if run.started:
+                    self._attack(side, run, which, advance, elsewhere, starts)
+        self.found[batch] = {which: side.masks for which, side in sides.items()}
         if sanity_images > 0:
-            first = slice(sanity_images)
+            probed = Probed(images[:sanity_images], labels[:sanity_images])
             self.sanity[batch] = {
-                which: self._examine(name, which, images[first], labels[first], masks[which]["clean"][first])
-                for which in OTHER
+                which: self._ledger.recall(f"{name}, {which}, sanity", partial(self._examine, probed, which, side))
+                for which, side in sides.items()
             }
+            if batch == 0:
+                for which, model in self._models.items():
+                    plant = partial(search_planted, model, probed, self._runs, self._settings)
+                    planted = self._ledger.recall(f"{name}, {which}, planted", plant)
+                    self.sanity[batch][which] = {**self.sanity[batch][which], **planted}
+        if self._keep:
+            self.evidence[batch] = {which: side.evidence() for which, side in sides.items()}
+        else:
+            self._ledger.forget(name, "images")
+
+    def _clean(self, name: str, which: str, images: Tensor, labels: Tensor) -> _Side:
+        masks = self._ledger.recall(
+            f"{name}, {which}, clean", lambda: {"clean": correct(self._models[which], images, labels)}
+        )
+        return _Side(f"{name}, {which}", images, labels, masks["clean"], self._full_rows)
 
     def _attack(
-        self, name: str, which: str, images: Tensor, labels: Tensor, advance: Advance
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Return one model's masks of a batch, and that of the images on which the other is right to the end."""
-        model, other = self._models[which], self._models[OTHER[which]]
-        clean = self._ledger.recall(f"{name}, {which}, clean", lambda: {"clean": correct(model, images, labels)})
-        masks, crossed = dict(clean), torch.ones_like(clean["clean"])
-        standing = clean["clean"]
-        for run in self._runs:
+        self,
+        side: _Side,
+        run: Run,
+        which: str,
+        advance: Advance,
+        among: Tensor | None = None,
+        starts: Tensor | None = None,
+    ) -> None:
+        """Let one run attack what stands of one model, or of ``among`` from ``starts``."""
+        target = side.target if among is None else side.target & among
 
-            def work(run: Run = run, target: Tensor = standing) -> Masks:
-                target = target.to(self._device)
-                x, y = images[target], labels[target]
-                found = perturbed(self._attacked.by(run, which), run, x, y, self._settings)
-                return {
-                    "survived": spread(target, correct(model, found, y), False),
-                    "crossed": spread(target, correct(other, found, y), True),
-                }
+        def work() -> Tensor:
+            at = target.to(self._device)
+            begin = None if starts is None else starts[at]
+            return perturbed(
+                self._attacked.by(run, which), run, side.images[at], side.labels[at], self._settings, begin
+            )
 
-            result = self._ledger.recall(f"{name}, {which}, {run.name}", work)
-            masks[run.name] = result["survived"]
-            crossed = crossed & result["crossed"]
-            self.made += int(standing.sum())
-            if self._skip_broken:
-                standing = result["survived"]
-            advance()
-        return masks, crossed
+        self._meet(side, run.name, which, target, work)
+        advance()
 
-    def _examine(self, name: str, which: str, images: Tensor, labels: Tensor, clean: Tensor) -> Masks:
-        """Return what survives an unbounded attack, and the first gradient run with half of its steps."""
-        model, settings = self._models[which], self._settings
-        largest = 1.0 if settings.norm == "Linf" else math.sqrt(images[0].numel())
-        gradient = [run for run in self._runs if run.backward is not None]
-        # One run for each backward; without operators they are all the same.
-        unbounded = {
-            run.backward: replace(run, attack="apgd-ce") for run in gradient[: None if which == "sparse" else 1]
-        }
+    def _transfer(self, side: _Side, which: str, among: Tensor, found: Tensor) -> None:
+        """Show one model what broke the other."""
+        target = side.target & among
+        self._meet(side, TRANSFER, which, target, lambda: found[target.to(self._device)])
 
-        def left(run: Run, allowed: AttackSettings) -> Tensor:
-            target = clean.to(self._device)
-            found = perturbed(self._attacked.by(run, which), run, images[target], labels[target], allowed)
-            return spread(target, correct(model, found, labels[target]), False)
-
+    def _meet(self, side: _Side, name: str, which: str, target: Tensor, make: Callable[[], Tensor]) -> None:
         def work() -> Masks:
-            masks: dict[str, Tensor] = {}
-            for run in unbounded.values():
-                survived = left(run, replace(settings, eps=largest))
-                masks["unbounded"] = masks.get("unbounded", survived) & survived
-                blank = (
-                    spread(survived, without_gradient(model, run, images[survived]), False)
-                    if survived.any()
-                    else survived
-                )
-                masks["no gradient"] = masks.get("no gradient", blank) & blank
-            if gradient and settings.steps > 1:
-                masks["half the steps"] = left(gradient[0], replace(settings, steps=settings.steps // 2))
-            return masks
+            at = target.to(self._device)
+            made = make()
+            right = correct(self._models[which], made, side.labels[at])
+            first = ~right & ~side.broken.to(self._device)[at]
+            return {"survived": spread(at, right, False), "images": made[first]}
 
-        return self._ledger.recall(f"{name}, {which}, sanity", work)
+        known = self._ledger.recall(f"{side.name}, {name}", work)
+        side.add(name, target, known)
+
+    def _examine(self, probed: Probed, which: str, side: _Side) -> Masks:
+        count = len(probed.images)
+        return examine(
+            self._models[which], self._attacked, which, probed, self._runs, self._settings,
+            side.masks["clean"][:count], ~side.broken[:count],
+        )  # fmt: skip
 
     def so_far(self) -> str:
         """Return the worst-case accuracies so far, for the progress bar."""
@@ -142,19 +156,50 @@ class Comparison:
 
     def checks(self, outcomes: dict[str, ModelOutcome]) -> list[Check]:
         """Return what the evaluation says about itself."""
-        found: list[Check | None] = []
-        backwards = {run.name: run.backward for run in self._runs}
-        first = next((run.name for run in self._runs if run.backward is not None), None)
-        for which, words in _IN_WORDS.items():
+        found: list[Check] = []
+        for which, words in IN_WORDS.items():
             looked = [masks[which] for _, masks in sorted(self.sanity.items())]
-            if looked and "unbounded" in looked[0]:
-                left, blank = (torch.cat([m[key] for m in looked]) for key in ("unbounded", "no gradient"))
-                found.append(check_unbounded(words, left, blank))
-            if looked and "half the steps" in looked[0]:
-                fewer = torch.cat([m["half the steps"] for m in looked])
-                found.append(check_steps(words, str(first), fewer, outcomes[which].robust[str(first)][: len(fewer)]))
-            found.append(check_square(words, outcomes[which], backwards))
-        return [check for check in found if check is not None]
+            joined = {name: torch.cat([m[name] for m in looked if name in m]) for m in looked for name in m}
+            found += checks_of(words, joined, outcomes[which], self._runs)
+        return found
+
+
+class _Side:
+    """One model and one batch: which images stand, and what broke the others.
+
+    Attributes:
+        images, labels: The batch, on the model's device.
+        masks: ``clean`` and one a run, on the CPU.
+        broken: ``[N]`` bool: wrong on the image itself or on one made of it.
+        adversarial: ``[N, C, H, W]``, the first that broke each; the image itself where none did.
+    """
+
+    def __init__(self, name: str, images: Tensor, labels: Tensor, clean: Tensor, full_rows: bool) -> None:
+        self.name, self.images, self.labels = name, images, labels
+        self.masks: dict[str, Tensor] = {"clean": clean}
+        self.broken, self.adversarial = ~clean, images.clone()
+        self._by = torch.where(clean, -1, 0)
+        self._full_rows = full_rows
+
+    @property
+    def target(self) -> Tensor:
+        """``[N]`` bool, the images to attack."""
+        return self.masks["clean"] if self._full_rows else ~self.broken
+
+    def add(self, name: str, target: Tensor, known: Masks) -> None:
+        """Take over what a run found among the images it met; it leaves alone the others that stood."""
+        newly = target & ~known["survived"] & ~self.broken
+        standing = self.target
+        self.masks[name] = known["survived"] | (standing & ~target)
+        self.broken = self.broken | newly
+        self._by[newly] = len(self.masks) - 1
+        if "images" in known:  # not of a batch that was done with before
+            self.adversarial[newly.to(self.images.device)] = known["images"].to(self.images)
+
+    def evidence(self) -> dict[str, Tensor]:
+        """Return the batch, its adversarial images, and the number of the row that broke each: 0 clean, -1 none."""
+        batch = {"images": self.images.cpu(), "labels": self.labels.cpu()}
+        return batch | {"adversarial": self.adversarial.cpu(), "broken_by": self._by}
 
 
 def outcome(masks: Sequence[Masks]) -> ModelOutcome:

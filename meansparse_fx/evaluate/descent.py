@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, fx, nn
 
 from ..passes.reveal import reveal
@@ -124,6 +125,21 @@ class Adaptive(PGD):
             return logits, value
 
         return loss
+
+
+class Margin(APGDAttack):
+    """APGD on the logits' margin: what its base calls the loss ``dlr``, without the division."""
+
+    def dlr_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the largest wrong logit less the right one ``[N]`` of logits ``[N, K]`` and labels ``[N]``."""
+        right = F.one_hot(y, x.shape[1]).bool()
+        return x.masked_fill(right, -torch.inf).amax(1) - x[right]
+
+    def perturb_from(self, starts: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Return adversarial images ``[N, C, H, W]``, begun at ``starts``; those not broken as they were."""
+        self.init_hyperparam(images)
+        _, standing, _, found = self.attack_single_run(images.clone(), labels.clone(), x_init=starts)
+        return torch.where(_per_image(standing.bool(), images), images, found)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Floor 5: what is known so far, image by image, kept on disk as it comes, so that a killed run goes on where it was.
 
-An entry is the result of one piece of work: masks, by name. A piece is always done the same way, whatever was done
-before it in the same process; so it does not matter where a run was interrupted. Knows files; runs no model.
+An entry is the result of one piece of work: masks, by name, and the images that later pieces need. A piece is always
+done the same way, whatever was done before it in the same process; so it does not matter where a run was interrupted.
+Knows files; runs no model.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from ..errors import EvaluationError
 from ..operators import operators
 from ..statistics import fingerprint
 
-FORMAT, VERSION = "meansparse_fx.attacked", "1"
-EVERY = 1.0  # seconds between two writings: a piece of work that takes longer is on disk as soon as it is done
+FORMAT, VERSION = "meansparse_fx.attacked", "2"
+# Seconds between two writings, and how many times as long as the last one took: a piece of work that takes longer is on
+# disk as soon as it is done.
+EVERY, TIMES = 1.0, 10
 
 Masks = Mapping[str, Tensor]
 
@@ -45,6 +48,7 @@ class Ledger:
         self._digests: dict[str, str] = {}
         self._before = 0.0
         self._began = self._written = time.monotonic()
+        self._took = 0.0
         if self._path is not None:
             if not self._path.parent.is_dir():
                 raise EvaluationError(f"{self._path}: the directory does not exist, so no checkpoint can be written")
@@ -89,14 +93,21 @@ class Ledger:
         """Return the result of a piece of work, doing it if it is not known yet."""
         if piece not in self._masks:
             self._masks[piece] = {name: mask.cpu() for name, mask in work().items()}
-            if time.monotonic() - self._written >= EVERY:
+            if time.monotonic() - self._written >= max(EVERY, TIMES * self._took):
                 self.write()
         return self._masks[piece]
+
+    def forget(self, prefix: str, name: str) -> None:
+        """Leave out what is called ``name`` in the results of all pieces that begin with ``prefix``."""
+        for piece, masks in self._masks.items():
+            if piece.startswith(f"{prefix},"):
+                masks.pop(name, None)
 
     def write(self) -> None:
         """Replace the file, if there is one, by what is known now."""
         if self._path is None:
             return
+        began = time.monotonic()
         header = {
             "identity": self._identity,
             "digests": self._digests,
@@ -106,6 +117,7 @@ class Ledger:
         tensors = {f"{piece}:{name}": mask for piece, masks in self._masks.items() for name, mask in masks.items()}
         artifacts.write(self._path, FORMAT, VERSION, header, tensors)
         self._written = time.monotonic()
+        self._took = self._written - began
 
     def _load(self, path: Path) -> None:
         header, tensors = artifacts.read(path, FORMAT, VERSION, "a checkpoint of an evaluation")

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EvaluationError
-from ..nn import MeanSparse
 from ..operators import operators, switched
 from .attacks import AttackSettings, attack, expand, kind, logits_of
+from .surrogates import surrogate
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One attack under one backward mode of the operator.
+    """One attack under one surrogate of the operator's gradient.
 
     Attributes:
         attack: Name of the attack.
-        backward: ``exact``, ``identity`` or ``smooth``; None for an attack without gradients.
+        backward: Name of the surrogate, see `surrogates`; None for an attack without gradients.
         seed: Of its random start; every run has its own, so that two runs are two tries on the base as well.
     """
 
@@ -35,41 +35,53 @@ class Run:
     def name(self) -> str:
         return self.attack if self.backward is None else f"{self.attack}/{self.backward}"
 
+    @property
+    def started(self) -> bool:
+        """Whether it begins at images found against the other model."""
+        return kind(self.attack).started
+
 
 def plan_runs(attacks: Sequence[str], backwards: Sequence[str], seed: int) -> list[Run]:
-    """Return every attack under every backward mode; an attack without gradients once, at the end.
+    """Return the runs in their order.
 
-    The operator's own gradient comes first: what survives it is known, whatever those who know leave of it.
+    The operator's own gradient comes first: what survives it is known, whatever those who know leave of it. Attacks
+    without gradients come after those with, and those that start at the other model's adversarial images last.
+
+    Args:
+        attacks: Names of attacks, each with its backward (``apgd-ce/annealed``) or, without one, to be run under each
+            of ``backwards``; or of lists of such names.
+        backwards: Of attacks that have none of their own.
+        seed: Of the first; the others count on.
     """
-    kinds = {name: kind(name) for name in expand(attacks)}
-    modes = sorted(dict.fromkeys(backwards), key=lambda mode: mode != "exact")
-    found: list[tuple[str, str | None]] = [(a, mode) for mode in modes for a, row in kinds.items() if row.gradient]
-    found += [(a, None) for a, row in kinds.items() if not row.gradient]
+    found: dict[tuple[str, str | None], None] = {}
+    named = [name.partition("/") for name in expand(attacks)]
+    for mode in backwards:
+        surrogate(mode)
+        found |= {(name, mode): None for name, slash, _ in named if not slash and kind(name).gradient}
+    for name, slash, own in named:
+        if slash:
+            surrogate(own)
+        if slash and not kind(name).gradient:
+            raise EvaluationError(f"{name} uses no gradient, so it has no backward: write {name}, not {name}/{own}")
+        if slash or not kind(name).gradient:
+            found[name, own or None] = None
     if not found:
         raise EvaluationError("no attack asked for: give at least one, and for gradient attacks a backward")
-    return [Run(a, mode, seed + i) for i, (a, mode) in enumerate(found)]
+    order = sorted(found, key=lambda pair: (kind(pair[0]).started, pair[1] != "exact", pair[1] is None))
+    return [Run(name, mode, seed + i) for i, (name, mode) in enumerate(order)]
 
 
-def perturbed(model: nn.Module, run: Run, images: Tensor, labels: Tensor, settings: AttackSettings) -> Tensor:
+def perturbed(
+    model: nn.Module,
+    run: Run,
+    images: Tensor,
+    labels: Tensor,
+    settings: AttackSettings,
+    starts: Tensor | None = None,
+) -> Tensor:
     """Return what ``run`` makes of ``images``; the operators' switches are put back."""
     with switched(model):
-        for operator in model.modules():
-            if isinstance(operator, MeanSparse) and run.backward is not None:
-                operator.set_backward(run.backward, operator.backward_steepness)
-        return attack(run.attack, model, images, labels, replace(settings, seed=run.seed))
-
-
-def without_gradient(model: nn.Module, run: Run, images: Tensor) -> Tensor:
-    """Return the mask ``[N]`` of images with respect to which the logits have no gradient under the run's backward."""
-    with switched(model), torch.enable_grad():
-        for operator in model.modules():
-            if isinstance(operator, MeanSparse) and run.backward is not None:
-                operator.set_backward(run.backward, operator.steepness)
-        images = images.detach().clone().requires_grad_()
-        logits = logits_of(model, images)
-        weights = torch.linspace(1, 2, logits.shape[1], device=logits.device, dtype=logits.dtype)
-        (gradient,) = torch.autograd.grad((logits * weights).sum(), images)
-    return (gradient == 0).flatten(1).all(1)
+        return attack(run.attack, model, images, labels, replace(settings, seed=run.seed), run.backward, starts)
 
 
 def correct(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ..batches import as_batches, labelled, length
 from ..errors import EvaluationError
-from ..operators import get_alpha, require_transformed
+from ..operators import get_alpha, operators, require_transformed
+from ..passes import restore
 from ..progress import bar
 from ..shards import gather, own_file, place
+from ..statistics import fingerprint
 from .attacks import AttackSettings
 from .comparison import Comparison
+from .evidence import Evidence
 from .ledger import Ledger, digest, model_identity
 from .plan import plan_runs
-from .sanity import check_balls
 from .verdict import Evaluation
 
-DEFAULT_ATTACKS = ("apgd-ce", "square")
+DEFAULT_ATTACKS = ("adaptive",)
 SANITY_IMAGES = 100
 
 
@@ -38,19 +40,22 @@ def evaluate(
     queries: int = 5000,
     batch_size: int = 128,
     seed: int = 0,
-    skip_broken: bool = False,
+    full_rows: bool = False,
     sanity_images: int = SANITY_IMAGES,
     compile: bool = False,
     amp: torch.dtype | None = None,
+    base: fx.GraphModule | None = None,
+    save_adversarial: str | Path | None = None,
     checkpoint: str | Path | None = None,
     group: Any = None,
     progress: bool = True,
 ) -> Evaluation:
     """Return how the transformed model and its base stand up to the same attacks on the same images.
 
-    Gradient attacks are run once for each backward mode; the base, which has no operator, gets as many tries
-    from other random starts. Each model also meets the images found against the other (``transfer``). The
-    worst case counts an image only if it survives everything.
+    By default (``adaptive``) gradient attacks are run with the operator's own gradient and with surrogates of it; the
+    base, which has no operator, gets as many tries from other random starts. Each model also meets the images found
+    against the other (``transfer``), and attacks that start there. What is broken is left alone; the worst case counts
+    an image only if it survives everything.
 
     Args:
         sparse: A transformed model in eval mode.
@@ -59,19 +64,23 @@ def evaluate(
             calibration nor the choice of alpha saw.
         eps: Radius of the ball, in the units of the images.
         norm: ``Linf`` or ``L2``.
-        attacks: Names from `ATTACKS`, or of AutoAttack's versions: ``standard``, ``plus``, ``rand``.
-        backwards: Modes of the operator's backward; ``identity`` is BPDA, the attacker who knows.
+        attacks: Names from `ATTACKS`, each with its surrogate (``apgd-ce/annealed``) or to be run under each of
+            ``backwards``; or names of lists of them: ``adaptive``, AutoAttack's ``standard``, ``plus``, ``rand``.
+        backwards: Surrogates of the operator's gradient for attacks that name none: ``exact``, ``identity`` (BPDA),
+            ``smooth`` or ``smooth-STEEPNESS``, ``annealed``.
         steps: Iterations of the gradient attacks.
         queries: Queries of the Square attack.
         batch_size: For tensors; a loader brings its own.
         seed: Of the attacks.
-        skip_broken: Attack only images that no attack before has broken: the same worst case for less work, but rows
-            that are no longer each attack's own.
+        full_rows: Attack with everything also what is broken already: more work for about the same worst case, and each
+            row is that attack's own.
         sanity_images: Images for the checks that the attacks work at all (`Evaluation.checks`); 0 leaves out those
             that need attacks of their own.
         compile: Attack through torch.compile. What an attack found counts only if the model itself, not compiled and in
             its own precision, is wrong on it; so this may only cost the attacker a little.
         amp: Autocast the attacked model to bfloat16 or float16, with the same check of what was found.
+        base: To stand beside ``sparse``, in the place of the same model without its operators.
+        save_adversarial: File for the adversarial images and what broke each: see `evidence`.
         checkpoint: File to keep results in as they come; if it exists, go on from it. It stays: remove it when the
             result is saved. The loader must yield the same images in the same order each time. A resumed run ends as
             an uninterrupted one would, as far as the device computes the same thing twice. Several processes have
@@ -88,13 +97,16 @@ def evaluate(
     require_transformed(sparse, "evaluate")
     settings = AttackSettings(eps=eps, norm=norm, steps=steps, queries=queries, seed=seed)
     runs = plan_runs(attacks, backwards, seed)
+    models: dict[str, nn.Module] = {"base": restore(sparse) if base is None else base, "sparse": sparse}
     identity = model_identity(sparse, alpha=True) | {
-        "attack settings": [f"{settings}", skip_broken, sanity_images, compile, str(amp)],
+        "base": None if base is None else fingerprint(base),
+        "attack settings": [f"{settings}", full_rows, sanity_images, compile, str(amp), save_adversarial is not None],
         "attacks or backwards": [run.name for run in runs],
     }
     rank, world = place(group)
     ledger = Ledger(None if checkpoint is None else own_file(Path(checkpoint), rank, world), identity)
-    comparison = Comparison(sparse, runs, settings, ledger, skip_broken, compile, amp)
+    keep = save_adversarial is not None
+    comparison = Comparison(models, runs, settings, ledger, full_rows, compile, amp, keep)
     with bar(progress and rank == 0) as display, ledger:
         task = display.add_task("attack", total=_count(test, batch_size, 2 * len(runs), world), note="")
         seen: list[str] = []
@@ -108,6 +120,8 @@ def evaluate(
         ledger.require_whole(comparison.met)
     seconds = _unite(comparison, identity, seen, ledger.seconds, group)
     outcomes = comparison.outcomes()
+    if save_adversarial is not None and rank == 0:
+        _evidence(comparison, sparse, models, settings).save(save_adversarial)
     return Evaluation(
         base=outcomes["base"],
         sparse=outcomes["sparse"],
@@ -118,8 +132,31 @@ def evaluate(
         queries=queries,
         seed=seed,
         seconds=seconds,
-        cumulative=skip_broken,
-        checks=(*comparison.checks(outcomes), check_balls(comparison.made)),
+        cumulative=not full_rows,
+        checks=tuple(comparison.checks(outcomes)),
+    )
+
+
+def _evidence(
+    comparison: Comparison, sparse: fx.GraphModule, models: Mapping[str, nn.Module], settings: AttackSettings
+) -> Evidence:
+    parts = [found for _, found in sorted(comparison.evidence.items())]
+    joined = {
+        which: {name: torch.cat([part[which][name] for part in parts]) for name in parts[0][which]} for which in models
+    }
+    first = next(iter(operators(sparse).values()))
+    return Evidence(
+        joined["base"]["images"],
+        joined["base"]["labels"],
+        {which: found["adversarial"] for which, found in joined.items()},
+        {which: found["broken_by"] for which, found in joined.items()},
+        tuple(next(iter(comparison.found.values()))["sparse"]),
+        settings.eps,
+        settings.norm,
+        {which: fingerprint(model) for which, model in models.items()},
+        get_alpha(sparse),
+        first.variant,
+        first.centre_mode,
     )
 
 
@@ -134,7 +171,8 @@ def _unite(comparison: Comparison, identity: dict[str, Any], seen: list[str], se
     if group is None:
         return seconds
     try:
-        parts = gather((identity, seen, comparison.found, comparison.sanity, comparison.made, seconds), group)
+        own = (identity, seen, comparison.found, comparison.sanity, comparison.evidence, seconds)
+        parts = gather(own, group)
     except RuntimeError as error:  # what torch.distributed raises when a peer is gone
         raise EvaluationError(
             f"lost another process ({str(error).splitlines()[0]}). Checkpoints, if asked for, are kept: start again"
@@ -147,5 +185,5 @@ def _unite(comparison: Comparison, identity: dict[str, Any], seen: list[str], se
             )
     comparison.found = {batch: masks for part in parts for batch, masks in part[2].items()}
     comparison.sanity = {batch: masks for part in parts for batch, masks in part[3].items()}
-    comparison.made = sum(part[4] for part in parts)
+    comparison.evidence = {batch: found for part in parts for batch, found in part[4].items()}
     return max(part[5] for part in parts)

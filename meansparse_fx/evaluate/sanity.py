@@ -1,20 +1,25 @@
 """Floor 5: can the evaluation itself be trusted? Checks that fail where an attack is blind or too weak.
 
-Data and arithmetic; runs no model.
+Data and arithmetic; runs no model. Each finding says what was seen; where the check fails, also what to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from .outcome import ModelOutcome, PairedDifference, mean
+from .outcome import ModelOutcome, mean
+from .plan import Run
 
 MOST_LEFT = 0.05  # accuracy under an unbounded attack above which it did not work: half of guessing among ten classes
-# What Square alone may break: AutoAttack's own limit, and more images than tries on the edge come to.
-MOST_BY_SQUARE, IMAGES_BY_SQUARE = 0.002, 3
+# What Square, or twice the steps, may break after everything: AutoAttack's own limit, and more images than tries on the
+# edge come to.
+MOST_MORE, IMAGES_MORE = 0.002, 3
+LEAST_POWER = 0.9  # share of the planted examples that all attacks together must find
+MOST_FLAT = 0.05  # share of images without a gradient, or whose logits do not follow a tiny change
+LEAST_RISES = 0.8  # share of images of which a small step along the gradient raises the loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +41,90 @@ class Check:
         return {"name": self.name, "passed": self.passed, "finding": self.finding}
 
 
-def check_unbounded(which: str, left: Tensor, blank: Tensor) -> Check:
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """How a mask of `probes.examine` is judged: the share of images where it is set must be in a range."""
+
+    name: str
+    seen: str  # said of the share where the mask is not set
+    cure: str
+    most: float  # such share
+
+    def check(self, which: str, mask: Tensor) -> Check:
+        share = 1 - mean(mask)
+        passed = share <= self.most
+        finding = f"{100 * share:.1f} % of {len(mask)} images {self.seen}"
+        return Check(f"{self.name}, {which}", passed, finding if passed else f"{finding}: {self.cure}")
+
+
+_RULES = {
+    "repeatable": _Rule(
+        "repeatable outputs",
+        "have other logits when they are shown again",
+        "the model is randomised, and what broke it once may not do so again; average gradients (attacks "
+        "apgd-ce-eot20, apgd-dlr-eot20), or fix its seed",
+        0.0,
+    ),
+    "logits": _Rule(
+        "logits",
+        "have outputs that are probabilities",
+        "losses of logits are flat there; take the softmax out of the model, or return its logarithm",
+        MOST_FLAT,
+    ),
+    "continuous": _Rule(
+        "continuous outputs",
+        "have the same logits after a tiny change",
+        "inputs or logits are quantised, so gradients say little; attack the model without the rounding",
+        MOST_FLAT,
+    ),
+    "slope": _Rule(
+        "gradient of cross-entropy",
+        "have a gradient of exactly zero under every backward",
+        "lost in the model itself (rounding, a step, detach, no_grad), which then needs a backward "
+        "(torch.autograd.Function) or attacks without gradients; or underflown from large logits: divide them, or rely "
+        "on apgd-margin and apgd-t alone, which do not depend on their scale",
+        MOST_FLAT,
+    ),
+    "rises": _Rule(
+        "ascent",
+        "have no larger loss after a small step along the gradient",
+        "the gradient does not point where the loss grows; attack through a surrogate of what hides it",
+        1 - LEAST_RISES,
+    ),
+    "outspoken": _Rule(
+        "silent success",
+        "were broken on the way and given back whole",
+        "the attack finds more than it returns; keep what it meets on its way",
+        0.01,
+    ),
+}
+
+
+def checks_of(which: str, masks: Mapping[str, Tensor], outcome: ModelOutcome, runs: Sequence[Run]) -> Iterator[Check]:
+    """Yield what masks of `probes` and the outcome of one model say.
+
+    Args:
+        which: The model, in words.
+        masks: Of the images looked at.
+        outcome: Of the model.
+        runs: What was run.
+    """
+    for name, rule in _RULES.items():
+        if len(masks.get(name, ())):
+            yield rule.check(which, masks[name])
+    if len(masks.get("bounded", ())):
+        yield check_unbounded(which, masks["bounded"])
+    planted = {name.partition("/")[2]: mask for name, mask in masks.items() if name.startswith("planted/")}
+    if planted:
+        yield check_power(which, planted)
+    if len(masks.get("twice the steps", ())):
+        yield check_steps(which, masks["twice the steps"])
+    square = check_square(which, outcome, {run.name: run.backward for run in runs})
+    if square is not None:
+        yield square
+
+
+def check_unbounded(which: str, left: Tensor) -> Check:
     """Judge an attack whose ball holds every image there is: it must break the model.
 
     Args:
@@ -46,33 +134,44 @@ def check_unbounded(which: str, left: Tensor, blank: Tensor) -> Check:
     """
     share = mean(left)
     finding = f"{100 * share:.1f} % of {len(left)} images survive an attack that may change them into any other"
-    if share > MOST_LEFT and 2 * int(blank.sum()) > int(left.sum()):
-        finding += (
-            f"; for {int(blank.sum())} of them the gradient is lost in the model itself, zero with respect to every "
-            "pixel: rounding, a step, detach or no_grad. Give that a backward (torch.autograd.Function), or attack "
-            "without gradients"
-        )
-    elif share > MOST_LEFT:
+    if share > MOST_LEFT:
         finding += ": the attack is blind here, and what other attacks leave means little; try more steps, or another"
     return Check(f"unbounded attack, {which}", share <= MOST_LEFT, finding)
 
 
-def check_steps(which: str, run: str, fewer: Tensor, more: Tensor) -> Check:
-    """Judge whether more steps help the attacker, or at least not the defender.
+def check_power(which: str, missed: Mapping[str, Tensor]) -> Check:
+    """Judge whether the attacks find what was planted (Zimmermann et al., 2022).
 
     Args:
         which: The model.
-        run: The attack.
-        fewer: ``[n]``, images that survived half of the steps.
-        more: ``[n]``, images that survived all of them.
+        missed: ``[n]`` by run, and by ``random search``: planted examples not found.
     """
-    change = PairedDifference.of(fewer, more)
-    passed = change.low <= 0
-    finding = f"with twice the steps accuracy under {run} changes by {change.points()} points on {len(more)} images"
+    runs = {name: mask for name, mask in missed.items() if name != "random search"}
+    count = len(next(iter(runs.values())))
+    together = ModelOutcome(next(iter(runs.values())) | True, runs).worst
+    share = 1 - mean(together)
+    each = ", ".join(f"{name} {100 * (1 - mean(mask)):.0f} %" for name, mask in runs.items())
+    finding = (
+        f"{count - int(together.sum())} of {count} planted adversarial examples found ({each}; random search "
+        f"{100 * (1 - mean(missed['random search'])):.0f} %)"
+    )
+    if share < LEAST_POWER:
+        finding += ": as large a share of the real ones may be missed; try more steps, or another attack"
+    return Check(f"planted examples, {which}", share >= LEAST_POWER, finding)
+
+
+def check_steps(which: str, survived: Tensor) -> Check:
+    """Judge whether the attacks had steps enough.
+
+    Args:
+        which: The model.
+        survived: ``[n]``, of the images that stood after all runs, those that stand after one more of twice the steps.
+    """
+    count = int((~survived).sum())
+    passed = count < IMAGES_MORE or count / len(survived) <= MOST_MORE
+    finding = f"{count} of {len(survived)} images that survived everything fall to one more run of twice the steps"
     if not passed:
-        finding += ": steps that help the defender mean an attack that does not work"
-    elif change.high < 0:
-        finding += ": still falling, so more steps would find more"
+        finding += ": optimisation was not complete; run more steps before believing any gain"
     return Check(f"more steps, {which}", passed, finding)
 
 
@@ -90,13 +189,8 @@ def check_square(which: str, outcome: ModelOutcome, backwards: Mapping[str, str 
     seen = ModelOutcome(outcome.clean, gradient).worst
     alone = seen & ~outcome.robust["square"]
     count, share = int(alone.sum()), mean(alone)
-    passed = share <= MOST_BY_SQUARE or count < IMAGES_BY_SQUARE
+    passed = share <= MOST_MORE or count < IMAGES_MORE
     finding = f"{count} of {len(alone)} images fall to Square and to no gradient attack"
     if not passed:
         finding += ": the gradients are masked, or had too few steps; run stronger attacks before believing any gain"
     return Check(f"Square against gradients, {which}", passed, finding)
-
-
-def check_balls(images: int) -> Check:
-    """Report the check that every adversarial image went through: one that fails it is an error at once."""
-    return Check("inside the ball", True, f"all {images:,} adversarial images are within eps and in [0, 1]")

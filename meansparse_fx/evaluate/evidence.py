@@ -1,0 +1,161 @@
+"""Floor 5: adversarial images on disk, and the check by whoever doubts them: no attack is run, the models are asked.
+
+A file holds the images as they were, their labels, and for each model the adversarial image of each (the image itself
+where nothing broke it) and what broke it. It says what was attacked, so that another model is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .. import artifacts
+from ..errors import EvaluationError
+from ..operators import require_transformed, set_alpha, set_variant
+from ..passes import restore
+from ..statistics import fingerprint
+from .attacks import AttackSettings, check_ball
+from .plan import correct, device_of
+
+FORMAT, VERSION = "meansparse_fx.adversarial", "1"
+BATCH = 256
+MODELS = ("base", "sparse")
+_HEADER = ("rows", "eps", "norm", "weights", "alpha", "variant", "centre")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evidence:
+    """Adversarial images of a base and of the transformed model.
+
+    Attributes:
+        images, labels: ``[N, C, H, W]`` in [0, 1] and ``[N]``.
+        adversarial: By model, ``base`` and ``sparse``: ``[N, C, H, W]``.
+        broken_by: By model: ``[N]``, an index into ``rows``, or -1 where nothing broke the image.
+        rows: ``clean``, and the attacks in their order.
+        eps, norm: The ball.
+        weights: Fingerprint of each model.
+        alpha, variant, centre: Of the transformed model.
+    """
+
+    images: Tensor
+    labels: Tensor
+    adversarial: Mapping[str, Tensor]
+    broken_by: Mapping[str, Tensor]
+    rows: tuple[str, ...]
+    eps: float
+    norm: str
+    weights: Mapping[str, str]
+    alpha: float | Mapping[str, float]
+    variant: str
+    centre: str
+
+    def save(self, path: str | Path) -> None:
+        """Write the file."""
+        tensors = {"images": self.images, "labels": self.labels}
+        for which in MODELS:
+            tensors |= {f"{which}.images": self.adversarial[which], f"{which}.broken_by": self.broken_by[which]}
+        header = {name: getattr(self, name) for name in _HEADER}
+        artifacts.write(path, FORMAT, VERSION, header, tensors)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evidence:
+        """Read a file.
+
+        Raises:
+            ArtifactError: It is truncated or of another kind.
+        """
+        header, tensors = artifacts.read(path, FORMAT, VERSION, "a file of adversarial images")
+        return cls(
+            tensors["images"],
+            tensors["labels"],
+            {which: tensors[f"{which}.images"] for which in MODELS},
+            {which: tensors[f"{which}.broken_by"] for which in MODELS},
+            tuple(header["rows"]),
+            *(header[name] for name in _HEADER[1:]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What the models say of a file's images.
+
+    Attributes:
+        images: How many.
+        broken: By model, on how many of its adversarial images it is wrong.
+        claimed: By model, on how many the file says it is.
+        by: By model, how many images each row broke.
+    """
+
+    images: int
+    broken: dict[str, int]
+    claimed: dict[str, int]
+    by: dict[str, dict[str, int]]
+
+    @property
+    def holds(self) -> bool:
+        """Whether each model is wrong on as many images as the file says."""
+        return self.broken == self.claimed
+
+    def __str__(self) -> str:
+        lines = []
+        for which, words in (("base", "base"), ("sparse", "with MeanSparse")):
+            left = 100 * (1 - self.broken[which] / self.images)
+            by = ", ".join(f"{row} {count}" for row, count in self.by[which].items() if count)
+            lines.append(
+                f"{words}: wrong on {self.broken[which]} of {self.images} images, {self.claimed[which]} claimed; "
+                f"accuracy at most {left:.1f} % (broken by: {by})"
+            )
+        return "\n".join([*lines, "The file holds." if self.holds else "The file does not hold for this model."])
+
+
+def verify(path: str | Path, sparse: fx.GraphModule, base: nn.Module | None = None) -> Verification:
+    """Return what a transformed model and its base say of the images that `evaluate` kept: nothing is attacked.
+
+    Args:
+        path: Of the file that ``evaluate(..., save_adversarial=path)`` wrote.
+        sparse: The transformed model with its statistics; alpha and variant are those of the file, and put into it.
+        base: As `evaluate` was given it.
+
+    Raises:
+        StateError: The model is not transformed.
+        EvaluationError: It has other weights, or an image is not in its ball.
+        ArtifactError: The file is truncated or of another kind.
+    """
+    require_transformed(sparse, "verify")
+    found, device = Evidence.load(path), device_of(sparse)
+    models: dict[str, nn.Module] = {"base": restore(sparse) if base is None else base, "sparse": sparse}
+    for which, model in models.items():
+        if fingerprint(model) != found.weights[which]:
+            raise EvaluationError(f"{path}: adversarial images of another model, the weights of the {which} differ")
+    set_variant(sparse, found.variant, found.centre)
+    set_alpha(sparse, found.alpha)
+    broken: dict[str, int] = {}
+    for which, model in models.items():
+        check_ball(f"{path}, {which}", found.images, found.adversarial[which], AttackSettings(found.eps, found.norm))
+        parts = zip(found.adversarial[which].split(BATCH), found.labels.split(BATCH), strict=True)
+        right = torch.cat([correct(model, x.to(device), y.to(device)).cpu() for x, y in parts])
+        broken[which] = int((~right).sum())
+    claimed = {which: int((found.broken_by[which] >= 0).sum()) for which in MODELS}
+    by = {
+        which: {row: int((found.broken_by[which] == i).sum()) for i, row in enumerate(found.rows)} for which in MODELS
+    }
+    return Verification(len(found.labels), broken, claimed, by)
+
+
+def external_evaluation(path: str | Path, which: str = "sparse") -> dict[str, Any]:
+    """Return what RobustBench's external evaluations ask for: all images, adversarial where one was found.
+
+    Args:
+        path: Of the file that `evaluate` wrote.
+        which: ``base`` or ``sparse``.
+
+    Returns:
+        ``x_adv`` ``[N, C, H, W]``, ``y`` ``[N]``, ``eps``, ``norm``: for ``torch.save``.
+    """
+    found = Evidence.load(path)
+    return {"x_adv": found.adversarial[which], "y": found.labels, "eps": found.eps, "norm": found.norm}

@@ -1,0 +1,179 @@
+"""Floor 5: a closer look at the attacks themselves, on a few images: what `sanity` judges.
+
+Runs models and attacks; every mask is over the images that are right to begin with. The failures looked for are those
+of Carlini et al. (2019), Pintor et al. (2022) and AutoAttack's flags.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ..operators import switched
+from .attacks import AttackSettings, kind
+from .ledger import Masks
+from .plan import Run, correct, perturbed
+from .planted import IMAGES, nearest, plant, single_target
+from .surrogates import surrogate, switch
+from .swift import Attacked
+
+STEP = 0.1  # of eps: a step along the gradient must raise the loss
+TINY = 1e-3  # of eps: a change that must change the logits
+SAME = 1e-4  # of the largest logit: two passes may differ by a device's rounding
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Probed:
+    """The images to look at, ``[n, C, H, W]`` and ``[n]``."""
+
+    images: Tensor
+    labels: Tensor
+
+    def at(self, mask: Tensor) -> Probed:
+        """Return those where ``mask`` ``[n]`` is set."""
+        mask = mask.to(self.images.device)
+        return Probed(self.images[mask], self.labels[mask])
+
+
+def examine(
+    model: nn.Module,
+    attacked: Attacked,
+    which: str,
+    probed: Probed,
+    runs: Sequence[Run],
+    settings: AttackSettings,
+    clean: Tensor,
+    standing: Tensor,
+) -> Masks:
+    """Return masks by name, True where an image shows nothing amiss.
+
+    Args:
+        model: The model itself.
+        attacked: How attacks meet it, as ``which``.
+        probed: The images.
+        runs, settings: What was run on them.
+        clean: ``[n]``, right as they are.
+        standing: ``[n]``, right after all runs.
+    """
+    right = probed.at(clean)
+    gradient = [run for run in runs if run.backward is not None and not run.started]
+    found = _outputs(model, right, settings)
+    if not gradient or not len(right.images):
+        return found
+    found |= _gradients(model, right, gradient, settings)
+    whole = replace(settings, eps=1.0 if settings.norm == "Linf" else math.sqrt(right.images[0].numel()))
+    left = torch.ones(len(right.images), dtype=torch.bool)
+    # One for each backward, on what those before it left.
+    for run in {run.backward: replace(run, attack="apgd-ce") for run in gradient}.values():
+        these = right.at(left)
+        made = perturbed(attacked.by(run, which), run, these.images, these.labels, whole)
+        left[left.clone()] = correct(model, made, these.labels).cpu()
+    found["bounded"] = left
+    return found | _once_more(model, attacked, which, probed.at(standing), gradient[-1], settings)
+
+
+def search_planted(model: nn.Module, probed: Probed, runs: Sequence[Run], settings: AttackSettings) -> Masks:
+    """Return for each run, and for random search, where it missed what was planted; nothing if nothing can be."""
+    if not isinstance(model, fx.GraphModule) or not any(run.backward for run in runs):
+        return {}
+    planted = plant(model, probed.images[:IMAGES], settings)
+    if planted is None:
+        return {}
+    found: dict[str, Tensor] = {"planted/random search": planted.random}
+    for run in runs:
+        if not (run.started or kind(run.attack).reads_graph):
+            made = perturbed(planted.model, run, planted.images, planted.labels, single_target(settings))
+            found[f"planted/{run.name}"] = correct(planted.model, made, planted.labels)
+    return found
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, right: Probed, settings: AttackSettings) -> dict[str, Tensor]:
+    """Return which images' logits are the same twice, no probabilities, and follow a tiny change."""
+    images = right.images
+    if not len(images):
+        return {}
+    first, second = model(images), model(images)
+    largest = first.abs().amax(1).clamp_min(1e-12)
+    generator = torch.Generator().manual_seed(settings.seed)
+    noise = torch.rand(images.shape, generator=generator).sub(0.5).sign().to(images)
+    moved = model((images + TINY * settings.eps * noise).clamp(0, 1))
+    sums = first.sum(1)
+    probabilities = (first >= 0).all(1) & ((sums - 1).abs() < 1e-3)
+    return {
+        "repeatable": (first - second).abs().amax(1) <= SAME * largest,
+        "logits": ~probabilities,
+        "continuous": (moved != first).any(1),
+    }
+
+
+def _gradients(model: nn.Module, right: Probed, runs: Sequence[Run], settings: AttackSettings) -> dict[str, Tensor]:
+    """Return for which images cross-entropy has a gradient, and a step along the margin's raises the margin."""
+    modes = dict.fromkeys(mode for run in runs for mode in surrogate(run.backward or "exact").modes)
+    slope, rises = (torch.zeros(len(right.images), dtype=torch.bool) for _ in range(2))
+    with switched(model):
+        for mode in modes:
+            switch(model, *mode)
+            x = right.images.clone().requires_grad_()
+            with torch.enable_grad():
+                logits = model(x)
+                margin = _margin(logits, right.labels)
+                entropy = F.cross_entropy(logits, right.labels, reduction="none")
+            slope |= _gradient(entropy, x).flatten(1).abs().amax(1).gt(0).cpu()
+            gradient = _gradient(margin, x)
+            norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+            along = gradient.sign() if settings.norm == "Linf" else gradient / norm
+            with torch.no_grad():
+                after = _margin(model((right.images + STEP * settings.eps * along).clamp(0, 1)), right.labels)
+            rises |= (after > margin).cpu()
+    return {"slope": slope, "rises": rises}
+
+
+def _once_more(
+    model: nn.Module, attacked: Attacked, which: str, left: Probed, run: Run, settings: AttackSettings
+) -> dict[str, Tensor]:
+    """Return which images survive one more run of twice the steps, and on which it gave back what it had met."""
+    if not len(left.images):
+        return {}
+    again, more = replace(run, seed=run.seed + 1000), replace(settings, steps=2 * settings.steps)
+    target = attacked.by(run, which)
+    watched = target if kind(run.attack).reads_graph else _Watched(target, left)
+    made = perturbed(watched, again, left.images, left.labels, more)
+    survived = correct(model, made, left.labels).cpu()
+    found = {"twice the steps": survived}
+    if isinstance(watched, _Watched):
+        found["outspoken"] = ~(watched.seen.cpu() & survived)
+    return found
+
+
+class _Watched(nn.Module):
+    """A model that notes which images it got wrong on the way."""
+
+    def __init__(self, model: nn.Module, known: Probed) -> None:
+        super().__init__()
+        self.model, self._known = model, known
+        self.seen = torch.zeros(len(known.images), dtype=torch.bool, device=known.images.device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.model(images)
+        rows = nearest(images.detach(), self._known.images)
+        wrong = logits.detach().argmax(1) != self._known.labels[rows]
+        self.seen[rows[wrong]] = True
+        return logits
+
+
+def _margin(logits: Tensor, labels: Tensor) -> Tensor:
+    right = F.one_hot(labels, logits.shape[1]).bool()
+    return logits.masked_fill(right, -torch.inf).amax(1) - logits[right]
+
+
+def _gradient(loss: Tensor, x: Tensor) -> Tensor:
+    if not loss.requires_grad:
+        return torch.zeros_like(x)
+    (gradient,) = torch.autograd.grad(loss.sum(), x, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(x) if gradient is None else gradient.detach()

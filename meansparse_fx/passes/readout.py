@@ -1,0 +1,55 @@
+"""Floor 4: the graph in front of a network's last linear layer, and the graph with another layer in its place.
+
+Requires: a GraphModule that returns logits. Ensures: new GraphModules that share all parameters, buffers and operators,
+so that alpha and the backward mode are those of the original.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import fx, nn
+
+from ..rewrite import sharing_copy
+
+NAME = "meansparse_readout"
+
+
+def last_linear(model: fx.GraphModule) -> fx.Node | None:
+    """Return the last linear layer's node, or None."""
+    for node in reversed(model.graph.nodes):
+        if node.op == "call_function" and node.target is F.linear:
+            return node
+        if node.op == "call_module" and isinstance(model.get_submodule(node.target), nn.Linear):
+            return node
+    return None
+
+
+def features_of(model: fx.GraphModule) -> fx.GraphModule:
+    """Return a graph whose result is what the last linear layer reads; the model must have one."""
+    graph, linear = _copy(model)
+    (output,) = graph.graph.find_nodes(op="output")
+    output.args = (linear.args[0],)
+    return _done(graph)
+
+
+def with_readout(model: fx.GraphModule, readout: nn.Module) -> fx.GraphModule:
+    """Return a graph with ``readout`` in the place of the last linear layer, which the model must have."""
+    graph, linear = _copy(model)
+    graph.add_submodule(NAME, readout)
+    with graph.graph.inserting_before(linear):
+        linear.replace_all_uses_with(graph.graph.call_module(NAME, (linear.args[0],)))
+    graph.graph.erase_node(linear)
+    return _done(graph)
+
+
+def _copy(model: fx.GraphModule) -> tuple[fx.GraphModule, fx.Node]:
+    copy = sharing_copy(model)
+    linear = last_linear(copy)
+    assert linear is not None
+    return copy, linear
+
+
+def _done(graph: fx.GraphModule) -> fx.GraphModule:
+    graph.graph.lint()
+    graph.recompile()
+    return graph

@@ -1,0 +1,217 @@
+"""The judge of the judge: adversarial examples planted by construction, and probes on models that fail each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import meansparse_fx as msfx
+from benchmarks import judge
+from meansparse_fx.evaluate import plan
+from meansparse_fx.evaluate.attacks import AttackSettings
+from meansparse_fx.evaluate.outcome import ModelOutcome
+from meansparse_fx.evaluate.plan import correct, perturbed, plan_runs
+from meansparse_fx.evaluate.planted import nearest, plant, single_target
+from meansparse_fx.evaluate.probes import Probed, examine, search_planted
+from meansparse_fx.evaluate.sanity import check_power
+from meansparse_fx.evaluate.swift import Attacked
+from meansparse_fx.passes.readout import features_of, last_linear, with_readout
+
+
+@pytest.fixture
+def sparse(net, images):
+    sparse = msfx.transform(net.requires_grad_(False), images)
+    msfx.calibrate(sparse, [images], progress=False)
+    msfx.set_alpha(sparse, 0.01)
+    return sparse
+
+
+SETTINGS = AttackSettings(eps=0.05, steps=20)
+
+
+def test_features_are_what_the_last_layer_reads(sparse, images):
+    seen = []
+    hook = sparse.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    expected = sparse(images)
+    hook.remove()
+    assert torch.equal(features_of(sparse)(images), seen[0])
+    assert torch.equal(with_readout(sparse, nn.Linear(6, 3))(images).new_zeros(12, 3), torch.zeros(12, 3))
+    assert torch.equal(with_readout(sparse, sparse.head)(images), expected)
+    assert torch.equal(sparse(images), expected), "the model itself is left alone"
+    convolutional = nn.Sequential(nn.Conv2d(3, 4, 9), nn.ReLU(), nn.Flatten()).eval()
+    assert last_linear(msfx.transform(convolutional, images)) is None
+    assert plant(msfx.transform(convolutional, images), images, SETTINGS) is None
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_what_is_planted_is_there(sparse, images, norm):
+    eps = 0.05 if norm == "Linf" else 0.5
+    planted = plant(sparse, images, AttackSettings(eps=eps, norm=norm))
+    assert len(planted.images) > 6
+    delta = (planted.plants - planted.images).flatten(1)
+    assert (delta.abs().amax(1) if norm == "Linf" else delta.norm(dim=1)).max() <= eps + 1e-6
+    assert planted.model(planted.images).argmax(1).eq(0).all()
+    assert planted.model(planted.plants).argmax(1).eq(1).all()
+    assert planted.random.all(), "random search finds nothing"
+    assert planted.model(planted.images).shape == (len(planted.images), 10)
+    # Attacks drop rows and change their order.
+    order = torch.tensor([3, 0, 5])
+    assert torch.equal(planted.model(planted.plants[order]), planted.model(planted.plants)[order])
+
+
+def test_nearest_is_the_ball_an_image_lies_in(images):
+    moved = (images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0)))[[4, 4, 1]]
+    assert nearest(moved, images).tolist() == [4, 4, 1]
+
+
+def test_a_sound_attack_finds_what_is_planted_and_a_blind_one_does_not(net, images):
+    def power(before):
+        model = Around(net, Apply(before)).eval().requires_grad_(False)
+        planted = plant(msfx.transform(model, images), images, SETTINGS)
+        (run,) = plan_runs(["apgd-margin/identity"], (), 0)
+        made = perturbed(planted.model, run, planted.images, planted.labels, single_target(SETTINGS))
+        return 1 - float(correct(planted.model, made, planted.labels).double().mean())
+
+    assert power(lambda x: 1 * x) > 0.9
+    assert power(lambda x: (64 * x).round() / 64) < 0.2, "planted there, too, but no gradient leads to it"
+
+
+def test_power_is_judged_by_all_attacks_together():
+    n = torch.arange(20)
+    missed = {"random search": n >= 0, "a": n < 10, "b": (n >= 10) | (n < 1)}
+    check = check_power("base", missed)
+    assert check.passed
+    assert check.finding.startswith("19 of 20 planted adversarial examples found (a 50 %, b 45 %; random search 0 %)")
+    assert not check_power("base", missed | {"b": n >= 7}).passed
+
+
+class Around(nn.Module):
+    """A network with something in front of it and something behind it."""
+
+    def __init__(self, network, before=None, behind=None):
+        super().__init__()
+        self.network, self.before, self.behind = network, before or nn.Identity(), behind or nn.Identity()
+
+    def forward(self, x):
+        return self.behind(self.network(self.before(x)))
+
+
+class Apply(nn.Module):
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, x):
+        return self.call(x)
+
+
+FAILURES = {
+    "repeatable": {"before": lambda x: F.dropout(x, 0.2, True)},
+    "logits": {"behind": lambda z: z.softmax(1)},
+    "continuous": {"behind": lambda z: (2 * z).round() / 2},
+    "slope": {"before": lambda x: x.detach()},
+    "rises": {"before": judge._reversed},
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_each_probe_sees_its_failure_and_no_other_model_has_it(net, images, failure):
+    def looked(**around):
+        model = Around(net, **{name: Apply(call) for name, call in around.items()}).eval().requires_grad_(False)
+        labels = model(images).argmax(1)
+        runs = plan_runs(["apgd-ce/exact"], (), 0)
+        everything = torch.ones(12, dtype=torch.bool)
+        return examine(
+            model, Attacked({"base": model}, False, None), "base", Probed(images, labels), runs, SETTINGS,
+            everything, everything,
+        )  # fmt: skip
+
+    torch.manual_seed(0)
+    assert not looked(**FAILURES[failure])[failure].all()
+    sound = looked()
+    assert set(sound) == {*FAILURES, "bounded", "twice the steps", "outspoken"}
+    assert all(sound[name].all() for name in FAILURES)
+    assert sound["outspoken"].all()
+    assert not sound["bounded"].any()
+
+
+def test_what_an_attack_met_and_did_not_return_is_noticed(net, images, monkeypatch):
+    """An attack that looks at an adversarial image and gives the clean one back."""
+
+    def silent(name, attacked, x, *_):
+        attacked(x + 1e-3 * (1 - x))
+        return x
+
+    monkeypatch.setattr(plan, "attack", silent)
+    # Of any image but the known ones it sees the negative.
+    known = {image.numpy().tobytes() for image in images}
+    negative = Apply(lambda x: torch.stack([i if i.detach().numpy().tobytes() in known else 1 - i for i in x]))
+    model = Around(net, negative).eval().requires_grad_(False)
+    labels, everything = model(images).argmax(1), torch.ones(12, dtype=torch.bool)
+    wrong = net(1 - (images + 1e-3 * (1 - images))).argmax(1) != labels
+    assert wrong.any()
+    runs = plan_runs(["apgd-ce/exact"], (), 0)
+    attacked = Attacked({"base": model}, False, None)
+    found = examine(model, attacked, "base", Probed(images, labels), runs, SETTINGS, everything, everything)
+    assert torch.equal(found["outspoken"], ~wrong)
+    assert found["twice the steps"].all()
+
+
+def test_planted_examples_are_looked_for_by_every_run(sparse, images):
+    runs = plan_runs(["apgd-ce/exact", "apgd-margin/annealed", "square", "apgd-start/annealed", "pgd/exact"], (), 0)
+    settings = AttackSettings(eps=0.05, steps=5, queries=10)
+    found = search_planted(sparse, Probed(images, images.new_zeros(12).long()), runs, settings)
+    names = ["random search", "apgd-ce/exact", "pgd/exact", "apgd-margin/annealed", "square"]
+    assert list(found) == [f"planted/{name}" for name in names]
+    assert search_planted(nn.Identity(), Probed(images, images), runs, settings) == {}
+
+
+# The court.
+
+
+def test_the_court_has_enough_cases(tmp_path):
+    found = judge.cases(tmp_path)
+    kinds = [case.kind for case in found.values()]
+    assert sum(kind.startswith("mask") for kind in kinds) >= 15
+    assert kinds.count("honest") >= 10
+
+
+def a_row(case, kind, convicted, verdict="No difference shown"):
+    return judge.Row(case, kind, convicted, verdict, "", 0.01, -0.01, 0.02, 0.01, 10, "2")
+
+
+def test_the_courts_page_counts(tmp_path):
+    rows = [
+        a_row("a", "mask in the model", True),
+        a_row("b", "mask in the operator", False),
+        a_row("c", "honest", False),
+        a_row("A/A", "same against same", False, "Gain real in 1 of 200"),
+    ]
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{judge.MARKS[0]}\nold\n{judge.MARKS[1]}\nbehind\n")
+    judge.write_page(rows, page)
+    text = page.read_text()
+    assert "Of 2 planted masks 1 are convicted, of 1 honest cases 0." in text
+    assert "the base against itself: gain real in 1 of 200 resampled runs" in text
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nbehind\n")
+
+
+def test_resampled_runs_keep_the_images_together():
+    outcome = ModelOutcome(torch.arange(6) < 4, {"a": torch.arange(6) < 2})
+    drawn = judge._resampled(outcome, torch.tensor([0, 0, 5, 3]))
+    assert drawn.clean.tolist() == [True, True, False, True]
+    assert drawn.robust["a"].tolist() == [True, True, False, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "convicted"), [("quantised logits", True), ("gradient reversed", True), ("GELU, alpha 0", False)]
+)
+def test_the_court_tells_a_mask_from_an_honest_network(tmp_path, monkeypatch, case, convicted):
+    monkeypatch.setattr(judge, "THREAT", judge.THREAT | {"steps": 15, "queries": 50})
+    row = judge.judge(case, judge.cases(tmp_path)[case], 32)
+    assert row.convicted == convicted, row
