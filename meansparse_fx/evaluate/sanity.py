@@ -130,7 +130,6 @@ def check_unbounded(which: str, left: Tensor) -> Check:
     Args:
         which: The model.
         left: ``[n]``, images that survived it under every backward mode.
-        blank: ``[n]``, those of them that the model has no gradient for: nothing for an attack to follow.
     """
     share = mean(left)
     finding = f"{100 * share:.1f} % of {len(left)} images survive an attack that may change them into any other"
