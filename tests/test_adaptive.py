@@ -213,7 +213,7 @@ def test_an_attack_goes_through_its_surrogates_modes_in_order(sparse, images):
     operator = next(iter(msfx.operators(sparse.requires_grad_(False)).values()))
     seen = []
     hook = operator.register_forward_pre_hook(
-        lambda m, args: seen.append((m.backward, m.steepness)) if args[0].requires_grad else None
+        lambda m, args: seen.append((m.backward, m.backward_steepness)) if args[0].requires_grad else None
     )
     labels = sparse(images).argmax(1)
     seen.clear()
