@@ -74,15 +74,29 @@ def refuse_global_hooks() -> None:
 
 def is_foreign(hook: Callable) -> bool:
     """Return whether a hook is a plain function: shared with copies of the model, and no part of it."""
+    return isinstance(_function(hook), types.FunctionType | types.BuiltinFunctionType)
+
+
+def _function(hook: Callable) -> Callable:
     while isinstance(hook, functools.partial):
         hook = hook.func
-    return isinstance(hook, types.FunctionType | types.BuiltinFunctionType)
+    return hook
 
 
 def has_foreign_hooks(module: nn.Module) -> bool:
     """Return whether a module has hooks that the graph has to call, if the module is traced into."""
     held = module.__dict__
     return any(held[kind] for kind in _BACKWARD) or any(is_foreign(h) for kind in _FORWARD for h in held[kind].values())
+
+
+def has_hooks_of_the_model(module: nn.Module) -> bool:
+    """Return whether forward hooks of a module are methods or objects: what they keep the model may read later.
+
+    Torch's own, such as weight norms, are none of them: they keep nothing but the module's weight.
+    """
+    hooks = [_function(hook) for kind in _FORWARD for hook in module.__dict__[kind].values()]
+    owners = [getattr(hook, "__self__", hook) for hook in hooks if not is_foreign(hook)]
+    return any(not type(owner).__module__.startswith("torch.") for owner in owners)
 
 
 @contextmanager

@@ -178,6 +178,60 @@ def test_a_recorder_is_copied_as_deepcopy_does_and_holds_nothing_of_the_capture(
     assert len(recorder.seen) == 1
 
 
+class Keeping(nn.Module):
+    """Reads what its hook kept, as feature extractors do."""
+
+    def __init__(self, path, register):
+        super().__init__()
+        self.net, self.recorder = net(), Recorder()
+        register(self, self.net.get_submodule(path))
+
+    def keep(self, name, module, args, result=None):
+        self.recorder.seen.append(args[0] if result is None else result)
+
+    def forward(self, x):
+        self.recorder.seen.clear()
+        return self.net(x) + self.recorder.seen[-1].mean()
+
+
+KEEPING = {
+    "a method": lambda model, module: module.register_forward_hook(functools.partial(model.keep, "name")),
+    "a method before": lambda model, module: module.register_forward_pre_hook(functools.partial(model.keep, "name")),
+    "an object": lambda model, module: module.register_forward_hook(model.recorder),
+}
+
+
+@pytest.mark.parametrize("kind", KEEPING)
+@pytest.mark.parametrize("path", MODULES)
+def test_a_model_reads_what_its_hooks_keep(path, kind):
+    model = Keeping(path, KEEPING[kind]).eval()
+    sparse = msfx.transform(model, IMAGES)
+    assert [s.skipped for s in sparse.meta["plan"]] == [None] * 3
+    assert_same(model, sparse)
+    assert_same(model, msfx.restore(sparse))
+
+
+def test_what_a_plain_function_keeps_is_the_bases_and_the_error_says_so():
+    def register(model, module):
+        module.register_forward_hook(lambda *given: model.recorder.seen.append(given[-1]))
+
+    with pytest.raises(CaptureError, match="make it a method of the model"):
+        msfx.transform(Keeping("act", register).eval(), IMAGES)
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.kept = net(), {}
+            kept = self.kept
+            self.net.act.register_forward_hook(lambda *given: kept.update(act=given[-1].shape))
+
+        def forward(self, x):
+            return self.net(x) * self.kept.pop("act")[1]
+
+    with pytest.raises(CaptureError, match="make that hook a method of the model"):
+        msfx.transform(Named().eval(), IMAGES)
+
+
 def test_a_fusion_is_declined_and_says_so():
     model = net().requires_grad_(False)
     plan = msfx.transform(model, IMAGES, fuse="all").meta["plan"]

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from ..activations import match_module
 from ..errors import CaptureError
-from ..hooks import enter, has_foreign_hooks, has_own_forward, leave, only_own_hooks
+from ..hooks import enter, has_foreign_hooks, has_hooks_of_the_model, has_own_forward, leave, only_own_hooks
 from ..published import published_operator
 from .derivatives import (
     ModelProxy,
@@ -34,6 +34,10 @@ from .verify import kept_parameters, plain_attention, shadow, source_line
 
 _CALL = nn.Module.__call__  # taken before a tracer patches it
 _MAX_LEAVES = 16
+_HOOKS_RUN_LATER = (
+    "; its hooks that are plain functions belong to the model itself and run when a copy does, not while it is traced: "
+    "if forward reads what one of them keeps, make that hook a method of the model"
+)
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 # Their fused inference path shows no activation to anyone, so they are traced through or refused, never leaves.
@@ -139,6 +143,8 @@ class ModelTracer(fx.Tracer):
         return self._attributes[id(value)]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if has_hooks_of_the_model(m) and type(m) not in self._leaves:
+            return False  # feature extractors read what the hook kept, so it has to see what is traced
         if match_module(m) is not None or published_operator(m) is not None or isinstance(m, torch.jit.ScriptModule):
             return True
         if type(m) in self._leaves or (super().is_leaf_module(m, module_qualified_name) and not has_own_forward(m)):
@@ -262,6 +268,8 @@ def trace(model: nn.Module, make_tracer: Callable[[frozenset[type]], ModelTracer
             path = tracer.innermost()
             culprit = root.get_submodule(path)
             where = _where_tracing_stopped(error, path, culprit)
+            if any(map(has_foreign_hooks, root.modules())):
+                where += _HOOKS_RUN_LATER
             known = type(culprit) in leaves or len(leaves) >= _MAX_LEAVES
             if not path or known or _hides_activations(culprit):
                 raise CaptureError(where) from error
