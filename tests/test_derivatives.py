@@ -547,6 +547,11 @@ def asking(self, x):
     return y if torch.is_grad_enabled() else y * 1
 
 
+def asking_a_tensor(self, x):
+    y = F.relu(x)
+    return y if y.grad_fn is None else y * 2
+
+
 def packed(self, x):
     y = F.relu(x) * 2
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 2 if t.dim() == 4 else t, lambda t: t):
@@ -563,6 +568,7 @@ def packed(self, x):
         ),
         (holding_a_module, "a tensor hook holds Functional, which is another one in a copy of the model"),
         (holding_a_tensor, "a tensor hook holds a tensor that the model computes"),
+        (asking_a_tensor, ".grad_fn asks whether gradients are wanted, which one graph cannot answer for all"),
         (asking, "a branch asks whether gradients are wanted, which one graph cannot answer for all"),
     ],
 )

@@ -223,13 +223,15 @@ def test_what_a_plain_function_keeps_is_the_bases_and_the_error_says_so():
             super().__init__()
             self.net, self.kept = net(), {}
             kept = self.kept
-            self.net.act.register_forward_hook(lambda *given: kept.update(act=given[-1].shape))
+            self.net.act.register_forward_hook(lambda *given: kept.update(act=given[-1]))
 
         def forward(self, x):
-            return self.net(x) * self.kept.pop("act")[1]
+            return self.net(x) + self.kept["act"].mean()
 
+    model = Named().eval()
+    model(IMAGES)
     with pytest.raises(CaptureError, match="make that hook a method of the model"):
-        msfx.transform(Named().eval(), IMAGES)
+        msfx.transform(model, IMAGES)
 
 
 def test_a_fusion_is_declined_and_says_so():

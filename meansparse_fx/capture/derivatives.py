@@ -51,8 +51,22 @@ class GradMode(int):
         raise TraceError("a branch asks whether gradients are wanted, which one graph cannot answer for all")
 
 
+# Reading them asks whether gradients are wanted: an attack wants them, an evaluation does not, both get one graph.
+_QUESTIONS = {"grad_fn", "requires_grad", "grad", "is_leaf"}
+
+
+def check_question(attribute: str) -> None:
+    """Raise TraceError if reading an attribute of a tensor asks whether gradients are wanted."""
+    if attribute in _QUESTIONS:
+        raise TraceError(f".{attribute} asks whether gradients are wanted, which one graph cannot answer for all")
+
+
 class ModelProxy(fx.Proxy):
-    """Stands for a tensor; refuses assignments that a graph would lose."""
+    """Stands for a tensor; refuses assignments that a graph would lose, and questions that it cannot answer."""
+
+    def __getattr__(self, k: str) -> Any:
+        check_question(k)
+        return super().__getattr__(k)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _ASSIGNMENTS:

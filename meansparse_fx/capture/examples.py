@@ -26,6 +26,7 @@ from ..activations import match_module
 from ..errors import CaptureError
 from ..hooks import has_hooks
 from ..sites.shapes import cheap_fake, keeps_shape
+from .derivatives import check_question
 from .proxies import (
     FACTORIES,
     IN_PLACE,
@@ -46,9 +47,6 @@ _ANSWERS = (bool, int, float, complex, str, torch.Size, torch.device, torch.dtyp
 
 # They turn a tensor's values into Python's; what images hold must not decide what the graph does.
 _READS_VALUES = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__contains__"}
-
-# Whether gradients are wanted is not the examples' to say: an attack wants them, and gets the same graph.
-_READS_GRADIENTS = {"grad_fn", "requires_grad", "grad", "is_leaf"}
 
 # Where functions come from that fx records without being told.
 _SEEN_BY_FX = {"torch", "_operator", "math", "None"}
@@ -218,8 +216,8 @@ class ExampleTracer(ModelTracer):
         spelled = target if isinstance(target, str) else getattr(target, "__name__", "")
         if count > 1 and spelled in _READS_VALUES:
             raise TraceError(f"{spelled}() asks for values that are computed from the images")
-        if count > 1 and target is getattr and args[1] in _READS_GRADIENTS:
-            raise TraceError(f".{args[1]} asks whether gradients are wanted, which one graph cannot answer for all")
+        if count > 1 and target is getattr:
+            check_question(args[1])
         if _changes_input(spelled) and args and isinstance(args[0], ExampleProxy) and len(args[0].examples) == 1:
             # Parameters are the model's own: change a copy. From here on it depends on what it was changed by.
             args[0].examples = tuple(args[0].examples[0].clone() for _ in range(count))
