@@ -99,6 +99,19 @@ def has_hooks_of_the_model(module: nn.Module) -> bool:
     return any(not type(owner).__module__.startswith("torch.") for owner in owners)
 
 
+def hint_of_hooks(model: nn.Module) -> str:
+    """Return what to do about hooks if a copy of a model fails that has some which are plain functions, else nothing.
+
+    They are shared: what they keep is kept in the model itself, and not in the copy.
+    """
+    if not any(map(has_foreign_hooks, model.modules())):
+        return ""
+    return (
+        "; hooks that are plain functions belong to the model and not to its copies: "
+        "if forward reads what one of them keeps, make that hook a method of the model"
+    )
+
+
 @contextmanager
 def only_own_hooks(module: nn.Module) -> Iterator[None]:
     """Take the hooks off that `enter` and `leave` run."""

@@ -46,6 +46,8 @@ SPELLINGS = {
         lambda x: x / (1 + torch.exp(-x)),
         lambda x: torch.sigmoid(0.7 * x).mul(x),
         lambda x: x.mul_(x.sigmoid()),
+        lambda x: x * x.clone().sigmoid_(),
+        lambda x: torch.special.expit(x) * x,
     ),
     "relu": (
         lambda x: x.clamp(min=0),
@@ -56,6 +58,9 @@ SPELLINGS = {
         lambda x: x * (x > 0),
         lambda x: (x + x.abs()) / 2,
         lambda x: x.masked_fill(x < 0, 0),
+        lambda x: torch.fmax(x, x.new_zeros(())),
+        lambda x: torch.max(x, other=torch.zeros_like(x)),
+        lambda x: x * (x > 0).int(),
     ),
     "leaky_relu": (
         lambda x: torch.maximum(x, 0.1 * x),
@@ -274,9 +279,16 @@ def test_part_of_a_hard_sigmoid_is_no_site():
     assert site.skipped == "gate: part of a hardsigmoid, which makes a weight of its input and no feature"
 
 
-@pytest.mark.parametrize(
-    "act", [torch.sin, lambda x: x + torch.sin(x) ** 2, lambda x: x * torch.tanh(torch.exp(x)), Laplace()]
-)
+UNKNOWN = [
+    *(torch.sin, torch.asinh, Laplace()),
+    lambda x: x + torch.sin(x) ** 2,
+    lambda x: x * torch.tanh(torch.exp(x)),
+    lambda x: x * torch.log(1 + torch.sigmoid(x)),
+    lambda x: x * torch.sigmoid(x + 1),
+]
+
+
+@pytest.mark.parametrize("act", UNKNOWN)
 def test_what_is_in_no_table_is_in_the_plan(act):
     model = network(Written(act)) if not isinstance(act, nn.Module) else network(act)
     (site,) = msfx.inspect(model, IMAGES)

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from ..activations import match_module
 from ..errors import CaptureError
-from ..hooks import enter, has_foreign_hooks, has_hooks_of_the_model, has_own_forward, leave, only_own_hooks
+from ..hooks import enter, has_foreign_hooks, has_hooks_of_the_model, has_own_forward, hint_of_hooks, leave, only_own_hooks
 from ..published import published_operator
 from .derivatives import (
     ModelProxy,
@@ -34,10 +34,6 @@ from .verify import kept_parameters, plain_attention, shadow, source_line
 
 _CALL = nn.Module.__call__  # taken before a tracer patches it
 _MAX_LEAVES = 16
-_HOOKS_RUN_LATER = (
-    "; its hooks that are plain functions belong to the model itself and run when a copy does, not while it is traced: "
-    "if forward reads what one of them keeps, make that hook a method of the model"
-)
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 # Their fused inference path shows no activation to anyone, so they are traced through or refused, never leaves.
@@ -267,9 +263,7 @@ def trace(model: nn.Module, make_tracer: Callable[[frozenset[type]], ModelTracer
         except Exception as error:
             path = tracer.innermost()
             culprit = root.get_submodule(path)
-            where = _where_tracing_stopped(error, path, culprit)
-            if any(map(has_foreign_hooks, root.modules())):
-                where += _HOOKS_RUN_LATER
+            where = _where_tracing_stopped(error, path, culprit) + hint_of_hooks(root)
             known = type(culprit) in leaves or len(leaves) >= _MAX_LEAVES
             if not path or known or _hides_activations(culprit):
                 raise CaptureError(where) from error

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
-from ..hooks import has_hooks
+from ..hooks import has_hooks, hint_of_hooks
 from .copies import copied
 from .counting import ActivationCounter, count_activations
 from .derivatives import applied_functions, without_checkpoints
@@ -146,7 +146,7 @@ class Reference:
                 raise CaptureError(
                     f"{type(own).__name__} itself fails on images of shape {list(batch.shape)}, dtype {batch.dtype}, "
                     f"device {batch.device}: {type(error).__name__}: {error}. Pass example images as the model takes "
-                    "them (on the command line: --input-shape 1x28x28)"
+                    f"them (on the command line: --input-shape 1x28x28){hint_of_hooks(own)}"
                 ) from error
         self._outputs = tuple(outputs)
         self.activations, self._own_backwards = counter.found()

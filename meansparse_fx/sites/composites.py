@@ -33,7 +33,7 @@ _LAYERS = {"conv", "linear"}
 _LINEAR = {"add", "sub", "mul", "div"}
 _NOT_OF_NEGATIVES = {"sqrt", "sqrt_", "rsqrt", "rsqrt_", "log", "log_", "log2", "log10"}
 _OF_MEANS = {"pow", "pow_", "__pow__", "square", "exp", "log", "sqrt"}  # pooled in between: a generalised mean
-_QUANTISING = {"round", "floor", "ceil", "trunc", "fix", "frac", "fake_quantize_per_tensor_affine", "floordiv"}
+_QUANTISING = {"round", "floor", "ceil", "trunc", "fix", "frac", "fake_quantize_per_tensor_affine", "floordiv", "int"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,7 +141,7 @@ class _Finder:
         known = [n for n in piece if n in self._taken or self._single(n)]
         # relu(x) + x is a residual connection around a ReLU; x * tanh(exp(x)) is one function.
         sums = any(len(self.pieces.operands[n]) > 1 and self._is_linear(n, joins=True) for n in piece)
-        if known and (sums or not self._taken.isdisjoint(known) or not self.pieces.is_closed(piece)):
+        if known and (sums or not self.composites.keys().isdisjoint(known) or not self.pieces.is_closed(piece)):
             return
         if all(self._is_linear(n) for n in piece) or not _QUANTISING.isdisjoint(map(name_of, piece)):
             return

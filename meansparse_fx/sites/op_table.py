@@ -74,7 +74,8 @@ _ROWS: tuple[tuple[str, Op], ...] = (
     ("gt lt ge le eq ne greater less greater_equal less_equal logical_and logical_or logical_not", ELEMENTWISE),
     ("__gt__ __lt__ __ge__ __le__ __eq__ __ne__ __neg__ __pow__ __rpow__ __abs__ __rtruediv__", ELEMENTWISE),
     ("sinh cosh atan erfc logaddexp heaviside square_ exp_ log_ sqrt_ reciprocal_ abs_ neg_", ELEMENTWISE),
-    ("clamp_min_ clamp_max_ clip_", ELEMENTWISE),
+    ("clamp_min_ clamp_max_ clip_ tan asin acos asinh acosh atanh arctan arcsinh arctanh exp2 sinc", ELEMENTWISE),
+    ("fmax fmin float_power hypot sgn logit erfinv xlogy copysign expit ndtr log_ndtr log2 int bool", ELEMENTWISE),
     ("softmax log_softmax softmin gumbel_softmax normalize cumsum local_response_norm", Op(carry=axis.same)),
     ("roll flip sort", Op(carry=axis.same)),
     ("clone", Op(carry=axis.same)),
@@ -116,7 +117,7 @@ METHODS = {name: op for names, op in _ROWS for name in names.split()}
 FUNCTIONS: dict[Any, Op] = {
     function: op
     for name, op in METHODS.items()
-    for function in (getattr(namespace, name, None) for namespace in (F, torch, operator))
+    for function in (getattr(namespace, name, None) for namespace in (F, torch, torch.special, operator))
     if function is not None
 } | {
     getattr: Op(carry=axis.attribute, may_alias=True),

@@ -126,7 +126,7 @@ class Pieces:
             return call.weight is None and call.name != "rrelu"
         name = name_of(node)
         if name in ("max", "min"):
-            return len(node.args) == 2 and isinstance(node.args[1], fx.Node)
+            return isinstance(node.kwargs.get("other", (*node.args, None)[1]), fx.Node)
         return op.carry is axis.elementwise or name in CASTS
 
     def _plant(self, node: fx.Node, operands: tuple[fx.Node, ...]) -> None:
@@ -166,7 +166,8 @@ class Pieces:
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if name_of(node) in CASTS:
-            return args[0].double()
+            number = args[0].double()
+            return number.clone() if name_of(node) == "clone" else number  # what overwrites a copy leaves its source
         if node.op == "call_module":
             module: Any = self._operators.module(node)
             return type(module).forward(module, *args, **kwargs)  # past its hooks
