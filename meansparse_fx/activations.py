@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._ops import OpOverload, OpOverloadPacket
 
 from .errors import SiteError
 from .hooks import has_own_forward
@@ -280,6 +281,10 @@ def match_function(target: Callable | str, args: tuple, kwargs: dict) -> Activat
     spelled = target if isinstance(target, str) else getattr(target, "__name__", "")
     if (registered := _REGISTERED_CALLS.get(target)) is not None:
         return replace(registered, inplace=bool(kwargs.get("inplace", False)) or spelled.endswith("_"))
+    if isinstance(target, OpOverload | OpOverloadPacket):  # torch.ops.aten.relu, whose arguments may be others
+        space, spelled = str(target).split(".")[:2]
+        row = _FUNCTIONS.get(getattr(F, spelled.removesuffix("_"), None)) if space == "aten" else None
+        return row and ActivationCall(row[0], inplace=spelled.endswith("_"), fused=False)
     row = _METHODS.get(target) if isinstance(target, str) else _FUNCTIONS.get(target)
     if row is None:
         return None

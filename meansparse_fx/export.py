@@ -5,7 +5,6 @@ Statistics and alpha become constants, and the file holds standard operators onl
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 import tempfile
@@ -19,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from .artifacts import require_place
+from .capture.copies import copied
 from .capture.derivatives import own_derivatives
 from .errors import ArtifactError, CaptureError, StateError, WriteError
 from .hooks import has_hooks
@@ -136,7 +136,7 @@ class _Called(nn.Module):
 
 def _baked(sparse: fx.GraphModule) -> nn.Module:
     """Return a copy whose operators keep what the kernel reads, and nothing that it is made of."""
-    baked = copy.deepcopy(sharing_copy(sparse))
+    baked = copied(sharing_copy(sparse))
     # Each tensor in a storage of its own, in the one layout that torch.export.save writes without a warning: weights
     # may be views of a file, and channels-last.
     baked._apply(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format))

@@ -19,6 +19,7 @@ from meansparse_fx.errors import SiteError
 from meansparse_fx.export import to_exported_program
 from meansparse_fx.kernels.reference import ACTIVATIONS, mean_sparse
 from meansparse_fx.zoo.robustbench_mend import library
+from tests.models import Functional
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 
@@ -88,6 +89,27 @@ def test_each_form_is_the_same_activation(name):
         assert (call.name, call.constants, call.fused) == (name, expected.constants, expected.fused)
         spelled = function if isinstance(function, str) else function.__name__
         assert call.inplace == spelled.endswith("_")
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (torch.ops.aten.relu, "relu"),
+        (torch.ops.aten.gelu.default, "gelu"),
+        (torch.ops.aten.silu_, "silu"),
+        (lambda x: torch.ops.aten.elu(x, 1.0, 2.0, 3.0), "elu"),
+    ],
+)
+def test_operators_of_aten_keep_their_call(function, name):
+    model = Functional(
+        lambda self, x: self.head(function(self.conv(x))), conv=nn.Conv2d(3, 4, 3), head=nn.Conv2d(4, 2, 1)
+    )
+    images = torch.rand(2, 3, 8, 8)
+    sparse = msfx.transform(model.eval(), images)
+    (site,) = sparse.meta["plan"]
+    assert (site.activation.name, site.activation.fused, site.skipped) == (name, False, None)
+    assert torch.equal(sparse(images), model(images))
+    assert match_function(torch.ops.aten.convolution, (), {}) is None
 
 
 def test_in_place_spellings():

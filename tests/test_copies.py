@@ -322,3 +322,19 @@ def assert_transforms_to(model, sites):
     assert list(msfx.operators(sparse)) == sites
     assert torch.equal(sparse(IMAGES), model(IMAGES))
     return sparse
+
+
+@torch.library.custom_op("tests_copies::rounded", mutates_args=())
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """A custom operator, which `copy.deepcopy` refuses."""
+    return torch.round(x * 7) / 7
+
+
+rounded.register_fake(torch.empty_like)
+
+
+def test_an_operator_of_a_library_is_no_part_of_the_copy():
+    model = net()
+    model[1].op = rounded
+    assert copied(model)[1].op is rounded
+    assert_transforms_to(model, ["1", "3"])

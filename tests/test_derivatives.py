@@ -494,9 +494,21 @@ class Guided(Function):
         return g.clamp(min=0)
 
 
-def test_an_activation_inside_of_a_function_is_left_to_it():
+class Written(Function):
+    @staticmethod
+    def forward(ctx, x, beta):
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(beta * x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+@pytest.mark.parametrize(("function", "others"), [(Guided, ()), (Written, (1.0,))])
+def test_an_activation_inside_of_a_function_is_left_to_it(function, others):
     def forward(self, x):
-        return self.act(Guided.apply(self.conv(x)))
+        return self.act(function.apply(self.conv(x), *others))
 
     torch.manual_seed(0)
     model = Functional(forward, conv=nn.Conv2d(3, 4, 3), act=nn.GELU()).eval()
@@ -504,7 +516,8 @@ def test_an_activation_inside_of_a_function_is_left_to_it():
     guided, act = sparse.meta["plan"]
     assert act.skipped is None
     assert guided.skipped == (
-        "own backward: an activation inside of Guided, a torch.autograd.Function, which has its own gradient"
+        f"own backward: an activation inside of {function.__name__}, "
+        "a torch.autograd.Function, which has its own gradient"
     )
     assert_same(model, sparse)
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torchvision.models import feature_extraction
 from typer.testing import CliRunner
 
 import meansparse_fx as msfx
@@ -100,6 +101,43 @@ def test_the_model_is_left_as_it_was():
     assert before.keys() == sparse.state_dict().keys()
     assert all(torch.equal(tensor, sparse.state_dict()[name]) for name, tensor in before.items())
     assert {operator.backward for operator in msfx.operators(sparse).values()} == {"identity"}
+
+
+class Extractor(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = feature_extraction.create_feature_extractor(body, {"2": "features"})
+
+    def forward(self, x):
+        return self.body(x)["features"]
+
+
+def extracting():
+    """Holds a feature extractor of torchvision: its copies by `copy.deepcopy` are in train mode."""
+    body = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.GELU()).eval()
+    return nn.Sequential(Extractor(body), nn.Conv2d(3, 2, 3), nn.ReLU())
+
+
+def scripted():
+    """Holds a function that `copy.deepcopy` refuses."""
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU())
+    model.double = torch.jit.script(_doubled)
+    return model
+
+
+def _doubled(x):
+    return 2 * x
+
+
+@pytest.mark.parametrize("make", [extracting, scripted])
+def test_what_deepcopy_refuses_or_changes_is_exported(make):
+    images = torch.rand(4, 1, 8, 8)
+    model = make().eval()
+    sparse = msfx.transform(model, images)
+    msfx.calibrate(sparse, [images], progress=False)
+    sparse(images)
+    torch.testing.assert_close(to_exported_program(sparse, images).module()(images), model(images))
+    assert msfx.cost(model, images).sites
 
 
 def test_a_fixed_batch_is_fixed():

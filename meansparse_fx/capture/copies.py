@@ -22,7 +22,8 @@ from ..errors import CaptureError
 from ..hooks import STATE, has_hooks
 
 _ATOMS = frozenset(
-    {type(None), bool, int, float, complex, str, bytes, type, types.FunctionType, torch.jit.ScriptFunction}
+    {type(None), bool, int, float, complex, str, bytes, type, types.FunctionType}
+    | {torch.jit.ScriptFunction, torch.library.CustomOpDef}
 )
 
 # What a module's own way of copying may forget, while its author means none of it.

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from ..activations import match_function, match_module
+from ..formulas import FEATURES, POINTS, formula_of
 from .derivatives import applied_by
 
 
@@ -24,6 +26,21 @@ def count_activations(graph_module: fx.GraphModule) -> int:
 
 def _is_activation(target: Callable | str) -> bool:
     return match_function(target, (), {}) is not None  # whatever its arguments
+
+
+def hides_an_activation(function: type, others: tuple) -> bool:
+    """Return whether a `torch.autograd.Function` computes a function of `formulas.FEATURES`, in whatever calls.
+
+    Args:
+        function: One whose forward is known to be made of torch's operators alone: it is run on a few numbers.
+        others: What it is given besides its first argument.
+    """
+    try:
+        with torch.no_grad():
+            values = function.apply(POINTS.clone(), *others)
+        return values.shape == POINTS.shape and formula_of(values, FEATURES) is not None
+    except Exception:  # no function of a number, or of other arguments
+        return False
 
 
 class ActivationCounter(TorchFunctionMode):

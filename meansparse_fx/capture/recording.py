@@ -157,8 +157,8 @@ class _Ghost(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         raise Unrecordable(
-            f"{func} of a tensor without data, which a hook or another function kept that copies of the model share: if "
-            "forward reads what a hook keeps, make it a method of the model"
+            f"{func} of a tensor without data, which a hook or another function kept that copies of the model share: "
+            "if forward reads what a hook keeps, make it a method of the model"
         )
 
 

@@ -19,7 +19,15 @@ from torch import Tensor, fx, nn
 
 from ..activations import match_module
 from ..errors import CaptureError
-from ..hooks import enter, has_foreign_hooks, has_hooks_of_the_model, has_own_forward, hint_of_hooks, leave, only_own_hooks
+from ..hooks import (
+    enter,
+    has_foreign_hooks,
+    has_hooks_of_the_model,
+    has_own_forward,
+    hint_of_hooks,
+    leave,
+    only_own_hooks,
+)
 from ..published import published_operator
 from .derivatives import (
     ModelProxy,

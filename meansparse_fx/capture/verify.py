@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError
 from ..hooks import has_hooks, hint_of_hooks
 from .copies import copied
-from .counting import ActivationCounter, count_activations
+from .counting import ActivationCounter, count_activations, hides_an_activation
 from .derivatives import applied_functions, without_checkpoints
 from .recording import Forms, Halted, Recording, record, state_of
 
@@ -104,8 +104,9 @@ class Reference:
                 f"the model calls {self.activations} activations and the graph shows {shown}: "
                 f"{self.activations - shown} are hidden in modules, functions or hooks that are not traced into"
             )
-        for node, function in own_backwards.items():
-            node.meta["skipped"] = _OWN_BACKWARD.format(function.__qualname__)
+        for node, function in applied.items():
+            if node in own_backwards or (self.recordings and hides_an_activation(function, node.args[2:])):
+                node.meta["skipped"] = _OWN_BACKWARD.format(function.__qualname__)
         if self.recordings and self._records_the_same(graph_module):
             return "operations"
         self._check_numbers(graph_module)

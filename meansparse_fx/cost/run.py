@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -12,6 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, fx, nn
 
+from ..capture.copies import copied
 from ..nn import MeanSparse
 from ..sites import Placement
 from ..tables import as_text
@@ -173,7 +173,7 @@ def cost(model: nn.Module, images: Tensor, placement: Placement | str | None = N
         >>> [(form, c.forward.calls, c.forward.bytes // 2048) for form, c in found.total.items()]
         [('base', 2, 4), ('published', 10, 11), ('branch-free', 6, 11), ('ours', 2, 4), ('ours, fused', 1, 2)]
     """
-    frozen = copy.deepcopy(model).requires_grad_(False)
+    frozen = copied(model).requires_grad_(False)
     sparse = transform(frozen, images, placement=placement, fuse="all")
     shapes = {site.name: site.shape for site in sparse.meta["plan"]}
     floating = (p.dtype for p in model.parameters() if p.is_floating_point())
