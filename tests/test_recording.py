@@ -320,7 +320,7 @@ def test_what_a_model_keeps_is_not_taken_for_another():
     recorded(model)
     with pytest.raises(Unrecordable, match="kept a tensor of an earlier call"):
         recorded(model)
-    with pytest.raises(Unrecordable, match="kept after its end"):
+    with pytest.raises(Unrecordable, match="without data, which a function kept"):
         model.kept + 1
 
 

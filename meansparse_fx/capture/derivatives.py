@@ -51,13 +51,9 @@ class GradMode(int):
         raise TraceError("a branch asks whether gradients are wanted, which one graph cannot answer for all")
 
 
-# Reading them asks whether gradients are wanted: an attack wants them, an evaluation does not, both get one graph.
-_QUESTIONS = {"grad_fn", "requires_grad", "grad", "is_leaf"}
-
-
 def check_question(attribute: str) -> None:
     """Raise TraceError if reading an attribute of a tensor asks whether gradients are wanted."""
-    if attribute in _QUESTIONS:
+    if attribute in {"grad_fn", "requires_grad", "grad", "is_leaf"}:  # an attack wants them, an evaluation does not
         raise TraceError(f".{attribute} asks whether gradients are wanted, which one graph cannot answer for all")
 
 

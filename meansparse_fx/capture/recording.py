@@ -43,6 +43,7 @@ from .histories import Histories, hook_term
 
 aten = torch.ops.aten
 
+_KEPT = "which a function kept that copies of the model share: if it is a hook, make it a method of the model"
 Forms = dict[tuple, tuple[type | None, list]]  # a call, operands' layouts in their place -> its results' layouts
 
 
@@ -156,10 +157,7 @@ class _Ghost(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        raise Unrecordable(
-            f"{func} of a tensor without data, which a hook or another function kept that copies of the model share: "
-            "if forward reads what a hook keeps, make it a method of the model"
-        )
+        raise Unrecordable(f"{func} of a tensor without data, {_KEPT}")
 
 
 class _Recorder(TorchDispatchMode):
