@@ -102,7 +102,12 @@ def forward(
     # Nothing in place, and nothing twice, for Dynamo: of an autograd.Function it puts out all tensors it makes, and in
     # torch 2.11 the gradient of one that is put out twice is lost.
     fresh = torch.compiler.is_compiling()
-    y = ((not fresh and row.overwrite) or row.forward)(s, weight, *options.constants)
+    overwrite = None if fresh else row.overwrite
+    if not fresh and s.stride() != u.stride() and 0 not in u.stride():
+        # u has gaps, a slice's. torch's vectorised loops round by how memory lies: with the same gaps, s gives the
+        # bits that u would, and the result is dense again.
+        s, overwrite = torch.empty_strided(u.shape, u.stride(), dtype=s.dtype, device=s.device).copy_(s), None
+    y = (overwrite or row.forward)(s, weight, *options.constants)
     if shortcut is not None:
         y = y + shortcut if fresh else y.add_(shortcut)
     return _in_dtype(y, x.dtype), rounded
@@ -157,7 +162,11 @@ def _activation_gradient(
         return row.backward(grad, u, weight, *options.constants), None
     if options.backward == "exact" and steepness is None and not want_weight:
         # u in the place of s: they differ where the gradient is zero.
-        masked = torch.where(_inside(u - centre, threshold), 0.0, grad)
+        inside = _inside(u - centre, threshold)
+        if torch.compiler.is_compiling() or grad.stride() == u.stride():
+            masked = torch.where(inside, 0.0, grad)
+        else:  # keeps the layout of grad, for torch's loops round by it
+            masked = grad.clone().masked_fill_(inside, 0.0)
         return row.backward(masked, u, weight, *options.constants), None
     s, inside = _sparsify(u, centre, threshold, options)
     grad_u = row.backward(grad, s, weight, *options.constants)

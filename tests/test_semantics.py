@@ -267,3 +267,37 @@ def test_lowering_variable_is_checked(monkeypatch):
     monkeypatch.setenv("MEANSPARSE_FX_LOWERING", "fast")
     with pytest.raises(ValueError, match="expected auto, triton or eager"):
         ops.lowering()
+
+
+SPELLED = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "elu": F.elu,
+    "mish": F.mish,
+    "softplus": F.softplus,
+}
+VIEWS = {
+    "slice of channels": lambda x: x[:, 1:],
+    "slice of permuted channels": lambda x: x.permute(0, 2, 3, 1)[..., 1:].permute(0, 3, 1, 2),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last)[:, :3],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("activation", SPELLED)
+def test_at_alpha_0_a_view_has_the_bits_of_the_base(activation, view, monkeypatch):
+    """torch's vectorised loops round by how memory lies, and so they do for a gradient that is flat behind it."""
+    monkeypatch.setenv("MEANSPARSE_FX_LOWERING", "eager")
+    x = torch.randn(4, 4, 9, 9, generator=torch.Generator().manual_seed(0)) * 3
+    centre, threshold = torch.zeros(3), -torch.ones(3)
+
+    def run(act):
+        leaf = x.clone().requires_grad_()
+        y = act(VIEWS[view](leaf)).flatten(1)
+        return y.detach(), torch.autograd.grad(y.square().sum(), leaf)[0]
+
+    ours = run(lambda u: ops.mean_sparse(u, centre, threshold, 1, activation, arguments(activation)[0]))
+    base = run(SPELLED[activation])
+    assert torch.equal(ours[0], base[0])
+    assert torch.equal(ours[1], base[1])
