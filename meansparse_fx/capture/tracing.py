@@ -106,6 +106,9 @@ class ModelTracer(fx.Tracer):
             without_checkpoints(),
         ):
             graph = super().trace(root, concrete_args)
+        for node in graph.nodes:
+            if isinstance(node.type, str):  # an annotation never evaluated: torch before 2.14 cannot pickle it
+                node.type = None
         settle_modes(graph)
         return graph
 
