@@ -105,7 +105,7 @@ def layout_of(
         itemsize: Bytes of an element.
     """
     order = sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -dense[d])
-    slabs = _merged([(shape[d], strides[d]) for d in order]) or [(1, 1)]
+    slabs = merged_dims([(shape[d], strides[d]) for d in order]) or [(1, 1)]
     count, channels = torch.Size(shape).numel(), shape[channel_dim]
     inner = dense[channel_dim] if channels > 1 else count
     (slab, step), (_, outer_stride) = slabs[-1], slabs[0]
@@ -135,7 +135,7 @@ def fits(layout: Layout) -> bool:
     return whole < _LARGEST and period * layout.vector < 2**31
 
 
-def _merged(dims: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def merged_dims(dims: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return (size, stride) pairs, outermost first, those merged that lie as one."""
     merged: list[tuple[int, int]] = []
     for size, stride in dims:

@@ -108,12 +108,7 @@ def _block(size: int, limit: int) -> int:
 
 def _collapse(dims: Sequence[tuple[int, int]], groups: int) -> list[tuple[int, int]] | None:
     """Return (size, stride) pairs, outermost first, merged into at most ``groups``; None if they do not merge so."""
-    merged: list[tuple[int, int]] = []
-    for size, stride in dims:
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
+    merged = layout.merged_dims(dims)
     return merged if len(merged) <= groups else None
 
 
