@@ -29,6 +29,7 @@ test-lowest: .venv-lowest/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 install: .venv/.installed
 

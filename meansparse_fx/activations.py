@@ -283,7 +283,8 @@ def match_function(target: Callable | str, args: tuple, kwargs: dict) -> Activat
         return replace(registered, inplace=bool(kwargs.get("inplace", False)) or spelled.endswith("_"))
     if isinstance(target, OpOverload | OpOverloadPacket):  # torch.ops.aten.relu, whose arguments may be others
         space, spelled = str(target).split(".")[:2]
-        row = _FUNCTIONS.get(getattr(F, spelled.removesuffix("_"), None)) if space == "aten" else None
+        function = getattr(F, spelled.removesuffix("_"), None) if space == "aten" else None
+        row = None if function is None else _FUNCTIONS.get(function)
         return row and ActivationCall(row[0], inplace=spelled.endswith("_"), fused=False)
     row = _METHODS.get(target) if isinstance(target, str) else _FUNCTIONS.get(target)
     if row is None:

@@ -133,7 +133,8 @@ def _report_of(model: nn.Module | None, asked: Options) -> CompileReport:
 
 def _inner_compiler(asked: Options) -> Callable:
     """Return the back end that compiles rewritten graphs, its options bound."""
-    inner, inner_options = asked.inner, dict(asked.inner_options or {})
+    inner: Any = asked.inner
+    inner_options = dict(asked.inner_options or {})
     if inner == "inductor":
         return _inductor(inner_options, asked.mode)
     if asked.mode is not None:
@@ -152,5 +153,5 @@ def _inductor(options: dict[str, Any], mode: str | None) -> Callable:
         raise StateError(f"torch.compile has no mode {mode!r}; it knows {', '.join(modes)}")
     if unknown := sorted(options.keys() - set(torch._inductor.list_options())):
         raise StateError(f"Inductor has no option {unknown[0]!r}; torch._inductor.list_options() has them all")
-    compile_graph = torch._dynamo.lookup_backend("inductor")
-    return partial(compile_graph, config_patches=modes.get(mode, {}) | options)
+    compile_graph: Any = torch._dynamo.lookup_backend("inductor")
+    return partial(compile_graph, config_patches=(modes[mode] if mode else {}) | options)

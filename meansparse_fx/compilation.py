@@ -23,6 +23,7 @@ from .nn import MeanSparse
 from .operators import set_alpha, set_backward
 from .passes.instrument import Moments
 from .published import published_operator
+from .rewrite import operand
 from .sites import Placement, SitePlan, placement_of
 from .sites.find import check_channel_dims
 from .statistics import ChannelStatistics, Statistics, fingerprint
@@ -120,9 +121,8 @@ class CompileReport:
         training = [name or "the model itself" for name, m in modules if m.training]
         if training:
             raise StateError(f"the model is in train mode ({training[0]}): call model.eval() before it is compiled")
-        self._statistics, self._fingerprint = options.statistics, ""
-        if isinstance(self._statistics, str | Path):
-            self._statistics = Statistics.load(self._statistics)
+        given, self._fingerprint = options.statistics, ""
+        self._statistics = Statistics.load(given) if isinstance(given, str | Path) else given
         if model is not None and (options.observe or (options.check_weights and self._statistics is not None)):
             self._fingerprint = fingerprint(model)
         if self._statistics is not None and self._fingerprint not in ("", self._statistics.fingerprint):
@@ -147,7 +147,7 @@ class CompileReport:
     @property
     def missing(self) -> tuple[str, ...]:
         """Names that the statistics have and no graph so far."""
-        return tuple(sorted((self._statistics or {}).keys() - {site.name for site in self.plan.active}))
+        return tuple(sorted(set(self._statistics or ()) - {site.name for site in self.plan.active}))
 
     def set_alpha(self, alpha: float | Mapping[str, float]) -> None:
         """Set the half width of the band as `meansparse_fx.set_alpha` does, for graphs yet to come too.
@@ -198,7 +198,7 @@ class CompileReport:
             reason = "missing: not in the statistics"
             sites = (replace(s, skipped=reason) if s.name in lacking else s for s in plan)
             plan = SitePlan(tuple(sites), plan.route)
-        channels = {site.name: site.channels for site in plan.active}
+        channels = {site.name: site.channels for site in plan.active if site.channels is not None}
         known = {name: s for name, s in self._statistics.items() if name in channels}
         replace(self._statistics, sites=known).check(channels)
         return plan
@@ -207,8 +207,9 @@ class CompileReport:
         """Take over the operators of a graph that are new; those of other graphs and compilations serve on."""
         set_backward(graph_module, self.options.backward)
         for node in graph_module.graph.find_nodes(op="call_module"):
-            operator = graph_module.get_submodule(node.target)
-            value = node.args[0].meta["example_value"]
+            operator = graph_module.get_submodule(str(node.target))
+            assert isinstance(operator, MeanSparse)
+            value = operand(node).meta["example_value"]
             shared = self.operators.setdefault(operator.name, operator)
             shared.to(value.device, torch.float64 if value.dtype == torch.float64 else torch.float32)
             if shared is operator and self._statistics is not None:
@@ -220,6 +221,7 @@ class CompileReport:
         """Return where each site's moments are accumulated."""
         nodes = {node.name: node for node in captured.graph.nodes}
         for site in plan.active:
+            assert site.channels is not None
             device = nodes[site.node].meta["example_value"].device
             self._moments.setdefault(site.name, Moments(site.channels, device)).to(device)
         return self._moments

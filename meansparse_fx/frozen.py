@@ -51,6 +51,8 @@ class FrozenNorm:
             mean, variance, weight, bias = (
                 None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors
             )
+            assert mean is not None  # no norm without is taken in
+            assert variance is not None
             scale = torch.rsqrt(variance + self.eps)
             scale = scale if weight is None else scale * weight
             shift = -mean * scale

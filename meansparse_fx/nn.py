@@ -49,6 +49,13 @@ class MeanSparse(nn.Module):
         variant, backward, steepness, backward_steepness: See `kernels.records.Options`.
     """
 
+    mean: Tensor
+    std: Tensor
+    alpha: Tensor
+    centre: Tensor
+    threshold: Tensor
+    _bound: dict[tuple[int, ...], tuple]
+
     def __init__(self, name: str, channels: int, channel_dim: int, activation: ActivationCall | None = None):
         super().__init__()
         self.name = name
@@ -91,13 +98,14 @@ class MeanSparse(nn.Module):
 
     def _operator(self, weight: Tensor | None, fused: bool, layer_scale: Tensor | None) -> Operator:
         """Return the operator with all of its vectors and options, made again only where one is another."""
-        centre, threshold = self._buffers["centre"], self._buffers["threshold"]
+        centre: Any = self._buffers["centre"]  # faster than attributes, which torch looks up by hand
+        threshold: Any = self._buffers["threshold"]
         norms: tuple[Tensor | None, ...] = (None, None, None, None)
         if fused:
             norms = self.prologue.affines(self.name)
         if torch.compiler.is_compiling():
             return self._bind(Vectors(centre, threshold, weight), norms, layer_scale, fused, "composition")
-        key = id(centre), id(threshold), id(weight)
+        key: tuple[int, ...] = id(centre), id(threshold), id(weight)
         if fused:
             scale = 0 if layer_scale is None else layer_scale.data_ptr()
             key = (*key, id(norms[0]), id(norms[2]), id(layer_scale), scale)
@@ -195,10 +203,10 @@ class MeanSparse(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         # model.half() must not round the statistics: buffers follow the device, and float64 only.
-        before = dict(self._buffers)
+        before = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for key, old in before.items():
-            new = self._buffers[key]
+            new = getattr(self, key)
             dtype = torch.float64 if new.dtype == torch.float64 else torch.float32
             if new.dtype != dtype:
                 self._buffers[key] = old.to(device=new.device, dtype=dtype)

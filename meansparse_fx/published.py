@@ -55,8 +55,8 @@ class PublishedOperator:
 
 def published_operator(module: nn.Module) -> PublishedOperator | None:
     """Return what ``module`` holds if it is a published operator, else None."""
-    held = module._buffers
-    if module._modules or not all(key in held and isinstance(held[key], Tensor) for key in _KEYS):
+    held = {key: buffer for key, buffer in module._buffers.items() if buffer is not None}
+    if module._modules or not held.keys() >= set(_KEYS):
         return None
     mean, variance, alpha = (held[key] for key in _KEYS)
     if mean.dim() != 1 or variance.shape != mean.shape or alpha.numel() != 1:

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
-from torch.fx.node import map_arg
 from torch.nn.modules.module import _WrappedHook
 
 from . import hooks
@@ -49,8 +48,15 @@ class RecordedCall:
     def of(cls, node: fx.Node, inputs: list[fx.Node]) -> RecordedCall:
         """Return the record of ``node``, which reads the nodes ``inputs`` and no others."""
         slots = {n: Slot(i) for i, n in enumerate(inputs)}
-        args, kwargs = (map_arg(a, slots.__getitem__) for a in (node.args, node.kwargs))
-        return cls(node.op, node.target, tuple(args), dict(kwargs), node.name)
+        args, kwargs = (_map(a, lambda v: slots[v] if isinstance(v, fx.Node) else v) for a in (node.args, node.kwargs))
+        return cls(node.op, node.target, args, kwargs, node.name)
+
+
+def operand(node: fx.Node, index: int = 0) -> fx.Node:
+    """Return the node that a call reads as its argument ``index``."""
+    found = node.args[index]
+    assert isinstance(found, fx.Node)
+    return found
 
 
 def replace_call(node: fx.Node, target: str, inputs: list[fx.Node]) -> fx.Node:
@@ -72,7 +78,7 @@ def replay_call(node: fx.Node, call: RecordedCall) -> fx.Node:
 
 def bypass(node: fx.Node) -> None:
     """Remove ``node``, letting its readers read its first argument."""
-    node.replace_all_uses_with(node.args[0])
+    node.replace_all_uses_with(operand(node))
     node.graph.erase_node(node)
 
 
@@ -117,9 +123,10 @@ def adopt(graph_module: fx.GraphModule, root: nn.Module) -> fx.GraphModule:
     graph_module._buffers = dict(graph_module._buffers) | dict(root._buffers)
     graph_module._non_persistent_buffers_set = set(root._non_persistent_buffers_set)
     graph_module.__dict__.update({name: root.__dict__[name] for name in hooks.STATE})
-    for number, hook in graph_module._load_state_dict_pre_hooks.items():
+    hooks_of_state: dict[int, Any] = graph_module._load_state_dict_pre_hooks
+    for number, hook in hooks_of_state.items():
         if hook.with_module:  # it knows the module by a weak reference
-            graph_module._load_state_dict_pre_hooks[number] = _WrappedHook(hook.hook, graph_module)
+            hooks_of_state[number] = _WrappedHook(hook.hook, graph_module)
     graph_module.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = {name: graph_module.__dict__[name] for name in hooks.STATE}
     return graph_module
 
@@ -132,8 +139,8 @@ def keep_unfused(graph_module: fx.GraphModule) -> None:
     """
     added = graph_module.get_submodule(PREFIX)
     unfused = sharing_copy(graph_module)
-    unfused._modules[PREFIX] = nn.Module()
-    unfused._modules[PREFIX]._modules = dict(added._modules)
+    unfused._modules[PREFIX] = container = nn.Module()
+    container._modules = dict(added._modules)
     setattr(added, _UNFUSED, (unfused,))
 
 

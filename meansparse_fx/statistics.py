@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
     def __getitem__(self, name: str) -> ChannelStatistics:
         return self.sites[name]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self.sites)
 
     def __len__(self) -> int:
@@ -245,6 +245,6 @@ def graph_fingerprint(graph_module: fx.GraphModule) -> str:
     return hashlib.blake2b(code.encode(), digest_size=16).hexdigest()
 
 
-def _some(names, limit: int = 3) -> str:
+def _some(names: Iterable[str], limit: int = 3) -> str:
     ordered = sorted(names)
     return ", ".join(ordered[:limit]) + (", ..." if len(ordered) > limit else "")

@@ -119,9 +119,10 @@ def transform(
     sparse = captured.graph_module
     sparsify(sparse, plan)
     if fuse == "all":
+        assert images is not None  # find_sites has need of them, too
         plan = plan.with_fusion(fuse_all(sparse, images))
     refuse_hooks(sparse)
-    sparse.get_submodule(PREFIX).frozen = captured.frozen
+    sparse.get_submodule(PREFIX).__dict__["frozen"] = captured.frozen
     sparse.meta["plan"] = plan
     set_backward(sparse, backward)
     if statistics is not None:

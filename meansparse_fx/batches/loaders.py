@@ -36,7 +36,7 @@ def as_batches(data: Any, batch_size: int = BATCH_SIZE, pair: bool = False) -> I
         raise DataError(f"{data!r} is a path: open it, as with meansparse_fx.data.load_images(path).loader(128)")
     samples = isinstance(data, Sequence) and len(data) > 0 and is_sample(data[0])
     if samples or (isinstance(data, Dataset) and not isinstance(data, IterableDataset)):
-        return DataLoader(data, batch_size, collate_fn=collate)  # type: ignore[arg-type]
+        return DataLoader(data, batch_size, collate_fn=collate)
     if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
         raise DataError(f"{type(data).__name__} is no loader: give a DataLoader, a Dataset, or (images, labels)")
     return data

@@ -70,7 +70,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
     """
     # By name, because looking OptimizedModule up imports the compiler.
     while type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith("torch."):
-        inner = module._modules["_orig_mod"]
+        inner = module.get_submodule("_orig_mod")
         refuse_hooks(module, inner)
         module = inner
     return module
@@ -98,9 +98,9 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
                 own[_copied(key, memo)] = _copied(item, memo)
         return own
     if kind is list:
-        memo[id(value)] = own = []
-        own.extend(_copied(item, memo) for item in value)
-        return own
+        memo[id(value)] = items = list[Any]()
+        items.extend(_copied(item, memo) for item in value)
+        return items
     if isinstance(value, nn.Module):
         return _copied_module(value, memo)
     if _is_result(value):
@@ -126,7 +126,7 @@ def _copied_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         for parameter, copied_one in zip(module.parameters(), own.parameters(), strict=True):
             copied_one.requires_grad_(parameter.requires_grad)
         return own
-    if not _is_plain(kind):
+    if not _is_plain(kind):  # type: ignore[arg-type]
         return copy.deepcopy(module, memo)
     memo[id(module)] = own = kind.__new__(kind)
     own.__setstate__(_copied_state(module.__getstate__(), memo))
@@ -181,7 +181,7 @@ def _overlap(tensors: list[Tensor]) -> bool:
         if start < end:
             return True
         extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-        end = start + extent * tensor.element_size()
+        end = int(start + extent * tensor.element_size())
     return False
 
 
@@ -216,12 +216,13 @@ def _compare(module: nn.Module, own: nn.Module, path: str, seen: set[int], doubt
     seen.add(id(module))
     if isinstance(module, torch.jit.ScriptModule):
         return
-    doubted = doubted or not (_is_plain(type(module)) or isinstance(module, fx.GraphModule))
+    plain = _is_plain(type(module))  # type: ignore[arg-type]
+    doubted = doubted or not (plain or isinstance(module, fx.GraphModule))
     if doubted:
         _mend(module, own, f"{path or 'the model'} ({type(module).__name__})")
     for name, child in module._modules.items():
-        if child is not None:
-            _compare(child, own._modules[name], f"{path}.{name}" if path else name, seen, doubted)
+        if child is not None and (own_child := own._modules[name]) is not None:
+            _compare(child, own_child, f"{path}.{name}" if path else name, seen, doubted)
 
 
 def _mend(module: nn.Module, own: nn.Module, where: str) -> None:
@@ -231,7 +232,7 @@ def _mend(module: nn.Module, own: nn.Module, where: str) -> None:
         )
     for name in _KEPT:
         before, after = module.__dict__.get(name), own.__dict__.get(name)
-        same = len(before) == len(after) if isinstance(before, dict) else before == after
+        same = len(before) == len(after) if isinstance(before, dict) and isinstance(after, dict) else before == after
         if not same:
             own.__dict__[name] = copy.copy(before)
     for kind in ("_modules", "_parameters", "_buffers"):

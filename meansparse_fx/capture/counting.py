@@ -28,7 +28,7 @@ def _is_activation(target: Callable | str) -> bool:
     return match_function(target, (), {}) is not None  # whatever its arguments
 
 
-def hides_an_activation(function: type, others: tuple) -> bool:
+def hides_an_activation(function: type[torch.autograd.Function], others: tuple) -> bool:
     """Return whether a `torch.autograd.Function` computes a function of `formulas.FEATURES`, in whatever calls.
 
     Args:

@@ -118,7 +118,7 @@ def applied_by(apply: Apply, is_operand: Callable[[Any], bool]) -> Iterator[Call
 
     def meant(*values: Any) -> bool:
         found: list[bool] = []
-        map_aggregate(values, lambda value: found.append(is_operand(value)))  # type: ignore[arg-type]
+        map_aggregate(values, lambda value: found.append(is_operand(value)))
         return any(found)
 
     def attribute(cls: type[Function], name: str) -> Any:
@@ -156,8 +156,11 @@ def applied_by(apply: Apply, is_operand: Callable[[Any], bool]) -> Iterator[Call
 def applied_functions(graph_module: fx.GraphModule) -> dict[fx.Node, type[Function]]:
     """Return the `torch.autograd.Function` that a node applies, for those that apply one."""
     nodes = graph_module.graph.find_nodes(op="call_method", target="apply")
-    known = {n: getattr(graph_module, n.args[0].target, None) for n in nodes if n.args[0].op == "get_attr"}
-    return {node: function for node, function in known.items() if isinstance(function, FunctionMeta)}
+    sources: dict[fx.Node, Any] = {n: n.args[0] for n in nodes}
+    known: dict[fx.Node, Any] = {
+        n: getattr(graph_module, source.target, None) for n, source in sources.items() if source.op == "get_attr"
+    }
+    return {node: function for node, function in known.items() if isinstance(function, type(Function))}
 
 
 def own_derivatives(graph_module: fx.GraphModule) -> list[str]:

@@ -36,7 +36,7 @@ def version(tensor: Tensor) -> int:
 def digest(tensor: Tensor) -> bytes:
     """Return what only tensors of the same values share."""
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy()).digest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).digest()
 
 
 def written_by(func: Any, args: tuple, kwargs: dict) -> list[Any]:

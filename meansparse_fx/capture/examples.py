@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -81,7 +82,7 @@ def trace_by_example(model: nn.Module, images: Tensor) -> Traced:
             batches = batches[0], batches[1] + torch.randn_like(batches[1])
         while True:
             try:
-                traced = trace(model, lambda leaves, c=conditions: ExampleTracer(leaves, batches, c))
+                traced = trace(model, partial(ExampleTracer, batches=batches, conditions=conditions))
             except NewConditions as other:
                 conditions = other.conditions
             else:

@@ -77,7 +77,7 @@ def _foreign(module: nn.Module) -> str | None:
     if _QUANTISED.match(f"{kind.__module__}.") and kind.__name__ != "LinearPackedParams":
         return "is quantised, and the operator computes in floating point: transform the model before quantising it"
     parameters = (*module._parameters.values(), *module._buffers.values())
-    if any(nn.parameter.is_lazy(p) for p in parameters):
+    if any(p is not None and nn.parameter.is_lazy(p) for p in parameters):
         return "is not initialised yet: call the model once on a batch of images, then transform it"
     return None
 

@@ -96,7 +96,8 @@ class ExampleProxy(ModelProxy):
         lengths = {len(example) for example in self.examples}
         if len(lengths) > 1 or self.by_value:
             raise TraceError("a loop runs as often as there are images in a batch, or as their values say")
-        return (self[i] for i in range(lengths.pop()))
+        proxy: Any = self
+        return (proxy[i] for i in range(lengths.pop()))
 
     def _ask_again(self, frame: FrameType) -> Any:
         """Trace again with other `int`, `float` and `len` in the file that called one of them."""
@@ -109,8 +110,8 @@ class ExampleProxy(ModelProxy):
 class TensorProxy(ExampleProxy):
     """Stands for a tensor. One that is computed from parameters and buffers alone has a value, too."""
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]  # so that isinstance(x, torch.Tensor)
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # so that isinstance(x, torch.Tensor)
         return TensorProxy if self.__dict__["tracer"].looking(sys._getframe(1)) else Tensor
 
     def __bool__(self) -> bool:
@@ -148,8 +149,8 @@ class NumberProxy(ExampleProxy):
 
     __iter__ = __len__ = __getitem__ = None  # type: ignore[assignment]
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]  # so that isinstance(n, int)
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # so that isinstance(n, int)
         return type(self.__dict__["examples"][0])
 
     def __bool__(self) -> bool:

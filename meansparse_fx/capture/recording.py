@@ -97,7 +97,7 @@ def record(
         (['aten.abs.default', 'aten.add.Tensor'], False)
     """
     recorder = _Recorder(state, forms, halt)
-    ghost = recorder.haunt(torch.empty_like(images, device="meta"), images.device, 0)
+    ghost: Any = recorder.haunt(torch.empty_like(images, device="meta"), images.device, 0)
     with without_checkpoints(), applied_by(recorder.apply, lambda value: isinstance(value, Tensor)), recorder:
         if images.is_floating_point() and torch.is_grad_enabled():
             ghost = ghost.requires_grad_().clone()  # no leaf, which nobody may write to
@@ -128,7 +128,7 @@ class _Ghost(Tensor):
     meta: Tensor
     value: tuple
     recorder: _Recorder
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, meta: Tensor, device: torch.device, value: tuple, recorder: _Recorder) -> _Ghost:
@@ -156,7 +156,7 @@ class _Ghost(Tensor):
         return super().register_hook(hook)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, *rest: Any) -> Any:
         raise Unrecordable(f"{func} of a tensor without data, {_KEPT}")
 
 
@@ -170,7 +170,7 @@ class _Recorder(TorchDispatchMode):
             self._state.setdefault(storage(tensor), (name, version(tensor)))
         self._own: set[int] = set()  # storages that the model made itself just now, without images
         # By id, with the tensor, or another one would get its id.
-        self._digests: dict[int, tuple[tuple, tuple, Tensor]] = {}
+        self._digests: dict[int, tuple[tuple, bytes, Tensor]] = {}
         self._metas: dict[int, tuple[tuple, Tensor, Tensor]] = {}
         self._sharing: dict[int, list[weakref.ref[_Ghost]]] = defaultdict(list)  # storage -> ghosts in it
         self._histories = Histories({key: name for key, (name, _) in self._state.items()})
@@ -200,7 +200,7 @@ class _Recorder(TorchDispatchMode):
         ghosts = [t for t in operands if type(t) is _Ghost]
         if not all(g.recorder is self for g in ghosts):
             raise Unrecordable(f"{func}: the model kept a tensor of an earlier call")
-        written = list(tensors(written_by(func, args, kwargs)))
+        written: list[Any] = list(tensors(written_by(func, args, kwargs)))
         if not all(type(t) is _Ghost or storage(t) in self._own for t in written):
             raise Unrecordable(f"{func} writes into what was there before: a parameter, a buffer, a constant")
         random = torch.Tag.nondeterministic_seeded in func.tags
@@ -289,7 +289,8 @@ class _Recorder(TorchDispatchMode):
         before = storage(tensor), tensor.storage_offset(), version(tensor)
         known = self._digests.get(id(tensor))
         if known is None or known[0] != before or tensor.is_inference():
-            known = self._digests[id(tensor)] = before, digest(tensor), tensor
+            known = before, digest(tensor), tensor
+            self._digests[id(tensor)] = known
         return known[1], *form
 
     def _stand_in(self, value: Any) -> Any:

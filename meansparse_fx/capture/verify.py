@@ -256,7 +256,7 @@ def _copied_leaves(graph_module: fx.GraphModule) -> Iterator[None]:
     for target in dict.fromkeys(node.target for node in graph_module.graph.find_nodes(op="call_module")):
         path, _, name = target.rpartition(".")
         owner = graph_module.get_submodule(path)
-        module = owner._modules[name]
+        module = owner.get_submodule(name)
         if has_hooks(module) or not type(module).__module__.startswith("torch.nn."):
             replaced.append((owner, name, module))
     try:

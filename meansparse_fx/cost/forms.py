@@ -105,8 +105,8 @@ def _after(y: Tensor, region: Region, inputs: list[Tensor]) -> Tensor:
 
 
 def _normed(x: Tensor, region: Region) -> Tensor:
-    state = [region.vector() for _ in range(4)]
-    return F.batch_norm(x, *state, training=False, momentum=0.0, eps=1e-5)
+    mean, variance, weight, bias = (region.vector() for _ in range(4))
+    return F.batch_norm(x, mean, variance, weight, bias, training=False, momentum=0.0, eps=1e-5)
 
 
 def _slope(region: Region) -> Tensor | None:

@@ -208,7 +208,8 @@ def _counted(form: Form, region: Region) -> FormCost:
     with Tally(values) as backward:
         torch.autograd.grad(results, inputs, gradients)
     kept = kept_bytes(lambda: _read_on(form(region, inputs)), smallest=values)
-    return FormCost(*(Moves(t.calls, t.read, t.written) for t in (forward, backward)), kept)
+    there, back = (Moves(t.calls, t.read, t.written) for t in (forward, backward))
+    return FormCost(there, back, kept)
 
 
 def _read_on(results: tuple[Tensor, ...]) -> Tensor:

@@ -175,6 +175,8 @@ class _Readout(nn.Module):
 
 
 class _PlantedModel(nn.Module):
+    anchors: Tensor
+
     def __init__(self, graph: fx.GraphModule, readout: _Readout, anchors: Tensor) -> None:
         super().__init__()
         self._graph, self._readout = graph, readout

@@ -9,12 +9,13 @@ is that call's second result. Modules, and so the state_dict, stay as they are; 
 from __future__ import annotations
 
 import operator as python
+from typing import Any
 
 from torch import Tensor, fx
 
 from ..frozen import Prologue
 from ..nn import MeanSparse
-from ..rewrite import keep_unfused
+from ..rewrite import keep_unfused, operand
 from ..sites.shapes import propagate
 from .surroundings import Finder, Surroundings
 
@@ -31,7 +32,7 @@ def fuse(graph_module: fx.GraphModule, images: Tensor) -> dict[str, str]:
     finder = Finder(graph_module, propagate(graph_module, several))
     notes = {}
     for node in list(graph_module.graph.find_nodes(op="call_module")):
-        operator = graph_module.get_submodule(node.target)
+        operator = graph_module.get_submodule(str(node.target))
         if isinstance(operator, MeanSparse):
             notes[operator.name] = _fuse(node, operator, finder)
     graph_module.graph.lint()
@@ -45,21 +46,24 @@ def _fuse(node: fx.Node, operator: MeanSparse, finder: Finder) -> str:
     if not found:
         return str(found)
     branch, total, sum_norm = found.branch, found.total, found.sum_norm
-    operator.prologue = Prologue(branch.norm and branch.norm.frozen, sum_norm and sum_norm.frozen, found.want_sum)
+    operator.prologue = Prologue(
+        branch.norm.frozen if branch.norm else None, sum_norm.frozen if sum_norm else None, found.want_sum
+    )
     if branch.scale:
         branch.scale.node.replace_all_uses_with(branch.scale.x)  # what only moves values goes on with the unscaled
     y = _call(node, operator, found)
     finder.record(y, found.epilogue or node)
     (found.epilogue or node).replace_all_uses_with(y)
-    if found.want_sum:
-        finder.record(y.args[0], total.node)
-        with node.graph.inserting_after(y.args[0]):
-            v = node.graph.call_function(python.getitem, (y.args[0], 1))
+    if total is not None and found.want_sum:
+        call = operand(y)
+        finder.record(call, total.node)
+        with node.graph.inserting_after(call):
+            v = node.graph.call_function(python.getitem, (call, 1))
         v.meta = dict(total.node.meta)
         finder.record(v, total.node)
         total.node.replace_all_uses_with(v)
     _erase(found.epilogue, node, *(n for n in node.args[1:] if isinstance(n, fx.Node)))
-    _erase(*(part and part.node for part in (sum_norm, total, branch.scale, branch.norm)))
+    _erase(*(part.node for part in (sum_norm, total, branch.scale, branch.norm) if part is not None))
     _erase(*(branch.scale.views if branch.scale else ()))
     return str(found)
 
@@ -69,17 +73,18 @@ def _call(node: fx.Node, operator: MeanSparse, found: Surroundings) -> fx.Node:
     graph = node.graph
     # With two results it must stand where the first of them is read, otherwise where all is there that it reads.
     place = found.epilogue or (found.total.node if found.total else node)
-    weight = node.args[1] if len(node.args) > 1 else None
+    weight = operand(node, 1) if len(node.args) > 1 else None
     with graph.inserting_before(place):
         if weight is not None:  # a parameter: it may be read earlier
-            weight = graph.get_attr(weight.target)
-        tensors = {
-            "residual": found.total and found.total.residual,
-            "layer_scale": found.branch.scale and found.branch.scale.parameter,
-            "shortcut": found.shortcut,
-        }
-        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        y = call = graph.call_module(node.target, (found.branch.x, weight), {"fused": True, **given})
+            weight = graph.get_attr(str(weight.target))
+        options: dict[str, Any] = {"fused": True}
+        if found.total:
+            options["residual"] = found.total.residual
+        if found.branch.scale:
+            options["layer_scale"] = found.branch.scale.parameter
+        if found.shortcut:
+            options["shortcut"] = found.shortcut
+        y = call = graph.call_module(str(node.target), (found.branch.x, weight), options)
         if found.want_sum:
             y = graph.call_function(python.getitem, (call, 0))
     call.meta = dict(node.meta)

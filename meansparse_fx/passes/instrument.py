@@ -17,6 +17,10 @@ from .lower import read_buffer
 class Moments(nn.Module):
     """Count, mean and M2 of one site's channels, all float64 tensors: exact counts up to 2^53."""
 
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+
     def __init__(self, channels: int, device: torch.device) -> None:
         super().__init__()
         for name, shape in (("count", ()), ("mean", (channels,)), ("m2", (channels,))):

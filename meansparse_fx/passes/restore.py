@@ -10,7 +10,7 @@ from torch import fx
 
 from ..capture.copies import copied
 from ..nn import MeanSparse
-from ..rewrite import PREFIX, bypass, replay_call, sharing_copy
+from ..rewrite import PREFIX, bypass, operand, replay_call, sharing_copy
 from .uncalled import refuse_hooks
 
 
@@ -18,25 +18,26 @@ def restore(sparse: fx.GraphModule) -> fx.GraphModule:
     """Return the base model of ``sparse``; parameters and buffers are shared, not copied."""
     base = sharing_copy(sparse)
     for node in list(base.graph.nodes):
-        if node.op == "call_module" and isinstance(operator := base.get_submodule(node.target), MeanSparse):
+        if node.op == "call_module" and isinstance(operator := base.get_submodule(str(node.target)), MeanSparse):
             take_out(node, operator)
     del base._modules[PREFIX]
     base.meta.pop("plan", None)
     base.graph.lint()
     base.recompile()
     # Modules of its own, which take hooks: the operators' places are theirs again.
-    base = copied(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
-    refuse_hooks(base)
-    return base
+    own = copied(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
+    assert isinstance(own, fx.GraphModule)
+    refuse_hooks(own)
+    return own
 
 
 def take_out(node: fx.Node, operator: MeanSparse) -> fx.Node:
     """Put the original call back in the place of an operator's node; return the node that now makes its value."""
     if operator.replaces is None:
-        source = node.args[0]
+        source = operand(node)
         bypass(node)
         return source
-    weights = node.args[1:]
+    weights = [operand(node, i) for i in range(1, len(node.args))]
     original = replay_call(node, operator.replaces)
     for weight in weights:  # the get_attr that sparsify added, if it did
         if weight.op == "get_attr" and not weight.users:

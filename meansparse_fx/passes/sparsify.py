@@ -22,6 +22,7 @@ from ..rewrite import (
     bypass,
     insert_module_after,
     insert_module_before,
+    operand,
     redirect_later_readers,
     replace_call,
 )
@@ -53,6 +54,8 @@ def sparsify(graph_module: fx.GraphModule, plan: SitePlan) -> None:
 def _operator(site: Site, graph_module: fx.GraphModule) -> MeanSparse:
     """Return the site's operator on the device of the model's parameters, in float64 if they are."""
     fused = site.activation if site.activation and site.activation.fused else None
+    assert site.channels is not None  # or it would be skipped
+    assert site.channel_dim is not None
     operator = MeanSparse(site.name, site.channels, site.channel_dim, fused)
     for p in graph_module.parameters():
         if p.is_floating_point():
@@ -66,7 +69,7 @@ def _before_activation(place: Place, operator: MeanSparse) -> None:
         insert_module_before(place.readers, source, f"{PREFIX}.{site.name}")
     else:
         result = _fuse(result, source, site, operator)
-    if site.activation.inplace:
+    if site.activation is not None and site.activation.inplace:
         redirect_later_readers(source, result)
 
 
@@ -88,7 +91,7 @@ _INSERT: dict[str, Callable[[Place, MeanSparse], None]] = {
 def _fuse(node: fx.Node, source: fx.Node, site: Site, operator: MeanSparse) -> fx.Node:
     """Replace an activation's call by the operator's, which remembers it; return the new node."""
     inputs = [source]
-    if site.activation.weight is not None:
+    if site.activation is not None and site.activation.weight is not None:
         inputs.append(_weight_node(node, site.activation.weight))
     # A module's weight is read by the module itself, not by its call.
     operator.replaces = RecordedCall.of(node, [n for n in inputs if n in node.all_input_nodes])
@@ -97,10 +100,13 @@ def _fuse(node: fx.Node, source: fx.Node, site: Site, operator: MeanSparse) -> f
 
 def _take_over(graph_module: fx.GraphModule, published: fx.Node, site: Site, operator: MeanSparse) -> None:
     """Put the operator where a published one stands, with all that holds; that one leaves the model."""
-    path, source = published.target, published.args[0]
-    if has_hooks(graph_module.get_submodule(path)):
+    path, source = str(published.target), operand(published)
+    module = graph_module.get_submodule(path)
+    held = published_operator(module)
+    assert held is not None
+    if has_hooks(module):
         raise SiteError(f"{site.name}: the published operator {path} has hooks, and ours takes its place: remove them")
-    operator.take_over(published_operator(graph_module.get_submodule(path)))
+    operator.take_over(held)
     if operator.activation is None:
         replace_call(published, f"{PREFIX}.{site.name}", [source])
     else:

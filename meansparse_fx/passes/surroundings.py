@@ -19,6 +19,7 @@ from ..capture.derivatives import MODE_CALLS
 from ..frozen import FrozenNorm
 from ..hooks import enter, has_hooks, has_own_forward, leave
 from ..nn import MeanSparse
+from ..rewrite import operand
 from ..sites.flow import carried
 from ..sites.ops import Operators
 from ..sites.shapes import Flow
@@ -143,9 +144,9 @@ class Finder:
 
     def around(self, node: fx.Node, operator: MeanSparse) -> Surroundings:
         """Return what stands around the operator that ``node`` calls."""
-        source, reasons = node.args[0], _Reasons()
+        source, reasons = operand(node), _Reasons()
         sum_norm = reasons.keep(self._norm(source, operator))
-        total = self._sum(sum_norm.node.args[0] if sum_norm else source, operator, reasons)
+        total = self._sum(operand(sum_norm.node) if sum_norm else source, operator, reasons)
         sum_norm = sum_norm if total else None
         branch = total.branch if total else self._branch(source, operator, reasons)
         reader = sum_norm.node if sum_norm else node
@@ -154,7 +155,8 @@ class Finder:
         moved = [part.node for part in (branch.norm, branch.scale, total, sum_norm) if part] + list(epilogue or ())[:1]
         if any(self._modes[n] != self._modes[node] for n in moved):
             return Surroundings(Branch(source, None, None), None, None, False, None, None, (_OTHER_MODE,))
-        return Surroundings(branch, total, sum_norm, want_sum, *(epilogue or (None, None)), tuple(reasons))
+        end, shortcut = epilogue or (None, None)
+        return Surroundings(branch, total, sum_norm, want_sum, end, shortcut, tuple(reasons))
 
     def _branch(self, value: fx.Node, operator: MeanSparse, reasons: _Reasons) -> Branch:
         """Return where a value comes from."""
@@ -163,7 +165,7 @@ class Finder:
             return Branch(value, None, scale)
         x = value if scale is None else scale.x
         norm = reasons.keep(self._norm(x, operator))
-        return Branch(norm.node.args[0] if norm else x, norm, scale)
+        return Branch(operand(norm.node) if norm else x, norm, scale)
 
     def _norm(self, node: fx.Node, operator: MeanSparse) -> Norm | str | None:
         """Return the frozen norm that ``node`` calls for a single reader; why it cannot be taken; or None."""
@@ -177,11 +179,11 @@ class Finder:
             return "the norm has no running statistics"
         if any(p is not None and p.requires_grad for p in (module.weight, module.bias)):
             return f"the norm's parameters want gradients: {_FREEZE}"
-        return None if self._changed(node.args[0]) else Norm(node, found)
+        return None if self._changed(operand(node)) else Norm(node, found)
 
     def _scale(self, value: fx.Node, operator: MeanSparse) -> Scale | str | None:
         """Return the LayerScale that ``value`` comes from; why it cannot be taken; or None."""
-        node, path = value, []
+        node, path = value, list[fx.Node]()
         while self._operators.moves_only(node) and isinstance(node.args[0], fx.Node):
             path.append(node)
             node = node.args[0]
@@ -189,27 +191,27 @@ class Finder:
             return None
         for x, factor in (node.args, node.args[::-1]):
             parameter, views = self._parameter(factor)
-            if parameter is not None and self._flow.shape(x) == self._flow.shape(node):
+            if parameter is not None and isinstance(x, fx.Node) and self._flow.shape(x) == self._flow.shape(node):
                 break
         else:
             return None
         if any(len(n.users) != 1 for n in (node, *path)):
             return "others read the LayerScale's result, too"
-        if reduce(getattr, parameter.target.split("."), self._graph_module).requires_grad:
+        if reduce(getattr, str(parameter.target).split("."), self._graph_module).requires_grad:
             return f"the LayerScale's parameter wants gradients: {_FREEZE}"
         around = (node, *path, parameter, *views)
         if self._changed(x, node) or any(map(self._changed, around)) or self._read_again(node):
             return "a value around the LayerScale is overwritten"
-        shape = self._flow.shape(factor)
+        shape = self._flow.shape(views[0] if views else parameter)
         dims = [d - len(shape) for d, size in enumerate(shape) if size > 1]
         axis = dims[0] + len(self._flow.shape(node)) if len(dims) == 1 else None
         for moved in reversed(path):
-            axis = carried(moved, self._operators, self._flow, {moved.args[0]: axis})
+            axis = carried(moved, self._operators, self._flow, {operand(moved): axis})
         if axis != operator.channel_dim:
             return "what it is multiplied by is not one number for each of its channels"
         return Scale(node, x, parameter, views, not path)
 
-    def _parameter(self, node: fx.Node) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
+    def _parameter(self, node: Any) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
         """Return the node that reads the parameter which ``node`` is, if it is one, and what shapes it.
 
         The operator gets the parameter without what shapes it, which is the same where all lies along one dimension.
@@ -237,7 +239,9 @@ class Finder:
     def _epilogue(self, node: fx.Node, branch: Branch, want_sum: bool) -> tuple[fx.Node, fx.Node] | str | None:
         """Return the sum of the operator's result and of another value, and that; why it cannot be taken; or None."""
         total = next(iter(node.users), None)
-        if total is not None and self._is_hooked(total):
+        if total is None:
+            return None
+        if self._is_hooked(total):
             return _HOOKS
         if len(node.users) != 1 or total.target not in _SUMS:
             return None
@@ -257,9 +261,10 @@ class Finder:
         """Return the two values of one shape that ``node`` adds, if that is what it does."""
         if node.target not in _SUMS or node.kwargs or len(node.args) != 2:
             return None
-        operands = tuple(n for n in node.args if isinstance(n, fx.Node))
-        shapes = {self._flow.shape(n) for n in (node, *operands)}
-        return operands if len(operands) == 2 and len(shapes) == 1 and operands[0] is not operands[1] else None
+        first, second = node.args
+        if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or first is second:
+            return None
+        return (first, second) if len({self._flow.shape(n) for n in (node, first, second)}) == 1 else None
 
     def _is_hooked(self, node: fx.Node) -> bool:
         """Return whether a node calls hooks: an activation's or a norm's, or those that stand in the graph."""
@@ -278,24 +283,22 @@ class Finder:
 
     def read_module(self, node: fx.Node) -> FrozenNorm | None:
         module = self._operators.module(node)
-        if type(module) not in _NORMS or len(node.args) != 1 or module.training or has_own_forward(module):
+        if not isinstance(module, _NORMS) or type(module) not in _NORMS or len(node.args) != 1:
             return None
-        return FrozenNorm(module, module.eps)
+        return None if module.training or has_own_forward(module) else FrozenNorm(module, module.eps)
 
     def read_function(self, node: fx.Node) -> FrozenNorm | None:
         """Of F.batch_norm with all that it reads from one module, as classes that extend torch's norms call it."""
         if node.target is not F.batch_norm:
             return None
         names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
         state = [given.get(name) for name in names[1:5]]
-        if given.get("training", False) is not False or not all(isinstance(n, fx.Node) for n in state):
+        if given.get("training", False) is not False:
             return None
-        if any(n.op != "get_attr" for n in state):
-            return None
-        owners = {str(n.target).rpartition(".")[0] for n in state}
-        own = [str(n.target).rpartition(".")[2] for n in state]
-        if len(owners) != 1 or own != list(names[1:5]):
+        paths = [str(n.target).rpartition(".") for n in state if isinstance(n, fx.Node) and n.op == "get_attr"]
+        owners = {owner for owner, _, _ in paths}
+        if len(owners) != 1 or tuple(name for _, _, name in paths) != names[1:5]:
             return None
         return FrozenNorm(self._graph_module.get_submodule(owners.pop()), given.get("eps", 1e-5))
 

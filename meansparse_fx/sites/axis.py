@@ -108,8 +108,9 @@ def elementwise(call: Call) -> int | None:
 def applied(call: Call) -> int | None:
     """A `torch.autograd.Function` that gives a tensor of its first one's shape leaves dimensions where they are."""
     first = next(iter(call.node.args[1:]), None)
-    kept = isinstance(first, fx.Node) and call.flow.shape(first) == call.result
-    return call.axes.get(first) if kept else None
+    if not isinstance(first, fx.Node) or call.flow.shape(first) != call.result:
+        return None
+    return call.axes.get(first)
 
 
 def joined(call: Call) -> int | None:

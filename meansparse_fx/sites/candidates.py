@@ -12,6 +12,7 @@ from torch import fx
 
 from ..activations import ActivationCall
 from ..errors import SiteError, StateError
+from ..rewrite import operand
 from .ops import Operators
 from .plan import Placement
 from .residual import Residual, residuals
@@ -98,26 +99,28 @@ def _taken_over(
     places = {(c.node, c.kind): i for i, c in enumerate(candidates)}
     found = [replace(c, left=True) for c in candidates]
     for node in published:
-        index = places.get(_place(node, connections, operators), -1)
+        place = _place(node, connections, operators)
+        index = -1 if place is None else places.get(place, -1)
         if index < 0 or found[index].published is not None:
-            found.append(Candidate(node, "published", operators.label(node), node.args[0], published=node))
+            found.append(Candidate(node, "published", operators.label(node), operand(node), published=node))
         else:
-            found[index] = replace(found[index], source=node.args[0], published=node, left=False)
+            found[index] = replace(found[index], source=operand(node), published=node, left=False)
     return found
 
 
 def _place(node: fx.Node, connections: list[Residual], operators: Operators) -> tuple[fx.Node, str] | None:
     """Return the candidate whose values a published operator gets: its node and kind."""
-    reader, value = operators.reader(node), node
+    reader: fx.Node | None = operators.reader(node)
+    value = node
     if reader is not None and operators.activation(reader) is not None:
         return reader, "activation"
     branches = {(r.total, r.branch) for r in connections}
     while reader is not None and (reader, value) not in branches and operators.moves_only(reader):
-        reader, value = operators.reader(reader), reader
-    if (reader, value) in branches:
+        value, reader = reader, operators.reader(reader)
+    if reader is not None and (reader, value) in branches:
         return reader, "residual_branch"
     totals = {r.total for r in connections}
-    source = node.args[0]
+    source = operand(node)
     while source not in totals and operators.moves_only(source) and operators.reader(source) is not None:
         source = source.all_input_nodes[0]
     return (source, "residual_sum") if source in totals else None

@@ -110,10 +110,11 @@ class _Finder:
         if node in self._taken:
             return
         alone = self._single(node)
-        root: fx.Node | None = node
+        root = node
         for _ in range(_FARTHEST):
-            if (root := self.pieces.parents.get(root)) is None:
+            if (parent := self.pieces.parents.get(root)) is None:
                 return
+            root = parent
             piece = self.pieces.between(root, node)
             if not self._taken.isdisjoint(piece):
                 return

@@ -92,7 +92,8 @@ class DynamoGraph:
         model = running[-1] if running else _first_module(sources.values(), scope)
         names = {id(m): path for path, m in model.named_modules()} if model is not None else {}
         callers = {n: _path(source, scope, names) for n, source in sources.items()}
-        whole = not graph_module.compile_subgraph_reason.graph_break
+        reason: Any = graph_module.compile_subgraph_reason
+        whole = not reason.graph_break
         owners = _owners(stacks, scope, names)
         if running and _is_traced_activation(running[0]) and (path := names.get(id(running[0]))):
             # Dynamo did not enter it, it is the frame: all of its forward, or what a graph break left of that.
@@ -143,7 +144,7 @@ class DynamoGraph:
         sites = (replace(s, skipped=refused.get(s.node, s.skipped)) for s in plan)
         sites = (s if s.node in named else replace(s, skipped=s.skipped or _NAMELESS) for s in sites)
         plan = SitePlan(tuple(sites), plan.route)
-        outputs = self.graph.output_node().args[0]
+        outputs: Any = self.graph.output_node().args[0]
         return Found(
             plan,
             changed_inputs(self.graph, plan.active, flow, self.inputs),

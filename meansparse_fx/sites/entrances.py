@@ -92,7 +92,7 @@ def mark_entrances(graph: fx.Graph, owners: Mapping[fx.Node, ModuleCall], state:
         if reason is not None:
             found.refused[mark] = reason
         elif sources:
-            source.replace_all_uses_with(mark, delete_user_cb=lambda user, inside=inside: user in inside)
+            source.replace_all_uses_with(mark, delete_user_cb=inside.__contains__)
         found.known.update(dict.fromkeys(nodes))
         found.known[mark] = replace(call, constants=(), inplace=False, weight=None, fused=False)
         found.paths[mark] = owner.path

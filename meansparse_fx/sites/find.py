@@ -116,7 +116,7 @@ def plan_sites(
             source=source.name,
             inside=tuple(calls[n] for n in candidate.inside),
             readers=tuple(n.name for n in operators.readers(node)) if candidate.call else (),
-            published=candidate.published and candidate.published.name,
+            published=None if candidate.published is None else candidate.published.name,
             skipped=_INDEPENDENT if node not in data else gates.get(node),
         )
         if candidate.call and site.skipped is None:

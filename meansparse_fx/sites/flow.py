@@ -7,6 +7,7 @@ says nothing, backward from the next layer that expects it. Imports `axis`, `ops
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 from torch import fx
 from torch.fx.node import map_arg
@@ -39,7 +40,7 @@ def channel_axes(
 
 def carried(node: fx.Node, operators: Operators, flow: Flow, axes: Mapping[fx.Node, int | None]) -> int | None:
     """Return the channel dimension of a node's result, from those of what it reads; None is unknown."""
-    args, kwargs = (map_arg(a, flow.values.get) for a in (node.args, node.kwargs))
+    args, kwargs = (cast(Any, map_arg(a, flow.values.get)) for a in (node.args, node.kwargs))
     axis = operators.op(node).carry(Call(node, operators.module(node), args, kwargs, flow, axes))
     return axis if axis is not None and 0 <= axis < len(flow.shape(node)) else None
 

@@ -171,11 +171,9 @@ class Pieces:
         if node.op == "call_module":
             module: Any = self._operators.module(node)
             return type(module).forward(module, *args, **kwargs)  # past its hooks
-        return (
-            getattr(args[0], node.target)(*args[1:], **kwargs)
-            if node.op == "call_method"
-            else node.target(*args, **kwargs)
-        )
+        if callable(node.target):
+            return node.target(*args, **kwargs)
+        return getattr(args[0], node.target)(*args[1:], **kwargs)
 
     def _constant(self, node: fx.Node, depth: int = 0) -> Any:
         """Return a number for what does not depend on the images: of a parameter its largest."""

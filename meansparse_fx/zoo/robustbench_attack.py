@@ -34,9 +34,9 @@ class AutoAttack(pyautoattack.AutoAttack):
         device: torch.device | str,
         log_path: str | None = None,
     ) -> None:
-        super().__init__(model, norm=norm, eps=eps, version=version, device=device)  # type: ignore[arg-type]
+        super().__init__(model, norm=norm, eps=eps, version=version, device=device)
 
-    def run_standard_evaluation(  # type: ignore[override]
+    def run_standard_evaluation(
         self, x_orig: Tensor, y_orig: Tensor, *, bs: int, state_path: Path | None = None
     ) -> Tensor:
         """Return the adversarial images."""
