@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -134,20 +136,59 @@ def test_paired_difference_against_known_values():
     # Normal approximation of the paired difference: sqrt(40 - 20**2 / 1000) / 1000.
     half = 1.96 * (40 - 0.4) ** 0.5 / 1000
     assert (d.low, d.high) == (pytest.approx(0.02 - half, abs=1.5e-3), pytest.approx(0.02 + half, abs=1.5e-3))
-    assert d.p_value == pytest.approx(0.00222, abs=2e-5)  # binomial test of 10 in 40, from tables
-    same = PairedDifference.of(before, before)
-    assert (same.estimate, same.low, same.high, same.p_value) == (0, 0, 0, 1)
+    with pytest.raises(ValueError, match="-1, 0 or 1"):
+        PairedDifference.of_changes(torch.tensor([2, 0]))
 
 
-def test_differences_of_differences_against_enumeration():
-    """Changes of -2 to 2: the test flips each image's sign; written out, all 2^6 ways."""
-    changes = torch.tensor([2, 2, 1, -1, 1, 1, 0, 0])
-    signs = torch.cartesian_prod(*[torch.tensor([-1, 1])] * 6)
-    share = float((signs @ changes[:6].abs() >= 6).double().mean())
-    d = PairedDifference.of_changes(changes)
-    assert d.estimate == 6 / 8
-    assert d.p_value == pytest.approx(2 * share)
-    assert d.low < 6 / 8 < d.high
+@pytest.mark.parametrize("n", [3, 100, 1000])
+def test_where_nothing_changed_the_interval_is_that_of_changed_images(n):
+    d = PairedDifference.of(torch.ones(n, dtype=torch.bool), torch.ones(n, dtype=torch.bool))
+    most = 1 - 0.025 ** (1 / n)  # Clopper and Pearson: none in n
+    assert (d.estimate, d.low, d.high, d.p_value) == (
+        0,
+        pytest.approx(-most, abs=1e-6),
+        pytest.approx(most, abs=1e-6),
+        1,
+    )
+
+
+def test_interval_and_test_are_right_whatever_the_truth():
+    """Every outcome of 12 images, weighed by how likely it is: covered in 95 %, and rejected in 5 % at most."""
+    n = 12
+    found = {}
+    for gained in range(n + 1):
+        for lost in range(n + 1 - gained):
+            changes = torch.tensor([1] * gained + [-1] * lost + [0] * (n - gained - lost))
+            d = found[gained, lost] = PairedDifference.of_changes(changes)
+            assert d.low <= d.estimate <= d.high
+            assert (d.low > 0 or d.high < 0) == (d.p_value < 0.05), "interval and test agree"
+
+    def likely(gained, lost, up, down):
+        ways = math.comb(n, gained) * math.comb(n - gained, lost)
+        return ways * up**gained * down**lost * (1 - up - down) ** (n - gained - lost)
+
+    grid = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
+    for up, down in itertools.product(grid, grid):
+        inside = sum(likely(*k, up, down) for k, d in found.items() if d.low - 1e-6 <= up - down <= d.high + 1e-6)
+        assert inside >= 0.95, (up, down)
+        if up == down:
+            assert sum(likely(*k, up, down) for k, d in found.items() if d.p_value <= 0.05) <= 0.05
+
+
+def test_shares_have_the_interval_of_clopper_and_pearson():
+    low, high = sanity.share_interval(2, 8)
+    upper = sum(math.comb(8, k) * high**k * (1 - high) ** (8 - k) for k in range(3))
+    lower = sum(math.comb(8, k) * low**k * (1 - low) ** (8 - k) for k in range(2, 9))
+    assert (lower, upper) == (pytest.approx(0.025, abs=1e-5), pytest.approx(0.025, abs=1e-5))
+
+
+def test_few_images_are_called_that(sparse, test_set):
+    images, labels = (part[:3] for part in test_set)
+    msfx.set_alpha(sparse, 0.0)
+    result = msfx.evaluate(sparse, (images, labels), **QUICK)
+    assert result.gain.estimate == 0
+    assert result.gain.high == pytest.approx(0.7076, abs=1e-4)
+    assert result.verdict.startswith("Too few images to tell: on 3, worst-case accuracy +0.0 [-70.8, +70.8] points")
 
 
 @pytest.mark.parametrize(
@@ -457,7 +498,8 @@ def test_checks_pass_on_a_sound_model(sparse, test_set):
     msfx.set_alpha(sparse, 0.01)
     result = msfx.evaluate(sparse, test_set, **options)
     names = [check.name for check in result.checks]
-    assert names == [f"{name}, {which}" for which in ("base", "with MeanSparse") for name in CHECKS]
+    assert names[:2] == ["base above chance", "classes seen"]
+    assert names[2:] == [f"{name}, {which}" for which in ("base", "with MeanSparse") for name in CHECKS]
     assert result.warnings == []
     assert "In doubt" not in result.verdict
 
@@ -466,7 +508,40 @@ def test_checks_can_be_left_out(sparse, test_set, monkeypatch):
     made = count_attacks(monkeypatch)
     result = msfx.evaluate(sparse, test_set, sanity_images=0, **QUICK)
     assert len(made) == 4
-    assert result.checks == ()
+    assert [check.name for check in result.checks] == ["base above chance", "classes seen"], "they attack nothing"
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "right", "failed"),
+    [
+        (torch.arange(100) % 10, 10, 3, {"base above chance"}),  # shifted
+        (torch.arange(100) % 10, 10, 14, {"base above chance"}),  # no better than guessing
+        (torch.arange(100) % 10, 10, 30, set()),
+        (torch.arange(30) % 10, 10, 4, set()),  # few: no more than one more image right than by chance
+        (torch.arange(30) % 2, 10, 5, {"base above chance"}),  # few, and yet worse than chance
+        (torch.arange(100) // 50, 1000, 70, {"classes seen"}),  # the first of a sorted set
+        (torch.zeros(100), 10, 70, {"classes seen"}),
+        (torch.zeros(3), 10, 0, set()),
+    ],
+)
+def test_labels_that_cannot_be_the_images_are_noticed(labels, classes, right, failed):
+    checks = sanity.checks_of_labels(labels.long(), classes, torch.arange(len(labels)) < right)
+    assert {check.name for check in checks if not check.passed} == failed
+
+
+def test_shifted_labels_put_the_verdict_in_doubt(sparse, net):
+    images = torch.rand(60, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    labels = (net(images).argmax(1) + 1) % 10
+    result = msfx.evaluate(sparse, (images, labels), sanity_images=0, **QUICK)
+    assert "of the checks failed: base above chance: 0 of 60 images right" in result.verdict
+
+
+def test_the_verdict_names_every_check_that_failed():
+    mask = torch.ones(100, dtype=torch.bool)
+    models = [ModelOutcome(mask, {"a/exact": mask, "a/identity": mask})] * 2
+    checks = tuple(sanity.Check(name, False, f"of {name}") for name in ("this", "that"))
+    result = msfx.Evaluation(*models, 0.2, 0.1, "Linf", 10, 0, 0, 1.0, checks=checks)
+    assert result.verdict.endswith("In doubt, 2 of the checks failed: this: of this. that: of that.")
 
 
 @pytest.mark.parametrize(("more", "passed"), [(0, True), (2, True), (3, False)])

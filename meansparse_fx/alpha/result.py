@@ -199,7 +199,7 @@ def within_budget(base: ModelOutcome, outcome: ModelOutcome, clean_budget: float
 
 
 def better(before: ModelOutcome, after: ModelOutcome, significance: float) -> bool:
-    """Return whether the worst case is better beyond noise: one-sided McNemar test on the same images."""
+    """Return whether the worst case is better beyond noise: one-sided test of the paired difference."""
     change = PairedDifference.of(before.worst, after.worst)
     return change.estimate > 0 and change.p_value / 2 <= significance
 

@@ -8,12 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .attacks import AttackSettings
+from .attacks import AttackSettings, logits_of
 from .ledger import Ledger, Masks
 from .outcome import ModelOutcome
 from .plan import Run, correct, device_of, perturbed, spread
 from .probes import Probed, examine, search_planted
-from .sanity import Check, checks_of
+from .sanity import Check, checks_of, checks_of_labels
 from .swift import Attacked
 
 Advance = Callable[[], object]  # called after each attack
@@ -36,7 +36,7 @@ class Comparison:
 
     Attributes:
         met: Names of the batches met.
-        found, sanity: Masks by number of the batch and by model.
+        found, sanity: Masks by number of the batch and by model; in ``found`` also labels and number of classes, as of ``data``.
         evidence: What broke which image, by number of the batch and by model, if kept.
     """
 
@@ -78,6 +78,9 @@ class Comparison:
                 if run.started:
                     self._attack(side, run, which, advance, elsewhere, starts)
         self.found[batch] = {which: side.masks for which, side in sides.items()}
+        with torch.no_grad():
+            classes = logits_of(self._models["base"], images[:1]).shape[1]
+        self.found[batch]["data"] = {"labels": labels.cpu(), "classes": torch.tensor(classes)}
         if sanity_images > 0:
             probed = Probed(images[:sanity_images], labels[:sanity_images])
             self.sanity[batch] = {
@@ -156,7 +159,9 @@ class Comparison:
 
     def checks(self, outcomes: dict[str, ModelOutcome]) -> list[Check]:
         """Return what the evaluation says about itself."""
-        found: list[Check] = []
+        data = [masks["data"] for _, masks in sorted(self.found.items())]
+        labels = torch.cat([part["labels"] for part in data])
+        found = list(checks_of_labels(labels, int(data[0]["classes"]), outcomes["base"].clean))
         for which, words in IN_WORDS.items():
             looked = [masks[which] for _, masks in sorted(self.sanity.items())]
             joined = {name: torch.cat([m[name] for m in looked if name in m]) for m in looked for name in m}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .outcome import ModelOutcome, mean
+from .outcome import ModelOutcome, mean, share_interval
 from .plan import Run
 
 MOST_LEFT = 0.05  # accuracy under an unbounded attack above which it did not work: half of guessing among ten classes
@@ -20,6 +20,7 @@ MOST_MORE, IMAGES_MORE = 0.002, 3
 LEAST_POWER = 0.9  # share of the planted examples that all attacks together must find
 MOST_FLAT = 0.05  # share of images without a gradient, or whose logits do not follow a tiny change
 LEAST_RISES = 0.8  # share of images of which a small step along the gradient raises the loss
+FEW = 50  # images that say too little about labels to convict them, unless the base is shown to be below chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,32 @@ def checks_of(which: str, masks: Mapping[str, Tensor], outcome: ModelOutcome, ru
     square = check_square(which, outcome, {run.name: run.backward for run in runs})
     if square is not None:
         yield square
+
+
+def checks_of_labels(labels: Tensor, classes: int, clean: Tensor) -> Iterator[Check]:
+    """Yield whether the labels can be the images': the base knows something of them, and they are of several classes.
+
+    Chance is what the commonest label alone would get (the no-information rate).
+
+    Args:
+        labels: ``[N]``.
+        classes: Number of logits.
+        clean: ``[N]``, images that the base has right.
+    """
+    n, counts = len(labels), labels.flatten().unique(return_counts=True)[1]
+    chance, right = int(counts.max()) / int(counts.sum()), int(clean.sum())
+    low, high = share_interval(right, n)
+    passed = (high if n < FEW else low) > chance or len(counts) == 1
+    finding = f"{right} of {n} images right; their commonest label alone would get {100 * chance:.1f} %"
+    if not passed:
+        finding += ": shifted labels, another order of classes, or images not normalised as in training? Look at a few"
+    yield Check("base above chance", passed, finding)
+    # As many of these as n images of equally frequent classes would show; half of them will do.
+    passed = n < FEW or len(counts) >= max(2, classes * (1 - (1 - 1 / classes) ** n) / 2)
+    finding = f"{len(counts)} of {classes} classes among {n} images"
+    if not passed:
+        finding += ": the result is of these alone; were the images sorted by class? Draw them from all"
+    yield Check("classes seen", passed, finding)
 
 
 def check_unbounded(which: str, left: Tensor) -> Check:
