@@ -48,6 +48,37 @@ def write(
     write_whole(path, lambda place: save_file(held, str(place), metadata={kind: entry}), rescue)
 
 
+def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
+    """Write values as a JSON file, as `write_whole` does; where it cannot be written it is kept elsewhere."""
+    write_whole(path := Path(path), lambda place: place.write_text(json.dumps(values, indent=2) + "\n", "utf-8"), True)
+
+
+def read_json(path: str | Path, versions: Mapping[str, int]) -> dict[str, Any]:
+    """Return the values of a JSON file that says its ``format`` and ``version``.
+
+    Args:
+        path: The file.
+        versions: The newest version that is understood, by format.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ArtifactError: It is no JSON, of another format, of none, or of a newer version.
+    """
+    what = " or ".join(versions)
+    try:
+        values = json.loads(Path(path).read_text("utf-8"))
+        kind, version = values["format"], values["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: no {what} ({error!r}); if an older release wrote it, make it again") from error
+    if kind not in versions:
+        raise ArtifactError(f"{path}: holds {kind}, expected {what}")
+    if version > versions[kind]:
+        raise ArtifactError(
+            f"{path}: {kind} of version {version}, this release reads {versions[kind]}: update meansparse_fx"
+        )
+    return values
+
+
 def write_whole(path: str | Path, make: Callable[[Path], object], rescue: bool = False) -> None:
     """Make a file through a temporary one beside it, so that what a crash leaves is the old file or the new one.
 

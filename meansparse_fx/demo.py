@@ -110,9 +110,7 @@ def run(
             "test": f"{len(test[0])} other images of its test set, all attacked",
         },
     )
-    console.print(
-        f"report: {out / 'report.html'}  (numbers: report.json; plots: alpha.png, tradeoff.png, histogram.png)"
-    )
+    console.print(f"report: {out / 'report.html'}  (numbers: report.json; figures: .png, .pdf; tables: .tex, .csv)")
     console.print(f"statistics: {statistics_file}")
     console.print()
     console.print(report["headline"], style="bold", highlight=False)

@@ -5,44 +5,17 @@ Runs a transformed model and looks on; draws nothing.
 
 from __future__ import annotations
 
-import difflib
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from .errors import StatisticsError
 from .kernels.reference import inside_band, per_channel, sparsify
 from .nn import MeanSparse
 from .operators import operators
-from .statistics import Statistics
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FeatureHistogram:
-    """One channel's features before and after its operator (paper, Figure 1).
-
-    Attributes:
-        site, channel: Where.
-        edges: ``[B + 1]``, of the bins, in the units of the features.
-        before, after: ``[B]``, share of the values in each bin.
-        mean, threshold: Centre and half width of the band; a negative threshold is an operator switched off.
-        share: Of the values that lie in the band, which the operator makes one value.
-        images: Number of images the features come from.
-    """
-
-    site: str
-    channel: int
-    edges: np.ndarray
-    before: np.ndarray
-    after: np.ndarray
-    mean: float
-    threshold: float
-    share: float
-    images: int
+from .statistics import FeatureHistogram, typical
 
 
 @torch.no_grad()
@@ -71,15 +44,14 @@ def feature_histogram(
     Args:
         sparse: A transformed model, at the alpha of interest.
         images: ``[N, C, H, W]``.
-        site: By default the one with the channel that has the most values in its band; the first if none has any.
-        channel: By default that channel of the site.
-        bins: Number of bins, over the middle 99.8 % of the values and the whole band.
+        site, channel: By default those in the middle: see `typical`.
+        bins: Number of bins, about, over the middle 99.8 % of the values and the whole band, whose edges are edges of
+            bins.
     """
     shares = band_shares(sparse, images)
-    if site is None:
-        site = max(shares, key=lambda name: shares[name].max())
-    if channel is None:
-        channel = int(shares[site].argmax())
+    if channel is None or site is None:
+        site, found = typical(shares, site)
+        channel = found if channel is None else channel
     kept: list[Tensor] = []
     operator = operators(sparse)[site]
 
@@ -96,45 +68,15 @@ def feature_histogram(
     low, high = np.quantile(values, [0.001, 0.999])
     low, high = min(low, mean - 1.5 * max(band, 0.0)), max(high, mean + 1.5 * max(band, 0.0))
     width = (high - low) / bins or 1.0
-    # The mean sits in the middle of a bin, so that the bar it becomes stands on it.
+    # The mean sits in the middle of a bin, so that the bar it becomes stands on it; the band is an odd number of bins.
+    if band > width / 6:
+        width = 2 * band / (2 * round(band / width - 0.5) + 1)
     first, last = np.floor((low - mean) / width), np.ceil((high - mean) / width)
     edges = mean + width * (np.arange(first, last + 2) - 0.5)
     counts = [np.histogram(v, edges)[0] / len(values) for v in (values, sparse_values)]
     return FeatureHistogram(
-        site, channel, edges, counts[0], counts[1], mean, band, float(shares[site][channel]), len(images)
-    )
-
-
-def stored_histogram(statistics: Statistics, site: str, channel: int, alpha: float) -> FeatureHistogram:
-    """Return the histogram that calibration counted of one channel, before and after an operator at ``alpha``.
-
-    A bin that the band cuts gives up the share of its width that lies inside.
-
-    Raises:
-        StatisticsError: No such site or channel, or no histograms.
-    """
-    if site not in statistics:
-        near = difflib.get_close_matches(site, statistics, 3) or list(statistics)[:3]
-        raise StatisticsError(f"the statistics have no site {site!r}; there are {', '.join(near)}, ...")
-    moments = statistics[site]
-    if moments.histogram is None:
-        raise StatisticsError(f"{site}: no histograms in the statistics: calibrate with histograms (--histograms)")
-    if channel >= len(moments.mean):
-        raise StatisticsError(f"{site}: no channel {channel}, it has {len(moments.mean)}, counted from 0")
-    mean, std = float(moments.mean[channel]), float(moments.std[channel])
-    low, width = float(moments.histogram.low[channel]), float(moments.histogram.width[channel])
-    counts = moments.histogram.counts[channel].double().numpy()
-    band = alpha * std if alpha * std > 0 else -1.0
-    edges = low + width * np.arange(len(counts) + 1)
-    before = counts / max(counts.sum(), 1)
-    inside = np.clip(np.minimum(edges[1:], mean + band) - np.maximum(edges[:-1], mean - band), 0, None) / width
-    after = before * (1 - inside)
-    after[min(max(int((mean - low) / width), 0), len(counts) - 1)] += (before * inside).sum()
-    seen = np.flatnonzero(counts)
-    first, last = (seen[0], seen[-1] + 1) if len(seen) else (0, len(counts))
-    return FeatureHistogram(
-        site, channel, edges[first : last + 1], before[first:last], after[first:last], mean, band,
-        float((before * inside).sum()), statistics.images,
+        site, channel, edges, counts[0], counts[1], mean, band, float(operator.get_buffer("alpha")),
+        float(shares[site][channel]), len(images),
     )  # fmt: skip
 
 

@@ -10,8 +10,9 @@ import base64
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -20,19 +21,21 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from .alpha import AlphaSearch
+from .alpha.figures import alpha_figure, tradeoff_figure
 from .artifacts import write_folder
 from .evaluate import Evaluation
-from .histogram import FeatureHistogram
-from .plots import DARK, LIGHT, alpha_figure, histogram_figure, percent, png, tradeoff_figure
+from .evaluate.figures import evaluation_figure
+from .plots import DARK, LIGHT, Theme, histogram_figure, percent, picture
 from .sites import SitePlan
-from .statistics import Statistics
+from .statistics import FeatureHistogram, Statistics
 
 
 def headline(evaluation: Evaluation, search: AlphaSearch | None = None) -> str:
-    """Return the result in plain sentences: gain with its interval, change of clean accuracy, verdict.
+    """Return the result in plain sentences: verdict, worst case and clean accuracy before and after.
 
     Args:
         evaluation: The comparison.
@@ -80,7 +83,7 @@ def write_report(
     histogram: FeatureHistogram | None = None,
     shares: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Return the contents of ``report.json``, having written it, ``report.html`` and the plots into ``out``.
+    """Return the contents of ``report.json``, having written it, ``report.html`` and `result_files` into ``out``.
 
     Args:
         out: Directory; made if missing.
@@ -111,18 +114,12 @@ def write_report(
         "versions": versions(),
         "date": date.today().isoformat(),
     }
-    drawings = {
-        "alpha": search and (lambda theme: alpha_figure(search, theme)),
-        "tradeoff": search and (lambda theme: tradeoff_figure(search, theme)),
-        "histogram": histogram and (lambda theme: histogram_figure(histogram, theme)),
-    }
+    contents = result_files(search, evaluation, histogram)
     plots: dict[str, dict[str, str]] = {}
-    contents: dict[str, bytes] = {}
-    for name, draw in drawings.items():
-        if draw:
-            light, dark = (png(draw(theme)) for theme in (LIGHT, DARK))
-            contents[f"{name}.png"] = light
-            plots[name] = {k: base64.b64encode(v).decode() for k, v in (("light", light), ("dark", dark))}
+    for name, draw in _drawings(search, evaluation, histogram).items():
+        light, dark = (picture(draw(theme)) for theme in (LIGHT, DARK))
+        contents[f"{name}.png"] = light
+        plots[name] = {k: base64.b64encode(v).decode() for k, v in (("light", light), ("dark", dark))}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": lambda v: f"{100 * v:.1f}", "points": lambda v: f"{100 * v:+.1f}"}
     template = environment.from_string((files(__package__) / "report.html.j2").read_text("utf-8"))
@@ -135,7 +132,6 @@ def write_report(
         chosen=search and chosen(evaluation, search),
         choice=search and describe_alpha(search.alpha),
         histogram=histogram,
-        fullest_band=histogram and shares and histogram.share >= max(float(s.max()) for s in shares.values()),
         plots=plots,
         active=len(plan.active),
         clean_budget=clean_budget,
@@ -144,6 +140,33 @@ def write_report(
     contents["report.json"] = (json.dumps(report, indent=2) + "\n").encode()
     write_folder(out, contents)
     return report
+
+
+def result_files(
+    search: AlphaSearch | None = None,
+    evaluation: Evaluation | None = None,
+    histogram: FeatureHistogram | None = None,
+    form: str = "pdf",
+) -> dict[str, bytes]:
+    """Return files by name: figures of the results, in the format ``form``, and their tables as LaTeX and CSV."""
+    files = {f"{n}.{form}": picture(draw(LIGHT), form) for n, draw in _drawings(search, evaluation, histogram).items()}
+    for name, result in (("search", search), ("evaluation", evaluation)):
+        if result is not None:
+            files |= {f"{name}.tex": result.to_latex().encode(), f"{name}.csv": result.to_csv().encode()}
+    return files
+
+
+def _drawings(
+    search: AlphaSearch | None, evaluation: Evaluation | None, histogram: FeatureHistogram | None
+) -> dict[str, Callable[[Theme], Figure]]:
+    found: dict[str, Callable[[Theme], Figure]] = {}
+    if search is not None:
+        found |= {"alpha": partial(alpha_figure, search), "tradeoff": partial(tradeoff_figure, search)}
+    if evaluation is not None:
+        found["evaluation"] = partial(evaluation_figure, evaluation)
+    if histogram is not None:
+        found["histogram"] = partial(histogram_figure, histogram)
+    return found
 
 
 def versions() -> dict[str, str]:

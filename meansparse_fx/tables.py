@@ -1,15 +1,108 @@
-"""Floor 1: a rich table as plain text, for printing a result. Imports rich only."""
+"""Floor 1: printed tables, and the same as LaTeX and CSV. Imports rich only."""
 
 from __future__ import annotations
 
+import csv
 import io
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from copy import copy
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
 
-def as_text(table: Table, width: int) -> str:
-    """Return what ``table`` looks like on a console ``width`` columns wide, without trailing blanks."""
+
+class FittingTable(Table):
+    """A table that leaves out columns, the last ``optional`` ones first, rather than break words; it says which."""
+
+    optional: Sequence[str] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown, dropped = copy(self), []
+        shown.columns = list(self.columns)
+        for name in reversed(self.optional):
+            if shown.__rich_measure__(console, options.update(max_width=10_000)).minimum <= options.max_width:
+                break
+            shown.columns = [column for column in shown.columns if column.header != name]
+            dropped.insert(0, name.replace("/\n", "/"))
+        if dropped:
+            shown.caption = "\n".join(
+                [*([str(self.caption)] if self.caption else []), f"too wide: {', '.join(dropped)}"]
+            )
+        yield from Table.__rich_console__(shown, console, options)
+
+
+def new_table(
+    *columns: str,
+    left: Sequence[str] = (),
+    optional: Sequence[str] = (),
+    title: str | None = None,
+    caption: str | None = None,
+) -> Table:
+    """Return a table without rows. Its first column holds names, which are never broken: the others give way.
+
+    Args:
+        columns: Headers, all but the first aligned to the right. A name such as ``apgd-ce/exact`` has two lines.
+        left: Those aligned to the left.
+        optional: Those to leave out where there is no room.
+        title, caption: Above and below it.
+    """
+    table = FittingTable(
+        title=title, caption=caption, title_justify="left", caption_justify="left", show_edge=False, pad_edge=False
+    )
+    table.optional = [column.replace("/", "/\n") for column in optional]
+    for i, column in enumerate(columns):
+        side = "left" if i == 0 or column in left else "right"
+        table.add_column(column.replace("/", "/\n"), justify=side, no_wrap=i == 0, overflow="fold")  # type: ignore[arg-type]
+    return table
+
+
+def as_text(table: Table, width: int | None = None) -> str:
+    """Return what ``table`` looks like, without trailing blanks, in the terminal's width or ``width`` columns."""
     out = io.StringIO()
-    Console(file=out, width=width).print(table)
+    Console(file=out, width=width or terminal_width()).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def terminal_width() -> int:
+    """Return the columns of the terminal, or of COLUMNS; 120 without either."""
+    return shutil.get_terminal_size((120, 24)).columns
+
+
+def as_latex(table: Table) -> str:
+    """Return ``table`` as a tabular of the LaTeX package booktabs, title and caption in comments."""
+    words = [*(table.title or "").splitlines(), *(table.caption or "").splitlines()]  # type: ignore[union-attr]
+    heads = [str(column.header).replace("/\n", "/") for column in table.columns]
+    rows = [" & ".join(map(_in_latex, row)) for row in zip(*(map(str, c.cells) for c in table.columns), strict=True)]
+    sides = "".join((column.justify or "left")[0] for column in table.columns)
+    return "\n".join(
+        [
+            *(f"% {line}" for line in [r"\usepackage{booktabs}", *words]),
+            rf"\begin{{tabular}}{{{sides}}}",
+            r"\toprule",
+            rf"{' & '.join(map(_in_latex, heads))} \\",
+            r"\midrule",
+            *(rf"{row} \\" for row in rows),
+            r"\bottomrule",
+            "\\end{tabular}\n",
+        ]
+    )
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows with the same keys as CSV with a header; numbers in full."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _in_latex(text: str) -> str:
+    """Return text as LaTeX shows it, with a minus before negative numbers."""
+    escaped = "".join(_LATEX.get(c, c) for c in text)
+    return re.sub(r"(?<!\w)-(?=\d)", "$-$", escaped)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from meansparse_fx.plots import LIGHT, png, prepare
+from meansparse_fx.plots import LIGHT, picture, prepare
 
 from .. import choice
 from ..harness import points, read
@@ -74,7 +74,7 @@ def write_page(results: Path, docs: Path) -> None:
             parts.append(f"**Not measured yet against attackers who know the operator: {', '.join(blind)}.**\n")
         parts.append(_finding(number, rows) + "\n")
         if table.row in _TREND and len({row.row for row in rows}) > 3:
-            (docs / f"paper-{number}.png").write_bytes(png(_figure(number, rows)))
+            (docs / f"paper-{number}.png").write_bytes(picture(_figure(number, rows)))
             parts.append(f"![Change of robust accuracy over alpha, table {number}](paper-{number}.png)\n")
         parts.append(_markdown(number, rows))
     if (path := results / "choice.csv").exists():

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from torch import fx
 
+from ..artifacts import read_json, write_json
+from ..errors import ArtifactError
+from ..evaluate import verdict
+from ..evaluate.attacks import AttackSettings
 from ..evaluate.outcome import ModelOutcome, PairedDifference, mean
 from ..operators import operators, set_alpha
-from ..tables import as_text
+from ..tables import as_csv, as_latex, as_text, new_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT, VERSION = "meansparse_fx.search", 1  # of the JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +72,7 @@ class AlphaSearch:
         variant: The chosen variant of the operator.
         others: The same as ``outcomes`` for the variants not chosen.
         refinement: Of the search site by site, if there was one.
+        threat: What the attacker might do.
     """
 
     alpha: float | dict[str, float]
@@ -69,6 +81,7 @@ class AlphaSearch:
     variant: str = "mean"
     others: dict[str, dict[float, ModelOutcome]] = field(default_factory=dict)
     refinement: Refinement | None = None
+    threat: AttackSettings | None = None
 
     @property
     def uniform(self) -> float:
@@ -120,6 +133,56 @@ class AlphaSearch:
             operator.set_variant(self.variant, operator.centre_mode, operator.steepness)
         set_alpha(sparse, self.alpha)
 
+    @classmethod
+    def load(cls, path: str | Path) -> AlphaSearch:
+        """Return the search in a file that `save`, ``select --out`` or a report (``report.json``) wrote.
+
+        Raises:
+            ArtifactError: It is something else, or of a newer release.
+        """
+        known = read_json(path, {FORMAT: VERSION, verdict.FORMAT: verdict.VERSION})
+        if known["format"] != FORMAT and (known := known.get("search")) is None:
+            raise ArtifactError(f"{path}: a report without a search for alpha")
+        outcomes: dict[str, dict[float, ModelOutcome]] = {}
+        for row in known["rows"]:
+            outcomes.setdefault(row["variant"], {})[row["alpha"]] = ModelOutcome.from_dict(row)
+        own = outcomes.pop(known["variant"])
+        others = {variant: {0.0: own[0.0]} | rows for variant, rows in outcomes.items()}
+        refinement = known.get("refinement")
+        if refinement is not None:
+            moves = tuple(
+                Move(**move | {"change": move["change"] and PairedDifference(**move["change"])})
+                for move in refinement["moves"]
+            )
+            refinement = Refinement(refinement["start"], ModelOutcome.from_dict(refinement), moves)
+        threat = known["threat"] and AttackSettings(**known["threat"])
+        return cls(known["alpha"], own, known["clean_budget"], known["variant"], others, refinement, threat)
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict` as JSON."""
+        write_json(path, self.to_dict())
+
+    def figure(self, tradeoff: bool = False) -> Figure:
+        """Return accuracy over alpha, or clean accuracy against the worst case, as a matplotlib figure."""
+        from . import figures  # matplotlib takes a second to import
+
+        return figures.tradeoff_figure(self) if tradeoff else figures.alpha_figure(self)
+
+    def to_latex(self) -> str:
+        """Return `table` for LaTeX, with the package booktabs."""
+        return as_latex(self.table())
+
+    def to_csv(self) -> str:
+        """Return one row an alpha as CSV; accuracies and the change of the worst case are fractions."""
+        rows = []
+        for variant, alpha, outcome in self.rows():
+            shares = outcome.to_dict()
+            found = {"variant": variant, "alpha": alpha, "clean": shares["clean"], "attacked": len(outcome.worst)}
+            rows.append(
+                found | shares["robust"] | {"worst case": shares["worst_case"]} | self.change(outcome).to_dict()
+            )
+        return as_csv(rows)
+
     def to_dict(self) -> dict:
         """Return the choice and one row an alpha as plain values; accuracies are fractions."""
         rows = [
@@ -132,7 +195,15 @@ class AlphaSearch:
             }
             for variant, alpha, outcome in self.rows()
         ]
-        found: dict = {"alpha": self.alpha, "variant": self.variant, "clean_budget": self.clean_budget, "rows": rows}
+        found: dict = {
+            "format": FORMAT,
+            "version": VERSION,
+            "alpha": self.alpha,
+            "variant": self.variant,
+            "clean_budget": self.clean_budget,
+            "threat": self.threat and asdict(self.threat),
+            "rows": rows,
+        }
         if self.refinement is not None:
             found["refinement"] = {
                 "start": self.refinement.start,
@@ -155,18 +226,15 @@ class AlphaSearch:
     def table(self) -> Table:
         """Return the search as a rich table, in percent."""
         base = self.base
-        table = Table(
-            title=f"{len(base.clean)} held-out images, {len(base.worst)} of them attacked; "
-            f"at most {100 * self.clean_budget:.1f} points of clean loss",
-            title_justify="left",
-            caption=self._caption(),
-            caption_justify="left",
-            show_edge=False,
-            pad_edge=False,
+        title = (
+            f"{len(base.clean)} held-out images, {len(base.worst)} of them attacked{self.threat_in_words()}; "
+            f"at most {100 * self.clean_budget:.1f} points of clean loss"
         )
+        columns = ("alpha", "clean", "attacked", *base.robust, "worst case", "against base", "")
+        optional = ("attacked", *list(base.robust)[1:])
+        table = new_table(*columns, optional=optional, title=title, caption=self._caption())
+        table.columns[0].justify = "right"
         many = bool(self.others)
-        for column in ("alpha", "clean", "attacked", *base.robust, "worst case", "against base", ""):
-            table.add_column(column, justify="right")
         for variant, alpha, outcome in self.rows():
             chosen = (alpha, variant) == (self.uniform, self.variant)
             self._add_row(table, f"{variant} {alpha:g}" if many and alpha else f"{alpha:g}", outcome, chosen)
@@ -189,8 +257,13 @@ class AlphaSearch:
         moved = ", ".join(taken) if taken else "none was better beyond noise"
         return f"Site by site from alpha {self.refinement.start:g}, {len(self.refinement.moves)} moves tried: {moved}"
 
+    def threat_in_words(self) -> str:
+        """Return norm, eps and steps, with a comma before them; nothing where they are not known."""
+        threat = self.threat
+        return "" if threat is None else f", {threat.norm} eps {threat.eps:.4g}, {threat.steps} steps"
+
     def __str__(self) -> str:
-        return as_text(self.table(), width=120)
+        return as_text(self.table())
 
 
 def within_budget(base: ModelOutcome, outcome: ModelOutcome, clean_budget: float) -> bool:

@@ -106,7 +106,7 @@ def select_alpha(
         outcomes = {key: field.outcome(candidate) for key, candidate in candidates.items()}
         alpha, variant = choose(outcomes, clean_budget, significance)
         table = {v: {a: o for (a, w), o in outcomes.items() if w == v or not a} for v in variants}
-        search = AlphaSearch(alpha, table.pop(variant), clean_budget, variant, table)
+        search = AlphaSearch(alpha, table.pop(variant), clean_budget, variant, table, threat=settings)
         if not per_site:
             return search
         walk = _Walk(field, list(operators(sparse)), per_site, variant, clean_budget, significance)

@@ -19,12 +19,13 @@ from .demo import demo
 from .export import export
 from .model import cost, inspect
 from .options import spread
+from .results import figures
 from .robustness import evaluate, select, verify
-from .statistics import calibrate, merge, plot, show
+from .statistics import calibrate, merge, show
 
 # Of the user's disk and not of our code: full, read-only, not permitted, a directory where a file should be.
 _NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR}
-COMMANDS = (inspect, calibrate, select, evaluate, verify, export, cost, demo, show, merge, plot)
+COMMANDS = (inspect, calibrate, select, evaluate, verify, export, cost, demo, show, merge, figures)
 
 
 class _Commands(TyperGroup):

@@ -11,7 +11,7 @@ import typer
 from torch import fx
 
 from ..alpha import ALPHAS, CLEAN_BUDGET, SEARCH_ATTACKS, select_alpha
-from ..artifacts import require_place, write_whole
+from ..artifacts import require_place, write_folder
 from ..errors import ArtifactError
 from ..evaluate import Evidence, external_evaluation
 from ..evaluate import evaluate as run_evaluate
@@ -20,7 +20,7 @@ from ..evaluate.run import DEFAULT_ATTACKS
 from ..histogram import band_shares, feature_histogram
 from ..kernels.reference import VARIANTS
 from ..operators import set_alpha, set_variant
-from ..report import headline, write_report
+from ..report import headline, result_files, write_report
 from ..statistics import Statistics
 from ..transform import transform
 from . import parsing
@@ -69,10 +69,15 @@ def select(
     steps: Steps = 20,
     queries: Queries = 500,
     out: Annotated[Path | None, typer.Option(help="JSON file for the search; evaluate takes it as --alpha.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Directory for the search's figures (PDF), tables (LaTeX, CSV) and search.json.")
+    ] = None,
 ) -> None:
     """Choose alpha on held-out images: best worst case under attack within the clean budget."""
     if out is not None:
         require_place(out)
+    if report is not None:
+        require_place(report, folder=True)
     images = open_images(data)
     search = select_alpha(
         open_sparse(model, images, statistics),
@@ -94,8 +99,11 @@ def select(
     variant = f", variant {search.variant}" if search.variant != "mean" else ""
     console().print(f"{chosen}{variant}", style="bold", highlight=False)
     if out is not None:
-        text = json.dumps(search.to_dict(), indent=2) + "\n"
-        write_whole(out, lambda place: place.write_text(text, "utf-8"), rescue=True)
+        search.save(out)
+    if report is not None:
+        write_folder(report, result_files(search))
+        search.save(report / "search.json")
+        console().print(f"report: {report}")
 
 
 def evaluate(
@@ -107,7 +115,10 @@ def evaluate(
     alpha: Annotated[
         str, typer.Option(metavar="ALPHA|FILE", help="Half width of the band, or the file that select --out wrote.")
     ],
-    out: Annotated[Path | None, typer.Option(help="Directory for report.json, report.html and plots.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", "--out", help="Directory for report.json, report.html, figures and tables."),
+    ] = None,
     save_adversarial: Annotated[
         Path | None, typer.Option(dir_okay=False, help="File for the adversarial images; verify checks it.")
     ] = None,
@@ -119,8 +130,8 @@ def evaluate(
 
     Under torchrun each process takes its share: torchrun --nproc-per-node 4 -m meansparse_fx evaluate ...
     """
-    if out is not None:
-        require_place(out, folder=True)
+    if report is not None:
+        require_place(report, folder=True)
     if save_adversarial is not None:
         require_place(save_adversarial)
     model, group = join_processes(model)
@@ -142,11 +153,11 @@ def evaluate(
         return
     console().print(evaluation.table())
     console().print(headline(evaluation), style="bold", highlight=False)
-    if out is not None:
+    if report is not None:
         looked_at = first_images(images, HISTOGRAM_IMAGES, device_of(model))
         measured = Statistics.load(statistics)
         write_report(
-            out,
+            report,
             model=model.model,
             plan=sparse.meta["plan"],
             statistics=measured,
@@ -158,7 +169,7 @@ def evaluate(
                 "test": images.description,
             },
         )
-        console().print(f"report: {out / 'report.html'}")
+        console().print(f"report: {report / 'report.html'}")
 
 
 def verify(

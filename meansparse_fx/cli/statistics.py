@@ -7,13 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ..artifacts import require_place, write_whole
+from ..artifacts import require_place
 from ..calibrate import calibrate as run_calibrate
-from ..calibrate.summary import summary_table
 from ..errors import StatisticsError
-from ..histogram import stored_histogram
 from ..shards import own_file, place
 from ..statistics import Statistics
+from ..statistics.summary import summary_table
 from . import parsing
 from .loading import console, join_processes, leave_processes, open_images, open_sparse
 from .options import Amp, DataOptions, ModelOptions
@@ -94,22 +93,3 @@ def merge(
         merged = merged.merge(Statistics.load(file))
     merged.save(out)
     console().print(f"{len(merged)} sites, {merged.images} images: {out}")
-
-
-def plot(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="From calibrate --histograms.")],
-    site: Annotated[str, typer.Option(help="Name of the site, as show lists it.")],
-    channel: Annotated[int, typer.Option(min=0)],
-    alpha: Annotated[
-        Any, typer.Option(parser=parsing.fraction, metavar="ALPHA", help="Half width of the band to draw.")
-    ] = "0.3",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write.")] = Path("histogram.png"),
-) -> None:
-    """Draw one channel's values before and after the operator (the paper's Figure 1)."""
-    from ..plots import histogram_figure, png  # matplotlib takes a second to import, and other commands do without
-
-    drawn = stored_histogram(Statistics.load(file), site, channel, alpha)
-    require_place(out)
-    picture = png(histogram_figure(drawn))
-    write_whole(out, lambda place: place.write_bytes(picture))
-    console().print(f"{100 * drawn.share:.1f} % of the values lie in the band: {out}")

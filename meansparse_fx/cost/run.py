@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from ..capture.copies import copied
 from ..nn import MeanSparse
 from ..sites import Placement
-from ..tables import as_text
+from ..tables import as_text, new_table
 from ..transform import transform
 from .forms import FORMS, Form, Region
 from .tally import Tally, kept_bytes
@@ -108,11 +108,7 @@ class Cost:
     def table(self) -> Table:
         """Return a rich table: MiB moved in both directions and the calls that move them, a row a site; then sums."""
         caption = f"MiB read and written in forward and backward (calls); {self.images} images, {_word(self.dtype)}"
-        table = Table(caption=caption, caption_justify="left", show_edge=False, pad_edge=False)
-        table.add_column("site", overflow="fold")
-        table.add_column("before it")
-        for form in FORMS:
-            table.add_column(form, justify="right")
+        table = new_table("site", "before it", *FORMS, left=("before it",), caption=caption)
         for site in self.sites:
             table.add_row(site.name, site.before, *(_cell(found.both) for found in site.forms.values()))
         table.add_section()
@@ -126,7 +122,7 @@ class Cost:
         return table
 
     def __str__(self) -> str:
-        return as_text(self.table(), width=120)
+        return as_text(self.table())
 
 
 def _cell(moves: Moves) -> str:

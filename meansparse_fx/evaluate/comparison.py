@@ -36,7 +36,8 @@ class Comparison:
 
     Attributes:
         met: Names of the batches met.
-        found, sanity: Masks by number of the batch and by model; in ``found`` also labels and number of classes, as of ``data``.
+        found, sanity: Masks by number of the batch and by model; ``found`` also has labels and number of classes, as
+            ``data``.
         evidence: What broke which image, by number of the batch and by model, if kept.
     """
 

@@ -6,10 +6,13 @@ Data and arithmetic; runs no model.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 TAIL = 0.025  # on either side of a 95 % interval
@@ -116,12 +119,20 @@ class ModelOutcome:
         return ModelOutcome(self.clean, {k: v for k, v in self.robust.items() if k.endswith(suffix)}).worst
 
     def to_dict(self) -> dict:
-        """Return accuracies as fractions: clean, robust by attack, worst_case."""
+        """Return accuracies as fractions: clean, robust by attack, worst_case; and each image's 1 or 0 (images)."""
+        masks = {"clean": self.clean} | self.robust
         return {
             "clean": mean(self.clean),
             "robust": {name: mean(mask) for name, mask in self.robust.items()},
             "worst_case": mean(self.worst),
+            "images": {name: "".join(map(str, mask.int().tolist())) for name, mask in masks.items()},
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelOutcome:
+        """Return what `to_dict` wrote."""
+        masks = {name: torch.tensor([c == "1" for c in row]) for name, row in values["images"].items()}
+        return cls(masks.pop("clean"), masks)
 
 
 def mean(mask: Tensor) -> float:

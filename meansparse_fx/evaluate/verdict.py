@@ -6,14 +6,23 @@ Data and arithmetic; runs no model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from ..tables import as_text
+from ..artifacts import read_json, write_json
+from ..tables import as_csv, as_latex, as_text, new_table, terminal_width
 from .attacks import kind
 from .outcome import ModelOutcome, PairedDifference, mean
 from .sanity import Check
 from .surrogates import surrogate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT, VERSION = "meansparse_fx.evaluation", 1  # of the JSON
 
 # What attack names that are no attack's own mean, for reports.
 _OTHER_ROWS = {"transfer": "the adversarial images found against the other of the two models"}
@@ -126,6 +135,37 @@ class Evaluation:
         attacks = {name: _OTHER_ROWS.get(name) or kind(name).summary for name, _, _ in pairs}
         return attacks | {f"/{mode}": surrogate(mode).summary for _, slash, mode in pairs if slash}
 
+    @classmethod
+    def load(cls, path: str | Path) -> Evaluation:
+        """Return the evaluation in a file that `save` or a report (``report.json``) wrote.
+
+        Raises:
+            ArtifactError: It is something else, or of a newer release.
+        """
+        known = read_json(path, {FORMAT: VERSION})
+        outcomes = {which: ModelOutcome.from_dict(known[which]) for which in ("base", "sparse")}
+        same = {name: known[name] for name in ("alpha", "seconds", "cumulative")}
+        return cls(**outcomes, **same, **known["threat"], checks=tuple(Check(**check) for check in known["checks"]))
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict` as JSON."""
+        write_json(path, self.to_dict())
+
+    def figure(self) -> Figure:
+        """Return both models' accuracy under each attack, and the changes with intervals, as a matplotlib figure."""
+        from .figures import evaluation_figure  # matplotlib takes a second to import
+
+        return evaluation_figure(self)
+
+    def to_latex(self) -> str:
+        """Return `table` for LaTeX, with the package booktabs."""
+        return as_latex(self.table())
+
+    def to_csv(self) -> str:
+        """Return `rows` as CSV; accuracies and differences are fractions."""
+        rows = [{"row": what, "base": b, "sparse": s, **change.to_dict()} for what, b, s, change in self.rows()]
+        return as_csv([row | {"n": self.n_test, "norm": self.norm, "eps": self.eps} for row in rows])
+
     def to_dict(self) -> dict:
         """Return everything as plain values; accuracies and differences are fractions."""
         differences = {
@@ -135,6 +175,8 @@ class Evaluation:
             "masked": self.masked,
         }
         return {
+            "format": FORMAT,
+            "version": VERSION,
             "alpha": self.alpha,
             "n_test": self.n_test,
             "threat": {k: getattr(self, k) for k in ("norm", "eps", "steps", "queries", "seed")},
@@ -160,21 +202,13 @@ class Evaluation:
         rows = "; each row: what survives it and all rows above" if self.cumulative else ""
         passed = sum(check.passed for check in self.checks)
         trust = f"Checks of the evaluation itself: {passed} of {len(self.checks)} passed." if self.checks else ""
-        table = Table(
-            title=f"{self.n_test} images, {self.norm} eps {self.eps:.4g}, {self.steps} steps{rows}",
-            title_justify="left",
-            caption=trust,
-            caption_justify="left",
-            show_edge=False,
-            pad_edge=False,
-        )
-        table.add_column("accuracy in %")
-        for column in ("base", f"alpha {alpha}", "change, 95 % interval"):
-            table.add_column(column, justify="right")
+        title = f"{self.n_test} images, {self.norm} eps {self.eps:.4g}, {self.steps} steps{rows}"
+        columns = ("accuracy in %", "base", f"alpha {alpha}", "change, 95 % interval")
+        table = new_table(*columns, title=title, caption=trust)
         for what, base, sparse, difference in self.rows():
             style = "bold" if what == "worst case" else None
             table.add_row(what, f"{100 * base:.1f}", f"{100 * sparse:.1f}", difference.points(), style=style)
         return table
 
     def __str__(self) -> str:
-        return as_text(self.table(), width=110)
+        return as_text(self.table()) + "\n" + fill(self.verdict, terminal_width())

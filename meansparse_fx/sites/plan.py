@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import fx
 
 from ..activations import ActivationCall
-from ..tables import as_text
+from ..tables import as_text, new_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +160,18 @@ class SitePlan:
         summary = f"{len(self.active)} of {len(self.sites)} sites rewritten, captured by {self.route}"
         if skipped:
             summary += "; skipped: " + ", ".join(f"{n} {reason}" for reason, n in skipped.items())
-        table = Table(caption=summary, caption_justify="left", show_edge=False, pad_edge=False)
-        for column in ("site", "activation", "input", "channels", "after", "status"):
-            table.add_column(column, overflow="fold", justify="right" if column == "channels" else "left")
+        left = ("activation", "input", "after", "status")
+        table = new_table(
+            "site",
+            "activation",
+            "input",
+            "channels",
+            "after",
+            "status",
+            left=left,
+            optional=("input",),
+            caption=summary,
+        )
         for s in self.sites:
             what = s.activation.name if s.activation else s.kind
             axis = "?" if s.channel_dim is None else f"{s.channels} @ dim {s.channel_dim}"
@@ -171,7 +180,7 @@ class SitePlan:
         return table
 
     def __str__(self) -> str:
-        return as_text(self.table(), width=120)
+        return as_text(self.table())
 
 
 def _rewritten(site: Site) -> str:

@@ -5,90 +5,30 @@ Knows tensors and files; nothing of graphs or of loaders.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from . import artifacts
-from .errors import ArtifactError, StatisticsError
-from .rewrite import PREFIX
+from .. import artifacts
+from ..errors import ArtifactError, StatisticsError
+from ..rewrite import PREFIX
+from ..tables import as_text
+from .histogram import FeatureHistogram, stored_histogram, typical
+from .moments import ChannelHistogram, ChannelStatistics
+from .summary import summary_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMAT = "meansparse_fx.statistics"
 FORMAT_VERSION = "2"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ChannelHistogram:
-    """How often each channel's values fell into bins of equal width; the end bins also hold what lies beyond.
-
-    Attributes:
-        low: ``[C]`` float64, lower edge of the first bin.
-        width: ``[C]`` float64, of one bin.
-        counts: ``[C, B]`` int64.
-    """
-
-    low: Tensor
-    width: Tensor
-    counts: Tensor
-
-    def merge(self, other: ChannelHistogram | None) -> ChannelHistogram | None:
-        """Return both histograms together, or None where their bins differ."""
-        if other is None or not (torch.equal(self.low, other.low) and torch.equal(self.width, other.width)):
-            return None
-        return ChannelHistogram(self.low, self.width, self.counts + other.counts)
-
-    def share_inside(self, centre: Tensor, half_width: Tensor) -> Tensor:
-        """Return the share ``[C]`` of values within ``half_width`` of ``centre``; values lie evenly within a bin."""
-        below = torch.nn.functional.pad(self.counts.cumsum(1), (1, 0)).double()  # [C, B + 1], below each edge
-
-        def share_below(value: Tensor) -> Tensor:
-            place = ((value - self.low) / self.width).clamp(0, self.counts.shape[1])
-            edge = place.floor().long().clamp_max(self.counts.shape[1] - 1)
-            start, end = (below.gather(1, (edge + step)[:, None])[:, 0] for step in (0, 1))
-            return (start + (end - start) * (place - edge)) / below[:, -1].clamp_min(1)
-
-        return share_below(centre + half_width) - share_below(centre - half_width)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ChannelStatistics:
-    """Exact moments of one site's input.
-
-    Attributes:
-        count: Values seen per channel (images times positions).
-        mean: ``[C]`` float64, in the units of the input.
-        m2: ``[C]`` float64, sum of squared deviations from the mean.
-        histogram: Of the same values, if it was asked for.
-    """
-
-    count: int
-    mean: Tensor
-    m2: Tensor
-    histogram: ChannelHistogram | None = None
-
-    @property
-    def std(self) -> Tensor:
-        """Population standard deviation, ``[C]`` float64."""
-        return (self.m2 / max(self.count, 1)).sqrt()
-
-    def merge(self, other: ChannelStatistics) -> ChannelStatistics:
-        """Return the moments of both samples together (Chan, Golub and LeVeque, 1979)."""
-        if self.mean.shape != other.mean.shape:
-            raise StatisticsError(f"cannot merge {len(self.mean)} channels with {len(other.mean)}")
-        count = self.count + other.count
-        if count == 0:
-            return self
-        delta = other.mean - self.mean
-        mean = self.mean + delta * (other.count / count)
-        m2 = self.m2 + other.m2 + delta.square() * (self.count * (other.count / count))
-        histogram = self.histogram and self.histogram.merge(other.histogram)
-        return ChannelStatistics(count, mean, m2, histogram)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,6 +59,35 @@ class Statistics(Mapping[str, ChannelStatistics]):
 
     def __len__(self) -> int:
         return len(self.sites)
+
+    def __str__(self) -> str:
+        return as_text(summary_table(self))
+
+    def histogram(self, site: str | None = None, channel: int | None = None, alpha: float = 0.3) -> FeatureHistogram:
+        """Return one channel's values before and after an operator, as calibration counted them.
+
+        Args:
+            site, channel: By default those in the middle: see `typical`.
+            alpha: Of the operator.
+
+        Raises:
+            StatisticsError: No such site or channel, or no histograms.
+        """
+        if site is not None and site not in self:
+            near = difflib.get_close_matches(site, self, 3) or list(self)[:3]
+            raise StatisticsError(f"the statistics have no site {site!r}; there are {', '.join(near)}, ...")
+        counted = {name: own for name, own in self.items() if site in (None, name) and own.histogram is not None}
+        if not counted:
+            where = "" if site is None else f"{site}: "
+            raise StatisticsError(f"{where}no histograms in the statistics: calibrate with histograms (--histograms)")
+        if channel is None or site is None:
+            site, found = typical({n: s.histogram.share_inside(s.mean, alpha * s.std) for n, s in counted.items()})
+            channel = found if channel is None else channel
+        return stored_histogram(site, counted[site], channel, alpha, self.images)
+
+    def figure(self, site: str | None = None, channel: int | None = None, alpha: float = 0.3) -> Figure:
+        """Return `histogram` as a matplotlib figure: ``statistics.figure("layer1.0.relu", 3).savefig("x.pdf")``."""
+        return self.histogram(site, channel, alpha).figure()
 
     def merge(self, other: Statistics) -> Statistics:
         """Return the statistics of both data sets together.

@@ -1,10 +1,16 @@
-"""Floor 5: what a calibration found, one row a site. Knows statistics; runs no model."""
+"""Floor 3: what a calibration found, one row a site. Runs no model."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.table import Table
 
-from ..statistics import ChannelStatistics, Statistics
+from ..tables import new_table
+from .moments import ChannelStatistics
+
+if TYPE_CHECKING:
+    from .artifact import Statistics
 
 ALPHAS = (0.1, 0.2, 0.3)  # bands whose share of values is shown, where there are histograms
 
@@ -12,21 +18,13 @@ ALPHAS = (0.1, 0.2, 0.3)  # bands whose share of values is shown, where there ar
 def summary_table(statistics: Statistics) -> Table:
     """Return the statistics as a rich table: ranges, dead channels, extreme ratios, shares inside the band."""
     facts = [f"{key}: {value}" for key, value in statistics.metadata.items()]
-    table = Table(
-        title="\n".join([f"{len(statistics)} sites, {statistics.images} images", *facts]),
-        caption=f"weights {statistics.fingerprint}" + (f", graph {statistics.graph}" if statistics.graph else ""),
-        title_justify="left",
-        caption_justify="left",
-        show_edge=False,
-        pad_edge=False,
-    )
     counted = any(s.histogram is not None for s in statistics.values())
     columns = ["channels", "dead", "values each", "means", "deviations", "most |mean|/std"]
     if counted:
         columns.append(f"% in band at {', '.join(f'{alpha:g}' for alpha in ALPHAS)}")
-    table.add_column("site", overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right")
+    title = "\n".join([f"{len(statistics)} sites, {statistics.images} images", *facts])
+    caption = f"weights {statistics.fingerprint}" + (f", graph {statistics.graph}" if statistics.graph else "")
+    table = new_table("site", *columns, optional=("values each", "most |mean|/std"), title=title, caption=caption)
     for name, site in statistics.items():
         table.add_row(name, *_row(site), *([_shares(site)] if counted else []))
     return table

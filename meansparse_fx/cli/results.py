@@ -1,0 +1,53 @@
+"""Floor 6: figures and tables of results that other commands wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..alpha import AlphaSearch, result
+from ..artifacts import read_json, require_place, write_folder
+from ..errors import ArtifactError, StatisticsError
+from ..evaluate import Evaluation, verdict
+from ..report import result_files
+from ..statistics import Statistics
+from . import parsing
+from .loading import console
+
+
+def figures(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            exists=True,
+            dir_okay=False,
+            help="From select --out, evaluate --report (report.json), or calibrate --histograms.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write into.")] = Path(),
+    form: Annotated[str, typer.Option("--format", help="Of the figures: pdf, png or svg.")] = "pdf",
+    site: Annotated[str | None, typer.Option(help="Of a histogram, as show lists it. [the typical one]")] = None,
+    channel: Annotated[int | None, typer.Option(min=0, help="Of the site. [the typical one]")] = None,
+    alpha: Annotated[
+        Any, typer.Option(parser=parsing.fraction, metavar="ALPHA", help="Half width of a histogram's band.")
+    ] = "0.3",
+) -> None:
+    """Write the figures of a search, an evaluation or statistics, and its tables as LaTeX and CSV."""
+    if form not in ("pdf", "png", "svg"):
+        raise ArtifactError(f"--format {form}: pdf, png or svg")
+    require_place(out, folder=True)
+    if file.suffix == ".safetensors":
+        if site is None and channel is not None:
+            raise StatisticsError("--channel needs --site")
+        histogram = Statistics.load(file).histogram(site, channel, alpha)
+        console().print(f"{histogram.site}, channel {histogram.channel}: {100 * histogram.share:.1f} % in the band")
+        files = result_files(histogram=histogram, form=form)
+    else:
+        known = read_json(file, {kind.FORMAT: kind.VERSION for kind in (verdict, result)})
+        evaluation = Evaluation.load(file) if known["format"] == verdict.FORMAT else None
+        search = AlphaSearch.load(file) if evaluation is None or known.get("search") else None
+        files = result_files(search, evaluation, form=form)
+    write_folder(out, files)
+    console().print(f"{out}: {', '.join(files)}", highlight=False)

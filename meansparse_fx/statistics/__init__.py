@@ -1,0 +1,20 @@
+"""Floor 3: what calibration measured: moments that merge exactly, their file, table and pictures.
+
+`moments` is the arithmetic, `artifact` the mapping by site and its file, `summary` the table, `histogram` one channel's
+values before and after an operator.
+"""
+
+from .artifact import FORMAT, Statistics, fingerprint, graph_fingerprint
+from .histogram import FeatureHistogram, typical
+from .moments import ChannelHistogram, ChannelStatistics
+
+__all__ = [
+    "FORMAT",
+    "ChannelHistogram",
+    "ChannelStatistics",
+    "FeatureHistogram",
+    "Statistics",
+    "fingerprint",
+    "graph_fingerprint",
+    "typical",
+]

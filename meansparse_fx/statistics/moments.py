@@ -1,0 +1,78 @@
+"""Floor 3: moments of one site's channels, exact under merging, and their histogram. Tensors and arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import StatisticsError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelHistogram:
+    """How often each channel's values fell into bins of equal width; the end bins also hold what lies beyond.
+
+    Attributes:
+        low: ``[C]`` float64, lower edge of the first bin.
+        width: ``[C]`` float64, of one bin.
+        counts: ``[C, B]`` int64.
+    """
+
+    low: Tensor
+    width: Tensor
+    counts: Tensor
+
+    def merge(self, other: ChannelHistogram | None) -> ChannelHistogram | None:
+        """Return both histograms together, or None where their bins differ."""
+        if other is None or not (torch.equal(self.low, other.low) and torch.equal(self.width, other.width)):
+            return None
+        return ChannelHistogram(self.low, self.width, self.counts + other.counts)
+
+    def share_inside(self, centre: Tensor, half_width: Tensor) -> Tensor:
+        """Return the share ``[C]`` of values within ``half_width`` of ``centre``; values lie evenly within a bin."""
+        below = torch.nn.functional.pad(self.counts.cumsum(1), (1, 0)).double()  # [C, B + 1], below each edge
+
+        def share_below(value: Tensor) -> Tensor:
+            place = ((value - self.low) / self.width).clamp(0, self.counts.shape[1])
+            edge = place.floor().long().clamp_max(self.counts.shape[1] - 1)
+            start, end = (below.gather(1, (edge + step)[:, None])[:, 0] for step in (0, 1))
+            return (start + (end - start) * (place - edge)) / below[:, -1].clamp_min(1)
+
+        return share_below(centre + half_width) - share_below(centre - half_width)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelStatistics:
+    """Exact moments of one site's input.
+
+    Attributes:
+        count: Values seen per channel (images times positions).
+        mean: ``[C]`` float64, in the units of the input.
+        m2: ``[C]`` float64, sum of squared deviations from the mean.
+        histogram: Of the same values, if it was asked for.
+    """
+
+    count: int
+    mean: Tensor
+    m2: Tensor
+    histogram: ChannelHistogram | None = None
+
+    @property
+    def std(self) -> Tensor:
+        """Population standard deviation, ``[C]`` float64."""
+        return (self.m2 / max(self.count, 1)).sqrt()
+
+    def merge(self, other: ChannelStatistics) -> ChannelStatistics:
+        """Return the moments of both samples together (Chan, Golub and LeVeque, 1979)."""
+        if self.mean.shape != other.mean.shape:
+            raise StatisticsError(f"cannot merge {len(self.mean)} channels with {len(other.mean)}")
+        count = self.count + other.count
+        if count == 0:
+            return self
+        delta = other.mean - self.mean
+        mean = self.mean + delta * (other.count / count)
+        m2 = self.m2 + other.m2 + delta.square() * (self.count * (other.count / count))
+        histogram = self.histogram and self.histogram.merge(other.histogram)
+        return ChannelStatistics(count, mean, m2, histogram)
