@@ -16,7 +16,6 @@ import meansparse_fx as msfx
 from meansparse_fx.calibrate.convergence import Groups, precision
 from meansparse_fx.calibrate.totals import Totals, merge_all
 from meansparse_fx.errors import ArtifactError, CalibrationError, StateError, StatisticsError
-from meansparse_fx.histogram import stored_histogram
 from meansparse_fx.passes import observe
 
 
@@ -352,11 +351,16 @@ def test_histograms_count_every_value(net, images, tmp_path):
     inside = histogram.share_inside(stats["relu"].mean, 0.3 * stats["relu"].std).numpy()
     exact = (np.abs(values - values.mean(1)[:, None]) <= 0.3 * values.std(1)[:, None]).mean(1)
     np.testing.assert_allclose(inside, exact, atol=0.01)  # a bin is a sixteenth of a deviation, 2.5 % of the values
-    drawn = stored_histogram(stats, "relu", 2, 0.3)
+    drawn = stats.histogram("relu", 2, 0.3)
     assert drawn.before.sum() == pytest.approx(1)
     assert drawn.after.sum() == pytest.approx(1)
     assert drawn.share == pytest.approx(exact[2], abs=0.01)
     with pytest.raises(StatisticsError, match="no site 'rleu'; there are relu"):
-        stored_histogram(stats, "rleu", 0, 0.3)
+        stats.figure("rleu", 0)
     with pytest.raises(StatisticsError, match="no channel 8"):
-        stored_histogram(stats, "relu", 8, 0.3)
+        stats.figure("relu", 8)
+    shares = torch.cat([s.histogram.share_inside(s.mean, 0.3 * s.std) for s in stats.values()])
+    own = stats.histogram()
+    site = stats[own.site]
+    of_all = float(site.histogram.share_inside(site.mean, 0.3 * site.std)[own.channel])
+    assert of_all == float(shares.median()), "by default neither the fullest nor a dead channel"

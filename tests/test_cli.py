@@ -141,11 +141,10 @@ def test_calibrate_with_every_option(tmp_path, model, data):
     assert "in band at 0.1, 0.2, 0.3" in done.stdout
     assert Statistics.load(out).images == 16
     assert not kept.exists()
-    picture = tmp_path / "h.png"
-    done = run("plot", out, "--site", "2", "--channel", 3, "--alpha", "0.2", "--out", picture)
+    done = run("figures", out, "--site", "2", "--channel", 3, "--alpha", "0.2", "--out", tmp_path, "--format", "png")
     assert done.exit_code == 0, done.output
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    check_error(run("plot", out, "--site", "3", "--channel", 0), "no site '3'")
+    assert (tmp_path / "histogram.png").read_bytes().startswith(b"\x89PNG")
+    check_error(run("figures", out, "--site", "3", "--channel", 0), "no site '3'")
     assert run("calibrate", model, "--data", data, "--out", out, "--amp", "int8").exit_code == 2
 
 
@@ -166,7 +165,7 @@ def test_merged_halves_are_the_whole(tmp_path, model, data, statistics):
     check_error(run("merge", first, first, "-o", merged), "same images")
     check_error(run("merge", first, "-o", merged), "two files")
     check_error(run("merge", first, data, "-o", merged), "not a statistics file")
-    check_error(run("plot", merged, "--site", "2", "--channel", 0), "--histograms")
+    check_error(run("figures", merged, "--site", "2", "--channel", 0), "--histograms")
 
 
 @pytest.mark.slow

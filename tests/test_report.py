@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import struct
 from dataclasses import replace
@@ -12,12 +14,16 @@ import torch
 
 import meansparse_fx as msfx
 from meansparse_fx.alpha import AlphaSearch
+from meansparse_fx.alpha.result import Move, Refinement
+from meansparse_fx.errors import ArtifactError
 from meansparse_fx.evaluate import Evaluation
+from meansparse_fx.evaluate.attacks import AttackSettings
 from meansparse_fx.evaluate.outcome import ModelOutcome
 from meansparse_fx.evaluate.sanity import Check
 from meansparse_fx.histogram import band_shares, feature_histogram
-from meansparse_fx.plots import alpha_figure, histogram_figure, tradeoff_figure
+from meansparse_fx.plots import histogram_figure
 from meansparse_fx.report import headline, write_report
+from meansparse_fx.tables import as_text
 
 
 def mask(correct: int, n: int = 100) -> torch.Tensor:
@@ -71,11 +77,12 @@ def test_report_has_its_files_and_keys(tmp_path, calibrated, images, search):
     assert report["alpha"] == 0.3
     assert report["n_test"] == 100
     assert report["base"]["worst_case"] == 0.6
-    assert report["sparse"] == {
+    assert {name: report["sparse"][name] for name in ("clean", "robust", "worst_case")} == {
         "clean": 0.9,
         "robust": {"apgd-ce/exact": 0.72, "apgd-ce/identity": 0.7},
         "worst_case": 0.7,
     }
+    assert report["sparse"]["images"]["clean"] == "1" * 90 + "0" * 10
     assert [row["alpha"] for row in report["search"]["rows"]] == [0.0, 0.3, 0.6]
     assert [site["name"] for site in report["sites"]] == list(statistics)
     assert all(0 < site["in_band"] < 1 for site in report["sites"])
@@ -83,13 +90,16 @@ def test_report_has_its_files_and_keys(tmp_path, calibrated, images, search):
     assert report["data"] == {"test": "twelve images"}
     page = (out / "report.html").read_text()
     assert "a &lt;tiny&gt; net" in page
-    assert page.count("data:image/png;base64,") == 6  # three plots, light and dark
+    assert page.count("data:image/png;base64,") == 8  # four plots, light and dark
     assert "http" not in page  # self-contained
     assert min(png_size(out / "alpha.png")) > 500
     assert min(png_size(out / "histogram.png")) > 500
     assert min(png_size(out / "tradeoff.png")) > 500
-    files = ["alpha.png", "histogram.png", "report.html", "report.json", "tradeoff.png"]
-    assert sorted(p.name for p in out.iterdir()) == files
+    drawn = {f"{name}.{form}" for name in ("alpha", "tradeoff", "evaluation", "histogram") for form in ("png", "pdf")}
+    tables = {f"{name}.{form}" for name in ("search", "evaluation") for form in ("tex", "csv")}
+    assert {p.name for p in out.iterdir()} == drawn | tables | {"report.html", "report.json"}
+    assert msfx.Evaluation.load(out / "report.json").gain == evaluation(outcome(90, 72, 70)).gain
+    assert AlphaSearch.load(out / "report.json").to_dict() == search.to_dict()
     assert "gradient ascent on cross-entropy with a step size" in page, "each attack's name in a line"
     assert "BPDA" in page
     assert "<td>unbounded attack, base</td>" in page
@@ -106,7 +116,7 @@ def test_report_without_search_or_histogram(tmp_path, calibrated):
         evaluation=evaluation(outcome(90, 72, 70)),
         data={},
     )
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
+    assert {p.stem for p in tmp_path.iterdir()} == {"evaluation", "report"}
     assert "How alpha was chosen" not in (tmp_path / "report.html").read_text()
 
 
@@ -158,12 +168,29 @@ def test_histogram_is_of_the_operators_input_and_output(calibrated, images):
     assert not operator._forward_pre_hooks
 
 
-def test_histogram_chooses_the_channel_with_most_values_in_its_band(calibrated, images):
+def test_histogram_chooses_the_channel_in_the_middle(calibrated, images):
     sparse, _ = calibrated
     shares = band_shares(sparse, images)
     found = feature_histogram(sparse, images)
-    assert found.share == max(float(s.max()) for s in shares.values())
     assert found.share == float(shares[found.site][found.channel])
+    below, above = (
+        sum(int(compare(s, found.share).sum()) for s in shares.values()) for compare in (torch.lt, torch.gt)
+    )
+    assert 0 <= above - below <= 1
+
+
+def test_histogram_panels_share_bins_and_the_band_is_whole_bins(calibrated, images):
+    sparse, _ = calibrated
+    found = feature_histogram(sparse, images)
+    for edge in (found.mean - found.threshold, found.mean + found.threshold):
+        assert np.abs(found.edges - edge).min() < 1e-6 * found.threshold
+    figure = histogram_figure(found)
+    figure.draw_without_rendering()
+    edges, limits = zip(*((panel.transData.transform([(x, 0) for x in panel.patches[-1].get_data().edges])[:, 0],
+                           panel.get_xlim()) for panel in figure.axes), strict=True)  # fmt: skip
+    assert np.array_equal(*edges)
+    assert limits[0] == limits[1] == (found.edges[0], found.edges[-1])
+    assert any("alpha 0.4" in text.get_text() for text in figure.axes[0].texts)
 
 
 def test_histogram_with_the_operator_off(calibrated, images):
@@ -176,23 +203,80 @@ def test_histogram_with_the_operator_off(calibrated, images):
     histogram_figure(found)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.6])
-def test_alpha_figure_marks_any_choice(search, alpha):
-    figure = alpha_figure(AlphaSearch(alpha, search.outcomes, 0.003))
-    words = [text.get_text() for axes in figure.axes for text in axes.texts]
-    assert f"chosen: alpha {alpha:g}" in words
-    assert "base 60.0 %" in words
-    assert any(word.startswith("worst case") for word in words)
-    assert {"apgd-ce/exact", "apgd-ce/identity"} <= {word.split(" ")[0] for word in words}
+def early_search(alpha: float = 0.3) -> AlphaSearch:
+    """0.2 was given up after 25 images: 1 fewer than the base's 15."""
+    early = ModelOutcome(mask(90), {"apgd-ce/exact": mask(15, 25), "apgd-ce/identity": mask(14, 25)})
+    base = ModelOutcome(mask(90), {"apgd-ce/exact": spread(60), "apgd-ce/identity": spread(60)})
+    rows = {0.0: base, 0.2: early, 0.3: outcome(90, 72, 70), 0.6: outcome(85, 30, 2)}
+    return AlphaSearch(alpha, rows, 0.003, threat=AttackSettings(0.1, "Linf", 20))
+
+
+def spread(correct: int) -> torch.Tensor:
+    """As many of 100, evenly: 15 of the first 25 if 60."""
+    return torch.arange(100) % 5 < correct // 20
+
+
+def overlaps(figure) -> list[tuple[str, str]]:
+    """Return the pairs of texts that lie upon one another."""
+    figure.draw_without_rendering()
+    texts = [t for axes in figure.axes for t in (*axes.texts, axes.title, axes._left_title, axes.xaxis.label)]
+    for axes in figure.axes:
+        for axis, limits in ((axes.xaxis, sorted(axes.get_xlim())), (axes.yaxis, sorted(axes.get_ylim()))):
+            texts += [tick.label1 for tick in axis.get_major_ticks() if limits[0] <= tick.get_loc() <= limits[1]]
+    texts += [t for found in figure.legends for t in found.get_texts()] + (
+        [figure._suptitle] if figure._suptitle else []
+    )
+    boxes = [(t.get_text(), t.get_window_extent()) for t in texts if t.get_text() and t.get_visible()]
+    return [(a, b) for i, (a, one) in enumerate(boxes) for b, other in boxes[:i] if one.overlaps(other) and a != b]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.6])
+def test_alpha_figure_says_what_was_measured_and_how_well(alpha):
+    search = early_search(alpha)
+    figure = search.figure()
+    top, bottom = figure.axes
+    assert f"chosen: alpha {alpha:g}" in [text.get_text() for text in top.texts]
+    assert bottom.get_title("left") == "Accuracy under attack, 100 images, Linf eps 0.1, 20 steps"
+    legend = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert {"base", "worst case, 95 % interval", "apgd-ce/exact", "apgd-ce/identity"} <= legend
+    assert overlaps(figure) == []
+    # The interval at 0.3 is that of the paired change, from the base's accuracy on.
+    change, base = search.change(search.outcomes[0.3]), search.comparable(search.base)
+    bars = [bar.get_segments()[0].tolist() for bar in bottom.collections]
+    assert bars[1] == [pytest.approx([0.3, base + change.low]), pytest.approx([0.3, base + change.high])]
+    assert "2 %" in [text.get_text() for text in bottom.texts], "what falls off the axes stands at the edge"
+
+
+def test_alpha_figure_leaves_what_was_given_up_early_apart():
+    bottom = early_search().figure().axes[1]
+    lines = [line for line in bottom.lines if line.get_marker() in tuple("os^")]
+    joined = [list(line.get_xdata()) for line in lines if line.get_linestyle() != "None" and line.get_linewidth()]
+    assert all(0.2 not in xs for xs in joined if len(xs) > 1)
+    hollow = [line for line in lines if 0.2 in np.atleast_1d(line.get_xdata())]
+    assert len(hollow) == 3, "the worst case, and each attack"
+    assert all(line.get_markerfacecolor() == "#ffffff" for line in hollow)
+
+
+def test_alpha_figure_tells_runs_apart_without_colour():
+    names = ("a/exact", "a/identity", "a/smooth", "a/annealed", "b/annealed", "square")
+    rows = {alpha: ModelOutcome(mask(90), {name: mask(60) for name in names}) for alpha in (0.0, 0.1)}
+    bottom = AlphaSearch(0.0, rows, 0.003).figure().axes[1]
+    looks = {
+        line.get_label(): (line.get_marker(), line._dash_pattern) for line in bottom.lines if line.get_label() in names
+    }
+    assert len({marker for marker, _ in looks.values()}) == len(names)
+    assert len({str(dash) for name, (_, dash) in looks.items() if name[0] == "a"}) == 4
 
 
 def test_tradeoff_figure_has_a_point_an_alpha_and_the_base_as_a_cross():
     early = ModelOutcome(mask(90), {"apgd-ce/exact": mask(25, 25), "apgd-ce/identity": mask(24, 25)})
     rows = {0.0: outcome(90, 60, 61), 0.2: early, 0.3: outcome(90, 72, 70), 0.6: outcome(85, 30, 2)}
     search = AlphaSearch(0.3, rows, 0.003, "mean", {"edge": {0.0: rows[0.0], 0.3: outcome(89, 65, 66)}})
-    (axes,) = tradeoff_figure(search).axes
+    figure = search.figure(tradeoff=True)
+    (axes,) = figure.axes
     words = [text.get_text() for text in axes.texts]
-    assert {"0.2", "0.3", "edge 0.3", "chosen", "base", "clean budget"} <= set(words)
+    assert {"0.2", "0.3, chosen", "edge 0.3", "base", "clean budget"} <= set(words)
+    assert overlaps(figure) == []
     assert any(word.startswith("0.6") and "2 %" in word for word in words), (
         "the cliff stands at the edge with its value"
     )
@@ -204,5 +288,83 @@ def test_tradeoff_figure_has_a_point_an_alpha_and_the_base_as_a_cross():
 
 
 def test_tradeoff_figure_where_the_base_is_the_choice(search):
-    words = [text.get_text() for text in tradeoff_figure(AlphaSearch(0.0, search.outcomes, 0.003)).axes[0].texts]
+    words = [text.get_text() for text in AlphaSearch(0.0, search.outcomes, 0.003).figure(tradeoff=True).axes[0].texts]
     assert "base, chosen" in words
+
+
+def test_evaluation_figure_has_both_models_and_the_change_with_its_interval(tmp_path):
+    result = evaluation(outcome(90, 72, 70))
+    figure = result.figure()
+    left, right = figure.axes
+    assert [label.get_text() for label in left.get_yticklabels()] == [
+        "clean",
+        "apgd-ce/exact",
+        "apgd-ce/identity",
+        "worst case",
+    ]
+    assert [list(line.get_xdata()) for line in left.lines] == [[0.9, 0.6, 0.61, 0.6], [0.9, 0.72, 0.7, 0.7]]
+    low, high = right.collections[-1].get_segments()[0][:, 0]
+    assert (low, high) == pytest.approx((result.gain.low, result.gain.high))
+    assert "100 images, Linf eps 0.1, 20 steps; 1 of 2 checks failed" in figure._suptitle.get_text()
+    assert overlaps(figure) == []
+    figure.savefig(tmp_path / "x.pdf")
+    assert (tmp_path / "x.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_results_come_back_from_their_files(tmp_path):
+    by_site = Refinement(0.3, outcome(89, 73, 71), (Move("relu", 0.2, 0.9, 25, None, False),
+                         Move("gelu", 0.2, 0.9, 100, evaluation(outcome(90, 72, 70)).gain, True)))  # fmt: skip
+    search = replace(early_search(), alpha={"relu": 0.3, "gelu": 0.2}, refinement=by_site,
+                     others={"edge": {0.0: early_search().base, 0.3: outcome(89, 65, 66)}})  # fmt: skip
+    search.save(tmp_path / "s.json")
+    back = AlphaSearch.load(tmp_path / "s.json")
+    assert back.to_dict() == search.to_dict()
+    assert (back.uniform, back.leader, back.threat) == (search.uniform, search.leader, search.threat)
+    assert torch.equal(back.base.robust["apgd-ce/exact"], search.base.robust["apgd-ce/exact"])
+    assert (str(back), back.to_csv(), back.to_latex()) == (str(search), search.to_csv(), search.to_latex())
+    result = evaluation(outcome(90, 72, 70), alpha={"relu": 0.3})
+    result.save(tmp_path / "e.json")
+    again = Evaluation.load(tmp_path / "e.json")
+    assert again.to_dict() == result.to_dict()
+    assert str(again) == str(result)
+
+
+def test_results_of_another_schema_are_refused_with_the_cure(tmp_path):
+    path = tmp_path / "e.json"
+    result = evaluation(outcome(90, 72, 70))
+    for change, words in (({"version": 99}, "update meansparse_fx"), ({"format": "x"}, "holds x")):
+        path.write_text(json.dumps(result.to_dict() | change))
+        for kind in (Evaluation, AlphaSearch):
+            with pytest.raises(ArtifactError, match=words):
+                kind.load(path)
+    path.write_text(json.dumps(result.to_dict()))
+    with pytest.raises(ArtifactError, match="without a search"):
+        AlphaSearch.load(path)
+    path.write_text(json.dumps({"alpha": 0.2}))
+    with pytest.raises(ArtifactError, match="make it again"):
+        Evaluation.load(path)
+
+
+def test_tables_for_papers():
+    result = evaluation(outcome(90, 72, 70))
+    rows = list(csv.DictReader(io.StringIO(result.to_csv())))
+    assert [row["row"] for row in rows] == ["clean", "apgd-ce/exact", "apgd-ce/identity", "worst case"]
+    assert (float(rows[-1]["sparse"]), float(rows[-1]["low"])) == (0.7, result.gain.low)
+    latex = result.to_latex()
+    assert "\\begin{tabular}{lrrr}" in latex
+    assert "% 100 images, Linf eps 0.1, 20 steps" in latex
+    assert r"accuracy in \% & base & alpha 0.3" in latex
+    assert latex.count(r"\\") == 5
+    found = list(csv.DictReader(io.StringIO(early_search().to_csv())))
+    assert [(row["alpha"], row["attacked"]) for row in found] == [
+        ("0.0", "100"),
+        ("0.2", "25"),
+        ("0.3", "100"),
+        ("0.6", "100"),
+    ]
+
+
+def test_the_verdict_is_said_once():
+    result = evaluation(outcome(90, 72, 70))
+    assert " ".join(str(result).split()).count("Gain real") == 1
+    assert "Gain real" not in as_text(result.table()), "the headline that commands print begins with it"

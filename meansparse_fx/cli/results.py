@@ -38,7 +38,9 @@ def figures(
     if form not in ("pdf", "png", "svg"):
         raise ArtifactError(f"--format {form}: pdf, png or svg")
     require_place(out, folder=True)
-    if file.suffix == ".safetensors":
+    with file.open("rb") as opened:
+        tensors = opened.read(9)[8:] == b"{"  # safetensors: eight bytes of length, then the header
+    if tensors:
         if site is None and channel is not None:
             raise StatisticsError("--channel needs --site")
         histogram = Statistics.load(file).histogram(site, channel, alpha)
