@@ -22,7 +22,8 @@ class FittingTable(Table):
     optional: Sequence[str] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        shown, dropped = copy(self), []
+        shown = copy(self)
+        dropped: list[str] = []
         shown.columns = list(self.columns)
         for name in reversed(self.optional):
             if shown.__rich_measure__(console, options.update(max_width=10_000)).minimum <= options.max_width:
