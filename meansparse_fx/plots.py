@@ -80,48 +80,36 @@ def limits(values: Iterable[float]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def legend(figure: Figure, theme: Theme, handles: Sequence[Any] | None = None, columns: int = 3) -> None:
-    """Put the legend of all axes, or of ``handles``, below them."""
-    handles = [h for axes in figure.axes for h in axes.get_legend_handles_labels()[0]] if handles is None else handles
+def legend(figure: Figure, theme: Theme, columns: int = 3) -> None:
+    """Put the legend of all axes below them."""
+    handles = [handle for axes in figure.axes for handle in axes.get_legend_handles_labels()[0]]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=SMALL, handlelength=3.2,
         labelcolor=theme.ink,
     )  # fmt: skip
 
 
-def annotate(axes: Axes, notes: Sequence[tuple[tuple[float, float], str, str]]) -> None:
+def annotate(figure: Figure, axes: Axes, notes: Sequence[tuple[tuple[float, float], str, str]]) -> None:
     """Write (place, text, colour) beside their places, each where it covers neither another text nor another place."""
-    figure = axes.figure
     figure.draw_without_rendering()  # lays the axes out
     points = [axes.transData.transform(place) for place, _, _ in notes]
     taken: list[Any] = []
     for place, text, colour in notes:
-        tried = []
-        for right, up in (
-            (1, 1),
-            (1, -1),
-            (-1, 1),
-            (-1, -1),
-            (0, 1),
-            (0, -1),
-            (1, 2.6),
-            (1, -2.6),
-            (-1, 2.6),
-            (-1, -2.6),
-        ):
+        tried: list[tuple[int, Any, Any]] = []
+        for right, up in ((r, sign * far) for far in (1, 2.6) for r in (1, -1, 0) for sign in (1, -1)):
             note = axes.annotate(
                 text, place, (7 * right, 7 * up), color=colour, fontsize=SMALL, textcoords="offset points",
                 ha=("right", "center", "left")[right + 1], va="bottom" if up > 0 else "top",
             )  # fmt: skip
             box = note.get_window_extent()
             covered = sum(box.overlaps(other) for other in taken) + sum(box.contains(*point) for point in points)
-            outside = not (axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1))
-            tried.append((covered + outside, len(tried), note, box))
-        best = min(tried, key=lambda one: one[:2])
-        taken.append(best[3])
-        for _, number, note, _ in tried:
-            if number != best[1]:
-                note.remove()
+            outside = not all(axes.bbox.contains(x, y) for x, y in (box.min, box.max))
+            tried.append((covered + outside, note, box))
+        best = min(tried, key=lambda one: one[0])
+        taken.append(best[2])
+        for one in tried:
+            if one is not best:
+                one[1].remove()
 
 
 def histogram_figure(histogram: Any, theme: Theme = LIGHT) -> Figure:

@@ -242,8 +242,8 @@ def test_alpha_figure_says_what_was_measured_and_how_well(alpha):
     assert overlaps(figure) == []
     # The interval at 0.3 is that of the paired change, from the base's accuracy on.
     change, base = search.change(search.outcomes[0.3]), search.comparable(search.base)
-    bars = [bar.get_segments()[0].tolist() for bar in bottom.collections]
-    assert bars[1] == [pytest.approx([0.3, base + change.low]), pytest.approx([0.3, base + change.high])]
+    bars = bottom.collections[0].get_segments()  # of those attacked to the end: 0, which has none, and 0.3
+    assert bars[-1].tolist() == [pytest.approx([0.3, base + change.low]), pytest.approx([0.3, base + change.high])]
     assert "2 %" in [text.get_text() for text in bottom.texts], "what falls off the axes stands at the edge"
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from itertools import cycle
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ..evaluate.outcome import ModelOutcome, PairedDifference
@@ -40,98 +41,68 @@ def alpha_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
     attacked on fewer images than the base: it is hollow, joined to nothing, and stands at the base's accuracy and the
     paired change.
     """
-    base, alphas = search.base, list(search.outcomes)
-    finished = [alpha for alpha, o in search.outcomes.items() if len(o.worst) == len(base.worst)]
-    clean = {alpha: o.to_dict()["clean"] for alpha, o in search.outcomes.items()}
-    worst = {alpha: search.comparable(o) for alpha, o in search.outcomes.items()}
-    allowed, lowest = clean[0.0] - search.clean_budget, worst[0.0] - SHOWN
+    base, outcomes = search.base, search.outcomes
+    early = [alpha for alpha, outcome in outcomes.items() if len(outcome.worst) < len(base.worst)]
+    finished = [alpha for alpha in outcomes if alpha not in early]
+    clean = {alpha: float(outcome.clean.double().mean()) for alpha, outcome in outcomes.items()}
+    worst = {alpha: search.comparable(outcome) for alpha, outcome in outcomes.items()}
+    lines = {name: {a: search.comparable(o, name) for a, o in outcomes.items()} for name in base.robust}
+    lowest = worst[0.0] - SHOWN
     figure = new_figure(theme, 7.2, 6.4)
     top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [1, 1.7]})
-    prepare(top, theme, f"Clean accuracy, {len(base.clean):,} images")
-    attacked = f"Accuracy under attack, {len(base.worst):,} images{search.threat_in_words()}"
-    prepare(bottom, theme, attacked)
-    for axes in (top, bottom):
-        axes.axvline(search.uniform, color=theme.muted, linewidth=1.0, zorder=1)
-    top.axhline(clean[0.0], color=theme.ink, linewidth=1.0, linestyle=DASHED, label="base", zorder=1.5)
-    top.axhline(allowed, color=theme.muted, linewidth=1.0, linestyle=DOTTED, zorder=1.5,
-                label=f"allowed: {100 * search.clean_budget:g} points less")  # fmt: skip
-    top.plot(
-        alphas,
-        list(clean.values()),
-        color=theme.second,
-        linewidth=2.0,
-        marker="o",
-        markersize=4.5,
-        label="clean, 95 % interval",
-    )
-    _bars(
-        top, theme.second, {a: (clean[a], PairedDifference.of(base.clean, o.clean)) for a, o in search.outcomes.items()}
-    )
-    bottom.axhline(worst[0.0], color=theme.ink, linewidth=1.0, linestyle=DASHED, zorder=1.5)
-    lines = {name: {a: search.comparable(o, name) for a, o in search.outcomes.items()} for name in base.robust}
+    prepare(top, theme)
+    top.set_title(f"Clean accuracy, {len(base.clean):,} images", color=theme.ink, fontsize=10, loc="left", pad=18)
+    prepare(bottom, theme, f"Accuracy under attack, {len(base.worst):,} images{search.threat_in_words()}")
+    bottom.set_xlabel("alpha: half width of the band, in standard deviations", color=theme.muted)
+    rule = {"linewidth": 1.0, "zorder": 1.5}
+    allowed = f"allowed: {100 * search.clean_budget:g} points less"
+    top.axhline(clean[0.0], color=theme.ink, linestyle=DASHED, label="base", **rule)
+    top.axhline(clean[0.0] - search.clean_budget, color=theme.muted, linestyle=DOTTED, label=allowed, **rule)
+    bottom.axhline(worst[0.0], color=theme.ink, linestyle=DASHED, **rule)
+    clean_changes = {alpha: PairedDifference.of(base.clean, outcome.clean) for alpha, outcome in outcomes.items()}
+    _points(top, list(outcomes), clean, clean_changes, color=theme.second, linewidth=2.0, label="clean, 95 % interval")
     for marker, (name, line) in zip(cycle(MARKERS), lines.items(), strict=False):
         mode = name.partition("/")[2]
         colour = {"exact": theme.second, "": theme.ink, "identity": theme.muted}.get(mode, theme.accent)
-        style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.1}
-        bottom.plot(
-            finished,
-            [line[a] for a in finished],
-            linestyle=DASHES.get(mode.partition("-")[0], "-"),
-            label=name,
-            **style,
-        )
-        early = [a for a in alphas if a not in finished]
-        bottom.plot(early, [line[a] for a in early], **style | {"linewidth": 0, "mfc": theme.paper, "alpha": 0.7})
-    bottom.plot(finished, [worst[a] for a in finished], color=theme.accent, linewidth=2.2, zorder=3)
-    _bars(
-        bottom,
-        theme.accent,
-        {a: (worst[a], search.change(o)) for a, o in search.outcomes.items() if worst[a] >= lowest},
-    )
-    for alpha, height in worst.items():
-        fill = theme.accent if alpha in finished else theme.paper
-        mark = "o" if height >= lowest else "v"
-        bottom.plot(alpha, max(height, lowest), mark, ms=6, color=theme.accent, mfc=fill, zorder=4, clip_on=False)
-    low, high = limits(max(v, lowest) for line in (worst, *lines.values()) for v in line.values())
-    bottom.set_ylim(low, high)
-    annotate(bottom, [((a, lowest), percent(v, 0), theme.accent) for a, v in worst.items() if v < lowest])
-    for axes, height, colour in (
-        (top, clean[search.uniform], theme.second),
-        (bottom, worst[search.uniform], theme.accent),
+        style = {"color": colour, "marker": marker, "markersize": 4}
+        dashes = DASHES.get(mode.partition("-")[0], "-")
+        bottom.plot(finished, [line[a] for a in finished], linewidth=1.1, linestyle=dashes, label=name, **style)
+        bottom.plot(early, [line[a] for a in early], linewidth=0, mfc=theme.paper, alpha=0.7, **style)
+    shown = {alpha: max(height, lowest) for alpha, height in worst.items()}
+    bottom.plot(finished, [shown[a] for a in finished], color=theme.accent, linewidth=2.2, zorder=3)
+    changes = {alpha: search.change(outcome) for alpha, outcome in outcomes.items()}
+    for alphas, label, fill in (
+        (finished, "worst case, 95 % interval", theme.accent),
+        (early, "worst case, given up early", theme.paper),
     ):
-        axes.plot(
-            search.uniform,
-            max(height, lowest) if axes is bottom else height,
-            "o",
-            ms=11,
-            mfc="none",
-            mec=colour,
-            mew=1.5,
-        )
+        inside = [alpha for alpha in alphas if worst[alpha] >= lowest]
+        if inside:
+            _points(bottom, inside, worst, changes, color=theme.accent, linewidth=0, mfc=fill, label=label)
+        below = [alpha for alpha in alphas if alpha not in inside]
+        bottom.plot(below, [lowest] * len(below), "v", ms=6, color=theme.accent, mfc=fill, zorder=4)
+    bottom.set_ylim(*limits(max(v, lowest) for line in (worst, *lines.values()) for v in line.values()))
+    annotate(figure, bottom, [((a, lowest), percent(v, 0), theme.accent) for a, v in worst.items() if v < lowest])
+    for axes, height, colour in ((top, clean, theme.second), (bottom, shown, theme.accent)):
+        axes.axvline(search.uniform, color=theme.muted, linewidth=1.0, zorder=1)
+        axes.plot(search.uniform, height[search.uniform], "o", ms=11, mfc="none", mec=colour, mew=1.5)
     top.annotate(
-        f"chosen: alpha {search.uniform:g}", (search.uniform, 1), (0, 4), color=theme.ink, fontsize=SMALL,
-        ha="right" if search.uniform == alphas[-1] else "left" if search.uniform == 0 else "center",
+        f"chosen: alpha {search.uniform:g}", (search.uniform, 1), (0, 4), color=theme.ink, fontsize=SMALL, ha="center",
         xycoords=top.get_xaxis_transform(), textcoords="offset points",
     )  # fmt: skip
-    top.set_title(top.get_title("left"), color=theme.ink, fontsize=10, loc="left", pad=18)
-    bottom.set_xlabel("alpha: half width of the band, in standard deviations", color=theme.muted)
-    shared = {"color": theme.accent, "marker": "o", "markersize": 6}
-    handles = [
-        *top.get_legend_handles_labels()[0],
-        Line2D([], [], linewidth=2.2, label="worst case, 95 % interval", **shared),
-    ]
-    handles += bottom.get_legend_handles_labels()[0]
-    if len(finished) < len(alphas):
-        handles.append(Line2D([], [], linewidth=0, mfc=theme.paper, label="given up early, fewer images", **shared))
-    legend(figure, theme, handles)
+    legend(figure, theme)
     return figure
 
 
-def _bars(axes: Axes, colour: str, places: dict[float, tuple[float, PairedDifference]]) -> None:
-    for alpha, (height, change) in places.items():
-        if alpha:
-            around = [[change.estimate - change.low], [change.high - change.estimate]]
-            axes.errorbar(alpha, height, around, color=colour, linewidth=1.0, capsize=2.5, zorder=2.5)
+def _points(
+    axes: Axes, alphas: list[float], heights: dict[float, float], changes: dict[float, PairedDifference], **style: Any
+) -> None:
+    """Draw points with the intervals of their changes; alpha 0, the base, has none."""
+    around = [
+        [abs(getattr(changes[alpha], end) - changes[alpha].estimate) if alpha else math.nan for alpha in alphas]
+        for end in ("low", "high")
+    ]
+    places = [heights[alpha] for alpha in alphas]
+    axes.errorbar(alphas, places, around, marker="o", markersize=6, elinewidth=1.0, capsize=2.5, zorder=4, **style)
 
 
 def tradeoff_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
@@ -177,7 +148,9 @@ def tradeoff_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
     axes.set_ylim(*limits(worst for _, worst in labels))
     axes.set_xlim(*limits(max(clean, base[0] - 0.05) for clean, _ in labels))
     axes.set_xlabel("clean accuracy; numbers at the points are alpha, hollow ones met fewer images", color=theme.muted)
-    annotate(axes, [(place, ", ".join(words), theme.ink) for place, words in labels.items()])  # some lie upon others
+    annotate(
+        figure, axes, [(place, ", ".join(words), theme.ink) for place, words in labels.items()]
+    )  # some lie upon others
     return figure
 
 
