@@ -140,8 +140,9 @@ class AlphaSearch:
         Raises:
             ArtifactError: It is something else, or of a newer release.
         """
-        known = read_json(path, {FORMAT: VERSION, verdict.FORMAT: verdict.VERSION})
-        if known["format"] != FORMAT and (known := known.get("search")) is None:
+        whole = read_json(path, {FORMAT: VERSION, verdict.FORMAT: verdict.VERSION})
+        known = whole if whole["format"] == FORMAT else whole.get("search")
+        if known is None:
             raise ArtifactError(f"{path}: a report without a search for alpha")
         outcomes: dict[str, dict[float, ModelOutcome]] = {}
         for row in known["rows"]:

@@ -143,9 +143,9 @@ class Evaluation:
             ArtifactError: It is something else, or of a newer release.
         """
         known = read_json(path, {FORMAT: VERSION})
-        outcomes = {which: ModelOutcome.from_dict(known[which]) for which in ("base", "sparse")}
+        base, sparse = (ModelOutcome.from_dict(known[which]) for which in ("base", "sparse"))
         same = {name: known[name] for name in ("alpha", "seconds", "cumulative")}
-        return cls(**outcomes, **same, **known["threat"], checks=tuple(Check(**check) for check in known["checks"]))
+        return cls(base, sparse, **same, **known["threat"], checks=tuple(Check(**check) for check in known["checks"]))
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict` as JSON."""

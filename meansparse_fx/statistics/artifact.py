@@ -81,7 +81,8 @@ class Statistics(Mapping[str, ChannelStatistics]):
             where = "" if site is None else f"{site}: "
             raise StatisticsError(f"{where}no histograms in the statistics: calibrate with histograms (--histograms)")
         if channel is None or site is None:
-            site, found = typical({n: s.histogram.share_inside(s.mean, alpha * s.std) for n, s in counted.items()})
+            shares = {n: s.histogram.share_inside(s.mean, alpha * s.std) for n, s in counted.items() if s.histogram}
+            site, found = typical(shares)
             channel = found if channel is None else channel
         return stored_histogram(site, counted[site], channel, alpha, self.images)
 
