@@ -192,19 +192,26 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, model):
     assert not list(tmp_path.glob("*c*.partial")) + list(tmp_path.glob(".c*")) + ([kept] if kept.exists() else [])
 
 
-def test_select(model, data, statistics):
+def test_select(tmp_path, model, data, statistics):
     done = run("select", model, "--data", data, "--statistics", statistics, "--alphas", "0.2,0.4", "--steps", 2,
-               "--skip", 20, "--attacked", 5, "--eps", "8/255")  # fmt: skip
+               "--skip", 20, "--attacked", 5, "--eps", "8/255", "--report", tmp_path / "out")  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert "10 held-out images" in done.stdout
+    assert "10 held-out images, 5 of them attacked, Linf eps 0.03137, 2 steps" in done.stdout
     assert "\nalpha 0" in done.stdout
+    written = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert set(written) == {"search.json", "search.tex", "search.csv", "alpha.pdf", "tradeoff.pdf"}
+    again = run("figures", tmp_path / "out" / "search.json", "--out", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    assert all(p.read_bytes() == written[p.name] for p in (tmp_path / "again").iterdir())
+    check_error(run("figures", model.partition(":")[0]), "no meansparse_fx.evaluation or meansparse_fx.search")
 
 
 def test_evaluate_writes_a_report(tmp_path, model, data, statistics):
     done = run("evaluate", model, "--data", data, "--statistics", statistics, "--alpha", 0.3, "--eps", 0.05,
                "--steps", 2, "--attacks", "apgd-ce,apgd-dlr", "--backwards", "identity",
-               "--out", tmp_path / "out")  # fmt: skip
+               "--report", tmp_path / "out")  # fmt: skip
     assert done.exit_code == 0, done.output
+    assert " ".join(done.stdout.split()).count("images to tell") == 1, "the verdict is said once"
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["alpha"] == 0.3
     assert report["threat"]["eps"] == 0.05
@@ -226,14 +233,8 @@ def test_demo_end_to_end(tmp_path):
         assert 0 <= report[which]["worst_case"] <= min(report[which]["robust"].values())
         assert report[which]["clean"] <= 1
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {
-        "report.json",
-        "report.html",
-        "alpha.png",
-        "tradeoff.png",
-        "histogram.png",
-        "statistics.msfx.safetensors",
-    }
+    assert names >= {"report.json", "report.html", "statistics.msfx.safetensors", "evaluation.tex", "search.csv"}
+    assert names >= {f"{name}.png" for name in ("alpha", "tradeoff", "evaluation", "histogram")}
     order = [done.stdout.index(w) for w in ("stem.2", "Calibrate on 40", "on 12 held-out", "on 12 test", "report.html")]
     assert order == sorted(order)
     assert " ".join(done.stdout.split()).endswith(report["headline"])
