@@ -16,6 +16,23 @@ from rich.table import Table
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
 
 
+class Tabled:
+    """What prints as its table, as wide as the terminal, and gives it to LaTeX."""
+
+    __slots__ = ()
+
+    def table(self) -> Table:
+        """Return the table."""
+        raise NotImplementedError
+
+    def to_latex(self) -> str:
+        """Return `table` as a tabular of the LaTeX package booktabs."""
+        return as_latex(self.table())
+
+    def __str__(self) -> str:
+        return as_text(self.table())
+
+
 class FittingTable(Table):
     """A table that leaves out columns, the last ``optional`` ones first, rather than break words; it says which."""
 

@@ -16,7 +16,7 @@ from ..evaluate import verdict
 from ..evaluate.attacks import AttackSettings
 from ..evaluate.outcome import ModelOutcome, PairedDifference, mean
 from ..operators import operators, set_alpha
-from ..tables import as_csv, as_latex, as_text, new_table
+from ..tables import Tabled, as_csv, new_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +61,7 @@ class Refinement:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AlphaSearch:
+class AlphaSearch(Tabled):
     """What a search over alpha found.
 
     Attributes:
@@ -169,10 +169,6 @@ class AlphaSearch:
 
         return figures.tradeoff_figure(self) if tradeoff else figures.alpha_figure(self)
 
-    def to_latex(self) -> str:
-        """Return `table` for LaTeX, with the package booktabs."""
-        return as_latex(self.table())
-
     def to_csv(self) -> str:
         """Return one row an alpha as CSV; accuracies and the change of the worst case are fractions."""
         rows = []
@@ -210,17 +206,7 @@ class AlphaSearch:
                 "start": self.refinement.start,
                 **self.refinement.outcome.to_dict(),
                 "change": self.change(self.refinement.outcome).to_dict(),
-                "moves": [
-                    {
-                        "group": move.group,
-                        "alpha": move.alpha,
-                        "clean": move.clean,
-                        "attacked": move.attacked,
-                        "change": move.change and move.change.to_dict(),
-                        "taken": move.taken,
-                    }
-                    for move in self.refinement.moves
-                ],
+                "moves": [asdict(move) for move in self.refinement.moves],
             }
         return found
 
@@ -262,9 +248,6 @@ class AlphaSearch:
         """Return norm, eps and steps, with a comma before them; nothing where they are not known."""
         threat = self.threat
         return "" if threat is None else f", {threat.norm} eps {threat.eps:.4g}, {threat.steps} steps"
-
-    def __str__(self) -> str:
-        return as_text(self.table())
 
 
 def within_budget(base: ModelOutcome, outcome: ModelOutcome, clean_budget: float) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from ..capture.copies import copied
 from ..nn import MeanSparse
 from ..sites import Placement
-from ..tables import as_text, new_table
+from ..tables import Tabled, new_table
 from ..transform import transform
 from .forms import FORMS, Form, Region
 from .tally import Tally, kept_bytes
@@ -75,7 +75,7 @@ class SiteCost:
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(Tabled):
     """What a model's sites must move; iterable over `SiteCost`, and printing it gives the table.
 
     Attributes:
@@ -120,9 +120,6 @@ class Cost:
         if base:
             table.add_row("", "moved, over base", *(f"{found.both.bytes / base:.2f}" for found in total.values()))
         return table
-
-    def __str__(self) -> str:
-        return as_text(self.table())
 
 
 def _cell(moves: Moves) -> str:

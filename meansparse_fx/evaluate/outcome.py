@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -58,7 +58,7 @@ class PairedDifference:
 
     def to_dict(self) -> dict[str, float]:
         """Return the numbers by name."""
-        return {"estimate": self.estimate, "low": self.low, "high": self.high, "p_value": self.p_value}
+        return asdict(self)
 
 
 def share_interval(right: int, n: int) -> tuple[float, float]:

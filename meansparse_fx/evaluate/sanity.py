@@ -37,10 +37,6 @@ class Check:
     passed: bool
     finding: str
 
-    def to_dict(self) -> dict:
-        """Return the fields by name."""
-        return {"name": self.name, "passed": self.passed, "finding": self.finding}
-
 
 @dataclass(frozen=True, slots=True)
 class _Rule:

@@ -5,7 +5,7 @@ Data and arithmetic; runs no model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from ..artifacts import read_json, write_json
-from ..tables import as_csv, as_latex, as_text, new_table, terminal_width
+from ..tables import Tabled, as_csv, new_table, terminal_width
 from .attacks import kind
 from .outcome import ModelOutcome, PairedDifference, mean
 from .sanity import Check
@@ -31,7 +31,7 @@ TELLING = 0.05
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Evaluation:
+class Evaluation(Tabled):
     """The base and the transformed model under the same attacks on the same images.
 
     Attributes:
@@ -157,10 +157,6 @@ class Evaluation:
 
         return evaluation_figure(self)
 
-    def to_latex(self) -> str:
-        """Return `table` for LaTeX, with the package booktabs."""
-        return as_latex(self.table())
-
     def to_csv(self) -> str:
         """Return `rows` as CSV; accuracies and differences are fractions."""
         rows = [{"row": what, "base": b, "sparse": s, **change.to_dict()} for what, b, s, change in self.rows()]
@@ -184,7 +180,7 @@ class Evaluation:
             "base": self.base.to_dict(),
             "sparse": self.sparse.to_dict(),
             **{name: difference.to_dict() for name, difference in differences.items()},
-            "checks": [check.to_dict() for check in self.checks],
+            "checks": [asdict(check) for check in self.checks],
             "verdict": self.verdict,
             "seconds": self.seconds,
         }
@@ -211,4 +207,4 @@ class Evaluation:
         return table
 
     def __str__(self) -> str:
-        return as_text(self.table()) + "\n" + fill(self.verdict, terminal_width())
+        return Tabled.__str__(self) + "\n" + fill(self.verdict, terminal_width())

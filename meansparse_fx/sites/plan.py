@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import fx
 
 from ..activations import ActivationCall
-from ..tables import as_text, new_table
+from ..tables import Tabled, new_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class SitePlan:
+class SitePlan(Tabled):
     """Every candidate site of one captured model, in graph order; iterable, and printing it gives the table.
 
     Attributes:
@@ -178,9 +178,6 @@ class SitePlan:
             shape = "x".join(["N", *map(str, s.shape[1:])])
             table.add_row(s.name, what, shape, axis, s.producer, s.skipped or _rewritten(s))
         return table
-
-    def __str__(self) -> str:
-        return as_text(self.table())
 
 
 def _rewritten(site: Site) -> str:
