@@ -96,6 +96,7 @@ def test_report_has_its_files_and_keys(tmp_path, calibrated, images, search):
     assert min(png_size(out / "histogram.png")) > 500
     assert min(png_size(out / "tradeoff.png")) > 500
     drawn = {f"{name}.{form}" for name in ("alpha", "tradeoff", "evaluation", "histogram") for form in ("png", "pdf")}
+    assert b"/Type3" not in (out / "alpha.pdf").read_bytes(), "publishers refuse such fonts"
     tables = {f"{name}.{form}" for name in ("search", "evaluation") for form in ("tex", "csv")}
     assert {p.name for p in out.iterdir()} == drawn | tables | {"report.html", "report.json"}
     assert msfx.Evaluation.load(out / "report.json").gain == evaluation(outcome(90, 72, 70)).gain
