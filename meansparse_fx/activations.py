@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._ops import OpOverload, OpOverloadPacket
 
+from .arguments import items
 from .errors import SiteError
 from .hooks import has_own_forward
 from .kernels.reference import ACTIVATIONS
@@ -234,6 +235,7 @@ def register_activation(
         >>> [(s.name, s.activation.name, s.activation.fused) for s in msfx.inspect(net, torch.rand(2, 1, 8, 8))]
         [('1', 'swish', True)]
     """
+    constants = constants if callable(constants) else items(constants)
     if fused:
         _check_row(name, None if callable(constants) else constants, weight)
     if isinstance(target, type) and issubclass(target, nn.Module):

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from .artifacts import require_place
+from .batches import examples
 from .capture.copies import copied
 from .capture.derivatives import own_derivatives
 from .errors import ArtifactError, CaptureError, StateError, WriteError
@@ -59,7 +60,7 @@ def to_exported_program(sparse: fx.GraphModule, images: Tensor, dynamic_batch: b
     require_transformed(sparse, "export")
     if lacking := [name for name, operator in operators(sparse).items() if not operator.calibrated]:
         raise StateError(f"{lacking[0]}: no statistics to export: calibrate the model, or set_statistics, first")
-    baked = _baked(sparse)
+    baked, images = _baked(sparse), examples(images, sparse)
     # With one image torch.export would take the batch size for a constant.
     example = images if len(images) > 1 or not dynamic_batch else torch.cat([images, images])
     shapes = ({0: Dim("batch", min=1)},) if dynamic_batch else None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, fx, nn
 
+from .arguments import number
 from .errors import StateError, StatisticsError
 from .nn import MeanSparse
 from .published import split_checkpoint
@@ -56,16 +57,17 @@ def set_alpha(model: nn.Module, alpha: float | Mapping[str, float]) -> None:
         alpha: One value for all sites, or one for each site name given (others keep theirs).
 
     Raises:
-        ValueError: alpha is negative, NaN or infinite.
+        ValueError: alpha is no number, negative, NaN or infinite.
         StateError: The model is not transformed, or a site has no statistics yet.
     """
     found = operators(model)
     if not isinstance(alpha, Mapping):
-        alpha = dict.fromkeys(found, float(alpha))
+        several = "alpha for all sites (for each its own: a mapping from site name)"
+        alpha = dict.fromkeys(found, number(alpha, several))
     if unknown := alpha.keys() - found.keys():
         raise StateError(f"no such site: {', '.join(sorted(unknown)[:3])}; sites are {', '.join(list(found)[:3])}, ...")
     for name, value in alpha.items():
-        found[name].set_alpha(value)
+        found[name].set_alpha(number(value, f"{name}: alpha"))
 
 
 def set_backward(model: nn.Module, mode: str, steepness: float = 10.0) -> None:

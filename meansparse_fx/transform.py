@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
+from .batches import examples
 from .capture import capture
 from .errors import SiteError, StateError
 from .operators import set_alpha, set_backward, set_statistics
@@ -57,6 +58,7 @@ def inspect(model: nn.Module, images: Tensor | None = None, placement: Placement
     """
     if isinstance(model, fx.GraphModule) and "plan" in model.meta:
         return model.meta["plan"]
+    images = examples(images, model)
     captured = capture(model, images)
     return find_sites(captured.graph_module, captured.route, images, placement_of(placement))
 
@@ -111,6 +113,7 @@ def transform(
     """
     if fuse not in FUSIONS:
         raise StateError(f"fuse must be one of {', '.join(FUSIONS)}, got {fuse!r}")
+    images = examples(images, model)
     captured = capture(model, images)
     plan = find_sites(captured.graph_module, captured.route, images, placement_of(placement))
     if not plan.active:

@@ -21,6 +21,7 @@ FLOORS = {
     "hooks": 1,
     "activations": 1,
     "formulas": 1,
+    "arguments": 1,
     "artifacts": 1,
     "batches": 1,
     "published": 1,

@@ -12,6 +12,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, fx
 
+from ..arguments import items, number
 from ..batches import labelled
 from ..evaluate.attacks import AttackSettings
 from ..evaluate.ledger import Ledger, model_identity
@@ -88,7 +89,8 @@ def select_alpha(
         EvaluationError: As in `evaluate`.
     """
     require_transformed(sparse, "select_alpha")
-    grid = sorted({0.0, *map(float, alphas)})
+    variants = items(variants)
+    grid = sorted({0.0, *(number(alpha, "each of alphas") for alpha in items(alphas))})
     keys = [(0.0, variants[0]), *((alpha, variant) for alpha in grid[1:] for variant in variants)]
     candidates = {key: Candidate(*key) for key in keys}
     settings = AttackSettings(eps=eps, norm=norm, steps=steps, queries=queries, seed=seed)
@@ -110,7 +112,9 @@ def select_alpha(
         if not per_site:
             return search
         walk = _Walk(field, list(operators(sparse)), per_site, variant, clean_budget, significance)
-        tried = _proposals(grid, alpha, search.leader) if site_alphas is None else sorted({*site_alphas} - {alpha})
+        tried = _proposals(grid, alpha, search.leader)
+        if site_alphas is not None:
+            tried = sorted({number(a, "each of site_alphas") for a in items(site_alphas)} - {alpha})
         refinement, by_site = walk.from_alpha(alpha, tried, stops, display)
         taken = any(move.taken for move in refinement.moves)
         return replace(search, alpha=by_site if taken else alpha, refinement=refinement)

@@ -39,6 +39,26 @@ def labelled(data: Any, batch_size: int, model: nn.Module) -> Iterator[tuple[Ten
         raise DataError(nothing_in(data))
 
 
+def examples(images: Any, model: Any) -> Any:
+    """Return example images as a tensor, floats in a dtype that the model takes: their values do not matter.
+
+    Args:
+        images: A tensor or an array; None stays None.
+        model: What they are for.
+
+    Raises:
+        DataError: They are something else, such as a batch with its labels.
+    """
+    if images is None or not isinstance(model, nn.Module):
+        return images
+    if not is_array(images):
+        cure = "the first of them" if isinstance(images, (tuple, list)) else "a batch's images"
+        raise DataError(f"example images must be a tensor [N, C, H, W], got {type(images).__name__}: give {cure} alone")
+    if not isinstance(images, Tensor):
+        images = as_tensor(images, "images")
+    return Intake(model).cast(images) if images.is_floating_point() else images
+
+
 class Intake:
     """Takes the batches of one loader, one after the other.
 
@@ -49,6 +69,8 @@ class Intake:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} or {torch.float32}
+        floats = torch.float32 in self._dtypes
+        self._standard = torch.float32 if floats else max(self._dtypes, key=lambda d: d.itemsize)
         self._classes: int | None = None
         self._scaled = False
         self._images = 0  # taken
@@ -85,6 +107,12 @@ class Intake:
         self._images += len(images)
         return images, labels
 
+    def cast(self, images: Tensor) -> Tensor:
+        """Return images of floats in a dtype that the model takes."""
+        # float32 goes into models of half precision as it is: some cast it themselves.
+        half = images.dtype == torch.float32 and self._standard.itemsize < 4
+        return images if images.dtype in self._dtypes or half else images.to(self._standard)
+
     def _floats(self, raw: Any) -> Tensor:
         """Return images as floats of the model's dtype; whole numbers of up to two dimensions stay what they are."""
         if isinstance(raw, (list, tuple)) and raw and all(is_array(image) for image in raw):
@@ -94,16 +122,13 @@ class Intake:
                 raise DataError(f"images of several shapes in one batch, {some}: resize them to one")
             raw = torch.stack(raw)
         images = as_tensor(raw, "images")
-        # float32 goes into models of half precision as it is: some cast it themselves.
-        standard = torch.float32 if torch.float32 in self._dtypes else max(self._dtypes, key=lambda d: d.itemsize)
         if images.dtype == torch.uint8:
             if not self._scaled:
                 warnings.warn("images of uint8: scaled by 1/255 to [0, 1]", stacklevel=2)
             self._scaled = True
-            return images.to(standard) / 255
+            return images.to(self._standard) / 255
         if images.is_floating_point():
-            half = images.dtype == torch.float32 and standard.itemsize < 4
-            return images if images.dtype in self._dtypes or half else images.to(standard)
+            return self.cast(images)
         if images.is_complex() or images.dim() > 2:
             raise DataError(
                 f"images of {images.dtype}: expected floats in [0, 1], or uint8, which is scaled by 1/255: for whole "

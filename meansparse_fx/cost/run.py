@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, fx, nn
 
+from ..batches import examples
 from ..capture.copies import copied
 from ..nn import MeanSparse
 from ..sites import Placement
@@ -167,6 +168,7 @@ def cost(model: nn.Module, images: Tensor, placement: Placement | str | None = N
         [('base', 2, 4), ('published', 10, 11), ('branch-free', 6, 11), ('ours', 2, 4), ('ours, fused', 1, 2)]
     """
     frozen = copied(model).requires_grad_(False)
+    images = examples(images, model)
     sparse = transform(frozen, images, placement=placement, fuse="all")
     shapes = {site.name: site.shape for site in sparse.meta["plan"]}
     floating = (p.dtype for p in model.parameters() if p.is_floating_point())

@@ -16,6 +16,7 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
+from ..arguments import items, number
 from ..errors import EvaluationError
 from .descent import PGD, Adaptive, Margin
 from .surrogates import WithSurrogate, surrogate, switch
@@ -44,6 +45,7 @@ class AttackSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "eps", number(self.eps, "eps"))
         if not self.eps > 0:
             raise EvaluationError(f"eps must be positive, got {self.eps}")
         if self.norm == "Linf" and self.eps > 1:
@@ -192,7 +194,7 @@ def expand(names: Sequence[str]) -> list[str]:
         >>> expand(["standard", "pgd", "square"])
         ['apgd-ce', 'apgd-t', 'fab-t', 'square', 'pgd']
     """
-    return list(dict.fromkeys(attack for name in names for attack in VERSIONS.get(name, (name,))))
+    return list(dict.fromkeys(attack for name in items(names) for attack in VERSIONS.get(name, (name,))))
 
 
 def attack(

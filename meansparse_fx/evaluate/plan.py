@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..arguments import items
 from ..errors import EvaluationError
 from ..operators import operators, switched
 from .attacks import AttackSettings, attack, expand, kind, logits_of
@@ -55,7 +56,7 @@ def plan_runs(attacks: Sequence[str], backwards: Sequence[str], seed: int) -> li
     """
     found: dict[tuple[str, str | None], None] = {}
     named = [name.partition("/") for name in expand(attacks)]
-    for mode in backwards:
+    for mode in items(backwards):
         surrogate(mode)
         found |= {(name, mode): None for name, slash, _ in named if not slash and kind(name).gradient}
     for name, slash, own in named:

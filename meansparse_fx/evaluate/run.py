@@ -126,7 +126,7 @@ def evaluate(
         base=outcomes["base"],
         sparse=outcomes["sparse"],
         alpha=get_alpha(sparse),
-        eps=eps,
+        eps=settings.eps,
         norm=norm,
         steps=steps,
         queries=queries,

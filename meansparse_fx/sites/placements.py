@@ -48,4 +48,6 @@ def placement_of(placement: Placement | str | None) -> Placement:
         if placement not in PLACEMENTS:
             raise SiteError(f"no placement is called {placement!r}; there are {', '.join(PLACEMENTS)}")
         return PLACEMENTS[placement]
+    if not isinstance(placement, Placement | None):
+        raise SiteError(f"a placement is a Placement or one of {', '.join(PLACEMENTS)}, got {placement!r}")
     return placement or Placement()

@@ -14,7 +14,11 @@ from rich.table import Table
 from torch import fx
 
 from ..activations import ActivationCall
+from ..arguments import items
+from ..errors import SiteError
 from ..tables import Tabled, new_table
+
+KINDS = ("activation", "residual_sum", "residual_branch")  # that can be asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,8 @@ class Site:
 class Placement:
     """Which of the candidate sites to rewrite.
 
+    A single string is one item of ``kinds``, ``include`` or ``exclude``.
+
     Attributes:
         kinds: Kinds of site to take: ``activation`` (the paper's), ``residual_sum`` (what closes a residual
             connection), ``residual_branch`` (the branch's end, before the sum).
@@ -67,6 +73,9 @@ class Placement:
         exclude: Regular expressions; a site is left if any of them is found in its name.
         channel_dims: Channel dimension by site name, for sites whose axis the data flow does not tell.
         predicate: A last word: called with the `Site`, returns whether to take it.
+
+    Raises:
+        SiteError: No kind of that name, or no regular expression.
     """
 
     kinds: tuple[str, ...] = ("activation",)
@@ -74,6 +83,17 @@ class Placement:
     exclude: tuple[str, ...] = ()
     channel_dims: dict[str, int] = field(default_factory=dict)
     predicate: Callable[[Site], bool] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("kinds", "include", "exclude"):
+            object.__setattr__(self, name, items(getattr(self, name)))
+        if unknown := {*self.kinds} - {*KINDS}:
+            raise SiteError(f"no kind of site is called {unknown.pop()!r}; there are {', '.join(KINDS)}")
+        for pattern in (*self.include, *self.exclude):
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise SiteError(f"placement: {pattern!r} is no regular expression: {error}") from error
 
     def refusal(self, site: Site) -> str | None:
         """Return why this placement leaves ``site`` alone, or None if it takes it."""
