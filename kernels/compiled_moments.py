@@ -39,6 +39,8 @@ def channel_moments(x: Tensor, channel_dim: int) -> tuple[int, Tensor, Tensor]:
     """Return count, mean ``[C]`` and M2 ``[C]``, float64."""
     flat = compiled.flatten(x.detach(), channel_dim)
     assert flat is not None  # `takes` was asked
+    if flat.dim() == 2 and len(flat) < ROWS:  # no whole block: Inductor cannot compile a view of none
+        flat = flat[:, :, None]
     # A form of its own for an empty rest, and a rest of one number: Dynamo tells them apart.
     rest = min(flat.shape[0] % ROWS * flat.shape[1], 2) if flat.dim() == 2 else 0
     mean, m2 = _kernel(flat.dim() == 3, rest)(flat)

@@ -37,7 +37,7 @@ def test_a_string_is_one_name(net, images, labels):
 
 def test_placements_that_mean_nothing_are_refused(net, images):
     for wrong in ({"kinds": "sums"}, {"include": "*"}, {"exclude": (3,)}):
-        with pytest.raises(SiteError, match="no kind|no regular expression"):
+        with pytest.raises(SiteError, match=r"no kind|no regular expression"):
             msfx.Placement(**wrong)
     with pytest.raises(SiteError, match="a placement is"):
         msfx.inspect(net, images, ["activations"])
@@ -65,7 +65,7 @@ def test_alphas_that_are_no_number(net, images, wrong):
     sparse = msfx.transform(net, images)
     msfx.calibrate(sparse, images, progress=False)
     for given in (wrong, {"relu": wrong}):
-        with pytest.raises(ValueError, match="alpha.* must be a number"):
+        with pytest.raises(ValueError, match=r"alpha.* must be a number"):
             msfx.set_alpha(sparse, given)
     assert msfx.get_alpha(sparse) == 0
 

@@ -83,3 +83,11 @@ def test_other_layouts_and_small_tensors_are_left_to_torch():
     count, mean, _ = ops.channel_moments(x, 1)
     assert count == 16 * 17 * 19
     torch.testing.assert_close(mean, x.double().mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("order", [(60, 128, 1, 63), (128, 2, 65, 60)], ids=str)
+def test_batches_that_come_and_go(order):
+    """A last batch of any size, before or after whole ones: pytest makes the warning of a failed compilation an error."""
+    compiled_moments._kernel.cache_clear()
+    for rows in order:
+        check(torch.randn(rows, 4200, generator=torch.Generator().manual_seed(rows)) + 3, 1)
