@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, fx, nn
@@ -115,6 +116,8 @@ def set_statistics(model: nn.Module, statistics: Statistics | str | Path, check_
     statistics.check(channels, fingerprint(model) if check_weights else None, activations)
     for name, operator in found.items():
         operator.set_statistics(statistics[name])
+    if isinstance(model, fx.GraphModule):  # what `evaluate` compares with the images it is given
+        model.meta["calibration"] = replace(statistics, sites={}, table={})
 
 
 def load_published(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:

@@ -71,13 +71,14 @@ def run(*arguments):
 
 
 def check_error(done, *words):
-    """Check for one line on stderr, exit code 2 and no traceback."""
+    """Check for one line on stderr, after remarks on what is read, exit code 2 and no traceback."""
     assert done.exit_code == 2, done.output
     assert isinstance(done.exception, SystemExit)
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+    *remarks, error = done.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert all(remark.startswith(("images", "assumed: ")) for remark in remarks)
     for word in words:
-        assert word in done.stderr
+        assert word in error
 
 
 def test_version():
@@ -149,7 +150,7 @@ def test_calibrate_with_every_option(tmp_path, model, data):
 
 
 def test_merged_halves_are_the_whole(tmp_path, model, data, statistics):
-    first, second, whole, merged = (tmp_path / name for name in ("a", "b", "whole", "merged"))
+    first, second, third, whole, merged = (tmp_path / name for name in ("a", "b", "c", "whole", "merged"))
     for out, options in ((first, ("--limit", 13)), (second, ("--skip", 13)), (whole, ())):
         done = run("calibrate", model, "--data", data, "--out", out, "--batch-size", 1, *options)
         assert done.exit_code == 0, done.output
@@ -161,7 +162,9 @@ def test_merged_halves_are_the_whole(tmp_path, model, data, statistics):
     assert got["2"].count == expected["2"].count
     torch.testing.assert_close(got["2"].mean, expected["2"].mean, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(got["2"].m2, expected["2"].m2, rtol=1e-12, atol=0)
-    assert "data.npz, 13 of 30 + data.npz, 17 of 30" in run("show", merged).stdout
+    assert "data.npz, 13 of 30 + data.npz, 17 of 30 after 13" in run("show", merged).stdout
+    done = run("calibrate", model, "--data", data, "--out", third, "--skip", 12)
+    check_error(run("merge", first, third, "-o", merged), "1 images (12 to 12) are in both")
     check_error(run("merge", first, first, "-o", merged), "same images")
     check_error(run("merge", first, "-o", merged), "two files")
     check_error(run("merge", first, data, "-o", merged), "not a statistics file")
@@ -276,6 +279,14 @@ def test_the_users_disk_is_no_bug(model, data, monkeypatch):
 
     monkeypatch.setattr("meansparse_fx.cli.statistics.open_images", no_space)
     check_error(run("calibrate", model, "--data", data, "--out", "s"), "somewhere: No space left on device")
+
+
+def test_assumed_sizes_are_printed(tmp_path, model, data, statistics):
+    assert "assumed: images 1x28x28 (--input-shape" in run("inspect", "bundled").stderr
+    done = run("export", model, "--statistics", statistics, "--alpha", 0.2, "--out", tmp_path / "a.pt2")
+    assert done.exit_code == 0, done.output
+    assert "images 1x8x8, as in calibration" in done.stderr
+    assert "images: data.npz" in run("calibrate", model, "--data", data, "--out", tmp_path / "s").stderr
 
 
 def test_labels_beyond_the_models_classes(tmp_path, model):

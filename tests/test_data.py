@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from meansparse_fx import bundled
-from meansparse_fx.data import load_idx, load_images, read_idx
+from meansparse_fx.data import load_idx, load_images, part_of, read_idx
 from meansparse_fx.errors import ArtifactError
 
 
@@ -590,3 +590,50 @@ def test_bundled_model_is_accurate():
         accuracy = (model(images[:500]).argmax(1) == labels[:500]).double().mean()
     assert not model.training
     assert accuracy > 0.8
+
+
+def pictures_of(root, sizes):
+    image = pytest.importorskip("PIL.Image")
+    for i, size in enumerate(sizes):
+        place = root / "train" / "ab"[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        image.fromarray(np.full((size[1], size[0], 3), 50 * i, np.uint8)).save(place / f"{i}.png")
+    return root
+
+
+def test_a_folder_of_one_size_is_left_as_it_is(tmp_path):
+    found = load_images(pictures_of(tmp_path, [(32, 24)] * 5), "train")
+    assert "24x32 as stored" in found.description
+    for image, _ in found:
+        assert image.shape == (3, 24, 32)
+        assert (image * 255).round().unique().numel() == 1
+    assert load_images(tmp_path, "train", image_size=16)[0][0].shape == (3, 16, 16)
+
+
+def test_a_folder_of_several_sizes_says_what_it_is_resized_to(tmp_path):
+    found = load_images(pictures_of(tmp_path, [(32, 32), (40, 32)]), "train")
+    assert found[0][0].shape == (3, 224, 224)
+    assert "resized to 256 and cut to 224x224" in found.description
+
+
+def test_a_size_that_was_not_looked_at_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("meansparse_fx.data.folder.LOOKED_AT", 2)
+    found = load_images(pictures_of(tmp_path, [(32, 32), (32, 32), (32, 32), (40, 32)]), "train")
+    with pytest.raises(ArtifactError, match="40x32, where others are 32x32"):
+        list(found)
+
+
+def test_parts_of_a_set_are_known_wherever_it_lies(tmp_path):
+    sets = []
+    for name, value in (("a", 0), ("b", 0), ("c", 1)):
+        place = tmp_path / name
+        place.mkdir()
+        np.savez(place / "x.npz", images=np.full((9, 4, 4), value, np.uint8), labels=np.arange(9) % 3)
+        sets.append(load_images(place / "x.npz", skip=2, limit=4))
+    first, moved, other = (part_of(images.loader(2)) for images in sets)
+    assert first == moved
+    assert first[1:] == (2, 6)
+    assert other[0] != first[0]
+    assert part_of(sets[0].loader(2), 3)[1:] == (2, 5)
+    assert part_of(torch.utils.data.DataLoader(sets[0], shuffle=True)) is None
+    assert part_of([torch.zeros(2)]) is None

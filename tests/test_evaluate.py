@@ -12,11 +12,13 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import meansparse_fx as msfx
+from meansparse_fx.data import load_images
 from meansparse_fx.errors import ArtifactError, EvaluationError, StateError
 from meansparse_fx.evaluate import (
     Evidence,
@@ -708,3 +710,40 @@ def test_interrupted_evidence_is_the_same(sparse, test_set, tmp_path, monkeypatc
     count_attacks(monkeypatch)
     msfx.evaluate(sparse, test_set, **options)
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+ONE_STEP: dict = {"attacks": "pgd", "backwards": "exact", "steps": 1, "sanity_images": 0, "progress": False}
+
+
+def calibration_check(sparse, test):
+    (found,) = [c for c in msfx.evaluate(sparse, test, **ONE_STEP).checks if c.name == "calibration data"]
+    return found
+
+
+def test_images_are_compared_with_those_of_calibration(net, images, labels):
+    sparse = msfx.transform(net, images)
+    msfx.calibrate(sparse, images, progress=False)
+    assert calibration_check(sparse, (images, labels)).passed
+    larger = torch.nn.functional.interpolate(images, 12)
+    found = calibration_check(sparse, (larger, labels))
+    assert not found.passed
+    assert "3x9x9, and these are 3x12x12" in found.finding
+    msfx.calibrate(sparse, images / 255, progress=False)
+    assert "divided twice" in calibration_check(sparse, (images, labels)).finding
+    with pytest.warns(UserWarning, match="divided twice"):
+        msfx.select_alpha(sparse, (images, labels), alphas=(), attacks="pgd", steps=1, progress=False)
+    msfx.calibrate(sparse, images * 4 - 2, progress=False)
+    for verb in (msfx.evaluate, msfx.select_alpha):
+        with pytest.raises(EvaluationError, match=r"measured on images from -.*calibrate on images in \[0, 1\]"):
+            verb(sparse, (images, labels), progress=False)
+
+
+def test_images_that_were_calibrated_on_are_noticed(net, images, tmp_path):
+    np.savez(tmp_path / "x.npz", images=images.numpy(), labels=np.arange(12) % 10)
+    sparse = msfx.transform(net, images)
+    msfx.calibrate(sparse, load_images(tmp_path / "x.npz", limit=8).loader(4), progress=False)
+    rest = load_images(tmp_path / "x.npz", skip=8)
+    assert calibration_check(sparse, rest.loader(4)).passed
+    seen = calibration_check(sparse, load_images(tmp_path / "x.npz", skip=6).loader(4))
+    assert not seen.passed
+    assert "2 of these images were calibrated on" in seen.finding

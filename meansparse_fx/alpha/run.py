@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ from ..evaluate.attacks import AttackSettings
 from ..evaluate.ledger import Ledger, model_identity
 from ..evaluate.outcome import ModelOutcome, PairedDifference, mean
 from ..evaluate.plan import plan_runs
+from ..evaluate.provenance import check_calibration
 from ..operators import operators, require_transformed, switched
 from ..progress import bar
 from .race import Candidate, Field, doubling, heats, race
@@ -102,6 +104,9 @@ def select_alpha(
     ledger = Ledger(checkpoint, identity)
     with bar(progress) as display, _put_back(sparse), ledger:
         data = list(labelled(held_out, batch_size, sparse))
+        calibration = check_calibration(sparse, held_out, data[0][0])
+        if calibration is not None and not calibration.passed:
+            warnings.warn(f"select_alpha: {calibration.finding}", stacklevel=2)
         field = Field(sparse, data, attacked, runs, settings, ledger, full_rows, compile, amp)
         stops = doubling(field.attacked, rungs)
         _race(field, list(candidates.values()), stops, clean_budget, display)

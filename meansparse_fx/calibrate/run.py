@@ -15,6 +15,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, fx
 
+from ..data import part_of
 from ..errors import CalibrationError, DataError, WriteError
 from ..kernels import ops
 from ..operators import operators, require_transformed, set_statistics
@@ -126,6 +127,7 @@ class _Pass:
         self._weights, self._graph = fingerprint(sparse), graph_fingerprint(self._observed)
         self._tally = Tally(self._observers, self._device, grouped=tolerance is not None)
         self._precision: Precision | None = None
+        self._shape: list[int] = []
         self._checkpoint: Checkpoint | None = None
         own = torch.tensor(list(bytes.fromhex(self._weights + self._graph)))
         if any(not torch.equal(theirs, own) for theirs in ranks.gather(own, "start")):
@@ -162,6 +164,7 @@ class _Pass:
         began = looked = time.monotonic()
         already, latest = tally.images, None
         for index, images in self._source.read(tally.batches):
+            self._shape = list(images.shape[1:])
             if kept is not None:
                 kept.compare(index, images)
             if index < tally.batches or self._settled:
@@ -208,10 +211,13 @@ class _Pass:
             counted = zip(sites, tally.bins.by_site(), strict=True)
             sites = [ChannelStatistics(s.count, s.mean, s.m2, histogram) for s, histogram in counted]
         ranges = torch.stack(ranks.gather(tally.input_range, "range"))
+        # Of one image in the latest batch; the first processes have images if any has.
+        shape = ranks.gather(torch.tensor([*self._shape, *[0] * 8][:8]), "image shape")[0]
         facts = {
             "meansparse_fx": version("meansparse_fx"),
             "torch": torch.__version__,
             "input_range": f"{float(ranges[:, 0].min()):g} to {float(ranges[:, 1].max()):g}",
+            "image_shape": "x".join(str(size) for size in shape.tolist() if size),
         }
         if self._tolerance is not None:
             facts["tolerance"] = f"{self._tolerance:g}, " + ("reached" if self._settled else "not reached")
@@ -228,7 +234,9 @@ class _Pass:
             if site.skipped is None
         }
         by_name = dict(zip(self._names, sites, strict=True))
-        return Statistics(by_name, self._weights, sum(images), facts | metadata, self._graph, table)
+        part = part_of(self._source.data, None if ranks.world > 1 else tally.images)
+        seen = () if part is None else (part,)
+        return Statistics(by_name, self._weights, sum(images), facts | metadata, self._graph, table, seen)
 
     @property
     def _settled(self) -> bool:

@@ -24,11 +24,12 @@ class Source:
     Attributes:
         batches: How many there are; None if the loader does not say.
         images: How many images there are; None if unknown.
+        data: What was given.
         nothing: What to say if there turn out to be none.
     """
 
     def __init__(self, data: Any, model: nn.Module) -> None:
-        self.nothing = nothing_in(data)
+        self.data, self.nothing = data, nothing_in(data)
         self._loader = loader = as_batches(data)
         self._intake = Intake(model)
         self.batches = length(loader)

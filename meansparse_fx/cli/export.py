@@ -9,8 +9,10 @@ import typer
 
 from ..export import FORMATS
 from ..export import export as run_export
+from ..statistics import Statistics
 from ..transform import transform
-from .loading import console, open_model
+from . import parsing
+from .loading import console, open_model, say
 from .model import Shape, random_images
 from .options import ModelOptions, StatisticsFile
 from .robustness import put_alpha
@@ -31,8 +33,13 @@ def export(
 ) -> None:
     """Write MODEL for deployment, with its statistics and alpha baked in; the file runs without this package."""
     net = open_model(model)
+    measured = Statistics.load(statistics)
+    calibrated = measured.metadata.get("image_shape", "").split(" + ")[0]
+    if shape is None and calibrated:
+        shape = parsing.shape(calibrated)
+        say(f"images {calibrated}, as in calibration (--input-shape gives another)")
     images = random_images(model, net, shape)
-    sparse = transform(net, images, placement=model.placement, statistics=statistics)
+    sparse = transform(net, images, placement=model.placement, statistics=measured)
     put_alpha(sparse, alpha)
     example = images[[0] * (fixed_batch or len(images))]
     run_export(sparse, example, out, format, dynamic_batch=fixed_batch is None)

@@ -24,6 +24,11 @@ def console() -> Console:
     return found if found.is_terminal else Console(width=120)
 
 
+def say(text: str) -> None:
+    """Print a remark on standard error."""
+    Console(stderr=True, soft_wrap=True).print(text, style="dim", markup=False, highlight=False)
+
+
 def device_of(options: ModelOptions) -> torch.device:
     """Return the device asked for, by default a GPU if there is one; raise ModelError if it cannot be used."""
     name = options.device
@@ -44,10 +49,12 @@ def open_model(options: ModelOptions) -> nn.Module:
 
 
 def open_images(options: DataOptions) -> ImageSet:
-    """Return the images asked for."""
-    return load_images(
+    """Return the images asked for, and say on standard error which those are."""
+    found = load_images(
         options.data, options.split, image_size=options.image_size, limit=options.limit, skip=options.skip
     )
+    say(f"images: {found.description}")
+    return found
 
 
 def open_sparse(options: ModelOptions, images: ImageSet, statistics: Path | None = None) -> fx.GraphModule:

@@ -12,7 +12,7 @@ from ..cost import cost as run_cost
 from ..transform import inspect as run_inspect
 from ..zoo import Normalised, input_shape
 from . import parsing
-from .loading import console, device_of, open_model
+from .loading import console, device_of, open_model, say
 from .options import ModelOptions
 
 Shape = Annotated[
@@ -36,6 +36,8 @@ def cost(model: ModelOptions, shape: Shape = None) -> None:
 
 
 def random_images(options: ModelOptions, net: nn.Module, shape: tuple[int, ...] | None) -> Tensor:
-    """Return two images ``[2, C, H, W]`` such as the model takes, on its device."""
-    shape = shape or input_shape(net.model if isinstance(net, Normalised) else net)
+    """Return two images ``[2, C, H, W]`` such as the model takes, on its device; an assumed size is printed."""
+    if shape is None:
+        shape = input_shape(net.model if isinstance(net, Normalised) else net)
+        say(f"assumed: images {'x'.join(map(str, shape))} (--input-shape gives another)")
     return torch.rand(2, *shape, device=device_of(options))

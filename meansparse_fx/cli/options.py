@@ -81,7 +81,10 @@ class DataOptions:
         typer.Option(help="Split of the data: subdirectory, IDX prefix (t10k), or name of the arrays."),
     ] = None
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side images of a folder are resized and cropped to [224].")
+        int | None,
+        typer.Option(
+            min=1, help="Side images of a folder are resized and cropped to [their own if all have one, else 224]."
+        ),
     ] = None
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use at most this many images, of a fixed shuffled order.")

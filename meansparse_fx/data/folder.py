@@ -6,6 +6,7 @@ missing among the validation images does not shift the numbers of those after it
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from ..errors import ArtifactError
 from .image_set import LAYOUTS, ImageSet, describe
-from .pictures import Decoder
+from .pictures import DEFAULT_SIZE, Decoder, common_size
 
 _TRAIN = ("train", "training")
 _HELD_OUT = ("val", "valid", "validation", "dev", "test", "testing")
 _LEFT_BEHIND = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+LOOKED_AT = 500  # files whose sizes are looked up; that of each is checked when it is read
 _ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet
 
 
@@ -32,14 +34,19 @@ class Files:
     paths: list[str]
     decode: Decoder
 
+    @property
+    def names(self) -> list[str]:
+        """The files' names, without their directories."""
+        return [os.path.basename(path) for path in self.paths]
+
     def __getitem__(self, index: int | np.ndarray) -> Any:
         if isinstance(index, np.ndarray):
             return Files([self.paths[i] for i in index], self.decode)
         return self.decode(self.paths[index])
 
 
-def open_folder(path: Path, split: str | None, image_size: int) -> ImageSet:
-    """Return the images of a folder, unread.
+def open_folder(path: Path, split: str | None, image_size: int | None) -> ImageSet:
+    """Return the images of a folder, unread but for the sizes of some, if no size is asked for.
 
     Raises:
         ArtifactError: There is no such folder, no image in it, or a class that cannot be numbered.
@@ -50,7 +57,10 @@ def open_folder(path: Path, split: str | None, image_size: int) -> ImageSet:
     distributed = (root / _ANNOTATIONS).is_file() and _has_images(root / "images")
     samples = _annotated(root) if distributed else _by_directory(root)
     paths, labels = zip(*samples, strict=True)
-    return ImageSet(Files(list(paths), Decoder(image_size)), torch.tensor(labels), describe(path, split))
+    own = common_size(paths[:: max(1, len(paths) // LOOKED_AT)]) if image_size is None else None
+    decode = Decoder(image_size or DEFAULT_SIZE, own)
+    description = f"{describe(path, split)}, {decode.description}"
+    return ImageSet(Files(list(paths), decode), torch.tensor(labels), description)
 
 
 def _by_directory(root: Path) -> Sequence[tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,8 +34,8 @@ def load_images(
             or an ``.npz`` file.
         split: Subdirectory, prefix of the IDX files (``train``, ``t10k``), or NAME of the arrays ``NAME_images`` and
             ``NAME_labels``; needed where there are several.
-        image_size: For image folders: side of the centred square (224 by default), cut from the image resized
-            to 8/7 of it.
+        image_size: For image folders: side of the centred square, cut from the image resized to 8/7 of it. By default
+            images stay as they are where all have one size; otherwise it is 224.
         limit: Number of images to keep at most.
         skip: Number of images to leave out before them.
 
@@ -53,7 +54,7 @@ def load_images(
     path = Path(path)
     if not path.exists():
         raise ArtifactError(f"{path}: no such file or directory; expected {LAYOUTS}")
-    found = _open(path, split, image_size or 224)
+    found = _open(path, split, image_size)
     if image_size is not None and isinstance(found.images, np.ndarray):
         raise ArtifactError(f"{path}: holds arrays of a fixed size; an image size can be chosen for image folders only")
     kept = np.random.default_rng(0).permutation(len(found))[skip:][:limit]
@@ -62,11 +63,24 @@ def load_images(
     images = found.images[kept]
     if isinstance(images, np.ndarray):
         images = as_float_images(images, path)
-    description = found.description if len(kept) == len(found) else f"{found.description}, {len(kept)} of {len(found)}"
-    return replace(found, images=images, labels=found.labels[torch.from_numpy(kept)], description=description)
+    description = found.description
+    if len(kept) < len(found):
+        description += f", {len(kept)} of {len(found)}" + (f" after {skip}" if skip else "")
+    part = _identity(found), skip, skip + len(kept)
+    return replace(
+        found, images=images, labels=found.labels[torch.from_numpy(kept)], description=description, part=part
+    )
 
 
-def _open(path: Path, split: str | None, image_size: int) -> ImageSet:
+def _identity(found: ImageSet) -> str:
+    """Return what a set of images is known by wherever it lies: its labels, and its first image or its files' names."""
+    digest = hashlib.blake2b(found.labels.numpy().tobytes(), digest_size=8)
+    names = getattr(found.images, "names", None)
+    digest.update(found.images[0].tobytes() if names is None else "/".join(names).encode())
+    return digest.hexdigest()
+
+
+def _open(path: Path, split: str | None, image_size: int | None) -> ImageSet:
     """Return all images at ``path``, arrays as they are stored."""
     if path.is_file():
         if path.suffix == ".npz":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ from ..errors import ArtifactError
 
 # What Pillow raises for files that are damaged, in one format or another.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+DEFAULT_SIZE = 224
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 
 
@@ -32,9 +34,18 @@ class Decoder:
     Attributes:
         size: Side of the centred square, cut from the image resized to 8/7 of it: 224 of 256 is the usual share of an
             image kept for evaluation.
+        own: ``(width, height)`` that every image has: they are left as they are.
     """
 
     size: int
+    own: tuple[int, int] | None = None
+
+    @property
+    def description(self) -> str:
+        """What is done to the size of an image, in words."""
+        if self.own is not None:
+            return f"{self.own[1]}x{self.own[0]} as stored"
+        return f"resized to {self.size * 8 // 7} and cut to {self.size}x{self.size}"
 
     def __call__(self, file: str) -> Tensor:
         """Return the image.
@@ -61,10 +72,33 @@ class Decoder:
             raise ArtifactError(f"{file}: {error}") from error
         except _DAMAGED as error:
             raise ArtifactError(f"{file}: truncated or not an image that Pillow reads ({error})") from error
-        square = center_crop(resize(found, [self.size * 8 // 7], antialias=True), [self.size, self.size])
-        if isinstance(square, Image.Image):
-            return to_dtype(pil_to_tensor(square), torch.float32, scale=True)
-        return square.clamp(0, 1).expand(3, -1, -1)
+        width, height = found.size if isinstance(found, Image.Image) else (found.shape[2], found.shape[1])
+        if self.own not in (None, (width, height)):
+            raise ArtifactError(
+                f"{file}: {width}x{height}, where others are {self.own[0]}x{self.own[1]}: give an image size "
+                "(--image-size), to which all are resized"
+            )
+        if self.own is None:
+            found = center_crop(resize(found, [self.size * 8 // 7], antialias=True), [self.size, self.size])
+        if isinstance(found, Image.Image):
+            return to_dtype(pil_to_tensor(found), torch.float32, scale=True)
+        return found.clamp(0, 1).expand(3, -1, -1)
+
+
+def common_size(files: Iterable[str]) -> tuple[int, int] | None:
+    """Return the ``(width, height)`` that all of these images have; None if they differ, or one cannot be read."""
+    sizes = set()
+    for file in files:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with Image.open(file) as image:
+                    sizes.add(image.size)
+        except (Image.DecompressionBombError, *_DAMAGED):
+            return None
+        if len(sizes) > 1:
+            return None
+    return sizes.pop() if sizes else None
 
 
 class _Refused(Exception):

@@ -22,6 +22,8 @@ from .comparison import Comparison
 from .evidence import Evidence
 from .ledger import Ledger, digest, model_identity
 from .plan import plan_runs
+from .provenance import check_calibration
+from .sanity import Check
 from .verdict import Evaluation
 
 DEFAULT_ATTACKS = ("adaptive",)
@@ -110,7 +112,10 @@ def evaluate(
     with bar(progress and rank == 0) as display, ledger:
         task = display.add_task("attack", total=_count(test, batch_size, 2 * len(runs), world), note="")
         seen: list[str] = []
+        calibration: Check | None = None
         for index, (images, labels) in enumerate(labelled(test, batch_size, sparse)):
+            if index == 0:
+                calibration = check_calibration(sparse, test, images)
             if index % world == rank:
                 comparison.meet(index, images, labels, sanity_images, lambda: display.advance(task))
                 display.update(task, note=comparison.so_far())
@@ -133,7 +138,7 @@ def evaluate(
         seed=seed,
         seconds=seconds,
         cumulative=not full_rows,
-        checks=tuple(comparison.checks(outcomes)),
+        checks=(*comparison.checks(outcomes), *([] if calibration is None else [calibration])),
     )
 
 

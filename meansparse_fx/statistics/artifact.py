@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 FORMAT = "meansparse_fx.statistics"
 FORMAT_VERSION = "2"
 
+Part = tuple[str, int, int]  # of an image set: its identity, the first position, the one after the last
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Statistics(Mapping[str, ChannelStatistics]):
@@ -42,6 +44,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
         metadata: Further facts as strings: package versions, data description.
         graph: Of the captured graph, from `graph_fingerprint`: a record, since each capture route has its own graph.
         table: By site name what the site was: kind, activation, channel_dim, channels, after.
+        seen: Which images, where that is known: parts of image sets, see `overlap`.
     """
 
     sites: dict[str, ChannelStatistics]
@@ -50,6 +53,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
     metadata: dict[str, str] = field(default_factory=dict)
     graph: str = ""
     table: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seen: tuple[Part, ...] = ()
 
     def __getitem__(self, name: str) -> ChannelStatistics:
         return self.sites[name]
@@ -94,7 +98,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
         """Return the statistics of both data sets together.
 
         Raises:
-            StatisticsError: They are of different models or sites, or one is a copy of the other.
+            StatisticsError: They are of different models or sites, or of the same images.
         """
         if self.fingerprint != other.fingerprint:
             raise StatisticsError("cannot merge statistics of two different models (fingerprints differ)")
@@ -106,13 +110,19 @@ class Statistics(Mapping[str, ChannelStatistics]):
         pairs = [(own, other[name]) for name, own in self.sites.items()]
         if all(a.count == b.count and torch.equal(a.mean, b.mean) and torch.equal(a.m2, b.m2) for a, b in pairs):
             raise StatisticsError("cannot merge: both are of the same images, which would count twice")
+        if (shared := overlap(self.seen, other.seen)) is not None:
+            raise StatisticsError(
+                f"cannot merge: {len(shared)} images ({shared[0]} to {shared[-1]}) are in both and would count twice; "
+                "measure disjoint parts (--skip, --limit)"
+            )
         sites = {name: own.merge(other[name]) for name, own in self.sites.items()}
         metadata = {
             key: " + ".join(dict.fromkeys(m[key] for m in (self.metadata, other.metadata) if key in m))
             for key in self.metadata | other.metadata
         }
         table = self.table or other.table
-        return Statistics(sites, self.fingerprint, self.images + other.images, metadata, self.graph, table)
+        seen = (*self.seen, *other.seen)
+        return Statistics(sites, self.fingerprint, self.images + other.images, metadata, self.graph, table, seen)
 
     def check(
         self,
@@ -170,6 +180,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
             "counts": {name: s.count for name, s in self.sites.items()},
             "table": self.table,
             "metadata": self.metadata,
+            "seen": self.seen,
         }
         artifacts.write(path, FORMAT, FORMAT_VERSION, header, tensors, rescue=True)
 
@@ -184,9 +195,28 @@ class Statistics(Mapping[str, ChannelStatistics]):
         try:
             sites = {name: _site(tensors, name, count) for name, count in header["counts"].items()}
             facts = (header["fingerprint"], header["images"], header["metadata"], header["graph"], header["table"])
+            seen = tuple((name, first, end) for name, first, end in header.get("seen", ()))
         except (KeyError, AttributeError) as error:
             raise ArtifactError(f"{path}: damaged, it lacks {error}") from error
-        return cls(sites, *facts)
+        return cls(sites, *facts, seen)
+
+
+def overlap(own: Iterable[Part], others: Iterable[Part]) -> range | None:
+    """Return the first positions that are in two collections of parts of image sets; None if there are none.
+
+    Args:
+        own, others: Each part the identity of an image set, its first position and the one after its last.
+
+    Example:
+        >>> overlap([("a", 0, 10), ("b", 0, 5)], [("b", 5, 9), ("a", 7, 20)])
+        range(7, 10)
+    """
+    theirs = list(others)
+    for name, first, end in own:
+        for other, start, stop in theirs:
+            if name == other and (shared := range(max(first, start), min(end, stop))):
+                return shared
+    return None
 
 
 def _site(tensors: Mapping[str, Tensor], name: str, count: int) -> ChannelStatistics:

@@ -87,7 +87,7 @@ def test_other_layouts_and_small_tensors_are_left_to_torch():
 
 @pytest.mark.parametrize("order", [(60, 128, 1, 63), (128, 2, 65, 60)], ids=str)
 def test_batches_that_come_and_go(order):
-    """A last batch of any size, before or after whole ones: pytest makes the warning of a failed compilation an error."""
+    """A last batch of any size, before or after whole ones: a failed compilation warns, which is an error here."""
     compiled_moments._kernel.cache_clear()
     for rows in order:
         check(torch.randn(rows, 4200, generator=torch.Generator().manual_seed(rows)) + 3, 1)
