@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
 from typing import Any
 
 import torch
@@ -195,6 +196,7 @@ _METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "hardshrink": ("hardshrink", ("lambd",)),
 }
 
+_CALLABLES = (str, FunctionType, BuiltinFunctionType, OpOverload, OpOverloadPacket, torch.jit.ScriptFunction)
 _REGISTERED_MODULES: dict[type[nn.Module], _Reader] = {}
 _REGISTERED_CALLS: dict[Callable | str, ActivationCall] = {}
 
@@ -213,8 +215,8 @@ def register_activation(
     precedence over what this package knows of ``target``; instances of subclasses are not meant.
 
     Args:
-        target: A module class; a function that is one call in a graph (torch's own, an operator of a
-            `torch.library`, or your own under `torch.fx.wrap`); or the name of a tensor's method.
+        target: A module class; a function, torch's or your own, or an operator of a `torch.library`; or the name of a
+            tensor's method. torch.compile looks into your own functions: there make it a module.
         name: What plans call it; where ``fused``, the row of the kernels that computes it
             (`meansparse_fx.kernels.reference.ACTIVATIONS`).
         constants: The row's scalar arguments, or a function that reads them off an instance of the class.
@@ -248,10 +250,19 @@ def register_activation(
         _REGISTERED_MODULES[target] = read
     elif isinstance(target, type | nn.Module) or not (callable(target) or isinstance(target, str)):
         raise SiteError(f"activation {name!r}: {target!r} is no module class, function or name of a method")
+    elif isinstance(target, MethodDescriptorType):
+        raise SiteError(f"activation {name!r}: a tensor's method is known by its name: {target.__name__!r}")
+    elif not isinstance(target, _CALLABLES) or getattr(target, "__name__", "") == "<lambda>":
+        raise SiteError(f"activation {name!r}: no graph can name {target!r}; write it with def, or as a module class")
     elif callable(constants) or weight is not None:
         raise SiteError(f"activation {name!r}: only a module class has a weight, or constants to read off")
     else:
         _REGISTERED_CALLS[target] = ActivationCall(name, tuple(map(float, constants)), fused=fused)
+
+
+def registered_functions() -> list[Callable]:
+    """Return the functions that `register_activation` was given."""
+    return [target for target in _REGISTERED_CALLS if not isinstance(target, str)]
 
 
 def _check_row(name: str, constants: tuple[float, ...] | None, weight: str | None) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
+import types
 import warnings
 
 import pytest
@@ -406,6 +409,52 @@ def test_registered_functions_and_methods():
     assert torch.equal(sparse(IMAGES), model(IMAGES))
 
 
+def plain_function(x, slope=2.0, *, shift=0.0):
+    return x * torch.sigmoid(slope * x + shift)
+
+
+def closure_over(slope):
+    def closed(x):
+        return x * torch.sigmoid(slope * x)
+
+    return closed
+
+
+HOME = types.SimpleNamespace(plain_function=plain_function)  # as an imported module has it
+
+
+class HoldsFunctions(nn.Module):
+    """Functions under every name that a model can have for them."""
+
+    direct = staticmethod(plain_function)
+
+    def __init__(self, closed):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.held, self.closed, self.several = plain_function, closed, {"act": plain_function}
+
+    def forward(self, x):
+        x = self.direct(self.held(plain_function(self.conv(x)), 3.0))
+        return self.closed(self.several["act"](HOME.plain_function(x, shift=0.5)))
+
+
+def test_a_plain_function_is_found_under_any_name():
+    closed = closure_over(1.5)
+    register_activation(plain_function, "plain")
+    register_activation(closed, "closed")
+    model = HoldsFunctions(closed).eval()
+    expected = model(IMAGES)
+    sparse = msfx.transform(model, IMAGES)
+    assert [s.activation.name for s in sparse.meta["plan"]] == [*["plain"] * 5, "closed"]
+    assert torch.equal(sparse(IMAGES), expected)
+    assert torch.equal(model(IMAGES), expected)  # they are themselves again
+    assert plain_function(torch.ones(())) == torch.sigmoid(torch.tensor(2.0))
+    msfx.calibrate(sparse, IMAGES, progress=False)
+    msfx.set_alpha(sparse, 0.4)
+    assert not torch.equal(sparse(IMAGES), expected)
+    assert torch.equal(copy.deepcopy(sparse)(IMAGES), sparse(IMAGES))
+
+
 def test_registering_again_changes_the_mind():
     register_activation(nn.SiLU, "my_silu")
     assert match_module(nn.SiLU()).fused is False
@@ -429,6 +478,9 @@ def test_the_fused_row_is_the_kernels():
         ({"target": Squareplus, "name": "psilu", "fused": True}, "has a learned slope; weight is None"),
         ({"target": Squareplus, "name": "relu", "fused": True, "weight": "b"}, "has no learned slope; weight is 'b'"),
         ({"target": Squareplus(), "name": "own"}, "is no module class, function or name"),
+        ({"target": torch.Tensor.erf, "name": "own"}, "known by its name: 'erf'"),
+        ({"target": functools.partial(F.relu), "name": "own"}, "no graph can name functools.partial"),
+        ({"target": lambda x: x, "name": "own"}, "no graph can name <function <lambda>"),
         ({"target": 3, "name": "own"}, "is no module class, function or name"),
         ({"target": int, "name": "own"}, "is no module class, function or name"),
         ({"target": torch.erf, "name": "own", "constants": len}, "only a module class"),

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ..activations import match_module
+from ..activations import match_module, registered_functions
 from ..errors import CaptureError
 from ..hooks import (
     enter,
@@ -38,6 +38,7 @@ from .derivatives import (
     settle_modes,
     without_checkpoints,
 )
+from .functions import as_single_calls
 from .verify import kept_parameters, plain_attention, shadow, source_line
 
 _CALL = nn.Module.__call__  # taken before a tracer patches it
@@ -104,6 +105,7 @@ class ModelTracer(fx.Tracer):
             applied_by(self._apply, lambda value: isinstance(value, fx.Proxy)) as self.looking,
             grad_modes_as_calls(self._call, lambda: not self._evaluating),
             without_checkpoints(),
+            as_single_calls(registered_functions(), self._registered),
         ):
             graph = super().trace(root, concrete_args)
         for node in graph.nodes:
@@ -134,6 +136,11 @@ class ModelTracer(fx.Tracer):
 
     def _apply(self, function: type, run: Callable, args: tuple, kwargs: dict) -> Any:
         return self.create_proxy("call_method", "apply", (self._attribute(function), *args), kwargs)
+
+    def _registered(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        proxy = self.create_proxy("call_function", function, args, kwargs)
+        proxy.node.meta["is_wrapped"] = True  # as what torch.fx.wrap makes: not traced into when it is unpickled
+        return proxy
 
     def _call(self, function: Callable, *args: Any) -> fx.Node:
         return self.create_node("call_function", function, args, {})

@@ -1,0 +1,53 @@
+"""Floor 2: functions registered as activations, each call of one a single node, under whatever name a model holds it.
+
+torch.fx follows a plain function into its body, and its own `wrap` sees only the names of one module's globals. What
+all names share is the function's code, which here is another while a model is traced. Imports torch only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import fx
+from torch.fx.node import map_aggregate
+
+
+@contextmanager
+def as_single_calls(functions: Iterable[Callable], call: Callable[[Callable, tuple, dict], Any]) -> Iterator[None]:
+    """Let ``call(function, args, kwargs)`` answer where one of these functions is given a proxy."""
+    codes = {function: function.__code__ for function in functions if isinstance(function, FunctionType)}
+    try:
+        for function, code in codes.items():
+            function.__code__ = _relaying(_answer(function, call), code)
+        yield
+    finally:
+        for function, code in codes.items():
+            function.__code__ = code
+
+
+def _answer(function: FunctionType, call: Callable[[Callable, tuple, dict], Any]) -> Callable[[tuple, dict], Any]:
+    own = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+
+    def answer(args: tuple, kwargs: dict) -> Any:
+        proxies: list[fx.Proxy] = []
+        map_aggregate((args, kwargs), lambda value: proxies.append(value) if isinstance(value, fx.Proxy) else None)
+        return call(function, args, kwargs) if proxies else own(*args, **kwargs)
+
+    return answer
+
+
+def _relay(*args: Any, **kwargs: Any) -> Any:
+    answer: Any = "answer"
+    return answer(args, kwargs)
+
+
+def _relaying(answer: Callable[[tuple, dict], Any], instead_of: CodeType) -> CodeType:
+    """Return code that calls ``answer(args, kwargs)`` and fits a function with that code's closure."""
+    constants = tuple(answer if constant == "answer" else constant for constant in _relay.__code__.co_consts)
+    return _relay.__code__.replace(co_consts=constants, co_freevars=instead_of.co_freevars)
