@@ -1,16 +1,25 @@
-"""MeanSparse as a torch.fx compiler pass: find the activations, measure, rewrite, tune, and attack honestly."""
+"""MeanSparse as a torch.fx compiler pass: find the activations, measure, rewrite, tune, and attack honestly.
 
-from .activations import register_activation
-from .alpha import AlphaSearch, select_alpha
-from .backend import compile_report
-from .calibrate import calibrate
-from .cost import Cost, cost
-from .errors import MeanSparseError
-from .evaluate import Evaluation, evaluate, verify
-from .operators import get_alpha, load_published, operators, set_alpha, set_backward, set_statistics, set_variant
-from .sites import PLACEMENTS, Placement, Site, SitePlan
-from .statistics import Statistics
-from .transform import inspect, restore, transform
+What is public is imported when it is first asked for: the command line's help needs no torch, which takes seconds.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .activations import register_activation
+    from .alpha import AlphaSearch, select_alpha
+    from .backend import compile_report
+    from .calibrate import calibrate
+    from .cost import Cost, cost
+    from .errors import MeanSparseError
+    from .evaluate import Evaluation, evaluate, verify
+    from .operators import get_alpha, load_published, operators, set_alpha, set_backward, set_statistics, set_variant
+    from .sites import PLACEMENTS, Placement, Site, SitePlan
+    from .statistics import Statistics
+    from .transform import inspect, restore, transform
 
 __all__ = [
     "PLACEMENTS",
@@ -40,3 +49,20 @@ __all__ = [
     "transform",
     "verify",
 ]
+
+
+class _Public:
+    """A public name of the package, found in `public`; a room of the same name does not hide it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, package: ModuleType, _: type) -> Any:
+        return vars(package).get(f"_{self._name}") or getattr(import_module(f"{__name__}.public"), self._name)
+
+    def __set__(self, package: ModuleType, value: Any) -> None:
+        if not isinstance(value, ModuleType):  # rooms are put here by the import system
+            vars(package)[f"_{self._name}"] = value
+
+
+sys.modules[__name__].__class__ = type("Package", (ModuleType,), {name: _Public(name) for name in __all__})

@@ -23,6 +23,7 @@ from .capture.copies import copied
 from .capture.derivatives import own_derivatives
 from .errors import ArtifactError, CaptureError, StateError, WriteError
 from .hooks import has_hooks
+from .names import FORMATS
 from .operators import operators, require_transformed
 from .rewrite import sharing_copy
 
@@ -104,12 +105,8 @@ def export(
         StateError, CaptureError: As `to_exported_program`.
     """
     path = Path(path)
-    if format not in _WRITERS:
-        raise ArtifactError(f"no export format {format!r}: use one of {', '.join(_WRITERS)}")
-    suffix, write = _WRITERS[format]
-    if path.suffix != suffix:
-        raise ArtifactError(f"{path}: a file of format {format!r} ends in {suffix}")
-    require_place(path)
+    require_file(path, format)
+    suffix, write = FORMATS[format], _WRITERS[format]
     program = to_exported_program(sparse, images, dynamic_batch)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
         partial = Path(directory, f"model{suffix}")
@@ -121,6 +118,15 @@ def export(
                 raise
             raise WriteError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
     return path
+
+
+def require_file(path: Path, format: str) -> None:
+    """Raise ArtifactError, before the work is done, where a file of that format cannot be written."""
+    if format not in FORMATS:
+        raise ArtifactError(f"no export format {format!r}: use one of {', '.join(FORMATS)}")
+    if path.suffix != FORMATS[format]:
+        raise ArtifactError(f"{path}: a file of format {format!r} ends in {FORMATS[format]}")
+    require_place(path)
 
 
 class _Called(nn.Module):
@@ -169,9 +175,8 @@ def _write_onnx(program: ExportedProgram, path: Path) -> None:
     model.save(path, external_data=False)
 
 
-_WRITERS: dict[str, tuple[str, Callable[[ExportedProgram, Path], None]]] = {
-    "export": (".pt2", _write_export),
-    "aoti": (".pt2", _write_aoti),
-    "onnx": (".onnx", _write_onnx),
+_WRITERS: dict[str, Callable[[ExportedProgram, Path], None]] = {
+    "export": _write_export,
+    "aoti": _write_aoti,
+    "onnx": _write_onnx,
 }
-FORMATS = tuple(_WRITERS)

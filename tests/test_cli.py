@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import re
 import signal
@@ -17,8 +18,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from meansparse_fx import demo
+from meansparse_fx import demo, export, names, sites
 from meansparse_fx.cli import COMMANDS, app
+from meansparse_fx.cli.demo import demo as demo_command
+from meansparse_fx.evaluate import attacks, surrogates
+from meansparse_fx.kernels import reference
 from meansparse_fx.statistics import Statistics
 
 SOURCE = """
@@ -246,10 +250,13 @@ def test_demo_end_to_end(tmp_path):
 def test_errors_are_one_line(tmp_path, model, data, statistics):
     check_error(run("inspect", "timm:resnet81"), "close: resnet")
     check_error(run("inspect", model, "--input-shape", "1,8,8", "--device", "cuda:99"), "cuda:99")
-    check_error(run("calibrate", model, "--data", tmp_path / "none", "--out", tmp_path / "s"), "no such file")
     check_error(run("calibrate", model, "--data", data, "--out", tmp_path / "none" / "s"), "directory")
     check_error(run("show", data), "not a statistics file")
-    check_error(run("select", model, "--data", data, "--statistics", statistics, "--norm", "L7"), "norm must be")
+    attack = ("select", model, "--data", data, "--statistics", statistics)
+    check_error(run(*attack, "--eps", 2), "eps 2 is more")
+    check_error(run(*attack, "--attacks", "square/exact"), "uses no gradient")
+    baked = ("export", model, "--statistics", statistics, "--alpha", 0.2, "--out")
+    check_error(run(*baked, tmp_path / "a.onnx"), "ends in .pt2")
 
 
 def test_places_that_cannot_be_written(tmp_path, model, data, statistics, monkeypatch):
@@ -277,7 +284,7 @@ def test_the_users_disk_is_no_bug(model, data, monkeypatch):
     def no_space(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
 
-    monkeypatch.setattr("meansparse_fx.cli.statistics.open_images", no_space)
+    monkeypatch.setattr("meansparse_fx.cli.loading.open_images", no_space)
     check_error(run("calibrate", model, "--data", data, "--out", "s"), "somewhere: No space left on device")
 
 
@@ -296,6 +303,40 @@ def test_labels_beyond_the_models_classes(tmp_path, model):
 
 def test_statistics_of_another_model(data, statistics):
     check_error(run("evaluate", "bundled", "--data", data, "--statistics", statistics, "--alpha", 0.2))
+
+
+def test_wrong_commands_are_refused_without_torch(tmp_path, data, statistics):
+    wrong = [
+        ("inspect", "resnet50"),
+        ("inspect", "none.py:net"),
+        ("inspect", "bundled", "--placement", "sums"),
+        ("calibrate", "bundled", "--data", str(tmp_path / "none"), "--out", "s"),
+        ("calibrate", "bundled", "--weights", "none.pt", "--data", data, "--out", "s"),
+        ("select", "bundled", "--data", data, "--statistics", str(statistics), "--attacks", "apgd"),
+        ("evaluate", "bundled", "--data", data, "--statistics", str(statistics), "--alpha", "0.2", "--norm", "L7"),
+        ("export", "bundled", "--statistics", str(statistics), "--alpha", "0.2", "--out", "a.onnx", "--format", "tf"),
+        *((command.__name__, "--help") for command in COMMANDS),
+    ]
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from meansparse_fx.cli import app
+print([CliRunner().invoke(app, c).exit_code for c in {wrong}], "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{[2] * 8 + [0] * len(COMMANDS)} False"
+
+
+def test_names_are_those_of_the_tables():
+    assert names.ATTACKS == attacks.ATTACKS
+    assert tuple(attacks.VERSIONS) == names.VERSIONS
+    assert names.SURROGATES == surrogates.SURROGATES
+    assert names.VARIANTS == reference.VARIANTS
+    assert tuple(sites.PLACEMENTS) == names.PLACEMENTS
+    assert {*names.FORMATS} == {*export._WRITERS}
+    sizes = demo.CALIBRATION_IMAGES, demo.SELECTION_IMAGES, demo.TEST_IMAGES, demo.STEPS
+    defaults = inspect.signature(demo_command).parameters.values()
+    assert sizes == tuple(p.default for p in defaults)[1:5]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ FLOORS = {
     "arguments": 1,
     "artifacts": 1,
     "batches": 1,
+    "names": 1,
     "published": 1,
     "data": 1,
     "plots": 1,
@@ -77,7 +78,7 @@ def rooms() -> list[tuple[str, Path]]:
 
 @pytest.mark.parametrize(("room", "path"), rooms(), ids=lambda v: v if isinstance(v, str) else v.name)
 def test_imports_only_go_down(room: str, path: Path) -> None:
-    if room in ("__init__", "__main__"):
+    if room in ("__init__", "__main__", "public"):
         pytest.skip("the front door")
     for other in imported_rooms(path, PACKAGE, "meansparse_fx"):
         assert FLOORS[other] <= FLOORS[room], f"{room} (floor {FLOORS[room]}) imports {other} (floor {FLOORS[other]})"
@@ -109,8 +110,20 @@ def test_kernels_import_only_torch_and_triton() -> None:
             assert roots <= sys.stdlib_module_names | {"torch", "triton"}, f"{path.name} imports {roots}"
 
 
-def test_import_is_light() -> None:
-    heavy = ("matplotlib", "typer", "jinja2", "torchvision", "timm", "triton", "robustbench")
-    code = f"import sys, meansparse_fx; print([m for m in {heavy} if m in sys.modules])"
+@pytest.mark.parametrize("what", ["meansparse_fx.public", "meansparse_fx", "meansparse_fx.cli"])
+def test_import_is_light(what) -> None:
+    heavy = {"matplotlib", "jinja2", "torchvision", "timm", "triton", "robustbench"}
+    if what != "meansparse_fx.public":
+        heavy |= {"torch", "numpy", "safetensors"}  # help, and refusing a command, must not wait for them
+    code = f"import sys, {what}; print([m for m in {sorted(heavy)} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_room_does_not_hide_the_verb_of_its_name() -> None:
+    code = "import meansparse_fx.cost, meansparse_fx as m; from meansparse_fx import cost; print(m.calibrate, cost)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("<function calibrate")
+    assert " <function cost" in done.stdout
+    missing = [name for name in meansparse_fx.__all__ if not hasattr(meansparse_fx, name)]
+    assert not missing

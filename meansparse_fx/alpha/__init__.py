@@ -3,7 +3,8 @@
 `run` is the verb; `race` attacks the candidates, `result` is what came of it and the rule of choice.
 """
 
+from ..names import ALPHAS, CLEAN_BUDGET, SEARCH_ATTACKS
 from .result import AlphaSearch
-from .run import ALPHAS, CLEAN_BUDGET, SEARCH_ATTACKS, select_alpha
+from .run import select_alpha
 
 __all__ = ["ALPHAS", "CLEAN_BUDGET", "SEARCH_ATTACKS", "AlphaSearch", "select_alpha"]

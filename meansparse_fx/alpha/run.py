@@ -20,15 +20,12 @@ from ..evaluate.ledger import Ledger, model_identity
 from ..evaluate.outcome import ModelOutcome, PairedDifference, mean
 from ..evaluate.plan import plan_runs
 from ..evaluate.provenance import check_calibration
+from ..names import ALPHAS, CLEAN_BUDGET, SEARCH_ATTACKS
 from ..operators import operators, require_transformed, switched
 from ..progress import bar
 from .race import Candidate, Field, doubling, heats, race
 from .result import AlphaSearch, Move, Refinement, better, choose, within_budget
 
-ALPHAS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
-# What finds most for its steps; Square, targets and starts at another model's images are left to `evaluate`.
-SEARCH_ATTACKS = ("apgd-ce/exact", "apgd-ce/identity", "apgd-margin/annealed", "apgd-ce/annealed")
-CLEAN_BUDGET = 0.003  # as a fraction of the images
 RUNGS = 3
 SIGNIFICANCE = 0.05
 

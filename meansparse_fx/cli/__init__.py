@@ -1,6 +1,7 @@
 """Floor 6: the command line. Each command loads, calls one verb of the package, and prints what it returned.
 
 A command is a plain function in a file of its group; here they become one program. `options` has what commands share.
+What a command runs is imported when it runs: torch takes seconds, and help or a refusal must not wait for it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import errno
 from importlib.metadata import version
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
@@ -59,7 +59,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"meansparse-fx {version('meansparse_fx')} (torch {torch.__version__})")
+        typer.echo(f"meansparse-fx {version('meansparse_fx')} (torch {version('torch')})")
         raise typer.Exit
 
 

@@ -7,21 +7,22 @@ from typing import Annotated
 
 import typer
 
-from .. import demo as demo_run
-from ..artifacts import require_place
-from .loading import console
 from .options import Seed, Steps
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the report.")] = Path("demo-out"),
-    calibration_images: Annotated[int, typer.Option(min=2, max=2000)] = demo_run.CALIBRATION_IMAGES,
-    selection_images: Annotated[int, typer.Option(min=1, max=2000)] = demo_run.SELECTION_IMAGES,
-    test_images: Annotated[int, typer.Option(min=1, max=2000)] = demo_run.TEST_IMAGES,
-    steps: Steps = demo_run.STEPS,
+    calibration_images: Annotated[int, typer.Option(min=2, max=2000)] = 2000,
+    selection_images: Annotated[int, typer.Option(min=1, max=2000)] = 2000,
+    test_images: Annotated[int, typer.Option(min=1, max=2000)] = 1000,
+    steps: Steps = 30,
     seed: Seed = 0,
 ) -> None:
     """Run the whole job on the bundled robust network: a few minutes on a CPU, no download."""
+    from .. import demo as demo_run
+    from ..artifacts import require_place
+    from .loading import console
+
     require_place(out, folder=True)
     demo_run.run(
         out,

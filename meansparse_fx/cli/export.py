@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..export import FORMATS
-from ..export import export as run_export
-from ..statistics import Statistics
-from ..transform import transform
+from ..names import FORMATS
 from . import parsing
-from .loading import console, open_model, say
-from .model import Shape, random_images
+from .model import Shape
 from .options import ModelOptions, StatisticsFile
-from .robustness import put_alpha
 
 
 def export(
@@ -25,22 +20,34 @@ def export(
         str, typer.Option(metavar="ALPHA|FILE", help="Half width of the band, or the file that select --out wrote.")
     ],
     out: Annotated[Path, typer.Option(help="File to write: .pt2, or .onnx.")],
-    format: Annotated[str, typer.Option(help=f"Of {', '.join(FORMATS)}: see docs/export.md.")] = "export",
+    format: Annotated[
+        Any,
+        typer.Option(
+            parser=parsing.name(FORMATS), metavar="FORMAT", help=f"Of {', '.join(FORMATS)}: see docs/export.md."
+        ),
+    ] = "export",
     shape: Shape = None,
     fixed_batch: Annotated[
         int | None, typer.Option(min=1, help="Take exactly this many images at a time; otherwise any number.")
     ] = None,
 ) -> None:
     """Write MODEL for deployment, with its statistics and alpha baked in; the file runs without this package."""
-    net = open_model(model)
+    from .. import export as room
+    from ..statistics import Statistics
+    from ..transform import transform
+    from .loading import console, open_model, random_images, say
+    from .robustness import put_alpha
+
+    room.require_file(out, format)
     measured = Statistics.load(statistics)
     calibrated = measured.metadata.get("image_shape", "").split(" + ")[0]
     if shape is None and calibrated:
         shape = parsing.shape(calibrated)
         say(f"images {calibrated}, as in calibration (--input-shape gives another)")
+    net = open_model(model)
     images = random_images(model, net, shape)
     sparse = transform(net, images, placement=model.placement, statistics=measured)
     put_alpha(sparse, alpha)
     example = images[[0] * (fixed_batch or len(images))]
-    run_export(sparse, example, out, format, dynamic_batch=fixed_batch is None)
+    room.export(sparse, example, out, format, dynamic_batch=fixed_batch is None)
     console().print(f"{format}, {out.stat().st_size / 2**20:.1f} MiB: {out}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from torch import Tensor, fx, nn
 
 from ..data import ImageSet, load_images
 from ..errors import ModelError
+from ..evaluate.attacks import AttackSettings
+from ..evaluate.plan import plan_runs
 from ..transform import transform
-from ..zoo import Normalised, load_model
-from .options import DataOptions, ModelOptions
+from ..zoo import Normalised, input_shape, load_model
+from .options import DataOptions, ModelOptions, ThreatOptions
 
 
 def console() -> Console:
@@ -42,10 +45,11 @@ def device_of(options: ModelOptions) -> torch.device:
 
 def open_model(options: ModelOptions) -> nn.Module:
     """Return the model in eval mode on its device, normalising inside if asked to."""
+    device = device_of(options)
     model = load_model(options.model, options.weights, options.num_classes)
     if options.normalise is not None:
         model = Normalised(model, *options.normalise)
-    return model.eval().to(device_of(options))
+    return model.eval().to(device)
 
 
 def open_images(options: DataOptions) -> ImageSet:
@@ -69,6 +73,20 @@ def open_sparse(options: ModelOptions, images: ImageSet, statistics: Path | None
 def first_images(images: ImageSet, count: int, device: torch.device) -> Tensor:
     """Return the first images ``[count, C, H, W]`` on ``device``, or as many as there are."""
     return torch.stack([images[i][0] for i in range(min(count, len(images)))]).to(device)
+
+
+def random_images(options: ModelOptions, net: nn.Module, shape: tuple[int, ...] | None) -> Tensor:
+    """Return two images ``[2, C, H, W]`` such as the model takes, on its device; an assumed size is printed."""
+    if shape is None:
+        shape = input_shape(net.model if isinstance(net, Normalised) else net)
+        say(f"assumed: images {'x'.join(map(str, shape))} (--input-shape gives another)")
+    return torch.rand(2, *shape, device=device_of(options))
+
+
+def check_attacks(threat: ThreatOptions, attacks: Sequence[str]) -> None:
+    """Raise EvaluationError, before a model is loaded, where attacks do not go together."""
+    AttackSettings(threat.eps, threat.norm)
+    plan_runs(attacks, threat.backwards, threat.seed)
 
 
 def join_processes(model: ModelOptions) -> tuple[ModelOptions, Any]:

@@ -14,10 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ..evaluate.attacks import NAMES
-from ..evaluate.surrogates import SURROGATES
-from ..sites import PLACEMENTS
-from ..zoo import SPECS
+from ..names import ATTACK_NAMES, AUTOCAST, NORMS, PLACEMENTS, SPECS, SURROGATES
 from . import parsing
 
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the gradient attacks.")]
@@ -27,12 +24,13 @@ Attacks = Annotated[
     typer.Option(
         parser=parsing.attacks,
         metavar="NAMES",
-        help=f"Of {', '.join(NAMES)}; each with its gradient (apgd-ce/annealed), or run under each of --backwards.",
+        help=f"Of {', '.join(ATTACK_NAMES)}; with a gradient (apgd-ce/annealed), or under each of --backwards.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Of the attacks.")]
 Amp = Annotated[
-    Any, typer.Option(parser=parsing.dtype, metavar="DTYPE", help=f"Autocast the model: {' or '.join(parsing.DTYPES)}.")
+    Any,
+    typer.Option(parser=parsing.name(AUTOCAST), metavar="DTYPE", help=f"Autocast the model: {' or '.join(AUTOCAST)}."),
 ]
 StatisticsFile = Annotated[Path, typer.Option("--statistics", exists=True, dir_okay=False, help="From calibrate.")]
 
@@ -41,11 +39,12 @@ StatisticsFile = Annotated[Path, typer.Option("--statistics", exists=True, dir_o
 class ModelOptions:
     """Which model, and where it runs."""
 
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=SPECS)]
+    model: Annotated[str, typer.Argument(parser=parsing.model, metavar="MODEL", help=SPECS)]
     weights: Annotated[
         Path | None,
         typer.Option(
-            help="safetensors, or a state_dict or a checkpoint that holds one (loaded with weights_only=True)."
+            exists=True,
+            help="safetensors, or a state_dict or a checkpoint that holds one (loaded with weights_only=True).",
         ),
     ] = None
     num_classes: Annotated[
@@ -59,9 +58,12 @@ class ModelOptions:
             help="Normalise inside the model: images, and so eps, stay in [0, 1].",
         ),
     ] = None
-    placement: Annotated[str, typer.Option(metavar="NAME", help=f"Sites to take: of {', '.join(PLACEMENTS)}.")] = (
-        "activations"
-    )
+    placement: Annotated[
+        Any,
+        typer.Option(
+            parser=parsing.name(PLACEMENTS), metavar="NAME", help=f"Sites to take: of {', '.join(PLACEMENTS)}."
+        ),
+    ] = "activations"
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [cuda if there is one]")] = None
 
 
@@ -72,8 +74,9 @@ class DataOptions:
     data: Annotated[
         Path,
         typer.Option(
+            exists=True,
             help="Directory of one directory of images per class, of CIFAR's batches, of IDX or .npy files, or .npz "
-            "with arrays images and labels (or NAME_images and NAME_labels: --split NAME); see docs/data.md."
+            "with arrays images and labels (or NAME_images and NAME_labels: --split NAME); see docs/data.md.",
         ),
     ]
     split: Annotated[
@@ -103,7 +106,7 @@ class ThreatOptions:
     eps: Annotated[
         Any, typer.Option(parser=parsing.fraction, metavar="EPS", help="Radius of the ball: 0.1, 8/255, ...")
     ] = "8/255"
-    norm: Annotated[str, typer.Option(help="Linf or L2.")] = "Linf"
+    norm: Annotated[Any, typer.Option(parser=parsing.name(NORMS), metavar="NORM", help="Linf or L2.")] = "Linf"
     backwards: Annotated[
         Any,
         typer.Option(
@@ -137,7 +140,15 @@ class PaceOptions:
 
     def as_arguments(self) -> dict[str, Any]:
         """Return the arguments of `select_alpha` and `evaluate`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        arguments = {field.name: getattr(self, field.name) for field in fields(self)}
+        return arguments | {"amp": dtype_of(self.amp)}
+
+
+def dtype_of(name: str | None) -> Any:
+    """Return torch's dtype of that name."""
+    import torch
+
+    return None if name is None else getattr(torch, name)
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

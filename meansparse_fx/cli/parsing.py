@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
-import torch
 import typer
 
-from ..errors import EvaluationError
-from ..evaluate.plan import plan_runs
-from ..evaluate.surrogates import surrogate
-from ..zoo import IMAGENET
+from ..names import ATTACK_NAMES, IMAGENET, SOURCES, SPECS, SURROGATES
 
 
 def fraction(text: str) -> float:
@@ -24,16 +22,6 @@ def fraction(text: str) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise typer.BadParameter(f"{text!r} is not a number from 0, such as 0.1 or 8/255")
     return value
-
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # that autocast knows
-
-
-def dtype(text: str) -> torch.dtype:
-    """Return the dtype of a name in `DTYPES`."""
-    if text not in DTYPES:
-        raise typer.BadParameter(f"{text!r} is none of {', '.join(DTYPES)}")
-    return DTYPES[text]
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -69,30 +57,52 @@ def names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
     """Return a parser of comma-separated names out of ``known``."""
 
     def parse(text: str) -> tuple[str, ...]:
-        found = tuple(name.strip() for name in text.split(","))
-        if unknown := [name for name in found if name not in known]:
+        found = tuple(part.strip() for part in text.split(","))
+        if unknown := [part for part in found if part not in known]:
             raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(known)}")
         return found
 
     return parse
 
 
+def name(known: Iterable[str]) -> Callable[[str], str]:
+    """Return a parser of one name out of ``known``."""
+
+    def parse(text: str) -> str:
+        if text not in known:
+            raise typer.BadParameter(f"{text!r} is none of {', '.join(known)}")
+        return text
+
+    return parse
+
+
+def model(text: str) -> str:
+    """Return what names a model, if it can name one."""
+    source, _, rest = text.rpartition(":")
+    if source.endswith(".py") and not Path(source).is_file():
+        raise typer.BadParameter(f"{source}: no such file")
+    if not (text == "bundled" or (rest and (source in SOURCES or source.endswith(".py")))):
+        raise typer.BadParameter(f"{text!r} names no model; expected {SPECS}")
+    return text
+
+
 def attacks(text: str) -> tuple[str, ...]:
     """Return comma-separated names of attacks, some with their backward: ``apgd-ce/annealed,square``."""
-    found = tuple(name.strip() for name in text.split(","))
-    try:
-        plan_runs(found, ("exact",), 0)
-    except EvaluationError as error:
-        raise typer.BadParameter(str(error)) from error
+    found = tuple(part.strip() for part in text.split(","))
+    for part in found:
+        attack, slash, backward = part.partition("/")
+        if attack not in ATTACK_NAMES:
+            raise typer.BadParameter(f"unknown attack {attack!r}: expected one of {', '.join(ATTACK_NAMES)}")
+        if slash:
+            backwards(backward)
     return found
 
 
 def backwards(text: str) -> tuple[str, ...]:
     """Return comma-separated names of surrogates: ``exact,smooth-3``."""
-    found = tuple(name.strip() for name in text.split(","))
-    try:
-        for name in found:
-            surrogate(name)
-    except EvaluationError as error:
-        raise typer.BadParameter(str(error)) from error
+    found = tuple(part.strip() for part in text.split(","))
+    for part in found:
+        if part not in SURROGATES and not re.fullmatch(r"smooth-[0-9]*\.?[0-9]+", part):
+            known = ", ".join(SURROGATES)
+            raise typer.BadParameter(f"unknown backward {part!r}: expected one of {known}, or smooth-STEEPNESS")
     return found

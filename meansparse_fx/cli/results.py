@@ -7,14 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..alpha import AlphaSearch, result
-from ..artifacts import read_json, require_place, write_folder
-from ..errors import ArtifactError, StatisticsError
-from ..evaluate import Evaluation, verdict
-from ..report import result_files
-from ..statistics import Statistics
+from ..errors import StatisticsError
 from . import parsing
-from .loading import console
+
+FORMS = ("pdf", "png", "svg")
 
 
 def figures(
@@ -27,7 +23,12 @@ def figures(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write into.")] = Path(),
-    form: Annotated[str, typer.Option("--format", help="Of the figures: pdf, png or svg.")] = "pdf",
+    form: Annotated[
+        Any,
+        typer.Option(
+            "--format", parser=parsing.name(FORMS), metavar="FORMAT", help=f"Of the figures: {', '.join(FORMS)}."
+        ),
+    ] = "pdf",
     site: Annotated[str | None, typer.Option(help="Of a histogram, as show lists it. [the typical one]")] = None,
     channel: Annotated[int | None, typer.Option(min=0, help="Of the site. [the typical one]")] = None,
     alpha: Annotated[
@@ -35,8 +36,13 @@ def figures(
     ] = "0.3",
 ) -> None:
     """Write the figures of a search, an evaluation or statistics, and its tables as LaTeX and CSV."""
-    if form not in ("pdf", "png", "svg"):
-        raise ArtifactError(f"--format {form}: pdf, png or svg")
+    from ..alpha import AlphaSearch, result
+    from ..artifacts import read_json, require_place, write_folder
+    from ..evaluate import Evaluation, verdict
+    from ..report import result_files
+    from ..statistics import Statistics
+    from .loading import console
+
     require_place(out, folder=True)
     with file.open("rb") as opened:
         tensors = opened.read(9)[8:] == b"{"  # safetensors: eight bytes of length, then the header

@@ -4,37 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from torch import fx
 
-from ..alpha import ALPHAS, CLEAN_BUDGET, SEARCH_ATTACKS, select_alpha
-from ..artifacts import require_place, write_folder
 from ..errors import ArtifactError
-from ..evaluate import Evidence, external_evaluation
-from ..evaluate import evaluate as run_evaluate
-from ..evaluate import verify as run_verify
-from ..evaluate.run import DEFAULT_ATTACKS
-from ..histogram import band_shares, feature_histogram
-from ..kernels.reference import VARIANTS
-from ..operators import set_alpha, set_variant
-from ..report import headline, result_files, write_report
-from ..statistics import Statistics
-from ..transform import transform
+from ..names import ALPHAS, CLEAN_BUDGET, DEFAULT_ATTACKS, SEARCH_ATTACKS, VARIANTS
 from . import parsing
-from .loading import (
-    console,
-    device_of,
-    first_images,
-    join_processes,
-    leave_processes,
-    open_images,
-    open_model,
-    open_sparse,
-)
 from .options import Attacks, DataOptions, ModelOptions, PaceOptions, Queries, StatisticsFile, Steps, ThreatOptions
+
+if TYPE_CHECKING:
+    from torch import fx
 
 HISTOGRAM_IMAGES = 64  # of the test images; enough values for a histogram, few enough for any model's memory
 _SEARCH_ATTACKS = ",".join(SEARCH_ATTACKS)
@@ -74,6 +54,12 @@ def select(
     ] = None,
 ) -> None:
     """Choose alpha on held-out images: best worst case under attack within the clean budget."""
+    from ..alpha import select_alpha
+    from ..artifacts import require_place, write_folder
+    from ..report import result_files
+    from .loading import check_attacks, console, open_images, open_sparse
+
+    check_attacks(threat, attacks)
     if out is not None:
         require_place(out)
     if report is not None:
@@ -130,6 +116,23 @@ def evaluate(
 
     Under torchrun each process takes its share: torchrun --nproc-per-node 4 -m meansparse_fx evaluate ...
     """
+    from ..artifacts import require_place
+    from ..evaluate import evaluate
+    from ..histogram import band_shares, feature_histogram
+    from ..report import headline, write_report
+    from ..statistics import Statistics
+    from .loading import (
+        check_attacks,
+        console,
+        device_of,
+        first_images,
+        join_processes,
+        leave_processes,
+        open_images,
+        open_sparse,
+    )
+
+    check_attacks(threat, attacks)
     if report is not None:
         require_place(report, folder=True)
     if save_adversarial is not None:
@@ -138,7 +141,7 @@ def evaluate(
     images = open_images(data)
     sparse = open_sparse(model, images, statistics)
     put_alpha(sparse, alpha)
-    evaluation = run_evaluate(
+    evaluation = evaluate(
         sparse,
         images.loader(data.batch_size),
         attacks=attacks,
@@ -185,11 +188,17 @@ def verify(
 
     Alpha and variant are those of the file. Exit status 1 if a model is right where the file says it is wrong.
     """
+    import torch
+
+    from ..evaluate import Evidence, external_evaluation, verify
+    from ..transform import transform
+    from .loading import console, device_of, open_model
+
     images = Evidence.load(file).images
     sparse = transform(
         open_model(model), images[:2].to(device_of(model)), placement=model.placement, statistics=statistics
     )
-    found = run_verify(file, sparse)
+    found = verify(file, sparse)
     console().print(str(found), highlight=False)
     if robustbench is not None:
         torch.save(external_evaluation(file), robustbench)
@@ -199,6 +208,8 @@ def verify(
 
 def put_alpha(sparse: fx.GraphModule, written: str) -> None:
     """Set alpha as it was typed: a number, or the file of a search."""
+    from ..operators import set_alpha, set_variant
+
     path = Path(written)
     if not path.is_file():
         set_alpha(sparse, parsing.fraction(written))

@@ -7,15 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..artifacts import require_place
-from ..calibrate import calibrate as run_calibrate
 from ..errors import StatisticsError
-from ..shards import own_file, place
-from ..statistics import Statistics
-from ..statistics.summary import summary_table
 from . import parsing
-from .loading import console, join_processes, leave_processes, open_images, open_sparse
-from .options import Amp, DataOptions, ModelOptions
+from .options import Amp, DataOptions, ModelOptions, dtype_of
 
 
 def calibrate(
@@ -48,12 +42,18 @@ def calibrate(
 
     Under torchrun each process takes its share: torchrun --nproc-per-node 4 -m meansparse_fx calibrate ...
     """
+    from ..artifacts import require_place
+    from ..calibrate import calibrate
+    from ..shards import own_file, place
+    from ..statistics.summary import summary_table
+    from .loading import console, join_processes, leave_processes, open_images, open_sparse
+
     require_place(out)
     model, group = join_processes(model)
     rank, world = place(group)
     images = open_images(data)
     sparse = open_sparse(model, images)
-    found = run_calibrate(
+    found = calibrate(
         sparse,
         images.loader(data.batch_size, (rank, world), workers, next(sparse.parameters()).is_cuda),
         metadata={"data": images.description, "model": model.model},
@@ -61,7 +61,7 @@ def calibrate(
         histograms=histograms,
         checkpoint=checkpoint,
         every=every,
-        amp=amp,
+        amp=dtype_of(amp),
         channels_last=channels_last,
         group=group,
         timeout=timeout,
@@ -77,6 +77,10 @@ def calibrate(
 
 def show(file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Statistics file.")]) -> None:
     """Show what a statistics file holds."""
+    from ..statistics import Statistics
+    from ..statistics.summary import summary_table
+    from .loading import console
+
     console().print(summary_table(Statistics.load(file)))
 
 
@@ -87,6 +91,10 @@ def merge(
     """Merge statistics of different images into what one pass over all of them would have measured."""
     if len(files) < 2:
         raise StatisticsError("merge needs two files or more")
+    from ..artifacts import require_place
+    from ..statistics import Statistics
+    from .loading import console
+
     require_place(out)
     merged = Statistics.load(files[0])
     for file in files[1:]:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from ..batches import as_batches, labelled, length
 from ..errors import EvaluationError
+from ..names import DEFAULT_ATTACKS
 from ..operators import get_alpha, operators, require_transformed
 from ..passes import restore
 from ..progress import bar
@@ -26,7 +27,6 @@ from .provenance import check_calibration
 from .sanity import Check
 from .verdict import Evaluation
 
-DEFAULT_ATTACKS = ("adaptive",)
 SANITY_IMAGES = 100
 
 

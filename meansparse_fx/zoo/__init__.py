@@ -1,6 +1,7 @@
 """Floor 5: from a short text to a model."""
 
-from .models import IMAGENET, SPECS, Normalised, input_shape, load_model
+from ..names import IMAGENET, SPECS
+from .models import Normalised, input_shape, load_model
 from .weights import load_weights, read_state_dict
 
 __all__ = ["IMAGENET", "SPECS", "Normalised", "input_shape", "load_model", "load_weights", "read_state_dict"]

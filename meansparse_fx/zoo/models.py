@@ -22,13 +22,9 @@ from torch import Tensor, nn
 from .. import bundled
 from ..bundled.network import FashionResNet
 from ..errors import ModelError
+from ..names import SPECS
 from . import robustbench
 from .weights import load_weights, some
-
-SPECS = "timm:NAME, torchvision:NAME, robustbench:Linf/cifar10/NAME, path/to/file.py:function, or bundled"
-
-# Mean and deviation per colour that most ImageNet weights were trained with.
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Normalised(nn.Module):

@@ -1,0 +1,14 @@
+"""The front door: what is public, under the names that `meansparse_fx` has for it. Imports every floor but the top."""
+
+# ruff: noqa: F401
+from .activations import register_activation
+from .alpha import AlphaSearch, select_alpha
+from .backend import compile_report
+from .calibrate import calibrate
+from .cost import Cost, cost
+from .errors import MeanSparseError
+from .evaluate import Evaluation, evaluate, verify
+from .operators import get_alpha, load_published, operators, set_alpha, set_backward, set_statistics, set_variant
+from .sites import PLACEMENTS, Placement, Site, SitePlan
+from .statistics import Statistics
+from .transform import inspect, restore, transform
