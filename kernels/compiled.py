@@ -31,6 +31,8 @@ _LOGGER = logging.getLogger("meansparse_fx.kernels")
 @functools.cache
 def available() -> bool:
     """Return whether Inductor finds a C++ compiler."""
+    # Said by torch when it looks for compilers on a machine without a GPU, which is no news for CPU kernels.
+    logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.msg)
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
 

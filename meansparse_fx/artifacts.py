@@ -11,6 +11,7 @@ import glob
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -107,7 +108,9 @@ def write_whole(path: str | Path, make: Callable[[Path], object], rescue: bool =
 def _replace(path: Path, make: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        mode = usual_mode(temporary)
         make(temporary)
+        temporary.chmod(mode)  # safetensors gives its own files to their owner alone
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -115,6 +118,12 @@ def _replace(path: Path, make: Callable[[Path], object]) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def usual_mode(path: Path) -> int:
+    """Return the permissions of a new file, as the user's umask has them; ``path`` is empty then."""
+    path.touch()
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from .artifacts import require_place
+from .artifacts import require_place, usual_mode
 from .batches import examples
 from .capture.copies import copied
 from .capture.derivatives import own_derivatives
@@ -111,7 +111,9 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
         partial = Path(directory, f"model{suffix}")
         try:
+            mode = usual_mode(partial)
             write(program, partial)
+            partial.chmod(mode)
             os.replace(partial, path)
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
@@ -168,7 +170,10 @@ def _write_onnx(program: ExportedProgram, path: Path) -> None:
     if size > _ONNX_LIMIT:
         raise ArtifactError(f"{size / 2**30:.1f} GiB of weights: an ONNX file holds 2 GiB at most; use another format")
     try:
-        model = torch.onnx.export(program, input_names=["images"], output_names=["logits"], verbose=False)
+        names = ({0: "batch"},) if program.range_constraints else None
+        model = torch.onnx.export(
+            program, input_names=["images"], output_names=["logits"], dynamic_shapes=names, verbose=False
+        )
     except torch.onnx.errors.OnnxExporterError as error:
         raise ArtifactError(f"torch.onnx cannot express this model: {error}") from error
     assert model is not None

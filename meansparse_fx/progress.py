@@ -24,6 +24,12 @@ def bar(enabled: bool = True) -> Progress:
     )
 
 
+def say_resumed(display: Progress, what: str, place: int, total: int | None) -> None:
+    """Say where a run goes on that an earlier process began: ``goes on from batch 3 of 12``."""
+    if not display.disable and (total is None or place <= total):
+        display.console.print(f"goes on from {what} {place}" + (f" of {total}" if total else ""), highlight=False)
+
+
 def track(items: Iterable[T], description: str, total: int | None = None, enabled: bool = True) -> Iterator[T]:
     """Yield ``items`` under a progress bar."""
     with bar(enabled) as progress:

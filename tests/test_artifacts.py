@@ -146,3 +146,14 @@ def test_a_finished_calibration_needs_no_checkpoint(net, images, tmp_path, monke
     assert found.images == 12
     with pytest.raises(WriteError, match="its directory does not exist"):
         msfx.calibrate(sparse, images.split(5), checkpoint=tmp_path / "none" / "c", progress=False)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_files_follow_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        artifacts.write(tmp_path / "a", "kind", "1", {}, {"x": torch.zeros(1)})
+        artifacts.write_whole(tmp_path / "b", lambda place: place.write_text("b"))
+    finally:
+        os.umask(before)
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in "ab"} == {0o666 & ~mask}

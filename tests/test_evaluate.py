@@ -747,3 +747,31 @@ def test_images_that_were_calibrated_on_are_noticed(net, images, tmp_path):
     seen = calibration_check(sparse, load_images(tmp_path / "x.npz", skip=6).loader(4))
     assert not seen.passed
     assert "2 of these images were calibrated on" in seen.finding
+
+
+def test_a_resumed_run_says_where_it_goes_on(sparse, test_set, tmp_path, monkeypatch, capsys):
+    options = ONE_STEP | {"progress": True, "batch_size": 5, "checkpoint": tmp_path / "c"}
+    count_attacks(monkeypatch, 3)  # each batch meets one attack for the base and one for the sparse model
+    with pytest.raises(Killed):
+        msfx.evaluate(sparse, test_set, **options)
+    assert "goes on" not in capsys.readouterr().out
+    count_attacks(monkeypatch)
+    msfx.evaluate(sparse, test_set, **options)
+    assert "goes on from batch 2 of 3\n" in capsys.readouterr().out
+
+
+def test_a_resumed_calibration_says_where_it_goes_on(net, images, tmp_path, capsys):
+    sparse, kept = msfx.transform(net, images), tmp_path / "c"
+
+    class Broken(list):
+        def __getitem__(self, index):
+            if index == 2 and not (tmp_path / "mended").exists():
+                raise Killed
+            return super().__getitem__(index)
+
+    batches = Broken(images.split(4))
+    with pytest.raises(Killed):
+        msfx.calibrate(sparse, batches, checkpoint=kept, every=0)
+    (tmp_path / "mended").touch()
+    msfx.calibrate(sparse, batches, checkpoint=kept, every=0)
+    assert "goes on from batch 3 of 3\n" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -65,8 +66,13 @@ def test_files_compute_what_the_model_computes(tmp_path, make, format):
     if format == "onnx":
         pytest.importorskip("onnxscript")
     sparse, images = sparse_of(make)
+    os.umask(umask := os.umask(0))
     path = export(sparse, images, tmp_path / f"model{SUFFIX[format]}", format)
     assert list(tmp_path.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    if format == "onnx":
+        inputs = pytest.importorskip("onnx").load(path).graph.input
+        assert [i.type.tensor_type.shape.dim[0].dim_param for i in inputs] == ["batch"]
     with torch.no_grad():
         expected = sparse(images)
         msfx.set_alpha(sparse, 0.0)

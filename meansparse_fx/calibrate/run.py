@@ -20,7 +20,7 @@ from ..errors import CalibrationError, DataError, WriteError
 from ..kernels import ops
 from ..operators import operators, require_transformed, set_statistics
 from ..passes import observe
-from ..progress import bar
+from ..progress import bar, say_resumed
 from ..statistics import ChannelStatistics, Statistics, fingerprint, graph_fingerprint
 from .bins import Bins
 from .checkpoint import Checkpoint
@@ -160,6 +160,8 @@ class _Pass:
             if self._source.batches is None:
                 raise CalibrationError("several processes with a tolerance need loaders that know their length")
             shared_end = int(max(self._ranks.gather(torch.tensor(self._source.batches), "batches")))
+        if tally.batches:
+            say_resumed(display, "batch", tally.batches + 1, self._source.batches)
         task = display.add_task("calibrate", total=self._source.images, completed=tally.images, note="")
         began = looked = time.monotonic()
         already, latest = tally.images, None

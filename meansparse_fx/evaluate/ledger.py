@@ -67,6 +67,11 @@ class Ledger:
         """Seconds spent, those of the earlier processes included."""
         return self._before + time.monotonic() - self._began
 
+    @property
+    def batches(self) -> int:
+        """How many batches have been met, the last of them perhaps not by every attack."""
+        return len(self._digests)
+
     def require_same(self, what: str, images: Tensor, labels: Tensor) -> None:
         """Raise EvaluationError if a batch is not what it was when its results were found.
 

@@ -15,7 +15,7 @@ from ..errors import EvaluationError
 from ..names import DEFAULT_ATTACKS
 from ..operators import get_alpha, operators, require_transformed
 from ..passes import restore
-from ..progress import bar
+from ..progress import bar, say_resumed
 from ..shards import gather, own_file, place
 from ..statistics import fingerprint
 from .attacks import AttackSettings
@@ -110,6 +110,8 @@ def evaluate(
     keep = save_adversarial is not None
     comparison = Comparison(models, runs, settings, ledger, full_rows, compile, amp, keep)
     with bar(progress and rank == 0) as display, ledger:
+        if ledger.batches:
+            say_resumed(display, "batch", ledger.batches, length(as_batches(test, batch_size, pair=True)))
         task = display.add_task("attack", total=_count(test, batch_size, 2 * len(runs), world), note="")
         seen: list[str] = []
         calibration: Check | None = None
