@@ -288,6 +288,22 @@ def test_the_users_disk_is_no_bug(model, data, monkeypatch):
     check_error(run("calibrate", model, "--data", data, "--out", "s"), "somewhere: No space left on device")
 
 
+def test_dry_runs_say_how_long_and_write_nothing(tmp_path, model, data, statistics):
+    calibrate = ("calibrate", model, "--data", data, "--out", tmp_path / "s", "--batch-size", 10)
+    attack = (model, "--data", data, "--statistics", statistics, "--steps", 1, "--skip", 20, "--batch-size", 5,
+              "--checkpoint", tmp_path / "c", "--attacks", "pgd")  # fmt: skip
+    before = {*tmp_path.iterdir()}
+    for command, count, whole in (
+        (calibrate, 10, 30),
+        (("select", *attack, "--alphas", "0.2"), 5, 10),
+        (("evaluate", *attack, "--alpha", "0.2"), 5, 10),
+    ):
+        done = run(*command, "--dry-run")
+        assert done.exit_code == 0, done.output
+        assert re.search(rf"dry run: \d+\.\d\d s for {count} images, so about \d:\d\d:\d\d for {whole}\n", done.stdout)
+    assert {*tmp_path.iterdir()} == before
+
+
 def test_assumed_sizes_are_printed(tmp_path, model, data, statistics):
     assert "assumed: images 1x28x28 (--input-shape" in run("inspect", "bundled").stderr
     done = run("export", model, "--statistics", statistics, "--alpha", 0.2, "--out", tmp_path / "a.pt2")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,25 @@ def random_images(options: ModelOptions, net: nn.Module, shape: tuple[int, ...] 
         shape = input_shape(net.model if isinstance(net, Normalised) else net)
         say(f"assumed: images {'x'.join(map(str, shape))} (--input-shape gives another)")
     return torch.rand(2, *shape, device=device_of(options))
+
+
+def estimate(images: ImageSet, batch_size: int, work: Callable[[list[Any]], object], warm: bool = False) -> None:
+    """Do one batch and print how long all images would take.
+
+    Args:
+        images: All of them.
+        batch_size: How many are one batch.
+        work: What is to be done with a list of batches.
+        warm: Do it once before it is timed: what is only done once would count for every batch.
+    """
+    first = next(iter(images.loader(batch_size)))
+    if warm:
+        work([first])
+    began = time.monotonic()
+    work([first])
+    seconds, count = time.monotonic() - began, len(first[1])
+    whole = timedelta(seconds=round(seconds * len(images) / count))
+    console().print(f"dry run: {seconds:.2f} s for {count} images, so about {whole} for {len(images)}", highlight=False)
 
 
 def check_attacks(threat: ThreatOptions, attacks: Sequence[str]) -> None:

@@ -32,6 +32,9 @@ Amp = Annotated[
     Any,
     typer.Option(parser=parsing.name(AUTOCAST), metavar="DTYPE", help=f"Autocast the model: {' or '.join(AUTOCAST)}."),
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Do one batch, say how long all of them would take, and keep nothing.")
+]
 StatisticsFile = Annotated[Path, typer.Option("--statistics", exists=True, dir_okay=False, help="From calibrate.")]
 
 

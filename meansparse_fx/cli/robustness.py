@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,17 @@ import typer
 from ..errors import ArtifactError
 from ..names import ALPHAS, CLEAN_BUDGET, DEFAULT_ATTACKS, SEARCH_ATTACKS, VARIANTS
 from . import parsing
-from .options import Attacks, DataOptions, ModelOptions, PaceOptions, Queries, StatisticsFile, Steps, ThreatOptions
+from .options import (
+    Attacks,
+    DataOptions,
+    DryRun,
+    ModelOptions,
+    PaceOptions,
+    Queries,
+    StatisticsFile,
+    Steps,
+    ThreatOptions,
+)
 
 if TYPE_CHECKING:
     from torch import fx
@@ -52,12 +63,13 @@ def select(
     report: Annotated[
         Path | None, typer.Option(help="Directory for the search's figures (PDF), tables (LaTeX, CSV) and search.json.")
     ] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Choose alpha on held-out images: best worst case under attack within the clean budget."""
     from ..alpha import select_alpha
     from ..artifacts import require_place, write_folder
     from ..report import result_files
-    from .loading import check_attacks, console, open_images, open_sparse
+    from .loading import check_attacks, console, estimate, open_images, open_sparse
 
     check_attacks(threat, attacks)
     if out is not None:
@@ -65,9 +77,9 @@ def select(
     if report is not None:
         require_place(report, folder=True)
     images = open_images(data)
-    search = select_alpha(
+    search_in: Any = partial(
+        select_alpha,
         open_sparse(model, images, statistics),
-        images.loader(data.batch_size),
         alphas=alphas,
         attacked=attacked,
         clean_budget=clean_budget,
@@ -80,6 +92,10 @@ def select(
         **threat.as_arguments(),
         **pace.as_arguments(),
     )
+    if dry_run:
+        estimate(images, data.batch_size, lambda batches: search_in(batches, checkpoint=None, progress=False))
+        return
+    search = search_in(images.loader(data.batch_size))
     console().print(search.table())
     chosen = f"alpha {search.alpha:g}" if isinstance(search.alpha, float) else f"alpha by site: {search.alpha}"
     variant = f", variant {search.variant}" if search.variant != "mean" else ""
@@ -111,6 +127,7 @@ def evaluate(
     attacks: Attacks = _DEFAULT_ATTACKS,
     steps: Steps = 100,
     queries: Queries = 5000,
+    dry_run: DryRun = False,
 ) -> None:
     """Compare MODEL with its base under the same attacks, on test images that nothing else saw.
 
@@ -125,6 +142,7 @@ def evaluate(
         check_attacks,
         console,
         device_of,
+        estimate,
         first_images,
         join_processes,
         leave_processes,
@@ -141,17 +159,20 @@ def evaluate(
     images = open_images(data)
     sparse = open_sparse(model, images, statistics)
     put_alpha(sparse, alpha)
-    evaluation = evaluate(
+    attack: Any = partial(
+        evaluate,
         sparse,
-        images.loader(data.batch_size),
         attacks=attacks,
         steps=steps,
         queries=queries,
-        group=group,
-        save_adversarial=save_adversarial,
         **threat.as_arguments(),
         **pace.as_arguments(),
     )
+    if dry_run:  # the checks, which look at a hundred images whatever there are, come on top
+        single: Any = partial(attack, sanity_images=0, checkpoint=None, progress=False)
+        estimate(images, data.batch_size, single)
+        return
+    evaluation = attack(images.loader(data.batch_size), group=group, save_adversarial=save_adversarial)
     if not leave_processes(group):
         return
     console().print(evaluation.table())

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import StatisticsError
 from . import parsing
-from .options import Amp, DataOptions, ModelOptions, dtype_of
+from .options import Amp, DataOptions, DryRun, ModelOptions, dtype_of
 
 
 def calibrate(
@@ -37,6 +37,7 @@ def calibrate(
     timeout: Annotated[
         float, typer.Option(min=1, metavar="SECONDS", help="Silence after which another process counts as dead.")
     ] = 600.0,
+    dry_run: DryRun = False,
 ) -> None:
     """Measure mean and deviation of every site's channels in one pass over training images.
 
@@ -46,13 +47,18 @@ def calibrate(
     from ..calibrate import calibrate
     from ..shards import own_file, place
     from ..statistics.summary import summary_table
-    from .loading import console, join_processes, leave_processes, open_images, open_sparse
+    from .loading import console, estimate, join_processes, leave_processes, open_images, open_sparse
 
     require_place(out)
     model, group = join_processes(model)
     rank, world = place(group)
     images = open_images(data)
     sparse = open_sparse(model, images)
+    if dry_run:
+        options = {"amp": dtype_of(amp), "channels_last": channels_last, "histograms": histograms, "progress": False}
+        estimate(images, data.batch_size, lambda batches: calibrate(sparse, batches, **options), warm=True)
+        leave_processes(group)
+        return
     found = calibrate(
         sparse,
         images.loader(data.batch_size, (rank, world), workers, next(sparse.parameters()).is_cuda),
