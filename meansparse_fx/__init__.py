@@ -52,17 +52,19 @@ __all__ = [
 
 
 class _Public:
-    """A public name of the package, found in `public`; a room of the same name does not hide it."""
+    """A public name of the package, which `public` puts there; a room of the same name does not hide it."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __get__(self, package: ModuleType, _: type) -> Any:
-        return vars(package).get(f"_{self._name}") or getattr(import_module(f"{__name__}.public"), self._name)
+        if self._name not in vars(package):
+            import_module(f"{__name__}.public")
+        return vars(package)[self._name]
 
     def __set__(self, package: ModuleType, value: Any) -> None:
         if not isinstance(value, ModuleType):  # rooms are put here by the import system
-            vars(package)[f"_{self._name}"] = value
+            vars(package)[self._name] = value
 
 
 sys.modules[__name__].__class__ = type("Package", (ModuleType,), {name: _Public(name) for name in __all__})

@@ -1,6 +1,9 @@
 """The front door: what is public, under the names that `meansparse_fx` has for it. Imports every floor but the top."""
 
 # ruff: noqa: F401
+
+import sys
+
 from .activations import register_activation
 from .alpha import AlphaSearch, select_alpha
 from .backend import compile_report
@@ -12,3 +15,6 @@ from .operators import get_alpha, load_published, operators, set_alpha, set_back
 from .sites import PLACEMENTS, Placement, Site, SitePlan
 from .statistics import Statistics
 from .transform import inspect, restore, transform
+
+_package = sys.modules[__package__ or ""]
+vars(_package).update({name: value for name, value in globals().items() if name in _package.__all__})
