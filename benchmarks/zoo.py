@@ -1,12 +1,13 @@
 """Transform a fixed list of models, and write what became of each as a table.
 
-    python -m benchmarks.zoo [--only PATTERN] [--fresh] [--out FILE] [--doc FILE]
+    python -m benchmarks.zoo [--extra] [--only PATTERN] [--fresh] [--out FILE] [--doc FILE]
 
 Every RobustBench architecture, the families of timm and of torchvision, with random weights; on one core about a
-quarter of an hour. Whatever `transform` itself has checked, each transformed model is run here, and compared with its
-base in numbers. Seconds are those of the processor: other work on the machine lengthens them a little, and wall time a
-lot. The CSV is written model by model: what it holds is not measured again unless --fresh. The page in docs/ is made
-from the CSV.
+quarter of an hour. With --extra instead models of transformers, segmentation_models_pytorch and open_clip, which have
+to be installed, and torchvision's for segmentation; some minutes. Whatever `transform` itself has checked, each
+transformed model is run here, and compared with its base in numbers. Seconds are those of the processor: other work on
+the machine lengthens them a little, and wall time a lot. The CSV is written model by model: what it holds is not
+measured again unless --fresh. The page in docs/ is made from both CSVs.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ import torch
 from torch import Tensor, nn
 
 import meansparse_fx
+from meansparse_fx.outputs import flatten
 from meansparse_fx.zoo import input_shape
 
 from .harness import RESULTS, device_name
+from .zoo_extra import EXTRA, library
 from .zoo_models import MODELS, build
 
 DOC = Path(__file__).parents[1] / "docs" / "zoo.md"
@@ -58,7 +61,7 @@ class Row:
         find_cpu_s: Finding the sites.
         transform_cpu_s: All of `transform`.
         error: What went wrong.
-        device, torch, threads: Where it ran.
+        device, torch, threads: Where it ran; of models of other libraries also with which.
     """
 
     model: str
@@ -85,7 +88,7 @@ def measure(name: str) -> Row:
     known: dict[str, Any] = {
         "model": name,
         "device": device_name("cpu"),
-        "torch": torch.__version__,
+        "torch": " with ".join([torch.__version__, *library(name)]),
         "threads": torch.get_num_threads(),
     }
     try:
@@ -113,7 +116,7 @@ def measure(name: str) -> Row:
     return Row(**known)
 
 
-def _first_forward(model: nn.Module) -> tuple[Tensor, Tensor, float]:
+def _first_forward(model: nn.Module) -> tuple[Tensor, Any, float]:
     """Return images that the model takes, what it makes of them, and the seconds it takes for that."""
     own = input_shape(model)
     sizes = [own[-1]] if own[-1] < SMALL else [SMALL, own[-1]]
@@ -155,20 +158,30 @@ def _counts(words: Any) -> str:
 
 
 def _gradient(model: nn.Module, images: Tensor) -> Tensor | None:
-    """Return the gradient of a combination of the logits with respect to the images; None if there is none."""
+    """Return the gradient of a combination of all that a model returns with respect to the images; None if none."""
     images = images.clone().requires_grad_()
     with torch.enable_grad():
-        logits = model(images.clone())
-        total = (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum()
+        parts = [t for t in flatten(model(images.clone()))[0] if isinstance(t, Tensor)]
+        total = sum((t * torch.linspace(-1, 1, t.numel()).view_as(t)).sum() for t in parts)
     return torch.autograd.grad(total, images, allow_unused=True)[0] if total.requires_grad else None
 
 
-def _difference(actual: Tensor | None, expected: Tensor | None) -> str:
-    if actual is None or expected is None:
-        return "none" if actual is expected else "only one has any"
-    if not expected.isfinite().all():
-        return "not finite"
-    return "bitwise" if torch.equal(actual, expected) else f"{(actual - expected).abs().max().item():.1e}"
+def _difference(actual: Any, expected: Any) -> str:
+    (parts, form), (others, other_form) = flatten(actual), flatten(expected)
+    if form != other_form:
+        return "other containers"
+    differences = []
+    for a, b in zip(parts, others, strict=True):
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+            if a is not b and a != b:
+                return "only one has any"
+        elif not b.isfinite().all():
+            return "not finite"
+        elif not torch.equal(a, b):
+            differences.append((a - b).abs().max().item())
+    if not any(isinstance(part, Tensor) for part in others):
+        return "none"
+    return f"{max(differences):.1e}" if differences else "bitwise"
 
 
 def read(path: Path) -> dict[str, Row]:
@@ -188,7 +201,7 @@ def write(rows: dict[str, Row], path: Path) -> None:
     with part.open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)])
         writer.writeheader()
-        writer.writerows(asdict(rows[name]) for name in MODELS if name in rows)
+        writer.writerows(asdict(rows[name]) for name in (*MODELS, *EXTRA) if name in rows)
     part.replace(path)
 
 
@@ -198,8 +211,8 @@ _COLUMNS = ("model", "image", "route", "checked", "rewritten", "skipped", "nodes
 _COLUMNS += ("input gradient bitwise", "forward", "capture", "find", "transform")
 
 
-def page(rows: Sequence[Row]) -> str:
-    """Return docs/zoo.md."""
+def page(rows: Sequence[Row], extra: Sequence[Row] = ()) -> str:
+    """Return docs/zoo.md, of the list and of other libraries' models."""
     captured = [row for row in rows if row.route]
     routes = Counter(row.route for row in captured)
     checked = Counter(row.checked for row in captured)
@@ -234,16 +247,33 @@ def page(rows: Sequence[Row]) -> str:
         "images, its first; `capture` and `find` are parts of `transform`. All in seconds of the processor; other work",
         "shared it.",
         "",
-        f"| {' | '.join(_COLUMNS)} |",
-        f"|{'---|' * len(_COLUMNS)}",
+        *_table(captured),
     ]
-    lines += [
+    if extra:
+        bitwise = sum(row.equal == row.gradient == "bitwise" for row in extra)
+        lines += [
+            "",
+            "## Other libraries",
+            "",
+            "Made by `python -m benchmarks.zoo --extra`: random weights from small configurations, unwrapped, whatever",
+            f"they return. {sum(bool(r.route) for r in extra)} of {len(extra)} are transformed; {bitwise} have every",
+            "tensor of the base's result, in the same containers, and its input gradient bit for bit.",
+            f"Measured with {'; '.join(sorted({row.torch for row in extra}))}.",
+            "",
+            *_table([row for row in extra if row.route]),
+            *(f"\n{row.model} fails: {_cell(row.error)}" for row in extra if not row.route),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    head = [f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * len(_COLUMNS)}"]
+    return head + [
         f"| {r.model} | {r.image} | {r.route} | {r.checked} | {r.rewritten} | {r.skipped} | {r.nodes} | {r.equal} "
         f"| {'yes' if r.gradient == 'bitwise' else r.gradient} "
         f"| {r.forward_cpu_s:.2f} | {r.capture_cpu_s:.2f} | {r.find_cpu_s:.2f} | {r.transform_cpu_s:.2f} |"
-        for r in captured
+        for r in rows
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _spoken(counts: Counter) -> str:
@@ -267,24 +297,27 @@ def _cell(text: str) -> str:
 def main() -> None:
     """Measure what the CSV lacks, and write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--extra", action="store_true", help="models of other libraries")
     parser.add_argument("--only", default="", metavar="PATTERN", help="models whose name matches this expression")
     parser.add_argument("--fresh", action="store_true", help="measure also what the CSV holds")
-    parser.add_argument("--out", type=Path, default=RESULTS / "zoo.csv")
+    parser.add_argument("--out", type=Path, help="[zoo.csv or zoo-extra.csv in benchmarks/results]")
     parser.add_argument("--doc", type=Path, default=DOC)
     args = parser.parse_args()
     os.environ["MEANSPARSE_FX_LOWERING"] = "eager"
     torch.backends.mha.set_fastpath_enabled(False)  # rounds differently, and transform turns it off, too
     torch.set_grad_enabled(False)
     warnings.simplefilter("ignore")  # the libraries' own
+    args.out = args.out or RESULTS / ("zoo-extra.csv" if args.extra else "zoo.csv")
     rows = read(args.out)
-    for name in MODELS:
+    for name in EXTRA if args.extra else MODELS:
         if not re.search(args.only, name) or (name in rows and not args.fresh):
             continue
         rows[name] = row = measure(name)
         print(f"{name}: {row.route or row.error} {row.rewritten} {row.skipped} {row.equal}", flush=True)
         write(rows, args.out)
         gc.collect()
-    args.doc.write_text(page([rows[name] for name in MODELS if name in rows]))
+    both = (read(RESULTS / "zoo.csv"), rows) if args.extra else (rows, read(RESULTS / "zoo-extra.csv"))
+    args.doc.write_text(page(*([found[name] for name in (*MODELS, *EXTRA) if name in found] for found in both)))
 
 
 if __name__ == "__main__":

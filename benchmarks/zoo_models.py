@@ -15,6 +15,8 @@ from torch import nn
 from meansparse_fx.zoo import load_model
 from meansparse_fx.zoo import robustbench as robustbench_zoo
 
+from .zoo_extra import EXTRA, build_extra
+
 # One entry an architecture or forward code; RobustBench's other entries differ from one of these in size or weights.
 _ROBUSTBENCH = {
     "Linf/cifar10": """Amini2024MeanSparse_Ra_WRN_70_16 Amini2024MeanSparse_S-WRN-94-16 Andriushchenko2020Understanding
@@ -119,6 +121,10 @@ _OPTIONS = {"vit_small_patch14_dinov2": {"img_size": 98}}
 def build(name: str) -> nn.Module:
     """Return the model, in eval mode, its norms and biases away from the zeros and ones they start with."""
     torch.manual_seed(0)
+    if name in EXTRA:
+        model = build_extra(name)
+        _perturb(model)
+        return model
     source, _, rest = name.removesuffix(FULL_SIZE).partition(":")
     if source == "robustbench":
         small = contextlib.nullcontext() if name.endswith(FULL_SIZE) else _small(rest)

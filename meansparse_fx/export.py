@@ -25,6 +25,7 @@ from .errors import ArtifactError, CaptureError, StateError, WriteError
 from .hooks import has_hooks
 from .names import FORMATS
 from .operators import operators, require_transformed
+from .outputs import names
 from .rewrite import sharing_copy
 
 _ONNX_LIMIT = 2**31 - 2**20  # bytes of one ONNX file: a protocol buffer, less some room for the graph
@@ -70,6 +71,8 @@ def to_exported_program(sparse: fx.GraphModule, images: Tensor, dynamic_batch: b
             program = torch.export.export(baked, (example,), dynamic_shapes=shapes)
     except Exception as error:  # torch raises many kinds; each names the line of the model it failed at
         advice = "; dynamic_batch=False may be what it can do" if dynamic_batch else ""
+        if "not a known type" in str(error):
+            advice = "; torch.export.register_dataclass first what it returns, and wherever a file of it is read"
         raise CaptureError(f"torch.export cannot take this model{advice}: {error}") from error
     if lost := own_derivatives(sparse):
         warnings.warn(
@@ -132,7 +135,7 @@ def require_file(path: Path, format: str) -> None:
 
 
 class _Called(nn.Module):
-    """Calls a model with its hooks, of which torch.export takes the forward alone."""
+    """Calls a model with its hooks, of which torch.export takes the forward alone, and keeps the type of its result."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -145,18 +148,23 @@ class _Called(nn.Module):
 
 def _baked(sparse: fx.GraphModule) -> nn.Module:
     """Return a copy whose operators keep what the kernel reads, and nothing that it is made of."""
-    baked = copied(sharing_copy(sparse))
+    own = sharing_copy(sparse)
+    baked = copied(own)
     # Each tensor in a storage of its own, in the one layout that torch.export.save writes without a warning: weights
     # may be views of a file, and channels-last.
     baked._apply(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format))
     for operator in operators(baked).values():
         del operator.mean, operator.std, operator.alpha
         operator.backward = "exact"  # the other modes' forward is longer, and its result the same
-    return _Called(baked) if has_hooks(baked) else baked
+    (output,) = own.graph.find_nodes(op="output")
+    return _Called(baked) if has_hooks(baked) or not isinstance(output.args[0], fx.Node) else baked
 
 
 def _write_export(program: ExportedProgram, path: Path) -> None:
-    torch.export.save(program, path)
+    try:
+        torch.export.save(program, path)
+    except NotImplementedError as error:
+        raise ArtifactError(f"torch.export.save cannot write what the model returns: {error}") from error
 
 
 def _write_aoti(program: ExportedProgram, path: Path) -> None:
@@ -170,9 +178,12 @@ def _write_onnx(program: ExportedProgram, path: Path) -> None:
     if size > _ONNX_LIMIT:
         raise ArtifactError(f"{size / 2**30:.1f} GiB of weights: an ONNX file holds 2 GiB at most; use another format")
     try:
-        names = ({0: "batch"},) if program.range_constraints else None
+        batch = ({0: "batch"},) if program.range_constraints else None
+        spec = program.call_spec.out_spec
+        outputs = names(spec.unflatten(range(spec.num_leaves)))
+        outputs = ["logits"] if outputs == [""] else [f"output_{n}" if n.isdigit() else n for n in outputs]
         model = torch.onnx.export(
-            program, input_names=["images"], output_names=["logits"], dynamic_shapes=names, verbose=False
+            program, input_names=["images"], output_names=outputs, dynamic_shapes=batch, verbose=False
         )
     except torch.onnx.errors.OnnxExporterError as error:
         raise ArtifactError(f"torch.onnx cannot express this model: {error}") from error

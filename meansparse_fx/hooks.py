@@ -73,8 +73,13 @@ def refuse_global_hooks() -> None:
 
 
 def is_foreign(hook: Callable) -> bool:
-    """Return whether a hook is a plain function: shared with copies of the model, and no part of it."""
-    return isinstance(_function(hook), types.FunctionType | types.BuiltinFunctionType)
+    """Return whether a hook is a plain function: shared with copies of the model, and no part of it.
+
+    Those by which transformers' models take hidden states out of their layers are part of the model.
+    """
+    function = _function(hook)
+    plain = isinstance(function, types.FunctionType | types.BuiltinFunctionType)
+    return plain and not str(function.__module__).startswith("transformers.")
 
 
 def _function(hook: Callable) -> Callable:

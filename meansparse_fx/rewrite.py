@@ -150,7 +150,23 @@ def sharing_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     Of a fused one, the graph is that before fusion.
     """
     (source,) = getattr(graph_module._modules.get(PREFIX), _UNFUSED, (graph_module,))
-    clone = fx.GraphModule(graph_module, copy.deepcopy(source.graph), graph_module._get_name())
+    return _copy(graph_module, source.graph)
+
+
+def edited_copy(graph_module: fx.GraphModule, edit: Callable[[fx.GraphModule], None]) -> fx.GraphModule:
+    """Return a GraphModule over the same parts, its graph edited; of a fused one, that before fusion is edited, too."""
+    clone = _copy(graph_module, graph_module.graph)
+    edit(clone)
+    clone.graph.lint()
+    clone.recompile()
+    if hasattr(added := clone._modules.get(PREFIX), _UNFUSED):
+        clone._modules[PREFIX] = own = copy.copy(added)
+        setattr(own, _UNFUSED, tuple(edited_copy(unfused, edit) for unfused in getattr(added, _UNFUSED)))
+    return clone
+
+
+def _copy(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    clone = fx.GraphModule(graph_module, copy.deepcopy(graph), graph_module._get_name())
     clone.meta = dict(graph_module.meta)
     clone.training = graph_module.training
     return adopt(clone, graph_module)

@@ -659,3 +659,54 @@ def test_recordings_of_the_same_derivatives():
     assert recorded(through_a_view) == recorded(through_a_view)
     assert recorded(checkpointed) == recorded(lambda x: torch.sin(x) * x)
     assert recorded(checkpointed_reentrant) == recorded(lambda x: torch.sin(Round.apply(x)) * x)
+
+
+class Autocasting(nn.Module):
+    """In bfloat16, a part of it in float32 again; behind it float32."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.act, self.head = nn.Conv2d(3, 4, 3), nn.GELU(), nn.Linear(4 * 36, 3)
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = self.act(self.conv(x)).flatten(1)
+            with torch.autocast("cpu", enabled=False):
+                y = x.float() @ self.head.weight.T
+            y = y + self.head(x)
+        return torch.softmax(y @ y.T, 1) @ y
+
+
+@torch.autocast("cpu", dtype=torch.bfloat16)
+def decorated(self, x):
+    return self.act(self.conv(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_autocast_inside_of_a_model():
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for model in (Autocasting().eval(), Functional(decorated, conv=nn.Conv2d(3, 4, 3), act=nn.GELU()).eval()):
+        sparse = msfx.transform(model, images)
+        for around in (False, True):  # an attack's amp= around it
+            with torch.autocast("cpu", torch.bfloat16, enabled=around):
+                assert torch.equal(sparse(images), model(images))
+        stats = msfx.calibrate(sparse, [images], progress=False)
+        msfx.set_alpha(sparse, 0.2)
+        expected = sparse(images)
+        assert torch.equal(torch.compile(sparse, backend="eager", fullgraph=True)(images), expected)
+        assert torch.equal(to_exported_program(sparse, images).module()(images), expected)
+        if not isinstance(model, Functional):  # which holds a function, and no pickle does
+            assert torch.equal(pickle.loads(pickle.dumps(sparse))(images), expected)
+        options = {"statistics": stats, "alpha": 0.2, "inner": "eager"}
+        assert torch.equal(torch.compile(model, backend="meansparse", options=options)(images), expected)
+
+
+def test_a_failure_leaves_autocast_as_it_was():
+    sparse = msfx.transform(Autocasting().eval(), torch.rand(4, 3, 8, 8))
+    for images in (torch.rand(4, 3, 9, 9), torch.rand(4, 2, 8, 8)):  # inside of the inner one, and of the outer
+        with pytest.raises(RuntimeError):
+            sparse(images)
+        assert not torch.is_autocast_enabled("cpu")
+        assert torch.autocast_increment_nesting() == 1
+        torch.autocast_decrement_nesting()

@@ -30,7 +30,7 @@ from meansparse_fx.evaluate import (
     run,
     sanity,
 )
-from meansparse_fx.evaluate.attacks import AttackSettings, attack
+from meansparse_fx.evaluate.attacks import VERSIONS, AttackSettings, attack
 from meansparse_fx.nn import MeanSparse
 
 QUICK: dict = {"steps": 5, "progress": False, "eps": 0.05, "attacks": ("apgd-ce",)}
@@ -594,8 +594,9 @@ def test_attacks_in_lower_precision_are_checked_in_full(sparse, test_set):
     )
     result = msfx.evaluate(sparse, test_set, amp=torch.bfloat16, **QUICK | {"sanity_images": 0, "full_rows": True})
     hook.remove()
-    # Full precision: the number of classes, clean, then after each of two attacks on it and what broke the base.
-    assert seen[False] == 5
+    # Full precision: the number of classes for the labels and for the attacks, clean, then after each of two attacks on
+    # it and what broke the base.
+    assert seen[False] == 6
     assert seen[True] > 2 * QUICK["steps"]
     assert set(result.sparse.robust) == {"apgd-ce/exact", "apgd-ce/identity", "transfer"}
 
@@ -775,3 +776,50 @@ def test_a_resumed_calibration_says_where_it_goes_on(net, images, tmp_path, caps
     (tmp_path / "mended").touch()
     msfx.calibrate(sparse, batches, checkpoint=kept, every=0)
     assert "goes on from batch 3 of 3\n" in capsys.readouterr().out
+
+
+class OfAnyShape(nn.Module):
+    """A linear layer or convolution over inputs of one shape, an activation, a readout of 10 classes."""
+
+    def __init__(self, first, features):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.act, self.head = first(), nn.ReLU(), nn.Linear(features, 10)
+
+    def forward(self, x):
+        return self.head(self.act(self.first(x)).flatten(1))
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize(
+    ("first", "features", "shape"),
+    [
+        (lambda: nn.Linear(20, 30), 30, (20,)),
+        (lambda: nn.Conv1d(2, 4, 3), 4 * 10, (2, 12)),
+        (lambda: nn.Conv3d(1, 4, 3), 4 * 64, (1, 6, 6, 6)),
+    ],
+)
+def test_inputs_that_are_no_images(first, features, shape, norm):
+    """All of the default but Square meets them, and every check; Square says what it needs."""
+    model = OfAnyShape(first, features).eval()
+    inputs = torch.rand(12, *shape, generator=torch.Generator().manual_seed(0))
+    test = inputs, model(inputs).argmax(1)
+    sparse = msfx.transform(model, inputs)
+    msfx.calibrate(sparse, [inputs], progress=False)
+    msfx.set_alpha(sparse, 0.2)
+    options = {"norm": norm, "eps": 0.4 if norm == "Linf" else 1.5, "steps": 4, "progress": False}
+    result = msfx.evaluate(sparse, test, **options)
+    expected = [name for name in VERSIONS["adaptive"] if name != "square"]
+    assert set(result.base.robust) == {*expected, "transfer"}
+    assert float(result.base.worst.double().mean()) < 1
+    assert {check.name for check in result.checks} >= {"planted examples, base", "ascent, base"}
+    assert msfx.select_alpha(sparse, test, alphas=(0.2,), **options).leader in (0.0, 0.2)
+    with pytest.raises(EvaluationError, match=r"square needs images \[N, C, H, W\], and these are"):
+        msfx.evaluate(sparse, test, attacks=("apgd-ce", "square"), **options)
+
+
+def test_lists_leave_out_what_needs_more_classes(images):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 49, 2)).eval()
+    sparse = msfx.transform(model, images)
+    result = msfx.evaluate(sparse, (images, model(images).argmax(1)), steps=2, queries=5, progress=False)
+    assert set(result.base.robust) == {*VERSIONS["adaptive"], "transfer"} - {"apgd-t/annealed"}

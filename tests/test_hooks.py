@@ -234,6 +234,32 @@ def test_what_a_plain_function_keeps_is_the_bases_and_the_error_says_so():
         msfx.transform(model, IMAGES)
 
 
+KEPT = []
+
+
+def keep_hidden_state(module, args, output):
+    KEPT.append(output)
+
+
+keep_hidden_state.__module__ = "transformers.utils.output_capturing"
+
+
+def test_transformers_own_hooks_are_a_part_of_the_model():
+    """By plain functions its models read what their layers give, registered when it is first asked for."""
+
+    class Backbone(Net):
+        def forward(self, x):
+            KEPT.clear()
+            if not self.body._forward_hooks:
+                self.body.register_forward_hook(keep_hidden_state)
+            return super().forward(x), self.softsign(KEPT[0])
+
+    model = net(Backbone)
+    for _ in ("not asked yet", "asked before"):
+        sparse = msfx.transform(model, IMAGES)
+        assert all(map(torch.equal, sparse(IMAGES), model(IMAGES)))
+
+
 def test_a_fusion_is_declined_and_says_so():
     model = net().requires_grad_(False)
     plan = msfx.transform(model, IMAGES, fuse="all").meta["plan"]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.transforms import v2
 
 from meansparse_fx.capture import ROUTES, capture
 from meansparse_fx.capture.counting import count_activations
@@ -424,3 +425,13 @@ def test_models_of_timm(name, size, route, activations):
     assert len([site for site in plan if site.kind == "activation"]) == activations
     with torch.no_grad():
         assert torch.equal(captured.graph_module(images[:1]), model(images[:1]))
+
+
+def test_torchvisions_transforms_are_called_as_they_are():
+    """They change tensors and leave the rest alone, and a trace holds no tensors."""
+    normalise = v2.Normalize([0.5] * 4, [0.2] * 4)
+    for front in (normalise, v2.Compose([v2.Resize(6), v2.ToDtype(torch.float32, scale=True), normalise])):
+        model = nn.Sequential(front, nn.Conv2d(4, 4, 3), nn.ReLU()).eval()
+        captured = capture(model, IMAGES)
+        assert (captured.route, captured.checked) == ("symbolic trace", "operations")
+        assert torch.equal(captured.graph_module(IMAGES), model(IMAGES))

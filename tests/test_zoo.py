@@ -448,3 +448,13 @@ def test_a_row_of_the_table(monkeypatch):
     assert row.nodes > 26
     assert row.checked == "operations"
     assert 0 < row.capture_cpu_s + row.find_cpu_s <= row.transform_cpu_s
+
+
+def test_other_libraries_models_are_measured_in_all_that_they_return():
+    row = table.measure("torchvision.models.segmentation:lraspp_mobilenet_v3_large")
+    assert (row.equal, row.gradient, row.checked, row.error) == ("bitwise", "bitwise", "operations", "")
+    assert "with torchvision 0." in row.torch
+    assert "1 of 1 are transformed; 1 have every" in " ".join(table.page([row], [row]).split())
+    one, two = {"a": torch.ones(2), "b": torch.ones(2)}, {"a": torch.ones(2), "b": torch.full((2,), 1.5)}
+    assert table._difference(one, two) == "5.0e-01"
+    assert table._difference(tuple(one.values()), one) == "other containers"

@@ -18,10 +18,12 @@ from ..batches import labelled
 from ..evaluate.attacks import AttackSettings
 from ..evaluate.ledger import Ledger, model_identity
 from ..evaluate.outcome import ModelOutcome, PairedDifference, mean
-from ..evaluate.plan import plan_runs
+from ..evaluate.plan import fitting, plan_runs
 from ..evaluate.provenance import check_calibration
 from ..names import ALPHAS, CLEAN_BUDGET, SEARCH_ATTACKS
 from ..operators import operators, require_transformed, switched
+from ..outputs import Logits
+from ..passes import returning_logits
 from ..progress import bar
 from .race import Candidate, Field, doubling, heats, race
 from .result import AlphaSearch, Move, Refinement, better, choose, within_budget
@@ -53,6 +55,7 @@ def select_alpha(
     full_rows: bool = False,
     compile: bool = False,
     amp: torch.dtype | None = None,
+    logits: Logits = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> AlphaSearch:
@@ -81,7 +84,7 @@ def select_alpha(
         rungs: 3 for a quarter, a half and all of the images; 1 attacks every candidate on all of them.
         eps, norm, attacks, backwards, steps, queries, batch_size, seed: As in `evaluate`; attacks that start at another
             model's images are left out, there is none.
-        full_rows, compile, amp, checkpoint, progress: As in `evaluate`.
+        full_rows, compile, amp, logits, checkpoint, progress: As in `evaluate`.
 
     Raises:
         StateError: The model is not transformed or not calibrated, or in train mode.
@@ -93,18 +96,23 @@ def select_alpha(
     keys = [(0.0, variants[0]), *((alpha, variant) for alpha in grid[1:] for variant in variants)]
     candidates = {key: Candidate(*key) for key in keys}
     settings = AttackSettings(eps=eps, norm=norm, steps=steps, queries=queries, seed=seed)
-    runs = [run for run in plan_runs(attacks, backwards, seed) if not run.started]
+    planned = [run for run in plan_runs(attacks, backwards, seed) if not run.started]
+    model = returning_logits(sparse, logits)
+    batches = labelled(held_out, batch_size, model)
+    first = next(batches)
+    runs = fitting(planned, attacks, model, first[0])
     identity = model_identity(sparse, alpha=False) | {
         "attack settings": [f"{settings}", full_rows, compile, str(amp)],
         "attacks or backwards": [run.name for run in runs],
+        "logits": None if logits is None else str(getattr(logits, "__qualname__", logits)),
     }
     ledger = Ledger(checkpoint, identity)
     with bar(progress) as display, _put_back(sparse), ledger:
-        data = list(labelled(held_out, batch_size, sparse))
+        data = [first, *batches]
         calibration = check_calibration(sparse, held_out, data[0][0])
         if calibration is not None and not calibration.passed:
             warnings.warn(f"select_alpha: {calibration.finding}", stacklevel=2)
-        field = Field(sparse, data, attacked, runs, settings, ledger, full_rows, compile, amp)
+        field = Field(model, data, attacked, runs, settings, ledger, full_rows, compile, amp)
         stops = doubling(field.attacked, rungs)
         _race(field, list(candidates.values()), stops, clean_budget, display)
         outcomes = {key: field.outcome(candidate) for key, candidate in candidates.items()}

@@ -1,7 +1,7 @@
-"""Floor 2: what decides a derivative and is no operator call, as nodes of a trace.
+"""Floor 2: what decides a derivative or a precision and is no operator call, as nodes of a trace.
 
-Backwards of a model's own (`torch.autograd.Function`) are one call each. Gradient modes are calls, too, where the model
-enters and leaves them. Checkpointing, which changes no derivative, is traced through. Imports torch only.
+Backwards of a model's own (`torch.autograd.Function`) are one call each. Gradient modes and autocast are calls, too,
+where the model enters and leaves them. Checkpointing, which changes no derivative, is traced through. Imports torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 _is_grad_enabled, _set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_enabled
 _NO_SETUP = Function.setup_context  # of those whose forward takes the context
 _enter_inference, _exit_inference = grad_mode._enter_inference_mode, grad_mode._exit_inference_mode
-MODE_CALLS = (_set_grad_enabled, _enter_inference, _exit_inference)  # no operator may be moved over them
+_AUTOCAST = torch.autocast.__enter__, torch.autocast.__exit__
 
 # Given the Function, what runs its forward, and its arguments.
 Apply = Callable[[type[Function], Callable[[], Any], tuple, dict], Any]
@@ -40,6 +40,27 @@ _ASSIGNMENTS = {
     "requires_grad": "it changes what gradients flow to: write x.detach()",
     "grad": "a graph has no gradients to change: write a torch.autograd.Function",
 }
+
+
+def enter_autocast(device: str, dtype: torch.dtype, enabled: bool, cache: bool) -> torch.autocast:
+    """Begin to autocast; return what `leave_autocast` ends."""
+    if torch.compiler.is_dynamo_compiling():
+        return torch.amp.autocast_mode._enter_autocast(device, dtype, enabled, cache)
+    mode = torch.autocast(device, dtype, enabled, cache)
+    mode.__enter__()  # which torch's own function for graphs forgets in an export
+    return mode
+
+
+def leave_autocast(mode: torch.autocast) -> None:
+    """Put autocast back as it was."""
+    if torch.compiler.is_dynamo_compiling():
+        torch.amp.autocast_mode._exit_autocast(mode)
+    else:
+        mode.__exit__(None, None, None)
+
+
+# No operator may be moved over them.
+MODE_CALLS = (_set_grad_enabled, _enter_inference, _exit_inference, enter_autocast, leave_autocast)
 
 
 class GradMode(int):
@@ -167,7 +188,7 @@ def own_derivatives(graph_module: fx.GraphModule) -> list[str]:
     """Return the names of what decides derivatives in a graph beside its operators, each once."""
     names = [function.__qualname__ for function in applied_functions(graph_module).values()]
     targets = {node.target for node in graph_module.graph.nodes}
-    names += ["a tensor hook"] * (register_hook in targets) + ["no_grad"] * (not targets.isdisjoint(MODE_CALLS))
+    names += ["a tensor hook"] * (register_hook in targets) + ["no_grad"] * (not targets.isdisjoint(MODE_CALLS[:3]))
     return list(dict.fromkeys(names))
 
 
@@ -180,8 +201,8 @@ def _unless(meant: Callable[..., bool], setup_context: Callable) -> Callable:
 
 
 @contextmanager
-def grad_modes_as_calls(call: Callable[..., fx.Node], is_tracing: Callable[[], bool]) -> Iterator[None]:
-    """Let gradient modes that a model enters and leaves be calls in its graph, as in those of Dynamo and of export.
+def modes_as_calls(call: Callable[..., fx.Node], is_tracing: Callable[[], bool]) -> Iterator[None]:
+    """Let modes that a model enters and leaves be calls in its graph, as in those of Dynamo and of export.
 
     Args:
         call: Makes a node, of a function and its arguments.
@@ -219,6 +240,18 @@ def grad_modes_as_calls(call: Callable[..., fx.Node], is_tracing: Callable[[], b
     def leave(self: torch.inference_mode, *error: Any) -> None:
         exit_inference(self._inference_mode_context)
 
+    autocasts: list[fx.Node] = []
+
+    def autocast(self: torch.autocast) -> Any:
+        if traced():
+            autocasts.append(call(enter_autocast, self.device, self.fast_dtype, self._enabled, self._cache_enabled))
+        return _AUTOCAST[0](self)
+
+    def autocast_no_more(self: torch.autocast, *error: Any) -> Any:
+        if traced():
+            call(leave_autocast, autocasts.pop())
+        return _AUTOCAST[1](self, *error)
+
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -229,45 +262,52 @@ def grad_modes_as_calls(call: Callable[..., fx.Node], is_tracing: Callable[[], b
             (grad_mode, "_exit_inference_mode", exit_inference),
             (torch.inference_mode, "__enter__", enter),
             (torch.inference_mode, "__exit__", leave),
+            (torch.autocast, "__enter__", autocast),
+            (torch.autocast, "__exit__", autocast_no_more),
         ):
             stack.enter_context(mock.patch.object(owner, name, other))
         yield
 
 
-class GradModeCodeGen(CodeGen):
-    """Writes a graph's forward so that a failure between two changes of the gradient mode leaves that as it was."""
+class ModeCodeGen(CodeGen):
+    """Writes a graph's forward so that a failure between two changes of a mode leaves that as it was."""
 
     def gen_fn_def(self, *args: Any, **options: Any) -> str:
-        return f"@{keeping_grad_mode.__name__}\n{super().gen_fn_def(*args, **options)}"
+        return f"@{keeping_modes.__name__}\n{super().gen_fn_def(*args, **options)}"
 
     def additional_globals(self) -> list[tuple[str, Any]]:
-        return [(keeping_grad_mode.__name__, keeping_grad_mode)]
+        return [(keeping_modes.__name__, keeping_modes)]
 
 
-def keeping_grad_mode(forward: Callable) -> Callable:
-    """Return a function that sets the gradient mode back where it fails."""
+def keeping_modes(forward: Callable) -> Callable:
+    """Return a function that sets gradient mode and autocast back where it fails."""
 
     @functools.wraps(forward)
     def kept(*args: Any, **kwargs: Any) -> Any:
         before = _is_grad_enabled()
         try:
             return forward(*args, **kwargs)
-        except BaseException:
+        except BaseException as error:
             _set_grad_enabled(before)
+            # What the generated code has entered and not left is held by its variables, in their order.
+            if (own := error.__traceback__ and error.__traceback__.tb_next) is not None:
+                for mode in reversed(own.tb_frame.f_locals.values()):
+                    if isinstance(mode, torch.autocast):
+                        leave_autocast(mode)
             raise
 
     return kept
 
 
 def settle_modes(graph: fx.Graph) -> None:
-    """Remove idle changes of the gradient mode and questions that nobody reads; let failures restore what was."""
+    """Remove idle changes of the gradient mode and questions that nobody reads; let failures restore modes."""
     _remove_unread(graph)
     for node in graph.find_nodes(op="call_function", target=_set_grad_enabled):
         if node.next.target is _set_grad_enabled or node.args[0] is node.prev:  # changed again, or back to what was
             graph.erase_node(node)
     _remove_unread(graph)
-    if graph.find_nodes(op="call_function", target=_set_grad_enabled):
-        graph.set_codegen(GradModeCodeGen())
+    if any(graph.find_nodes(op="call_function", target=mode) for mode in (_set_grad_enabled, enter_autocast)):
+        graph.set_codegen(ModeCodeGen())
 
 
 def _remove_unread(graph: fx.Graph) -> None:

@@ -4,7 +4,7 @@ Values are numbered, not tensors: a write in place gives its tensor, and every o
 number. So where two recordings are equal, the same operators meet the same operands in the same order, and the results
 are equal bit for bit, whatever the images hold. The images want gradients while this happens, and a recording says
 which operands do, under which mode, through which `torch.autograd.Function` and tensor hooks: so derivatives with
-respect to images and parameters are equal, too. Imports torch, `derivatives` and `dispatched` only.
+respect to images and parameters are equal, too. Imports torch, `derivatives`, `dispatched` and floor 1.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..outputs import flatten
 from .derivatives import applied_by, without_checkpoints
 from .dispatched import (
     CONVOLUTIONS,
@@ -104,10 +104,8 @@ def record(
             recorder.calls.clear()
             ghost.value = 0, 0
         output = model(ghost)
-    if hasattr(type(output), "__dataclass_fields__"):
-        output = type(output), {name: getattr(output, name) for name in type(output).__dataclass_fields__}
-    leaves, spec = pytree.tree_flatten(output)
-    return Recording(recorder.calls, (spec, [recorder.term(leaf) for leaf in leaves]))
+    leaves, form = flatten(output)
+    return Recording(recorder.calls, (form, [recorder.term(leaf) for leaf in leaves]))
 
 
 def state_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:

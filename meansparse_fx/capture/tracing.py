@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from types import FrameType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
 
 from ..activations import match_module, registered_functions
 from ..errors import CaptureError
@@ -28,12 +29,13 @@ from ..hooks import (
     leave,
     only_own_hooks,
 )
+from ..outputs import flatten, parts
 from ..published import published_operator
 from .derivatives import (
     ModelProxy,
     applied_by,
     check_hook,
-    grad_modes_as_calls,
+    modes_as_calls,
     register_hook,
     settle_modes,
     without_checkpoints,
@@ -43,6 +45,8 @@ from .verify import kept_parameters, plain_attention, shadow, source_line
 
 _CALL = nn.Module.__call__  # taken before a tracer patches it
 _MAX_LEAVES = 16
+_CONTAINERS = {tuple, list, dict, torch.Size}
+_CURE = "return tensors in tuples, lists, dicts, OrderedDicts, named tuples or dataclasses"
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 # Their fused inference path shows no activation to anyone, so they are traced through or refused, never leaves.
@@ -81,7 +85,8 @@ def _timm_registry() -> ModuleType | None:
 class ModelTracer(fx.Tracer):
     """Traces a model as a function of one tensor, into every module that might hide an activation.
 
-    What decides a derivative is in the graph: `torch.autograd.Function` as one call, gradient modes, tensor hooks.
+    What decides a derivative is in the graph: `torch.autograd.Function` as one call, gradient modes, tensor hooks;
+    and so is autocast.
 
     Args:
         leaves: Module types not to trace into, besides torch.nn's own and those timm marks.
@@ -103,7 +108,7 @@ class ModelTracer(fx.Tracer):
     def trace(self, root: nn.Module | Callable, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         with (
             applied_by(self._apply, lambda value: isinstance(value, fx.Proxy)) as self.looking,
-            grad_modes_as_calls(self._call, lambda: not self._evaluating),
+            modes_as_calls(self._call, lambda: not self._evaluating),
             without_checkpoints(),
             as_single_calls(registered_functions(), self._registered),
         ):
@@ -161,7 +166,11 @@ class ModelTracer(fx.Tracer):
             return False  # feature extractors read what the hook kept, so it has to see what is traced
         if match_module(m) is not None or published_operator(m) is not None or isinstance(m, torch.jit.ScriptModule):
             return True
-        if type(m) in self._leaves or (super().is_leaf_module(m, module_qualified_name) and not has_own_forward(m)):
+        if (
+            type(m) in self._leaves
+            or _asks_for_types(m)
+            or (super().is_leaf_module(m, module_qualified_name) and not has_own_forward(m))
+        ):
             return not _hides_activations(m)
         return False
 
@@ -194,8 +203,21 @@ class ModelTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, nn.Module):
             return self.create_node("get_attr", self.path_of_module(a), (), {})
-        # A size that numpy computed.
-        return super().create_arg(a.item() if isinstance(a, np.generic) else a)
+        if type(a) in _CONTAINERS or isinstance(a, fx.Proxy) or (held := parts(a)) is None or hasattr(a, "_fields"):
+            try:
+                # A size that numpy computed.
+                return super().create_arg(a.item() if isinstance(a, np.generic) else a)
+            except NotImplementedError as error:
+                raise TraceError(f"a graph takes and returns no {type(a).__name__}; {_CURE}") from error
+        # torch.fx would put a plain dict in the place of other mappings, and a dataclass's are its fields.
+        args, kwargs = ((), held) if is_dataclass(a) else ((held,), {})
+        try:
+            same = flatten(type(a)(*args, **kwargs))[1] == flatten(a)[1]
+        except Exception:
+            same = False
+        if not same:
+            raise TraceError(f"a {type(a).__name__} cannot be made of what it holds; {_CURE}")
+        return self.create_node("call_function", type(a), self.create_arg(args), self.create_arg(kwargs))
 
     def create_args_for_root(
         self, root_fn: Callable, is_module: bool, concrete_args: Any = None
@@ -238,6 +260,11 @@ def _parts(whole: Any, like: Any) -> Any:
     if not isinstance(like, _PLAIN):
         raise CaptureError(f"a module with hooks takes or returns {type(like).__name__}: remove the hooks")
     return like
+
+
+def _asks_for_types(module: nn.Module) -> bool:
+    """Return whether a module is of `torchvision.transforms`, of which some leave everything but tensors alone."""
+    return any(kind.__module__.startswith("torchvision.transforms.") for kind in type(module).__mro__)
 
 
 def _hides_activations(module: nn.Module) -> bool:

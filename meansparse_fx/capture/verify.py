@@ -7,7 +7,6 @@ to images and parameters. Imports torch, `recording`, `derivatives` and floor 1.
 
 from __future__ import annotations
 
-import dataclasses
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,16 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..hooks import has_hooks, hint_of_hooks
+from ..outputs import flatten, kind
 from .copies import copied
 from .counting import ActivationCounter, count_activations, hides_an_activation
 from .derivatives import applied_functions, without_checkpoints
 from .recording import Forms, Halted, Recording, record, state_of
 
-_HERE, _TORCH, _FX = (str(Path(file).parent) for file in (__file__, torch.__file__, fx.__file__))
+_HERE, _TORCH, _FX = (f"{Path(file).parent}/" for file in (__file__, torch.__file__, fx.__file__))
+
+_DYNAMO = f"{_TORCH}_dynamo/"  # around everything that is compiled no more
 
 _OWN_BACKWARD = "own backward: an activation inside of {}, a torch.autograd.Function, which has its own gradient"
 
@@ -164,10 +165,11 @@ class Reference:
                 raise CaptureError(
                     f"the captured graph fails on a batch of {len(batch)}: {type(error).__name__}: {error}"
                 ) from error
-            if not _same(actual, expected):
+            if difference := _difference(actual, expected):
                 raise CaptureError(
-                    f"the captured graph computes something else than the model on a batch of {len(batch)}, "
-                    f"as it does where a tensor is changed in place under two names{self._changed}"
+                    f"the captured graph {difference} on a batch of {len(batch)}{self._where(graph_module)}. A branch "
+                    "on the type of a tensor does that, or a tensor that is changed in place under two "
+                    f"names{self._changed}"
                 )
             if lost := self._other_gradients(graph_module, batch):
                 raise CaptureError(
@@ -229,7 +231,7 @@ def _gradients(model: nn.Module, images: Tensor) -> dict[str, Tensor | None] | N
     wanted = {name: tensor for name, tensor in wanted.items() if tensor.requires_grad}
     try:
         with _conditions(images), without_checkpoints():
-            outputs = _leaves(model(wanted.get("the images", images).clone()))[0]
+            outputs = flatten(model(wanted.get("the images", images).clone()))[0]
             outputs = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
             torch.manual_seed(1)
             given = [torch.randn_like(t) for t in outputs]
@@ -242,7 +244,7 @@ def _gradients(model: nn.Module, images: Tensor) -> dict[str, Tensor | None] | N
 def source_line(error: BaseException) -> traceback.FrameSummary:
     """Return the line that an error came from: the last of the user's or of a library's, torch's if there is none."""
     everything = list(traceback.extract_tb(error.__traceback__))
-    frames = [f for f in everything if not f.filename.startswith((_HERE, _FX))] or everything
+    frames = [f for f in everything if not f.filename.startswith((_HERE, _FX, _DYNAMO))] or everything
     return ([f for f in frames if not f.filename.startswith(_TORCH)] or frames)[-1]
 
 
@@ -268,18 +270,20 @@ def _copied_leaves(graph_module: fx.GraphModule) -> Iterator[None]:
             owner._modules[name] = module
 
 
-def _same(actual: Any, expected: Any) -> bool:
-    """Return whether two outputs agree bit for bit; NaN equals NaN."""
-    (actual, actual_spec), (expected, expected_spec) = _leaves(actual), _leaves(expected)
-    if actual_spec != expected_spec:
-        return False
-    for a, b in zip(actual, expected, strict=True):
+def _difference(actual: Any, expected: Any) -> str:
+    """Return in what two outputs differ, in words; nothing if they agree bit for bit, NaN being equal to NaN."""
+    (leaves, form), (others, other_form) = flatten(actual), flatten(expected)
+    if form != other_form:
+        return f"returns {kind(actual)} where the model returns {kind(expected)}"
+    for a, b in zip(leaves, others, strict=True):
         if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-            if a != b:
-                return False
-        elif a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a.nan_to_num(), b.nan_to_num()):
-            return False
-    return True
+            if (a is not b and type(a) is not type(b)) or a != b:
+                return f"returns {kind(a)} where the model returns {kind(b)}"
+        elif a.shape != b.shape or a.dtype != b.dtype:
+            return f"returns {kind(a)} where the model returns {kind(b)}"
+        elif not torch.equal(a.nan_to_num(), b.nan_to_num()):
+            return "computes something else than the model"
+    return ""
 
 
 def _same_gradient(actual: Tensor | None, expected: Tensor | None) -> bool:
@@ -288,10 +292,3 @@ def _same_gradient(actual: Tensor | None, expected: Tensor | None) -> bool:
         return (actual is None) == (expected is None)
     rounding = 64 * torch.finfo(expected.dtype).eps * expected.detach().abs().nan_to_num().amax()
     return bool(((actual - expected).abs() <= rounding).logical_or(actual.isnan() & expected.isnan()).all())
-
-
-def _leaves(output: Any) -> tuple[list, Any]:
-    """Return what a model's output holds, and its form."""
-    if dataclasses.is_dataclass(output) and hasattr(output, "__dict__"):
-        output = vars(output)
-    return pytree.tree_flatten(output)

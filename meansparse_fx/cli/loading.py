@@ -18,6 +18,7 @@ from ..data import ImageSet, load_images
 from ..errors import ModelError
 from ..evaluate.attacks import AttackSettings
 from ..evaluate.plan import plan_runs
+from ..outputs import Logits, logits_in
 from ..transform import transform
 from ..zoo import Normalised, input_shape, load_model
 from .options import DataOptions, ModelOptions, ThreatOptions
@@ -63,12 +64,16 @@ def open_images(options: DataOptions) -> ImageSet:
     return found
 
 
-def open_sparse(options: ModelOptions, images: ImageSet, statistics: Path | None = None) -> fx.GraphModule:
-    """Return the model transformed, its logits checked against the labels of ``images``."""
+def open_sparse(
+    options: ModelOptions, images: ImageSet, statistics: Path | None = None, logits: Logits = None
+) -> fx.GraphModule:
+    """Return the model transformed, its logits checked against the labels, if it is clear which they are."""
     examples = first_images(images, 2, device_of(options))
     sparse = transform(open_model(options), examples, placement=options.placement, statistics=statistics)
     with torch.no_grad():
-        images.check_labels(sparse(examples).shape[-1])
+        output = sparse(examples)
+    if statistics is not None or isinstance(output, Tensor):
+        images.check_labels(logits_in(output, logits).shape[1])
     return sparse
 
 

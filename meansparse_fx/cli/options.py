@@ -27,6 +27,15 @@ Attacks = Annotated[
         help=f"Of {', '.join(ATTACK_NAMES)}; with a gradient (apgd-ce/annealed), or under each of --backwards.",
     ),
 ]
+LogitsName = Annotated[
+    Any,
+    typer.Option(
+        "--logits",
+        parser=parsing.name_or_position,
+        metavar="NAME",
+        help="Where the logits are in what MODEL returns, if that is no tensor: a key, or a position. [logits, out]",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of the attacks.")]
 Amp = Annotated[
     Any,

@@ -24,6 +24,11 @@ def fraction(text: str) -> float:
     return value
 
 
+def name_or_position(text: str) -> str | int:
+    """Return a whole number as one, other text as it is."""
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
 def numbers(text: str) -> tuple[float, ...]:
     """Return comma-separated numbers."""
     return tuple(fraction(part) for part in text.split(","))

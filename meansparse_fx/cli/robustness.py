@@ -16,6 +16,7 @@ from .options import (
     Attacks,
     DataOptions,
     DryRun,
+    LogitsName,
     ModelOptions,
     PaceOptions,
     Queries,
@@ -59,6 +60,7 @@ def select(
     attacks: Attacks = _SEARCH_ATTACKS,
     steps: Steps = 20,
     queries: Queries = 500,
+    logits: LogitsName = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the search; evaluate takes it as --alpha.")] = None,
     report: Annotated[
         Path | None, typer.Option(help="Directory for the search's figures (PDF), tables (LaTeX, CSV) and search.json.")
@@ -79,7 +81,7 @@ def select(
     images = open_images(data)
     search_in: Any = partial(
         select_alpha,
-        open_sparse(model, images, statistics),
+        open_sparse(model, images, statistics, logits),
         alphas=alphas,
         attacked=attacked,
         clean_budget=clean_budget,
@@ -89,6 +91,7 @@ def select(
         attacks=attacks,
         steps=steps,
         queries=queries,
+        logits=logits,
         **threat.as_arguments(),
         **pace.as_arguments(),
     )
@@ -127,6 +130,7 @@ def evaluate(
     attacks: Attacks = _DEFAULT_ATTACKS,
     steps: Steps = 100,
     queries: Queries = 5000,
+    logits: LogitsName = None,
     dry_run: DryRun = False,
 ) -> None:
     """Compare MODEL with its base under the same attacks, on test images that nothing else saw.
@@ -157,7 +161,7 @@ def evaluate(
         require_place(save_adversarial)
     model, group = join_processes(model)
     images = open_images(data)
-    sparse = open_sparse(model, images, statistics)
+    sparse = open_sparse(model, images, statistics, logits)
     put_alpha(sparse, alpha)
     attack: Any = partial(
         evaluate,
@@ -165,6 +169,7 @@ def evaluate(
         attacks=attacks,
         steps=steps,
         queries=queries,
+        logits=logits,
         **threat.as_arguments(),
         **pace.as_arguments(),
     )
@@ -204,6 +209,7 @@ def verify(
         Path | None,
         typer.Option(dir_okay=False, help="Also write x_adv and y there, by torch.save, for an external evaluation."),
     ] = None,
+    logits: LogitsName = None,
 ) -> None:
     """Check adversarial images that evaluate kept: MODEL and its base are asked, nothing is attacked.
 
@@ -219,7 +225,7 @@ def verify(
     sparse = transform(
         open_model(model), images[:2].to(device_of(model)), placement=model.placement, statistics=statistics
     )
-    found = verify(file, sparse)
+    found = verify(file, sparse, logits=logits)
     console().print(str(found), highlight=False)
     if robustbench is not None:
         torch.save(external_evaluation(file), robustbench)

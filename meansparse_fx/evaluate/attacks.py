@@ -75,6 +75,7 @@ class AttackKind:
         reads_graph: It needs the transformed model itself, not a wrapper around it.
         repeats: Gradients taken for one step.
         started: It starts at the images that were found against the other model, not at random.
+        squares: It changes squares of images.
     """
 
     build: Build
@@ -84,6 +85,15 @@ class AttackKind:
     reads_graph: bool = False
     repeats: int = 1
     started: bool = False
+    squares: bool = False
+
+    def misfit(self, images: Tensor, logits: Tensor) -> str | None:
+        """Return why it cannot attack such a model on such images, in words; None if it can."""
+        if self.squares and images.dim() != 4:
+            return f"needs images [N, C, H, W], and these are {['N', *images.shape[1:]]}"
+        if logits.shape[1] < self.classes:
+            return f"needs at least {self.classes} classes, the model has {logits.shape[1]}"
+        return None
 
 
 def _apgd(loss: str, restarts: int = 1, eot: int = 1) -> Build:
@@ -130,7 +140,9 @@ _KINDS: dict[str, AttackKind] = {
     "apgd-t": AttackKind(_apgd_targeted, "the same towards each of the nearest wrong classes (AutoAttack)", classes=4),
     "fab": AttackKind(_fab(False, 5), "steps to the nearest decision boundary, 5 restarts (AutoAttack plus)"),
     "fab-t": AttackKind(_fab(True), "steps to the boundary of each of the nearest wrong classes (AutoAttack)"),
-    "square": AttackKind(_square, "random search by queries; needs no gradient, so none can be masked", gradient=False),
+    "square": AttackKind(
+        _square, "random search by queries; needs no gradient, so none can be masked", gradient=False, squares=True
+    ),
     "pgd": AttackKind(
         lambda model, s, _: PGD(model, s.norm, s.eps, s.steps, s.seed),
         "gradient ascent on cross-entropy in steps of eps / 8 (the paper's PGD)",
@@ -226,9 +238,9 @@ def attack(
     if not len(images):
         return images
     with torch.no_grad():
-        classes = logits_of(model, images).shape[1]  # of all: compilers make another program for a batch of one
-    if classes < row.classes:
-        raise EvaluationError(f"{name} needs at least {row.classes} classes, the model has {classes}")
+        logits = logits_of(model, images)  # of all: compilers make another program for a batch of one
+    if (misfit := row.misfit(images, logits)) is not None:
+        raise EvaluationError(f"{name} {misfit}")
     if backward is not None:
         chosen, gradients = surrogate(backward), settings.steps + 1  # APGD looks at its start, too
         if not row.reads_graph:
@@ -239,7 +251,7 @@ def attack(
             raise EvaluationError(f"{name} reads the model's graph and takes one backward mode, not {backward}")
     devices = [images.device] if images.is_cuda else []
     with torch.random.fork_rng(devices=devices):
-        built = row.build(model, settings, classes)
+        built = row.build(model, settings, logits.shape[1])
         if row.started:
             assert isinstance(built, Margin)
             assert starts is not None

@@ -65,7 +65,7 @@ class PGD:
 
     @staticmethod
     def _keep(best: Tensor, x: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        return torch.where(_per_image(logits.argmax(1) != labels, x), x, best)
+        return torch.where(per_image(logits.argmax(1) != labels, x), x, best)
 
     def _start(self, images: Tensor) -> Tensor:
         # Drawn on the CPU, so that a seed means the same start on every device.
@@ -139,13 +139,14 @@ class Margin(APGDAttack):
         """Return adversarial images ``[N, C, H, W]``, begun at ``starts``; those not broken as they were."""
         self.init_hyperparam(images)
         _, standing, _, found = self.attack_single_run(images.clone(), labels.clone(), x_init=starts)
-        return torch.where(_per_image(standing.bool(), images), images, found)
+        return torch.where(per_image(standing.bool(), images), images, found)
 
 
 def _norm(x: Tensor) -> Tensor:
     """Return each image's L2 norm, shaped to broadcast, never zero."""
-    return _per_image(x.flatten(1).norm(dim=1).clamp_min(1e-12), x)
+    return per_image(x.flatten(1).norm(dim=1).clamp_min(1e-12), x)
 
 
-def _per_image(values: Tensor, images: Tensor) -> Tensor:
+def per_image(values: Tensor, images: Tensor) -> Tensor:
+    """Return values ``[N]``, shaped to broadcast over images ``[N, ...]``."""
     return values.view(-1, *[1] * (images.dim() - 1))

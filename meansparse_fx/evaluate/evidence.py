@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from .. import artifacts
 from ..errors import EvaluationError
 from ..operators import require_transformed, set_alpha, set_variant
-from ..passes import restore
+from ..outputs import Logits
+from ..passes import restore, returning_logits
 from ..statistics import fingerprint
 from .attacks import AttackSettings, check_ball
 from .plan import correct, device_of
@@ -113,13 +114,15 @@ class Verification:
         return "\n".join([*lines, "The file holds." if self.holds else "The file does not hold for this model."])
 
 
-def verify(path: str | Path, sparse: fx.GraphModule, base: nn.Module | None = None) -> Verification:
+def verify(
+    path: str | Path, sparse: fx.GraphModule, base: fx.GraphModule | None = None, logits: Logits = None
+) -> Verification:
     """Return what a transformed model and its base say of the images that `evaluate` kept: nothing is attacked.
 
     Args:
         path: Of the file that ``evaluate(..., save_adversarial=path)`` wrote.
         sparse: The transformed model with its statistics; alpha and variant are those of the file, and put into it.
-        base: As `evaluate` was given it.
+        base, logits: As `evaluate` was given them.
 
     Raises:
         StateError: The model is not transformed.
@@ -128,10 +131,11 @@ def verify(path: str | Path, sparse: fx.GraphModule, base: nn.Module | None = No
     """
     require_transformed(sparse, "verify")
     found, device = Evidence.load(path), device_of(sparse)
-    models: dict[str, nn.Module] = {"base": restore(sparse) if base is None else base, "sparse": sparse}
+    models = {"base": restore(sparse) if base is None else base, "sparse": sparse}
     for which, model in models.items():
         if fingerprint(model) != found.weights[which]:
             raise EvaluationError(f"{path}: adversarial images of another model, the weights of the {which} differ")
+    models = {which: returning_logits(model, logits) for which, model in models.items()}
     set_variant(sparse, found.variant, found.centre)
     set_alpha(sparse, found.alpha)
     broken: dict[str, int] = {}

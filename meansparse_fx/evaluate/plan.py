@@ -5,6 +5,7 @@ Knows attacks and the switches on operators; keeps no results.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -70,6 +71,29 @@ def plan_runs(attacks: Sequence[str], backwards: Sequence[str], seed: int) -> li
         raise EvaluationError("no attack asked for: give at least one, and for gradient attacks a backward")
     order = sorted(found, key=lambda pair: (kind(pair[0]).started, pair[1] != "exact", pair[1] is None))
     return [Run(name, mode, seed + i) for i, (name, mode) in enumerate(order)]
+
+
+def fitting(runs: Sequence[Run], attacks: Sequence[str], model: nn.Module, images: Tensor) -> list[Run]:
+    """Return the runs that can attack a model on such images; of lists of attacks the others are left out.
+
+    Args:
+        runs: Planned.
+        attacks: What was asked for; what is named there itself has to fit.
+        model: Returns logits.
+        images: Some of them.
+
+    Raises:
+        EvaluationError: A named one cannot, or none can.
+    """
+    named = {name.partition("/")[0] for name in attacks}
+    images = images[:2].to(next(itertools.chain(model.parameters(), model.buffers()), images).device)
+    with torch.no_grad():
+        logits = logits_of(model, images)
+    misfits = {run: kind(run.attack).misfit(images, logits) for run in runs}
+    for run, misfit in misfits.items():
+        if misfit is not None and (run.attack in named or all(misfits.values())):
+            raise EvaluationError(f"{run.attack} {misfit}")
+    return [run for run in runs if misfits[run] is None]
 
 
 def perturbed(

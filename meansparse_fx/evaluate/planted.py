@@ -8,12 +8,14 @@ them, random search few. Knows a graph and what an attack may do; runs no attack
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..passes.readout import features_of, last_linear, with_readout
 from .attacks import AttackSettings
+from .descent import per_image
 
 IMAGES = 32
 INNER = 200  # points of each ball that its readout takes for the image
@@ -73,7 +75,7 @@ def plant(model: fx.GraphModule, images: Tensor, settings: AttackSettings) -> Pl
         tried = _changed(plants, images, settings, generator)
         higher = (found := value(tried)) > best
         best = torch.where(higher, found, best)
-        plants = torch.where(higher.view(-1, 1, 1, 1), tried, plants)
+        plants = torch.where(per_image(higher, plants), tried, plants)
     boundary = best - CLOSENESS * (best - torch.maximum(inside, clean))
     top = logits.topk(2).values
     margin = (top[:, 0] - top[:, 1]).mean()  # so that what stands behind the readout meets numbers as the network's own
@@ -123,18 +125,19 @@ def _readout(
 
 
 def _changed(points: Tensor, images: Tensor, settings: AttackSettings, generator: torch.Generator) -> Tensor:
-    """Return ``points`` ``[n, C, H, W]`` of the balls around ``images``, a random square of each anew."""
-    count, channels, height, width = points.shape
-    delta = points - images
-    side = max(1, int(min(height, width) * (0.05 + 0.45 * torch.rand((), generator=generator))))
-    top = int(torch.randint(height - side + 1, (), generator=generator))
-    left = int(torch.randint(width - side + 1, (), generator=generator))
-    anew = torch.randn((count, channels, 1, 1), generator=generator).sign().to(points)
+    """Return ``points`` ``[n, C, ...]`` of the balls around ``images``, a random square or cube of each anew."""
+    count, channels, *sizes = points.shape if points.dim() > 2 else (len(points), 1, points.shape[1])
+    delta = (points - images).view(count, channels, *sizes)
+    side = max(1, int(min(sizes) * (0.05 + 0.45 * torch.rand((), generator=generator))))
+    starts = [int(torch.randint(size - side + 1, (), generator=generator)) for size in sizes]
+    square: tuple[Any, ...] = (..., *(slice(start, start + side) for start in starts))
+    anew = torch.randn((count, channels, *[1] * len(sizes)), generator=generator).sign().to(points)
     if settings.norm == "Linf":
-        delta[..., top : top + side, left : left + side] = settings.eps * anew
+        delta[square] = settings.eps * anew
     else:
-        delta[..., top : top + side, left : left + side] += settings.eps / side * anew
-        delta = delta * (settings.eps / delta.flatten(1).norm(dim=1).clamp_min(1e-12)).view(-1, 1, 1, 1)
+        delta[square] += settings.eps / side ** (len(sizes) / 2) * anew
+        delta = delta * per_image(settings.eps / delta.flatten(1).norm(dim=1).clamp_min(1e-12), delta)
+    delta = delta.view_as(points)
     return (images + delta).clamp(0, 1)
 
 
@@ -146,9 +149,9 @@ def _around(image: Tensor, count: int, settings: AttackSettings, generator: torc
         delta = delta.sign() if edge else delta
     else:
         delta = torch.randn(shape, generator=generator)
-        delta = delta / delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        delta = delta / per_image(delta.flatten(1).norm(dim=1), delta)
         if not edge:
-            delta = delta * torch.rand(count, generator=generator).view(-1, 1, 1, 1)
+            delta = delta * per_image(torch.rand(count, generator=generator), delta)
     return (image + settings.eps * delta.to(image)).clamp(0, 1)
 
 

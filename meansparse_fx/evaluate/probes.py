@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from ..operators import switched
 from .attacks import AttackSettings, kind
+from .descent import per_image
 from .ledger import Masks
 from .plan import Run, correct, perturbed
 from .planted import IMAGES, nearest, plant, single_target
@@ -126,8 +127,8 @@ def _gradients(model: nn.Module, right: Probed, runs: Sequence[Run], settings: A
                 entropy = F.cross_entropy(logits, right.labels, reduction="none")
             slope |= _gradient(entropy, x).flatten(1).abs().amax(1).gt(0).cpu()
             gradient = _gradient(margin, x)
-            norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
-            along = gradient.sign() if settings.norm == "Linf" else gradient / norm
+            norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-30)
+            along = gradient.sign() if settings.norm == "Linf" else gradient / per_image(norm, gradient)
             with torch.no_grad():
                 after = _margin(model((right.images + STEP * settings.eps * along).clamp(0, 1)), right.labels)
             rises |= (after > margin).cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from ..batches import as_batches, labelled, length
 from ..errors import EvaluationError
 from ..names import DEFAULT_ATTACKS
 from ..operators import get_alpha, operators, require_transformed
-from ..passes import restore
+from ..outputs import Logits
+from ..passes import restore, returning_logits
 from ..progress import bar, say_resumed
 from ..shards import gather, own_file, place
 from ..statistics import fingerprint
@@ -22,7 +24,7 @@ from .attacks import AttackSettings
 from .comparison import Comparison
 from .evidence import Evidence
 from .ledger import Ledger, digest, model_identity
-from .plan import plan_runs
+from .plan import fitting, plan_runs
 from .provenance import check_calibration
 from .sanity import Check
 from .verdict import Evaluation
@@ -46,6 +48,7 @@ def evaluate(
     sanity_images: int = SANITY_IMAGES,
     compile: bool = False,
     amp: torch.dtype | None = None,
+    logits: Logits = None,
     base: fx.GraphModule | None = None,
     save_adversarial: str | Path | None = None,
     checkpoint: str | Path | None = None,
@@ -61,13 +64,14 @@ def evaluate(
 
     Args:
         sparse: A transformed model in eval mode.
-        test: ``(images, labels)`` tensors, a Dataset, or a loader of such batches: images ``[N, C, H, W]`` in [0, 1],
-            labels ``[N]``; docs/data.md lists what else is understood. They should be images that neither
-            calibration nor the choice of alpha saw.
+        test: ``(images, labels)`` tensors, a Dataset, or a loader of such batches: images ``[N, C, H, W]``, or other
+            inputs ``[N, ...]``, in [0, 1], labels ``[N]``; docs/data.md lists what else is understood. They should be
+            images that neither calibration nor the choice of alpha saw.
         eps: Radius of the ball, in the units of the images.
         norm: ``Linf`` or ``L2``.
         attacks: Names from `ATTACKS`, each with its surrogate (``apgd-ce/annealed``) or to be run under each of
-            ``backwards``; or names of lists of them: ``adaptive``, AutoAttack's ``standard``, ``plus``, ``rand``.
+            ``backwards``; or names of lists of them: ``adaptive``, AutoAttack's ``standard``, ``plus``, ``rand``, of
+            which is left out what needs images (Square) or more classes (targeted attacks) than there are.
         backwards: Surrogates of the operator's gradient for attacks that name none: ``exact``, ``identity`` (BPDA),
             ``smooth`` or ``smooth-STEEPNESS``, ``annealed``.
         steps: Iterations of the gradient attacks.
@@ -81,6 +85,8 @@ def evaluate(
         compile: Attack through torch.compile. What an attack found counts only if the model itself, not compiled and in
             its own precision, is wrong on it; so this may only cost the attacker a little.
         amp: Autocast the attacked model to bfloat16 or float16, with the same check of what was found.
+        logits: Where the logits are in what the model returns, if that is no tensor: a name, a position, or a function
+            of it. By default ``logits``, ``out``, or the only tensor there is.
         base: To stand beside ``sparse``, in the place of the same model without its operators.
         save_adversarial: File for the adversarial images and what broke each: see `evidence`.
         checkpoint: File to keep results in as they come; if it exists, go on from it. It stays: remove it when the
@@ -98,12 +104,17 @@ def evaluate(
     """
     require_transformed(sparse, "evaluate")
     settings = AttackSettings(eps=eps, norm=norm, steps=steps, queries=queries, seed=seed)
-    runs = plan_runs(attacks, backwards, seed)
-    models: dict[str, nn.Module] = {"base": restore(sparse) if base is None else base, "sparse": sparse}
+    planned = plan_runs(attacks, backwards, seed)
+    own = {"base": restore(sparse) if base is None else base, "sparse": sparse}
+    models: dict[str, nn.Module] = {which: returning_logits(model, logits) for which, model in own.items()}
+    data = labelled(test, batch_size, models["sparse"])
+    first = next(data)
+    runs = fitting(planned, attacks, models["sparse"], first[0])
     identity = model_identity(sparse, alpha=True) | {
         "base": None if base is None else fingerprint(base),
         "attack settings": [f"{settings}", full_rows, sanity_images, compile, str(amp), save_adversarial is not None],
         "attacks or backwards": [run.name for run in runs],
+        "logits": None if logits is None else str(getattr(logits, "__qualname__", logits)),
     }
     rank, world = place(group)
     ledger = Ledger(None if checkpoint is None else own_file(Path(checkpoint), rank, world), identity)
@@ -115,7 +126,7 @@ def evaluate(
         task = display.add_task("attack", total=_count(test, batch_size, 2 * len(runs), world), note="")
         seen: list[str] = []
         calibration: Check | None = None
-        for index, (images, labels) in enumerate(labelled(test, batch_size, sparse)):
+        for index, (images, labels) in enumerate(itertools.chain([first], data)):
             if index == 0:
                 calibration = check_calibration(sparse, test, images)
             if index % world == rank:

@@ -1,13 +1,14 @@
 """Floor 4: the only code that mutates a graph. One pass a file.
 
-observe, sparsify, fuse and restore work on captured models, refuse_hooks on what they leave of them; lower, instrument
-and write_back serve the torch.compile plug-in.
+observe, sparsify, fuse, restore and returning_logits work on captured models, refuse_hooks on what they leave of them;
+lower, instrument and write_back serve the torch.compile plug-in.
 """
 
 from .fuse import fuse
+from .logits import returning_logits
 from .observe import observe
 from .restore import restore
 from .sparsify import sparsify
 from .uncalled import refuse_hooks
 
-__all__ = ["fuse", "observe", "refuse_hooks", "restore", "sparsify"]
+__all__ = ["fuse", "observe", "refuse_hooks", "restore", "returning_logits", "sparsify"]

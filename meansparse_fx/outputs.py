@@ -1,0 +1,95 @@
+"""Floor 1: what a model returns: one tensor, or tensors in a container, whose type is a part of the result.
+
+Containers are tuples, lists, dicts, named tuples, dataclasses, and classes of dicts such as OrderedDict and
+transformers' ModelOutput, which is a dataclass as well. Imports torch and errors only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .errors import EvaluationError
+
+Logits = str | int | Callable[[Any], Tensor] | None
+NAMES = ("logits", "out")  # where logits are if nobody says so: transformers' name, and torchvision's for segmentation
+
+
+def parts(value: Any) -> dict[Any, Any] | None:
+    """Return what a container holds, by name or position; None if it is none."""
+    if isinstance(value, type | Tensor):
+        return None
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, tuple | list):
+        return dict(zip(getattr(value, "_fields", range(len(value))), value, strict=True))
+    return None
+
+
+def flatten(value: Any) -> tuple[list[Any], Any]:
+    """Return what the containers of a result hold in the end, and their form: equal forms are the same containers."""
+    found = parts(value)
+    if found is None:
+        return [value], None
+    inner = [flatten(part) for part in found.values()]
+    form = type(value), tuple(found), tuple(form for _, form in inner)
+    return [leaf for leaves, _ in inner for leaf in leaves], form
+
+
+def names(value: Any) -> list[str]:
+    """Return a name for everything that `flatten` finds: ``logits``, ``hidden_states.0``."""
+    if (found := parts(value)) is None:
+        return [""]
+    return [f"{name}.{inner}".rstrip(".") for name, part in found.items() for inner in names(part)]
+
+
+def kind(value: Any) -> str:
+    """Return what a result is, in words: its type, and the names of what it holds."""
+    found = parts(value)
+    if found is None:
+        return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    held = ", ".join(str(name) for name, part in found.items() if part is not None)
+    return f"{type(value).__name__} of {held or 'nothing'}"
+
+
+def logits_in(output: Any, logits: Logits = None) -> Tensor:
+    """Return the logits in what a model returns.
+
+    Args:
+        output: A tensor is them itself, unless ``logits`` is a function.
+        logits: Their name or position in the container, or a function of it. By default one of `NAMES`, or the only
+            tensor there is.
+
+    Raises:
+        EvaluationError: They are not there; says what is.
+
+    Example:
+        >>> import torch
+        >>> logits_in({"out": torch.zeros(2, 5), "aux": torch.zeros(2, 5)}).shape
+        torch.Size([2, 5])
+    """
+    held = parts(output) or {}
+    tensors = {name: part for name, part in held.items() if isinstance(part, Tensor)}
+    found: Any
+    if callable(logits):
+        found = logits(output)
+    elif isinstance(output, Tensor):
+        found = output
+    elif logits is None:
+        known = [tensors[name] for name in NAMES if name in tensors]
+        found = known[0] if known else next(iter(tensors.values())) if len(tensors) == 1 else None
+    else:
+        by_position: dict[Any, Any] = dict(enumerate(part for part in held.values() if part is not None))
+        found = held.get(logits, by_position.get(logits))
+    if not isinstance(found, Tensor):
+        asked = "" if logits is None else f", and logits={logits!r} is no tensor in it"
+        raise EvaluationError(
+            f"the model returns {kind(output)}{asked}: say which of them are the logits, logits=NAME, a position, or a "
+            "function of what it returns"
+        )
+    return found
