@@ -52,8 +52,8 @@ def _operators_counted_as_one(tally: Tally) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(operator, "is_observed", return_value=False))
         for name in ("forward", "backward"):
-            run = counted(getattr(operator.Operator, name))
-            stack.enter_context(mock.patch.object(operator.Operator, name, run))
+            run = counted(getattr(operator.Call, name))
+            stack.enter_context(mock.patch.object(operator.Call, name, run))
         yield
 
 

@@ -58,7 +58,7 @@ def stubbed_launch() -> mock._patch_dict | Any:
     """Return a context in which a Triton launch does everything on the host but call the driver."""
     from meansparse_fx.kernels import triton_launch
 
-    def first(self: Any, tensors: Any, aligned: bool) -> None:
+    def first(self: Any, tensors: Any, aligned: bool, hooked: bool) -> None:
         stub = _Stub()
         self._run, self._function, self._metadata = stub.run, stub.function, stub.packed_metadata
         self._stream = lambda index: 0

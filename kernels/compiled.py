@@ -15,6 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from . import composition
@@ -109,20 +110,21 @@ def _on_views(
     kernel = _kernel(plain, rest, len(tensors), options._replace(channel_dim=1))
     copies = any(t is not None and not is_laid_out_like(t, x) for t in tensors)
     gathers = any(v is not None and not v.is_contiguous() for v in vectors)
-    call: Callable[[Sequence[Tensor | None]], Sequence[Tensor]] | None = None
+    calls: dict[int, Callable[[Sequence[Tensor | None]], Sequence[Tensor]]] = {}  # compiled for so many threads
 
     def run(vectors: Vectors, *tensors: Tensor | None) -> Sequence[Tensor]:
-        nonlocal call
         if copies:
             tensors = [t if t is None else laid_out_like(t, tensors[at]) for t in tensors]
         if gathers:
             vectors = [v if v is None else v.contiguous() for v in vectors]
         arguments = [*[t if t is None else t.as_strided(shape, stride) for t in tensors], *vectors]
-        if call is None:
-            results = kernel(*arguments)
-            call = kernel.direct(arguments)
-        else:
+        call = calls.get(threads := torch.get_num_threads())
+        if call is not None:
             results = call(arguments)
+        else:
+            results = kernel(*arguments)
+            if (call := kernel.direct(arguments)) is not None:
+                calls[threads] = call
         return [r.as_strided(whole, strides) for r in results]
 
     return run

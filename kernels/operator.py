@@ -27,6 +27,10 @@ from .records import Options, Vectors
 Results = tuple[Tensor, Tensor | None]  # y, and v if it is wanted
 
 _PLAIN = (Tensor, Parameter)
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_mode = torch._C._is_torch_function_mode_enabled
+_transforms = torch._C._are_functorch_transforms_active
+_jit_traces = torch._C._is_tracing
 _LIMIT = 4096  # of layouts kept, for a model that sees ever new ones
 
 # What runs a call, by all it depends on. An `Operator` keeps those that it used, under fewer words.
@@ -59,11 +63,11 @@ def is_observed(x: Tensor, residual: Tensor | None = None, shortcut: Tensor | No
         type(x) not in _PLAIN
         or (residual is not None and type(residual) not in _PLAIN)
         or (shortcut is not None and type(shortcut) not in _PLAIN)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or (torch._C._is_torch_function_mode_enabled() and _function_mode_observes())
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _dispatch_modes() > 0
+        or (_function_mode() and _function_mode_observes())
+        or _transforms()
         or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+        or _jit_traces()
     )
 
 
@@ -85,14 +89,12 @@ class Operator:
         ValueError: Unlike sizes or unknown options.
     """
 
-    __slots__ = ("_backwards", "_forwards", "_sources", "choice", "options", "vectors")
+    __slots__ = ("_calls", "choice", "options", "vectors")
 
     def __init__(self, vectors: Vectors, options: Options, choice: str | None = None) -> None:
         self.vectors, self.options = vectors, options
         self.choice = choice or lowering()
-        self._forwards: dict[Hashable, Callable] = {}
-        self._backwards: dict[Hashable, Callable] = {}
-        self._sources: dict[Hashable, str] = {}
+        self._calls: dict[Hashable, Call] = {}
         # While torch.jit traces, sizes are tensors.
         if self.choice != "composition" and torch._C._get_tracing_state() is None:
             _check(vectors, options)
@@ -107,11 +109,12 @@ class Operator:
             residual: Of x's shape, or one that broadcasts to it; added before the operator.
             shortcut: Likewise; added after it.
         """
-        weight, composed = self.vectors.weight, self.choice == "composition"
+        vectors, composed = self.vectors, self.choice == "composition"
+        weight, alone = vectors.weight, residual is None and shortcut is None
         # Exported programs hold no autograd.Function. To Dynamo of torch 2.11 is_exporting() is true always.
         by_reference = torch.compiler._is_exporting_flag if composed else is_observed(x, residual, shortcut)
-        if by_reference or self._promotes(x.dtype, residual, shortcut):
-            y, v = reference.operator(x, residual, shortcut, self.vectors, self.options)
+        if by_reference or ((not alone or vectors.layer_scale is not None) and self._promotes(x, residual, shortcut)):
+            y, v = reference.operator(x, residual, shortcut, vectors, self.options)
         elif not (
             torch.is_grad_enabled()
             and (
@@ -123,59 +126,18 @@ class Operator:
         ):
             y, v = self.forward(x, residual, shortcut)
         elif composed:
-            return _MeanSparse.apply(self, x, residual, shortcut, weight)
-        elif residual is None and shortcut is None and weight is None:
-            return _apply(self, x)
+            return _MeanSparseForCompilers.apply(self, x, residual, shortcut, weight)
+        elif alone and weight is None:
+            return _apply(self.call_of(x), x)
         else:
-            return _apply(self, x, residual, shortcut, weight)
+            return _apply(self.call_of(x, residual, shortcut), x, residual, shortcut, weight)
         return (y, v) if self.options.want_sum else y
 
     def forward(self, x: Tensor, residual: Tensor | None, shortcut: Tensor | None) -> Results:
         """Return y and v, below autograd."""
         if self.choice == "composition":
             return composition.forward(x, residual, shortcut, self.vectors, self.options)
-        case = x.shape, x.stride(), x.dtype, x.device, torch.get_num_threads()
-        if residual is not None or shortcut is not None:
-            case = (*case, *_described(residual), *_described(shortcut))
-        run = self._forwards.get(case)
-        if run is None:
-            run = self._runner(self._forwards, case, _forward_runner, (x, residual, shortcut))
-        return run(self.vectors, x, residual, shortcut)
-
-    def backward(
-        self,
-        vectors: Vectors,
-        grad: Tensor,
-        grad_sum: Tensor | None,
-        x: Tensor,
-        residual: Tensor | None,
-        source: str,
-        want_sum: bool,
-        want_weight: bool,
-    ) -> Sequence[Tensor | None]:
-        """Return the gradients of x, v and the weight from what `kept_for_backward` names, below autograd.
-
-        Args:
-            vectors: As they were kept.
-            grad, grad_sum: Of y; of v, where that is a result that somebody read.
-            x: What was kept; the residual beside it.
-            want_sum, want_weight: Whether anybody wants those of v and of the weight.
-        """
-        if self.choice == "composition":
-            options, from_sum = self._for_backward(source)
-            wanted = Wanted(want_sum, want_weight)
-            return composition.backward(grad, grad_sum, x, residual, vectors, options, from_sum, wanted)
-        case = (
-            x.shape, x.stride(), x.dtype, x.device, torch.get_num_threads(),
-            grad.stride(), grad.dtype, source, want_sum, want_weight,
-        )  # fmt: skip
-        if residual is not None or grad_sum is not None:
-            case = (*case, *_described(residual), *_described(grad_sum))
-        run = self._backwards.get(case)
-        if run is None:
-            rest = *self._for_backward(source), Wanted(want_sum, want_weight)
-            run = self._runner(self._backwards, case, _backward_runner, (grad, grad_sum, x, residual), *rest)
-        return run(vectors, grad, grad_sum, x, residual)
+        return self.call_of(x, residual, shortcut).forward(x, residual, shortcut)
 
     def kept_for_backward(self, dtype: torch.dtype, has_residual: bool, has_shortcut: bool) -> str:
         """Return what backward is computed from: the ``input`` (and the residual), the ``sum`` v, or the ``result`` y.
@@ -183,13 +145,6 @@ class Operator:
         Args:
             dtype: Of x.
         """
-        case = dtype, has_residual, has_shortcut
-        found = self._sources.get(case)
-        if found is None:
-            found = self._sources[case] = self._source(*case)
-        return found
-
-    def _source(self, dtype: torch.dtype, has_residual: bool, has_shortcut: bool) -> str:
         options, vectors = self.options, self.vectors
         if options.want_sum:
             return "sum"
@@ -204,52 +159,94 @@ class Operator:
         plain = vectors.norm_scale is None and composition.gradient_from_result(options)
         return "result" if plain and unrounded else "input"
 
-    def _for_backward(self, source: str) -> tuple[Options, bool]:
+    def for_backward(self, source: str) -> tuple[Options, bool]:
         """Return the options of a backward from what was kept, and whether that stands for v."""
         if source == "result" and self.options.backward == "identity":
             # y tells the slope at s(u); a band around it would ask again.
             return self.options._replace(variant="none"), True
         return self.options, source != "input"
 
-    def versions(self) -> tuple[int, ...]:
-        """Return what tells whether the band, or a LayerScale, was changed since."""
-        vectors = self.vectors
-        if vectors.layer_scale is None:
-            return vectors.centre._version, vectors.threshold._version
-        return vectors.centre._version, vectors.threshold._version, vectors.layer_scale._version
-
-    def _promotes(self, dtype: torch.dtype, residual: Tensor | None, shortcut: Tensor | None) -> bool:
+    def _promotes(self, x: Tensor, residual: Tensor | None, shortcut: Tensor | None) -> bool:
         """Return whether the results are of another dtype than x, or of several, as autocast makes them."""
-        scale = self.vectors.layer_scale
-        if residual is None and shortcut is None and scale is None:
-            return False
-        return (
-            (residual is not None and residual.dtype != dtype)
-            or (shortcut is not None and shortcut.dtype != dtype)
-            or (scale is not None and scale.dtype != dtype)
-        )
+        return any(t is not None and t.dtype != x.dtype for t in (residual, shortcut, self.vectors.layer_scale))
 
-    def _runner(self, known: dict, case: Hashable, make: Callable, tensors: tuple, *rest: Any) -> Callable:
-        """Return what runs calls of these tensors, and remember it."""
-        given = tuple(_given(v) for v in self.vectors)
-        key = make, self.options, self.choice, given, case, *rest
-        run = _RUNNERS.get(key)
+    def call_of(self, x: Tensor, residual: Tensor | None = None, shortcut: Tensor | None = None) -> Call:
+        """Return what is known of calls with tensors like these."""
+        case: Hashable = x.shape, x.stride(), x.dtype, x.device
+        if residual is not None or shortcut is not None:
+            case = case, _described(residual), _described(shortcut)
+        found = self._calls.get(case)
+        if found is None:
+            if len(self._calls) >= _LIMIT:
+                self._calls.clear()
+            run = _runner(self, case, _forward_runner, (x, residual, shortcut))
+            source = self.kept_for_backward(x.dtype, residual is not None, shortcut is not None)
+            found = self._calls[case] = Call(self, case, run, source)
+        return found
+
+
+class Call:
+    """What is known of an operator's calls with tensors of one layout.
+
+    Attributes:
+        source: What backward is computed from; see `Operator.kept_for_backward`.
+    """
+
+    __slots__ = ("_backwards", "_case", "_forward", "operator", "source")
+
+    def __init__(self, operator: Operator, case: Hashable, forward: Callable[..., Results], source: str) -> None:
+        self.operator, self._case, self._forward, self.source = operator, case, forward, source
+        self._backwards: dict[Hashable, Callable] = {}
+
+    def forward(self, x: Tensor, residual: Tensor | None, shortcut: Tensor | None) -> Results:
+        """Return y and v, below autograd."""
+        return self._forward(self.operator.vectors, x, residual, shortcut)
+
+    def backward(
+        self,
+        vectors: Vectors,
+        grad: Tensor,
+        grad_sum: Tensor | None,
+        x: Tensor,
+        residual: Tensor | None,
+        wanted: Wanted,
+    ) -> Sequence[Tensor | None]:
+        """Return the gradients of x, v and the weight, below autograd.
+
+        Args:
+            vectors: As they were kept.
+            grad, grad_sum: Of y; of v, where that is a result that somebody read.
+            x: What was kept; the residual beside it.
+            wanted: Whether anybody wants those of v and of the weight.
+        """
+        # autograd has seen to it that gradients are of the results' shape and dtype; hooks of what is kept may give it
+        # back in another layout.
+        case: Hashable = x.stride(), grad.stride(), wanted
+        if residual is not None or grad_sum is not None:
+            case = case, _described(residual), _described(grad_sum)
+        run = self._backwards.get(case)
         if run is None:
-            if len(_RUNNERS) >= _LIMIT:
-                _RUNNERS.clear()
-            run = _RUNNERS[key] = make(self, *tensors, *rest)
-        if len(known) >= _LIMIT:
-            known.clear()
-        known[case] = run
-        return run
+            rest = *self.operator.for_backward(self.source), wanted
+            described = self._case, case
+            run = _runner(self.operator, described, _backward_runner, (grad, grad_sum, x, residual), *rest)
+            self._backwards[case] = run
+        return run(vectors, grad, grad_sum, x, residual)
+
+
+def _runner(operator: Operator, case: Hashable, make: Callable, tensors: tuple, *rest: Any) -> Callable:
+    """Return what runs calls of these tensors; one runner serves all operators that are alike."""
+    given = tuple(_described(v) for v in operator.vectors)
+    key = make, operator.options, operator.choice, given, case, *rest
+    run = _RUNNERS.get(key)
+    if run is None:
+        if len(_RUNNERS) >= _LIMIT:
+            _RUNNERS.clear()
+        run = _RUNNERS[key] = make(operator, *tensors, *rest)
+    return run
 
 
 def _described(t: Tensor | None) -> tuple:
     return (None,) if t is None else (t.shape, t.stride(), t.dtype, t.device)
-
-
-def _given(vector: Tensor | None) -> Hashable:
-    return None if vector is None else (vector.shape, vector.stride(), vector.dtype, vector.device)
 
 
 def _check(vectors: Vectors, options: Options) -> None:
@@ -330,25 +327,19 @@ class _MeanSparse(torch.autograd.Function):
 
     A ReLU's result is kept in the place of its input, as torch does: the next convolution keeps the same tensor. The
     other vectors stay with the operator, and backward asks whether they are unchanged: keeping them as well would take
-    3 microseconds of a call. Compilers see what is kept and nothing else, so there they are.
+    3 microseconds of a call.
     """
 
     @staticmethod
-    def forward(ctx, operator, x, residual=None, shortcut=None, weight=None):
-        y, v = operator.forward(x, residual, shortcut)
-        source = operator.kept_for_backward(x.dtype, residual is not None, shortcut is not None)
-        kept = y if source == "result" else v if source == "sum" else x
-        ctx.operator, ctx.source = operator, source
-        ctx.keeps_residual = source == "input" and residual is not None
-        if operator.choice == "composition":
-            vectors = [vector for vector in operator.vectors if vector is not None]
-            ctx.save_for_backward(kept, *([residual] if ctx.keeps_residual else []), *vectors)
+    def forward(ctx, call, x, residual=None, shortcut=None, weight=None):
+        vectors, source = call.operator.vectors, call.source
+        y, v = call.forward(x, residual, shortcut)
+        kept = y if source == "result" else x if source == "input" else v
+        if residual is None and weight is None:
+            ctx.save_for_backward(kept)
         else:
-            ctx.versions = operator.versions()
-            if residual is None and weight is None:
-                ctx.save_for_backward(kept)
-            else:
-                ctx.save_for_backward(kept, residual if ctx.keeps_residual else None, weight)
+            ctx.save_for_backward(kept, residual if source == "input" else None, weight)
+        ctx.call, ctx.version = call, _version(vectors)
         if v is None:
             return y
         ctx.set_materialize_grads(False)
@@ -356,58 +347,95 @@ class _MeanSparse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, grad_sum=None):
-        operator, source, needed = ctx.operator, ctx.source, ctx.needs_input_grad
-        want_sum = want_weight = False
-        grad_shortcut = residual = None
-        saved, vectors = ctx.saved_tensors, operator.vectors
-        x = saved[0]
-        if len(needed) > 2:
-            _, want_x, want_sum, want_shortcut, want_weight = needed
-            grad_shortcut = grad if want_shortcut else None
-            if not (want_x or want_sum or want_weight):
-                return None, None, None, grad_shortcut, None
+        call, saved, needed = ctx.call, ctx.saved_tensors, ctx.needs_input_grad
+        vectors, x, residual = call.operator.vectors, saved[0], None
+        if _version(vectors) != ctx.version:
+            raise RuntimeError(
+                "alpha, statistics or a LayerScale were changed between a forward pass and its backward: set them "
+                "before, or run the forward pass again"
+            )
+        run = _differentiate if torch.is_grad_enabled() or is_observed(grad, grad_sum) else Call.backward
+        if len(needed) == 2 and grad is not None:
+            return None, run(call, vectors, grad, grad_sum, x, None, _X_ALONE)[0]
         if grad is None:
             grad = torch.zeros_like(x)
-        if operator.choice == "composition":
-            residual = saved[1] if ctx.keeps_residual else None
-            kept = iter(saved[2 if ctx.keeps_residual else 1 :])
-            vectors = Vectors(*[None if v is None else next(kept) for v in vectors])
-            run = Operator.backward
-        else:
-            if operator.versions() != ctx.versions:
-                raise RuntimeError(
-                    "alpha, statistics or a LayerScale were changed between a forward pass and its backward: set them "
-                    "before, or run the forward pass again"
-                )
-            if len(saved) > 1:
-                _, residual, weight = saved
-                if weight is not None:
-                    vectors = vectors._replace(weight=weight)
-            run = _differentiate if torch.is_grad_enabled() or is_observed(grad, grad_sum) else Operator.backward
-        grad_x, grad_v, grad_weight = run(operator, vectors, grad, grad_sum, x, residual, source, want_sum, want_weight)
-        return None, grad_x, grad_v if want_sum else None, grad_shortcut, grad_weight
+        if len(saved) > 1:
+            _, residual, weight = saved
+            vectors = vectors._replace(weight=weight)
+        return _gradients(needed, grad, lambda wanted: run(call, vectors, grad, grad_sum, x, residual, wanted))
+
+
+def _version(vectors: Vectors) -> int:
+    """Return what tells whether the band, or a LayerScale, was changed since."""
+    version = vectors.centre._version + vectors.threshold._version
+    return version if vectors.layer_scale is None else version + vectors.layer_scale._version
 
 
 # Past Function.apply in Python, whose questions `Operator.__call__` answers: 1.2 microseconds.
 _apply = super(torch.autograd.Function, _MeanSparse).apply
+_X_ALONE = Wanted()
+
+
+class _MeanSparseForCompilers(torch.autograd.Function):
+    """The same of the composition. Compilers see what is kept and nothing else, so all vectors are kept."""
+
+    @staticmethod
+    def forward(ctx, operator, x, residual, shortcut, weight):
+        y, v = operator.forward(x, residual, shortcut)
+        source = operator.kept_for_backward(x.dtype, residual is not None, shortcut is not None)
+        kept = [y if source == "result" else x if source == "input" else v]
+        ctx.operator, ctx.source, ctx.keeps_residual = operator, source, source == "input" and residual is not None
+        if ctx.keeps_residual:
+            kept.append(residual)
+        ctx.save_for_backward(*kept, *[vector for vector in operator.vectors if vector is not None])
+        if v is None:
+            return y
+        ctx.set_materialize_grads(False)
+        return y, v
+
+    @staticmethod
+    def backward(ctx, grad, grad_sum=None):
+        operator, (x, *saved) = ctx.operator, ctx.saved_tensors
+        options, from_sum = operator.for_backward(ctx.source)
+        residual = saved.pop(0) if ctx.keeps_residual else None
+        vectors = Vectors(*[None if v is None else saved.pop(0) for v in operator.vectors])
+        if grad is None:
+            grad = torch.zeros_like(x)
+        return _gradients(
+            ctx.needs_input_grad,
+            grad,
+            lambda wanted: composition.backward(grad, grad_sum, x, residual, vectors, options, from_sum, wanted),
+        )
+
+
+def _gradients(
+    needed: Sequence[bool], grad: Tensor, backward: Callable[[Wanted], Sequence[Tensor | None]]
+) -> tuple[Tensor | None, ...]:
+    """Return what a Function's backward returns, for the inputs operator, x, residual, shortcut and weight."""
+    _, want_x, want_residual, want_shortcut, want_weight = *needed, *[False] * (5 - len(needed))
+    grads = (None, None, None)
+    if want_x or want_residual or want_weight:
+        grads = backward(Wanted(want_residual, want_weight))
+    grad_x, grad_v, grad_weight = grads
+    found = None, grad_x, grad_v if want_residual else None, grad if want_shortcut else None, grad_weight
+    return found[: len(needed)]
 
 
 def _differentiate(
-    operator: Operator,
+    call: Call,
     vectors: Vectors,
     grad: Tensor,
     grad_sum: Tensor | None,
     x: Tensor,
     residual: Tensor | None,
-    source: str,
-    want_sum: bool,
-    want_weight: bool,
+    wanted: Wanted,
 ) -> Sequence[Tensor | None]:
-    """Return the gradients as `Operator.backward` does, by differentiating the reference: themselves differentiable."""
+    """Return the gradients as `Call.backward` does, by differentiating the reference: themselves differentiable."""
+    operator, source = call.operator, call.source
     options, dim = operator.options, operator.options.channel_dim
     if source == "result":  # whose derivative by y is zero wherever there is one
-        options, from_sum = operator._for_backward(source)
-        return composition.backward(grad, None, x.detach(), None, vectors, options, from_sum, Wanted(want_sum))
+        options, from_sum = operator.for_backward(source)
+        return composition.backward(grad, None, x.detach(), None, vectors, options, from_sum, wanted)
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         x, residual, weight = _alias(x), _alias(residual), _alias(vectors.weight)
@@ -415,12 +443,12 @@ def _differentiate(
         if source == "input":
             v = reference.residual_sum(x, residual, vectors, dim)
         y = reference.activated(v, vectors._replace(weight=weight), options)
-        leaves = [v, weight] if want_weight else [v]
+        leaves = [v, weight] if wanted.weight else [v]
         grad_v, *grad_weight = torch.autograd.grad(y, leaves, grad.to(y.dtype), create_graph=again)
         if grad_sum is not None:
             grad_v = grad_v + grad_sum
         grad_x = reference.affine(reference.affine(grad_v, vectors.layer_scale, None, dim), vectors.scale, None, dim)
-    return grad_x.to(x.dtype), grad_v.to(x.dtype), grad_weight[0] if want_weight else None
+    return grad_x.to(x.dtype), grad_v.to(x.dtype), grad_weight[0] if wanted.weight else None
 
 
 def _alias(t: Tensor | None) -> Tensor | None:

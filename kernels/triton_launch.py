@@ -23,6 +23,7 @@ from .layout import INT32_ELEMENTS, OPTIONS, Layout
 
 _ALIGNMENT = 16  # bytes, what Triton compiles for if all pointers have it
 _COMPILED: dict[Hashable, Any] = {}
+_runtime = knobs.runtime
 
 
 class Launch:
@@ -66,43 +67,32 @@ class Launch:
         for i in self._given:
             pointers[i] = pointer = tensors[i].data_ptr()
             bits |= pointer
-        if self._run is None or bits % _ALIGNMENT or _is_hooked():
-            self._first(tensors, bits % _ALIGNMENT == 0)
+        hook = _runtime.launch_enter_hook  # of Triton's profiler, or of whoever else wants to hear of launches
+        hooked = hook is not None and getattr(hook, "calls", True)
+        if hooked or bits % _ALIGNMENT or self._run is None:
+            self._first(tensors, bits % _ALIGNMENT == 0, hooked)
         elif self._several and torch.cuda.current_device() != self._index:
             with torch.cuda.device(self._device):
-                self._again(pointers)
+                self(*tensors)
         else:
-            self._again(pointers)
+            stream = self._stream(self._index)
+            self._run(self.grid, 1, 1, stream, self._function, self._metadata, None, None, None, *pointers, *self._rest)
 
-    def _again(self, pointers: list[int | None]) -> None:
-        stream = self._stream(self._index)
-        self._run(self.grid, 1, 1, stream, self._function, self._metadata, None, None, None, *pointers, *self._rest)
-
-    def _first(self, tensors: tuple[Tensor | None, ...], aligned: bool) -> None:
+    def _first(self, tensors: tuple[Tensor | None, ...], aligned: bool, hooked: bool) -> None:
         """Launch as Triton does, which compiles where there is need, and keep what can be called directly from now."""
         numbers = self._rest[: len(self._rest) - len(self._constexprs)]
         with torch.cuda.device_of(next(t for t in tensors if t is not None)):
             key = self._key(tensors)
-            compiled = _COMPILED.get(key) if aligned and not _is_hooked() else None
-            if compiled is None:
-                compiled = self._kernel[(self.grid,)](*tensors, *numbers, **self._constexprs, **OPTIONS)
-                launched = True
-            else:
-                launched = False
+            found = _COMPILED.get(key) if aligned and not hooked else None
+            compiled = found or self._kernel[(self.grid,)](*tensors, *numbers, **self._constexprs, **OPTIONS)
             if not aligned or not hasattr(compiled, "run"):  # interpreted kernels return nothing
                 return
             _COMPILED[key] = compiled
             self._run, self._function, self._metadata = compiled.run, compiled.function, compiled.packed_metadata
             self._stream = driver.active.get_current_stream
-            if not launched:
-                self._again([None if t is None else t.data_ptr() for t in tensors])
+            if found:
+                self(*tensors)
 
     def _key(self, tensors: tuple[Tensor | None, ...]) -> Hashable:
         dtypes = tuple([t if t is None else t.dtype for t in tensors])
         return self._kernel, dtypes, *self._constexprs.values(), self._device, self._wide_sizes, self.within_2gb
-
-
-def _is_hooked() -> bool:
-    """Return whether somebody, such as Triton's profiler, wants to hear of launches."""
-    hook = knobs.runtime.launch_enter_hook
-    return hook is not None and bool(getattr(hook, "calls", True))

@@ -154,13 +154,13 @@ def test_a_real_model_calls_as_many_operators_as_counted(form, monkeypatch):
     call = torch.ops.meansparse_fx_cost.call
 
     def forward(self, *tensors):
-        y, *v = call([t for t in tensors if t is not None], 1 + self.options.want_sum)
+        y, *v = call([t for t in tensors if t is not None], 1 + self.operator.options.want_sum)
         return y, v[0] if v else None
 
-    def backward(self, vectors, grad, grad_sum, x, residual, source, want_sum, want_weight):
+    def backward(self, vectors, grad, grad_sum, x, residual, wanted):
         scaled = vectors.scale is not None or vectors.layer_scale is not None
         tensors = [t for t in (x, residual, grad, grad_sum) if t is not None]
-        found = call(tensors, 1 + (want_sum and scaled))
+        found = call(tensors, 1 + (wanted.v and scaled))
         return found[0], found[-1], None
 
     torch.manual_seed(0)
@@ -170,8 +170,8 @@ def test_a_real_model_calls_as_many_operators_as_counted(form, monkeypatch):
     total = msfx.cost(model, images).total
     model, sparse, images = model.to("meta"), sparse.to("meta"), images.to("meta")
     monkeypatch.setattr(operator, "is_observed", lambda *_: False)
-    monkeypatch.setattr(operator.Operator, "forward", forward)
-    monkeypatch.setattr(operator.Operator, "backward", backward)
+    monkeypatch.setattr(operator.Call, "forward", forward)
+    monkeypatch.setattr(operator.Call, "backward", backward)
     sparse(images)  # computes the norms' scales once
 
     def calls(net):

@@ -88,7 +88,7 @@ def test_who_listens_to_launches_hears_all(monkeypatch) -> None:
     own = launch(kernel)
     own(X, None, Y)
     heard = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[print]))
-    monkeypatch.setattr(triton_launch, "knobs", SimpleNamespace(runtime=heard))
+    monkeypatch.setattr(triton_launch, "_runtime", heard)
     own(X, None, Y)
     heard.launch_enter_hook.calls.clear()
     own(X, None, Y)

@@ -61,6 +61,19 @@ def test_fused_operator_is_its_composition(strides, want_sum, device, monkeypatc
         torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["relu", "gelu"])
+def test_what_is_kept_may_come_back_in_another_layout(name, device) -> None:
+    """As `torch.autograd.graph.save_on_cpu` gives it back where it pins memory."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 5, 3, generator=g).to(device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    own = Operator(Vectors(torch.zeros(6, device=device), torch.full((6,), 0.3, device=device)), Options(1, name))
+    upstream = torch.randn(x.shape, generator=g).to(device).contiguous(memory_format=torch.channels_last)
+    (expected,) = torch.autograd.grad(own(x), x, upstream)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.contiguous()):
+        (found,) = torch.autograd.grad(own(x), x, upstream)
+    torch.testing.assert_close(found, expected)
+
+
 def test_moments_are_those_of_the_observer(device) -> None:
     x = torch.randn(3, 6, 5, 4, generator=torch.Generator().manual_seed(0)).to(device) + 7
     count, mean, m2 = ops.channel_moments(x, 1)
