@@ -2,7 +2,7 @@
 
 Every kernel is compiled ahead of time for each target with the launcher's own plan of a typical tensor, and its
 machine code is read: registers, spills, shared memory, width of global accesses, divisions and instructions per
-element. Instructions are counted statically, so both sides of a branch count; a loop's body counts once.
+element. Instructions are counted statically, so both sides of a branch count; where there is a loop, its body alone.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from meansparse_fx.kernels import elementwise, layout, moments, tiles
+from meansparse_fx.kernels import elementwise, layout, moments
 from meansparse_fx.kernels.device_activations import ACTIVATIONS, compile_time_constants
 from meansparse_fx.kernels.layout import Layout, layout_of
-from meansparse_fx.kernels.tiles import Plan, plan
+from meansparse_fx.kernels.moments import Tiles, tiles_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -95,25 +95,25 @@ class Case:
     backward: str = "exact"
 
     @property
-    def plan(self) -> Layout | Plan:
+    def plan(self) -> Layout | Tiles:
         """How the kernel walks a tensor of this layout."""
         shape = LAYOUTS[self.layout]
         dense = torch.empty(shape, device="meta")
         if self.layout == "columns":
             dense = dense.to(memory_format=torch.channels_last)
-        walk = plan if self.kernel.startswith("moments") else layout_of
+        walk = tiles_of if self.kernel.startswith("moments") else layout_of
         return walk(shape, dense.stride(), dense.stride(), 1, DTYPES[self.dtype].itemsize)
 
     @property
     def options(self) -> dict:
         """The compiler's, with the number of warps."""
-        return tiles.OPTIONS if self.kernel.startswith("moments") else layout.OPTIONS
+        return moments.OPTIONS if self.kernel.startswith("moments") else layout.OPTIONS
 
     @property
     def elements(self) -> int:
         """How many a program has; in the moments' loop at a time."""
         found = self.plan
-        return found.block_rows * found.block_cols if isinstance(found, Plan) else layout.VECTORS * found.vector
+        return found.block_rows * found.block_cols if isinstance(found, Tiles) else layout.VECTORS * found.vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +191,12 @@ def _nvidia(cubin: bytes) -> dict:
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
         dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     resources = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump))
-    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", dump, re.MULTILINE)
-    operations = [name for name in operations if name.split(".")[0] not in ("NOP", "BRA")]  # padding and its loop
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(.*);", dump, re.MULTILINE)
+    operations = [name for _, name, _ in lines if name.split(".")[0] not in ("NOP", "BRA")]  # padding and its loop
+    jumps = [(int(at, 16), re.search(r"(0x[0-9a-f]+)\s*$", rest)) for at, name, rest in lines if name.startswith("BRA")]
+    back = ((at, int(goal[1], 16)) for at, goal in jumps if goal)
+    end, start = max(back, key=lambda jump: jump[0] - jump[1], default=(0, 0))
+    body = sum(start <= int(at, 16) <= end for at, _, _ in lines) if end > start else len(operations)
 
     def widths(load_or_store: str) -> dict[int, int]:
         named = (
@@ -206,7 +210,7 @@ def _nvidia(cubin: bytes) -> dict:
         "loads": widths("LDG"),
         "stores": widths("STG"),
         "reciprocals": sum(name.startswith("MUFU.RCP") for name in operations),
-        "instructions": len(operations),
+        "instructions": body,
     }
 
 

@@ -104,14 +104,13 @@ def layout_of(
         channel_dim: Dimension that holds the channels.
         itemsize: Bytes of an element.
     """
-    order = sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -dense[d])
-    slabs = merged_dims([(shape[d], strides[d]) for d in order]) or [(1, 1)]
+    slabs = slabs_of(shape, strides, dense)
+    if slabs is None:
+        return None
+    slab, outer_stride = slabs
     count, channels = torch.Size(shape).numel(), shape[channel_dim]
     inner = dense[channel_dim] if channels > 1 else count
-    (slab, step), (_, outer_stride) = slabs[-1], slabs[0]
-    strided, vector = len(slabs) > 1, 16 // itemsize
-    if len(slabs) > 2 or step != 1 or (strided and slab == 1):
-        return None
+    strided, vector = slab < count, 16 // itemsize
     while strided and (slab % vector or outer_stride % vector or slab == vector):
         vector //= 2
     kind, period, inner = _channels_of(inner, channels, vector)
@@ -135,15 +134,18 @@ def fits(layout: Layout) -> bool:
     return whole < _LARGEST and period * layout.vector < 2**31
 
 
-def merged_dims(dims: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return (size, stride) pairs, outermost first, those merged that lie as one."""
-    merged: list[tuple[int, int]] = []
-    for size, stride in dims:
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
+def slabs_of(shape: Sequence[int], strides: Sequence[int], dense: Sequence[int]) -> tuple[int, int] | None:
+    """Return the size of what lies dense and the stride between such slabs; None unless there are only those."""
+    merged: list[tuple[int, int]] = []  # (size, stride), outermost first
+    for d in sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -dense[d]):
+        if merged and merged[-1][1] == shape[d] * strides[d]:
+            merged[-1] = (merged[-1][0] * shape[d], strides[d])
         else:
-            merged.append((size, stride))
-    return merged
+            merged.append((shape[d], strides[d]))
+    if not merged:
+        return 1, 1
+    slab, step = merged[-1]
+    return None if len(merged) > 2 or step != 1 or (len(merged) > 1 and slab == 1) else (slab, merged[0][1])
 
 
 def expanded_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:

@@ -1,9 +1,10 @@
 """Channel moments in one read of x: count, mean and M2, and the activation's output with them if wanted.
 
-Two launches, no atomics, no host synchronisation, the same bits every time. The first gives each program a run of
-tiles; it takes every value relative to its channel's first element, so that a large mean costs no digits, computes
-a tile's mean and M2 in two passes over registers (corrected for the mean's own rounding) and merges the tiles by
-Chan's formula. The second merges the programs' parts in float64.
+Two launches, no atomics, no host synchronisation, the same bits every time. In the first, a program walks tiles of the
+same channels, so that each of its lanes stays with one channel and adds up on its own: three instructions an element,
+and one sum over lanes at the end. Values are taken relative to the mean of the program's first tile, which is that of
+some of the values to be added: it is at most sqrt(STEPS) of their deviations away, whatever their mean, and that is
+all that is cancelled. The second launch merges the programs' parts in float64, by Chan's formula.
 
 Floor 0, imported only where a kernel is launched: importing this module imports triton.
 """
@@ -11,7 +12,8 @@ Floor 0, imported only where a kernel is launched: importing this module imports
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -20,58 +22,92 @@ from torch import Tensor
 
 from . import layout
 from .device_activations import ACTIVATIONS, compile_time_constants, weight_stride
-from .tiles import OPTIONS, planned, vector_of_channels
 
-_SIZES = ["outer_slabs", "rows", "cols", "outer_stride", "row_stride", "steps", "parts", "channels", "channel_stride"]
+_SIZES = ["outer", "rows", "cols", "outer_stride", "steps", "parts", "channel_stride"]
 
-# First-stage programs, one warp each: some four waves on the largest GPU.
-PROGRAMS = 16384
-# Parts of a channel, for the second stage to merge in a few microseconds. Its tile is 256 parts by 8 channels.
-PARTS = 1024
-MERGED_PARTS, MERGED_CHANNELS = 256, 8
+# A program is a single warp, which needs no shared memory and no barrier to add up its lanes.
+OPTIONS = {**layout.OPTIONS, "num_warps": 1}
+TILE = 512  # elements: four 128-bit loads in flight for a thread in float32, two in half precision
+# First-stage programs, one warp each: all that the largest GPU has at a time.
+PROGRAMS = 8192
+# Tiles of a program at most: its first tile's mean is sqrt(STEPS) deviations away at worst, which costs M2 four bits.
+STEPS = 16
+MERGED_PARTS = 1024  # that the second stage reads at a time, one program a channel
+
+Moments = tuple[int, Tensor, Tensor]  # count of each channel, mean and M2 (``[C]``, float64)
 
 
-class Moments(NamedTuple):
-    """What `channel_moments` returns.
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """A tensor as ``[outer, rows, cols]``, rows by cols dense, and the tile that a program takes at a time.
 
     Attributes:
-        count: Elements of each channel.
-        mean: ``[C]``, float64; zero where count is zero.
-        m2: ``[C]``, float64, sum of squared distances from the mean.
+        outer, rows, cols: ``N, C, H * W``, or with channels last the number of slabs, positions and C.
+        outer_stride: Elements between slabs of the input; the output is dense.
+        channels_last: Whether channels run along the columns.
+        vector: Power of two that divides cols and the stride, up to 128 bits of elements. Kernels take both in units of
+            it, which is how the compiler knows that 128-bit accesses are aligned.
+        block_rows, block_cols: Of a tile, powers of two.
+        wide: Whether offsets need 64 bits.
     """
 
-    count: int
-    mean: Tensor
-    m2: Tensor
+    outer: int
+    rows: int
+    cols: int
+    outer_stride: int
+    channels_last: bool
+    vector: int
+    block_rows: int
+    block_cols: int
+    wide: bool
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """The kernel's first integer arguments."""
+        return self.outer, self.rows, self.cols // self.vector, self.outer_stride // self.vector
+
+    @property
+    def constexprs(self) -> dict[str, int | bool]:
+        """The kernel's compile-time arguments."""
+        return {
+            "CHANNELS_LAST": self.channels_last, "VECTOR": self.vector, "BLOCK_ROWS": self.block_rows,
+            "BLOCK_COLS": self.block_cols, "WIDE": self.wide,
+        }  # fmt: skip
 
 
-@triton.jit
-def elements(units, VECTOR: tl.constexpr, WIDE: tl.constexpr):
-    """A size or stride in elements, from units of VECTOR: the product is what proves alignment to the compiler."""
-    if WIDE:  # offsets reach 2^31
-        units = units.to(tl.int64)
-    return units * VECTOR
+@lru_cache(maxsize=4096)
+def tiles_of(
+    shape: tuple[int, ...], strides: tuple[int, ...], dense: tuple[int, ...], channel_dim: int, itemsize: int
+) -> Tiles | None:
+    """Return how to walk a tensor; arguments and None as in `layout.layout_of`, and where a slab is no ``[C, HW]``."""
+    found = layout.slabs_of(shape, strides, dense)
+    if found is None:
+        return None
+    slab, outer_stride = found
+    count, channels = torch.Size(shape).numel(), shape[channel_dim]
+    inner = dense[channel_dim] if channels > 1 else slab
+    channels_last = channels > 1 and inner == 1
+    rows, cols = (slab // channels, channels) if channels_last else (channels, inner)
+    if slab == count:
+        outer_stride = rows * cols
+    elif slab != rows * cols or rows * channels_last == 1:
+        return None
+    vector = 16 // itemsize
+    while cols % vector or outer_stride % vector:
+        vector //= 2
+    # Down to 64 bytes a row's part of a tile still fills whole sectors.
+    candidates = (64, 32) if channels_last else (512, 256, 128, 64)
+    block_cols = min(1 << (cols - 1).bit_length(), _block(cols, candidates))
+    block_rows = min(1 << (rows - 1).bit_length(), TILE // block_cols)
+    outer = count // (rows * cols)
+    wide = max(count, (outer - 1) * outer_stride + rows * cols) + TILE > layout.INT32_ELEMENTS
+    return Tiles(outer, rows, cols, outer_stride, channels_last, vector, block_rows, block_cols, wide)
 
 
-@triton.jit
-def tile_offsets(
-    outer,
-    row_block,
-    col_block,
-    rows,
-    cols,
-    outer_stride,
-    row_stride,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
-    """Return row and column indices, offsets into the input, offsets into the dense output, and the mask."""
-    row_offsets = (row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
-    col_offsets = (col_block * BLOCK_COLS + tl.arange(0, BLOCK_COLS))[None, :]
-    mask = (row_offsets < rows) & (col_offsets < cols)
-    offsets = outer * outer_stride + row_offsets * row_stride + col_offsets
-    dense_offsets = outer * (rows * cols) + row_offsets * cols + col_offsets
-    return row_offsets, col_offsets, offsets, dense_offsets, mask
+def _block(size: int, candidates: Sequence[int]) -> int:
+    """Return the largest extent that leaves less than 15% of lanes idle, or the one that leaves the fewest."""
+    padded = {block: -(-size // block) * block for block in candidates}
+    return next((b for b in candidates if padded[b] <= 1.15 * size), min(candidates, key=lambda b: (padded[b], -b)))
 
 
 @triton.jit
@@ -80,138 +116,147 @@ def load_channel(ptr, channels, channel_mask):
     return tl.load(ptr + channels, mask=channel_mask, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def tile_offsets(
+    tile, channel_block, walk, rows, cols, outer_stride,
+    CHANNELS_LAST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """Return offsets into the input and into the dense output, the mask, and how many of a row or column are in it."""
+    outer, block = tile // walk, tile % walk
+    row_start = (block if CHANNELS_LAST else channel_block) * BLOCK_ROWS
+    col_start = (channel_block if CHANNELS_LAST else block) * BLOCK_COLS
+    row = (row_start + tl.arange(0, BLOCK_ROWS))[:, None]
+    col = (col_start + tl.arange(0, BLOCK_COLS))[None, :]
+    length = tl.minimum(rows - row_start, BLOCK_ROWS)
+    if not CHANNELS_LAST:
+        length = tl.minimum(cols - col_start, BLOCK_COLS)
+    place = row * cols + col
+    offsets, dense_offsets = outer * outer_stride + place, outer * (rows * cols) + place
+    return offsets, dense_offsets, (row < rows) & (col < cols), length.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def moments_kernel(
     x_ptr, y_ptr,  # [outer, rows, cols]
     weight_ptr,  # [C]
-    parts_ptr,  # [3, parts, C]: count, mean relative to the channel's first element, M2
-    outer_slabs, rows, cols, outer_stride, row_stride, steps, parts,
+    parts_ptr,  # [3, C, parts]: count, mean relative to the channel's first element, M2
+    outer, rows, cols, outer_stride, steps, parts,
     VALUE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, WEIGHT_STRIDE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One part: moments of a run of ``steps`` tiles of the same channels; y = act(x) where ``y_ptr`` is given."""
-    rows, cols = elements(rows, 1, WIDE), elements(cols, VECTOR, WIDE)
-    outer_stride, row_stride = elements(outer_stride, VECTOR, WIDE), elements(row_stride, VECTOR, WIDE)
-    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
-    col_blocks = tl.cdiv(cols, BLOCK_COLS)
-    program = tl.program_id(0)
+    if WIDE:  # offsets reach 2^31
+        rows, cols, outer_stride = rows.to(tl.int64), cols.to(tl.int64), outer_stride.to(tl.int64)
+    cols, outer_stride = cols * VECTOR, outer_stride * VECTOR  # products, which prove alignment to the compiler
+    row_blocks, col_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(cols, BLOCK_COLS)
     axis: tl.constexpr = 0 if CHANNELS_LAST else 1
     if CHANNELS_LAST:
-        channel_block, part, walk = program % col_blocks, program // col_blocks, row_blocks
-        channels = (channel_block * BLOCK_COLS + tl.arange(0, BLOCK_COLS))[None, :]
-        channel_mask = channels < cols
-        firsts = channels
-        total_channels = cols
+        channel_blocks, walk, total_channels = col_blocks, row_blocks, cols
+        lane, first_stride = tl.arange(0, BLOCK_COLS)[None, :], 1
     else:
-        channel_block, part, walk = program % row_blocks, program // row_blocks, col_blocks
-        channels = (channel_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
-        channel_mask = channels < rows
-        firsts = channels * row_stride
-        total_channels = rows
-    first = load_channel(x_ptr, firsts, channel_mask)
+        channel_blocks, walk, total_channels = row_blocks, col_blocks, rows
+        lane, first_stride = tl.arange(0, BLOCK_ROWS)[:, None], cols
+    channel_block, part = tl.program_id(0) % channel_blocks, tl.program_id(0) // channel_blocks
+    channels = channel_block * (BLOCK_COLS if CHANNELS_LAST else BLOCK_ROWS) + lane
+    channel_mask = channels < total_channels
+    first = load_channel(x_ptr, channels * first_stride, channel_mask)
     weight = None
     if weight_ptr is not None:
         weight = load_channel(weight_ptr, channels * WEIGHT_STRIDE, channel_mask)
-    count = 0.0
-    mean = tl.zeros_like(first)
-    m2 = tl.zeros_like(first)
     start = part * steps
-    for tile in range(start, tl.minimum(start + steps, outer_slabs * walk)):
-        outer, block = tile // walk, tile % walk
-        row_block = block if CHANNELS_LAST else channel_block
-        col_block = channel_block if CHANNELS_LAST else block
-        _, _, offsets, dense_offsets, mask = tile_offsets(
-            outer, row_block, col_block, rows, cols, outer_stride, row_stride, BLOCK_ROWS, BLOCK_COLS
+    offsets, _, mask, length = tile_offsets(
+        start, channel_block, walk, rows, cols, outer_stride, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS
+    )
+    # By way of the first element, so that a channel of one value has no deviation at all.
+    d = tl.where(mask, tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - first, 0.0)
+    shift = first + tl.sum(d, axis=axis, keep_dims=True) / length
+    count = 0.0
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+    squares = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+    for tile in range(start, tl.minimum(start + steps, outer * walk)):
+        offsets, dense_offsets, mask, length = tile_offsets(
+            tile, channel_block, walk, rows, cols, outer_stride, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS
         )
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if y_ptr is not None:
             tl.store(y_ptr + dense_offsets, VALUE(x, weight, A, B).to(y_ptr.dtype.element_ty), mask=mask)
-        # Two passes over the tile. d's own mean is rounded, so the second pass measures what that left over.
-        d = tl.where(mask, x - first, 0.0)
-        length = tl.minimum(rows - row_block * BLOCK_ROWS, BLOCK_ROWS)
-        if not CHANNELS_LAST:
-            length = tl.minimum(cols - col_block * BLOCK_COLS, BLOCK_COLS)
-        tile_count = length.to(tl.float32)
-        inverse = 1.0 / tile_count
-        rough = tl.sum(d, axis=axis, keep_dims=True) * inverse
-        d = tl.where(mask, d - rough, 0.0)
-        left = tl.sum(d, axis=axis, keep_dims=True)
-        tile_m2 = tl.sum(d * d, axis=axis, keep_dims=True) - left * left * inverse
-        # Chan: mean += delta n_b / n,   M2 += M2_b + delta^2 n_a n_b / n
-        delta = rough + left * inverse - mean
-        share = tile_count / (count + tile_count)
-        mean += delta * share
-        m2 += tile_m2 + delta * delta * count * share
-        count += tile_count
-    at = parts_ptr + part * total_channels + channels
+        d = tl.where(mask, x - shift, 0.0)
+        total += d
+        squares += d * d
+        count += length
+    left = tl.sum(total, axis=axis, keep_dims=True)
+    mean = left / count
+    m2 = tl.sum(squares, axis=axis, keep_dims=True) - left * mean
+    at = parts_ptr + channels * parts + part
     tl.store(at, tl.zeros_like(mean) + count, mask=channel_mask)
-    tl.store(at + parts * total_channels, mean, mask=channel_mask)
+    tl.store(at + parts * total_channels, shift - first + mean, mask=channel_mask)
     tl.store(at + 2 * parts * total_channels, m2, mask=channel_mask)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def merge_moments_kernel(
-    parts_ptr,  # [3, parts, C]
+    parts_ptr,  # [3, C, parts]
     x_ptr, mean_ptr, m2_ptr,
-    parts, channels, channel_stride,
-    BLOCK_PARTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    parts, channel_stride,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """mean and M2 of a block of channels in float64: the mean of all parts first, then M2 about it."""
-    columns = (tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS))[None, :]
-    column_mask = columns < channels
-    total = tl.zeros([1, BLOCK_CHANNELS], tl.float64)
-    mean = tl.zeros([1, BLOCK_CHANNELS], tl.float64)
-    m2 = tl.zeros([1, BLOCK_CHANNELS], tl.float64)
-    for start in range(0, parts, BLOCK_PARTS):
-        part = (start + tl.arange(0, BLOCK_PARTS))[:, None]
-        mask = (part < parts) & column_mask
-        at = parts_ptr + part * channels + columns
-        counts = tl.load(at, mask=mask, other=0.0).to(tl.float64)
-        means = tl.load(at + parts * channels, mask=mask, other=0.0).to(tl.float64)
-        total += tl.sum(counts, axis=0, keep_dims=True)
-        mean += tl.sum(counts * means, axis=0, keep_dims=True)
-    mean = mean / tl.where(total > 0, total, 1.0)
-    for start in range(0, parts, BLOCK_PARTS):
-        part = (start + tl.arange(0, BLOCK_PARTS))[:, None]
-        mask = (part < parts) & column_mask
-        at = parts_ptr + part * channels + columns
-        counts = tl.load(at, mask=mask, other=0.0).to(tl.float64)
-        means = tl.load(at + parts * channels, mask=mask, other=0.0).to(tl.float64)
-        parts_m2 = tl.load(at + 2 * parts * channels, mask=mask, other=0.0).to(tl.float64)
-        delta = tl.where(mask, means - mean, 0.0)
-        m2 += tl.sum(parts_m2 + counts * delta * delta, axis=0, keep_dims=True)
-    first = tl.load(x_ptr + columns.to(tl.int64) * channel_stride, mask=column_mask, other=0.0).to(tl.float64)
-    tl.store(mean_ptr + columns, first + mean, mask=column_mask)
-    tl.store(m2_ptr + columns, m2, mask=column_mask)
+    """mean and M2 of a channel in float64: the mean of all parts first, then M2 about it."""
+    channel, channels = tl.program_id(0), tl.num_programs(0)
+    at = parts_ptr + channel * parts + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    mean = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, parts, BLOCK):
+        mask = start + tl.arange(0, BLOCK) < parts
+        count = tl.load(at + start, mask=mask, other=0.0).to(tl.float64)
+        total += count
+        mean += count * tl.load(at + channels * parts + start, mask=mask, other=0.0).to(tl.float64)
+    mean = tl.sum(mean, axis=0) / tl.sum(total, axis=0)
+    m2 = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, parts, BLOCK):
+        mask = start + tl.arange(0, BLOCK) < parts
+        count = tl.load(at + start, mask=mask, other=0.0).to(tl.float64)
+        delta = tl.load(at + channels * parts + start, mask=mask, other=0.0).to(tl.float64) - mean
+        own = tl.load(at + 2 * channels * parts + start, mask=mask, other=0.0).to(tl.float64)
+        m2 += tl.where(mask, own + count * delta * delta, 0.0)
+    first = tl.load(x_ptr + channel.to(tl.int64) * channel_stride).to(tl.float64)
+    tl.store(mean_ptr + channel, first + mean)
+    tl.store(m2_ptr + channel, tl.sum(m2, axis=0))
 
 
 def _moments(
     x: Tensor, channel_dim: int, activation: str | None, constants: Sequence[float], weight: Tensor | None
 ) -> tuple[Tensor | None, Moments]:
     channels = x.shape[channel_dim]
-    if weight is not None and weight.numel() != 1:
-        weight = vector_of_channels(weight, channels, "weight")
+    if weight is not None and weight.numel() not in (1, channels):
+        raise ValueError(f"weight has {weight.numel()} elements for {channels} channels")
+    if x.dtype not in layout.DTYPES:
+        raise TypeError(f"the Triton kernels take float32, float16 or bfloat16, not {x.dtype}")
+    y = torch.empty_like(x)
     if x.numel() == 0:
         zeros = torch.zeros(2, channels, dtype=torch.float64, device=x.device)
-        return None if activation is None else torch.empty_like(x), Moments(0, zeros[0], zeros[1])
-    x, y, plan = planned(x, channel_dim)
-    channel_blocks, tiles = plan.col_blocks if plan.channels_last else plan.row_blocks, plan.tiles_per_channel
-    steps = max(-(-tiles * channel_blocks // PROGRAMS), -(-tiles // PARTS))
-    parts = -(-tiles // steps)
-    partial = torch.empty(3, parts, channels, dtype=torch.float32, device=x.device)
-    mean, m2 = (torch.empty(channels, dtype=torch.float64, device=x.device) for _ in range(2))
+        return y, (0, zeros[0], zeros[1])
+    tiles = tiles_of(x.shape, x.stride(), y.stride(), channel_dim, x.element_size())
+    if tiles is None:
+        x = torch.empty_like(y).copy_(x)
+        tiles = tiles_of(x.shape, x.stride(), y.stride(), channel_dim, x.element_size())
+    blocks = -(-tiles.rows // tiles.block_rows), -(-tiles.cols // tiles.block_cols)
+    walk, channel_blocks = blocks if tiles.channels_last else blocks[::-1]
+    walk *= tiles.outer
+    steps = min(-(-walk * channel_blocks // PROGRAMS), STEPS)
+    parts = -(-walk // steps)
+    partial = torch.empty(3, channels, parts, dtype=torch.float32, device=x.device)
+    mean, m2 = torch.empty(2, channels, dtype=torch.float64, device=x.device)
     with torch.cuda.device_of(x):
         moments_kernel[(channel_blocks * parts,)](
-            x, None if activation is None else y, weight, partial, plan.outer, *plan.sizes, steps, parts,
-            VALUE=ACTIVATIONS[activation or "identity"].value, **compile_time_constants(constants),
-            WEIGHT_STRIDE=weight_stride(weight), **plan.constexprs, **OPTIONS,
+            x, None if activation is None else y, None if weight is None else weight.contiguous(), partial,
+            *tiles.sizes, steps, parts, VALUE=ACTIVATIONS[activation or "identity"].value,
+            **compile_time_constants(constants), WEIGHT_STRIDE=weight_stride(weight), **tiles.constexprs, **OPTIONS,
         )  # fmt: skip
-        merge_moments_kernel[(-(-channels // MERGED_CHANNELS),)](
-            partial, x, mean, m2, parts, channels, 1 if plan.channels_last else plan.row_stride,
-            BLOCK_PARTS=MERGED_PARTS, BLOCK_CHANNELS=MERGED_CHANNELS, **layout.OPTIONS,
-        )  # fmt: skip
-    return None if activation is None else y, Moments(x.numel() // channels, mean, m2)
+        merge_moments_kernel[(channels,)](
+            partial, x, mean, m2, parts, 1 if tiles.channels_last else tiles.cols, BLOCK=MERGED_PARTS, **layout.OPTIONS
+        )
+    return y, (x.numel() // channels, mean, m2)
 
 
 def channel_moments(x: Tensor, channel_dim: int) -> Moments:

@@ -75,7 +75,7 @@ def channel_moments(x: Tensor, channel_dim: int) -> tuple[int, Tensor, Tensor]:
     if choice == "auto" and x.device.type == "cpu" and compiled_moments.takes(x, channel_dim):
         return compiled_moments.channel_moments(x, channel_dim)
     if choice != "eager" and lowering_of(x, channel_dim) == "triton":
-        return tuple(_triton_moments().channel_moments(x, channel_dim))
+        return _triton_moments().channel_moments(x, channel_dim)
     count = x.numel() // x.shape[channel_dim]
     if count == 0:
         zeros = torch.zeros(2, x.shape[channel_dim], dtype=torch.float64, device=x.device)
@@ -90,8 +90,7 @@ def activation_moments(
 ) -> tuple[Tensor, tuple[int, Tensor, Tensor]]:
     """Return act(x), and the moments of x as `channel_moments` does: on a GPU from one read of x."""
     if lowering_of(x, channel_dim, weight) == "triton":
-        y, moments = _triton_moments().activation_moments(x, channel_dim, activation, constants, weight)
-        return y, tuple(moments)
+        return _triton_moments().activation_moments(x, channel_dim, activation, constants, weight)
     wide = x if x.dtype == torch.float64 else x.float()
     slope = None if weight is None else reference.per_channel(weight.to(wide.dtype), x.dim(), channel_dim)
     y = reference.ACTIVATIONS[activation].forward(wide, slope, *constants).to(x.dtype)

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meansparse_fx.kernels import tiles
 from meansparse_fx.kernels.layout import Layout, divider, fits, is_laid_out_like, laid_out_like, layout_of
 
 X = torch.empty(4, 6, 8, 10)
@@ -126,46 +125,3 @@ def test_what_a_kernel_reads_beside_x_has_all_its_elements(shape, y) -> None:
 def test_what_does_not_broadcast_is_refused(shape) -> None:
     with pytest.raises(ValueError, match=r"beside one of shape \[4, 6, 8, 10\]"):
         laid_out_like(torch.rand(shape), X)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The tiles of the moments
-
-TILES = {  # outer, rows, cols, channels_last
-    "contiguous": (X, 1, (4, 6, 80, False)),
-    "channels_last": (CHANNELS_LAST, 1, (1, 320, 6, True)),
-    "channels_last_3d": (CHANNELS_LAST_3D, 1, (1, 120, 6, True)),
-    "tokens": (TOKENS, 2, (1, 320, 6, True)),
-    "matrix": (torch.empty(4, 6), 1, (1, 4, 6, True)),
-    "channels first": (X, 0, (1, 4, 480, False)),
-    "one channel": (torch.empty(4, 1, 8, 10), 1, (1, 1, 320, False)),
-    "a slice of the channels": (X[:, 1:4], 1, (4, 3, 80, False)),
-    "a slice of the tokens": (TOKENS[:, 1:], 2, (4, 79, 6, True)),
-    "one channel for all": (X[:, :1].expand(4, 6, 8, 10), 1, (4, 6, 80, False)),
-}
-
-
-@pytest.mark.parametrize("name", TILES)
-def test_tiles_without_a_copy(name) -> None:
-    x, channel_dim, expected = TILES[name]
-    same, y, found = tiles.planned(x, channel_dim)
-    assert same is x
-    assert (found.outer, found.rows, found.cols, found.channels_last) == expected
-    assert y.stride() == torch.empty_like(x).stride()
-
-
-@pytest.mark.parametrize(("itemsize", "widest"), [(4, 4), (2, 8)])
-@pytest.mark.parametrize("size", [7, 14, 28, 56])
-def test_vectors_of_tiles_divide_rows_and_idle_lanes_are_few(size, itemsize, widest) -> None:
-    x = torch.empty(8, 64, size, size, device="meta")
-    found = tiles.plan(x.shape, x.stride(), x.stride(), 1, itemsize)
-    cols = size * size
-    assert found.vector == min(widest, cols & -cols)
-    assert found.block_rows * found.block_cols == 1024
-    assert found.col_blocks * found.block_cols <= 1.31 * cols
-
-
-@pytest.mark.parametrize(("shape", "wide"), [((2**11, 2**10, 2**9), False), ((2**11, 2**10, 2**10), True)])
-def test_offsets_of_tiles_widen_before_they_overflow(shape, wide) -> None:
-    x = torch.empty(shape, device="meta", dtype=torch.float16)
-    assert tiles.plan(x.shape, x.stride(), x.stride(), 1, 2).wide is wide
