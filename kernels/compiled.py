@@ -119,12 +119,9 @@ def _on_views(
             vectors = [v if v is None else v.contiguous() for v in vectors]
         arguments = [*[t if t is None else t.as_strided(shape, stride) for t in tensors], *vectors]
         call = calls.get(threads := torch.get_num_threads())
-        if call is not None:
-            results = call(arguments)
-        else:
-            results = kernel(*arguments)
-            if (call := kernel.direct(arguments)) is not None:
-                calls[threads] = call
+        if call is None:
+            call = calls[threads] = kernel.compiled_for(arguments)
+        results = call(arguments)
         return [r.as_strided(whole, strides) for r in results]
 
     return run
