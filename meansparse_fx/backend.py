@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from .compilation import CompileReport, Options
 from .errors import StateError
 from .kernels import ops
+from .passes.inline_checkpoints import inline_checkpoints
 from .passes.instrument import instrument
 from .passes.lower import lower
 from .passes.sparsify import sparsify
@@ -59,6 +60,8 @@ def meansparse(
     compile_inner = _inner_compiler(asked)
     captured = DynamoGraph.of(graph_module, example_inputs)
     report = _report_of(captured.model, asked)
+    if not report.transformed and inline_checkpoints(graph_module):
+        captured = DynamoGraph.of(graph_module, example_inputs)
     with torch.inference_mode(False), torch.no_grad():  # buffers made in inference mode could never meet autograd
         if not report.transformed:
             found = captured.find(

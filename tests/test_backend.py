@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.utils.checkpoint import checkpoint
 
 import meansparse_fx as msfx
 from meansparse_fx.backend import compile_report
@@ -98,6 +99,33 @@ def test_same_sites_and_values_as_transform(net, make):
     assert [[getattr(s, r) for r in rows] for s in report.plan] == expected
     assert [s.producer for s in report.plan.active] == [s.producer for s in msfx.inspect(model, images).active]
     assert list(report.operators) == list(msfx.operators(sparse))
+
+
+class Checkpointed(nn.Module):
+    """One checkpoint within another, and a padding between a layer and its activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer, self.inner, self.act = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.SiLU()
+
+    def _inner(self, x):
+        return self.act(F.pad(self.inner(x), (1, 1)))
+
+    def _outer(self, x):
+        return F.gelu(self.outer(x)) + checkpoint(self._inner, self.outer(x), use_reentrant=False)[..., 1:-1]
+
+    def forward(self, x):
+        return F.relu(self.inner(checkpoint(self._outer, x, use_reentrant=False)))
+
+
+def test_checkpointed_parts_have_sites_and_derivatives():
+    model, images = Checkpointed().eval(), torch.rand(2, 3, 5, 5)
+    sparse, stats = calibrated(model, images)
+    assert len(stats) == 3
+    msfx.set_alpha(sparse, 0.5)
+    compiled = plug_in(model, statistics=stats, alpha=0.5)
+    for own, expected in zip(gradients(compiled, images), gradients(sparse, images), strict=True):
+        torch.testing.assert_close(own, expected)
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -1,7 +1,7 @@
 """Floor 4: the only code that mutates a graph. One pass a file.
 
 observe, sparsify, fuse, restore and returning_logits work on captured models, refuse_hooks on what they leave of them;
-lower, instrument and write_back serve the torch.compile plug-in.
+inline_checkpoints, lower, instrument and write_back serve the torch.compile plug-in.
 """
 
 from .fuse import fuse

@@ -117,7 +117,7 @@ METHODS = {name: op for names, op in _ROWS for name in names.split()}
 FUNCTIONS: dict[Any, Op] = {
     function: op
     for name, op in METHODS.items()
-    for function in (getattr(namespace, name, None) for namespace in (F, torch, torch.special, operator))
+    for function in (getattr(namespace, name, None) for namespace in (F, torch, torch._C._nn, torch.special, operator))
     if function is not None
 } | {
     getattr: Op(carry=axis.attribute, may_alias=True),

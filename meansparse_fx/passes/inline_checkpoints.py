@@ -1,0 +1,36 @@
+"""Floor 4: checkpointed parts of a graph of Dynamo's become part of the graph, as `transform` traces through them.
+
+Requires: a graph of Dynamo's. Ensures: the same function and derivatives, and every call where sites are looked for;
+what a checkpoint would compute again is kept.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+
+def inline_checkpoints(graph_module: fx.GraphModule) -> bool:
+    """Inline every call of `torch.utils.checkpoint`, nested ones too, in place; return whether there were any."""
+    graph, wrapped, found = graph_module.graph, torch.ops.higher_order.tag_activation_checkpoint, False
+    while call := next((n for n in graph.nodes if n.target is wrapped), None):
+        body, *inputs = call.args
+        inner = graph_module.get_submodule(body.target)
+        given = dict(zip(inner.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        with graph.inserting_before(call):
+            for node in inner.graph.find_nodes(op="get_attr"):  # bodies of checkpoints inside, and constants
+                name = f"{body.target}_{node.target}"
+                setattr(graph_module, name, getattr(inner, node.target))
+                given[node] = graph.get_attr(name)
+            results = graph.graph_copy(inner.graph, given)
+        for taken in list(call.users):
+            if taken.target is operator.getitem:
+                taken.replace_all_uses_with(results[taken.args[1]])
+                graph.erase_node(taken)
+        graph.erase_node(call)
+        if not body.users:
+            graph.erase_node(body)
+        found = True
+    return found
