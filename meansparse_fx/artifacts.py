@@ -13,8 +13,8 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,23 @@ def remove_partial(path: str | Path) -> None:
     path = Path(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         left.unlink(missing_ok=True)
+
+
+@contextmanager
+def understanding(path: str | Path) -> Iterator[None]:
+    """Raise ArtifactError where a file was read, and its contents are of another form than what wrote it gives them."""
+    try:
+        yield
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        problem = f"it lacks {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        raise ArtifactError(f"{path}: damaged, or not written by this package ({problem}): make it again") from error
+
+
+def whole_number(value: Any) -> int:
+    """Return a count that a header holds, or raise ValueError."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} where a count belongs")
+    return value
 
 
 def read(path: str | Path, kind: str, version: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import artifacts
 from ..errors import CalibrationError
 from ..shards import own_file
-from .bins import Bins
+from .bins import BINS, Bins
 from .source import digest
 from .tally import Tally
 from .totals import Totals
@@ -51,30 +51,42 @@ class Checkpoint:
         if not self.path.exists():
             return
         header, tensors = artifacts.read(self.path, FORMAT, VERSION, "a checkpoint")
-        for what, value in self._identity.items():
-            if header["identity"].get(what) != value:
-                raise CalibrationError(
-                    f"{self.path}: a checkpoint of another calibration, its {what} differs: remove it to start from "
-                    "the beginning"
-                )
-        device, sizes = tally.totals.mean.device, tally.totals.sizes
-        tensors = {name: value.to(device) for name, value in tensors.items()}
+        with artifacts.understanding(self.path):
+            for what, value in self._identity.items():
+                if header["identity"].get(what) != value:
+                    raise CalibrationError(
+                        f"{self.path}: a checkpoint of another calibration, its {what} differs: remove it to start "
+                        "from the beginning"
+                    )
+            device, sizes = tally.totals.mean.device, tally.totals.sizes
+            tensors = {name: value.to(device) for name, value in tensors.items()}
 
-        def totals(name: str) -> Totals:
-            mean, m2 = tensors[name]
-            return Totals(tuple(header["counts"][name]), mean, m2, sizes)
+            def pair(name: str) -> Tensor:  # [2, K]
+                if (tensors[name].dtype, tensors[name].shape) != (torch.float64, (2, len(tally.totals.mean))):
+                    raise ValueError(f"{name} of another form")
+                return tensors[name]
 
-        tally.totals, tally.input_range = totals("totals"), tensors["input_range"]
-        tally.batches, tally.images = header["batches"], header["images"]
-        if tally.groups is not None:
-            kept = header["groups"]
-            tally.groups.closed = [totals(f"group{i}") for i in range(kept["closed"])]
-            tally.groups.open, tally.groups.open_batches = totals("open"), kept["open_batches"]
-            tally.groups.length = kept["length"]
-        if "histograms" in tensors:
-            low, width = tensors["edges"]
-            tally.bins = Bins(low, width, tensors["histograms"], sizes.tolist())
-        self._digests = {int(index): value for index, value in header["digests"].items()}
+            def totals(name: str) -> Totals:
+                counts = tuple(map(artifacts.whole_number, header["counts"][name]))
+                if len(counts) != len(sizes):
+                    raise ValueError(f"{len(counts)} counts for {len(sizes)} sites")
+                return Totals(counts, *pair(name), sizes)
+
+            tally.totals, tally.input_range = totals("totals"), tensors["input_range"]
+            if (tally.input_range.dtype, tally.input_range.shape) != (torch.float64, (2,)):
+                raise ValueError("input range of another form")
+            tally.batches, tally.images = (artifacts.whole_number(header[name]) for name in ("batches", "images"))
+            if tally.groups is not None:
+                kept = {name: artifacts.whole_number(value) for name, value in header["groups"].items()}
+                tally.groups.closed = [totals(f"group{i}") for i in range(kept["closed"])]
+                tally.groups.open, tally.groups.open_batches = totals("open"), kept["open_batches"]
+                tally.groups.length = kept["length"]
+            if "histograms" in tensors:
+                low, width = pair("edges")
+                if (counts := tensors["histograms"]).dtype != torch.int64 or counts.shape != (len(low), BINS):
+                    raise ValueError("histograms of another form")
+                tally.bins = Bins(low, width, counts, sizes.tolist())
+            self._digests = {int(index): value for index, value in header["digests"].items()}
 
     def compare(self, index: int, images: Tensor) -> None:
         """Raise CalibrationError if a batch that an earlier process saw is not what it was; remember the first."""

@@ -65,6 +65,8 @@ def _python(file: Path) -> tuple[np.ndarray, np.ndarray]:
         labels = _plain(named["fine_labels"] if "fine_labels" in named else named["labels"])
         if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != _PIXELS:
             raise ArtifactError(f"{file}: data of {images.dtype} {list(images.shape)}; expected uint8 [N, {_PIXELS}]")
+        if labels.shape != images.shape[:1]:
+            raise ArtifactError(f"{file}: labels {list(labels.shape)} of {len(images)} images")
         return images, labels
     except ArtifactError:
         raise

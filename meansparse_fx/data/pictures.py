@@ -7,11 +7,13 @@ orientation is left alone, as in torchvision, timm and RobustBench, so that accu
 
 from __future__ import annotations
 
+import io
 import struct
 import warnings
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -57,7 +59,8 @@ class Decoder:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of damaged tags, which say nothing of the pixels
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(file) as image:
+                # From memory, where a damaged length can ask for no more than there is.
+                with Image.open(io.BytesIO(Path(file).read_bytes())) as image:
                     found = (
                         _deep(image)
                         if image.mode in ("I", "F") or image.mode.startswith("I;")

@@ -71,14 +71,28 @@ class Evidence:
             ArtifactError: It is truncated or of another kind.
         """
         header, tensors = artifacts.read(path, FORMAT, VERSION, "a file of adversarial images")
-        return cls(
-            tensors["images"],
-            tensors["labels"],
-            {which: tensors[f"{which}.images"] for which in MODELS},
-            {which: tensors[f"{which}.broken_by"] for which in MODELS},
-            tuple(header["rows"]),
-            *(header[name] for name in _HEADER[1:]),
-        )
+        with artifacts.understanding(path):
+            _require_forms(header, tensors)
+            return cls(
+                tensors["images"],
+                tensors["labels"],
+                {which: tensors[f"{which}.images"] for which in MODELS},
+                {which: tensors[f"{which}.broken_by"] for which in MODELS},
+                tuple(header["rows"]),
+                *(header[name] for name in _HEADER[1:]),
+            )
+
+
+def _require_forms(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless a file's values are of the types and shapes that `Evidence` has."""
+    images, labels = tensors["images"], tensors["labels"]
+    forms = {"images": (torch.float32, images.shape), "broken_by": (torch.int64, images.shape[:1])}
+    forms |= {f"{which}.{part}": forms[part] for which in MODELS for part in ("images", "broken_by")}
+    found = {name: (t.dtype, t.shape) for name, t in tensors.items()} | {"broken_by": (labels.dtype, labels.shape)}
+    if found != forms | {"labels": forms["broken_by"]} or images.dim() < 2:
+        raise ValueError("tensors of another type or shape")
+    if not all(isinstance(text, str) for text in (*header["rows"], *(header["weights"][which] for which in MODELS))):
+        raise ValueError("rows and weights are not named")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +150,13 @@ def verify(
         if fingerprint(model) != found.weights[which]:
             raise EvaluationError(f"{path}: adversarial images of another model, the weights of the {which} differ")
     models = {which: returning_logits(model, logits) for which, model in models.items()}
-    set_variant(sparse, found.variant, found.centre)
-    set_alpha(sparse, found.alpha)
+    with artifacts.understanding(path):
+        set_variant(sparse, found.variant, found.centre)
+        set_alpha(sparse, found.alpha)
+        settings = AttackSettings(found.eps, found.norm)
     broken: dict[str, int] = {}
     for which, model in models.items():
-        check_ball(f"{path}, {which}", found.images, found.adversarial[which], AttackSettings(found.eps, found.norm))
+        check_ball(f"{path}, {which}", found.images, found.adversarial[which], settings)
         parts = zip(found.adversarial[which].split(BATCH), found.labels.split(BATCH), strict=True)
         right = torch.cat([correct(model, x.to(device), y.to(device)).cpu() for x, y in parts])
         broken[which] = int((~right).sum())

@@ -126,16 +126,17 @@ class Ledger:
 
     def _load(self, path: Path) -> None:
         header, tensors = artifacts.read(path, FORMAT, VERSION, "a checkpoint of an evaluation")
-        for what in {**self._identity, **header["identity"]}:
-            if header["identity"].get(what) != self._identity.get(what):
-                raise EvaluationError(
-                    f"{path}: a checkpoint of another run, its {what} differ: give it the same {what}, or remove it to "
-                    "start from the beginning"
-                )
-        self._digests, self._before = header["digests"], header["seconds"]
-        self._masks = {
-            piece: {name: tensors[f"{piece}:{name}"] for name in names} for piece, names in header["pieces"].items()
-        }
+        with artifacts.understanding(path):
+            for what in {**self._identity, **header["identity"]}:
+                if header["identity"].get(what) != self._identity.get(what):
+                    raise EvaluationError(
+                        f"{path}: a checkpoint of another run, its {what} differ: give it the same {what}, or remove "
+                        "it to start from the beginning"
+                    )
+            self._digests, self._before = dict(header["digests"]), float(header["seconds"])
+            self._masks = {
+                piece: {name: tensors[f"{piece}:{name}"] for name in names} for piece, names in header["pieces"].items()
+            }
 
 
 def model_identity(sparse: nn.Module, alpha: bool) -> dict[str, str]:

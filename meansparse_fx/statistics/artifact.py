@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import artifacts
-from ..errors import ArtifactError, StatisticsError
+from ..errors import StatisticsError
 from ..rewrite import PREFIX
 from ..tables import as_text
 from .histogram import FeatureHistogram, stored_histogram, typical
@@ -192,13 +192,19 @@ class Statistics(Mapping[str, ChannelStatistics]):
             ArtifactError: The file is truncated, not safetensors, or not written by this package.
         """
         header, tensors = artifacts.read(path, FORMAT, FORMAT_VERSION, "a statistics file")
-        try:
+        with artifacts.understanding(path):
             sites = {name: _site(tensors, name, count) for name, count in header["counts"].items()}
             facts = (header["fingerprint"], header["images"], header["metadata"], header["graph"], header["table"])
-            seen = tuple((name, first, end) for name, first, end in header.get("seen", ()))
-        except (KeyError, AttributeError) as error:
-            raise ArtifactError(f"{path}: damaged, it lacks {error}") from error
-        return cls(sites, *facts, seen)
+            seen = tuple(
+                (str(name), artifacts.whole_number(first), artifacts.whole_number(end))
+                for name, first, end in header.get("seen", ())
+            )
+            for fact, kind in zip(facts, (str, int, dict, str, dict), strict=True):
+                if not isinstance(fact, kind):
+                    raise TypeError(f"{fact!r} where {kind.__name__} belongs")
+            if not all(isinstance(row, dict) for row in facts[-1].values()):
+                raise TypeError("rows of its table are no tables")
+            return cls(sites, *facts, seen)
 
 
 def overlap(own: Iterable[Part], others: Iterable[Part]) -> range | None:
@@ -220,10 +226,16 @@ def overlap(own: Iterable[Part], others: Iterable[Part]) -> range | None:
 
 
 def _site(tensors: Mapping[str, Tensor], name: str, count: int) -> ChannelStatistics:
-    histogram = None
+    mean, m2, histogram = tensors[f"{name}:mean"], tensors[f"{name}:m2"], None
+    parts = [mean, m2]
     if f"{name}:histogram" in tensors:
-        histogram = ChannelHistogram(*(tensors[f"{name}:{part}"] for part in ("low", "width", "histogram")))
-    return ChannelStatistics(count, tensors[f"{name}:mean"], tensors[f"{name}:m2"], histogram)
+        parts += [tensors[f"{name}:{part}"] for part in ("low", "width", "histogram")]
+        histogram = ChannelHistogram(*parts[2:])
+    forms = [(t.dtype, t.shape[:1], t.dim()) for t in parts]
+    expected = [(torch.float64, mean.shape[:1], 1)] * 4 + [(torch.int64, mean.shape[:1], 2)]
+    if forms != expected[: len(parts)]:
+        raise ValueError(f"{name}: moments of another form")
+    return ChannelStatistics(artifacts.whole_number(count), mean, m2, histogram)
 
 
 def fingerprint(model: nn.Module) -> str:
