@@ -102,14 +102,14 @@ def insert_module_after(node: fx.Node, target: str) -> fx.Node:
     return new
 
 
-def redirect_later_readers(source: fx.Node, after: fx.Node) -> None:
-    """Let every reader of ``source`` that stands after node ``after`` read ``after`` instead.
+def redirect_later_readers(source: fx.Node, call: fx.Node, holder: fx.Node) -> None:
+    """Let every reader of ``source`` that stands after node ``call`` read ``holder`` instead.
 
     That is what an in-place call meant to its input's later readers.
     """
     for reader in list(source.users):
-        if reader is not after and after < reader:
-            reader.replace_input_with(source, after)
+        if call < reader:
+            reader.replace_input_with(source, holder)
 
 
 def adopt(graph_module: fx.GraphModule, root: nn.Module) -> fx.GraphModule:

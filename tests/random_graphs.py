@@ -128,7 +128,10 @@ class Act(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.inplace or _RECORD is None:
             return self.act(site(x, self.dim))
-        return x.copy_(self.act(site(x, self.dim).clone()))
+        s = site(x, self.dim).clone()
+        y = self.act(s)  # overwrites s; a hook's result is another tensor
+        overwritten = x.copy_(s)
+        return overwritten if y is s else y
 
 
 def _scaled(module, args, output):
@@ -351,7 +354,7 @@ class Viewed(nn.Module):
             return self.act(x.reshape(n, c, -1)).reshape(x.shape)
         if self.way == "unsqueeze":
             return self.act(x.unsqueeze(-1)).squeeze(-1)
-        if self.way == "rows":
+        if self.way == "rows" and not self.act.inplace:
             return torch.cat([self.act(r) for r in x.chunk(2, 2)], 2)
         if self.way == "padded":
             return self.act(F.pad(x, (1, 1, 1, 1)))[:, :, 1:-1, 1:-1]

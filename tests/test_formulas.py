@@ -442,3 +442,13 @@ def test_a_registered_class_is_what_it_was_registered_as():
 
     msfx.register_activation(Own, "mish", fused=True)
     assert msfx.inspect(network(Own()), IMAGES).sites[0].activation.fused
+
+
+def test_an_activation_that_is_copied_for_several_readers_is_one_site():
+    def forward(self, x):
+        y = self.stem(x).clamp(0, 6)
+        return self.stem(y.clone()) - y.clone().to(torch.float32).sum(1, keepdim=True)
+
+    model = Functional(forward, stem=nn.Conv2d(3, 3, 1)).eval()
+    (site,) = msfx.inspect(model, torch.rand(2, 3, 4, 4))
+    assert (site.name, site.activation.name, site.skipped) == ("relu6", "relu6", None)

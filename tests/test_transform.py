@@ -13,6 +13,7 @@ from torch import nn
 import meansparse_fx as msfx
 from meansparse_fx.errors import SiteError, StateError, StatisticsError
 from meansparse_fx.nn import MeanSparse
+from tests.models import Functional
 
 
 @pytest.fixture
@@ -125,6 +126,21 @@ def test_in_place_readers_see_the_activation():
     torch.manual_seed(0)
     net, images = Net().eval(), torch.randn(2, 3, 4, 4)
     assert torch.equal(msfx.transform(net, images)(images), net(images))
+
+
+def test_readers_of_an_overwritten_input_do_not_see_what_a_hook_returned():
+    """The activation overwrites y with relu(y); its hook returns another tensor."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.act(y) + 10 * y
+
+    model = Functional(forward, conv=nn.Conv2d(3, 4, 1), act=nn.ReLU(inplace=True)).eval()
+    model.act.register_forward_hook(lambda module, args, output: output * 0.5)
+    images = torch.rand(2, 3, 4, 4)
+    sparse = msfx.transform(model, images)
+    assert torch.equal(sparse(images), model(images))
+    assert torch.equal(msfx.restore(sparse)(images), model(images))
 
 
 def test_set_alpha_by_site(sparse, images):

@@ -70,7 +70,8 @@ class Checkpoint:
                 counts = tuple(map(artifacts.whole_number, header["counts"][name]))
                 if len(counts) != len(sizes):
                     raise ValueError(f"{len(counts)} counts for {len(sizes)} sites")
-                return Totals(counts, *pair(name), sizes)
+                mean, m2 = pair(name)
+                return Totals(counts, mean, m2, sizes)
 
             tally.totals, tally.input_range = totals("totals"), tensors["input_range"]
             if (tally.input_range.dtype, tally.input_range.shape) != (torch.float64, (2,)):

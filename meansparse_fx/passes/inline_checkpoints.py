@@ -7,6 +7,7 @@ what a checkpoint would compute again is kept.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -17,14 +18,16 @@ def inline_checkpoints(graph_module: fx.GraphModule) -> bool:
     graph, wrapped, found = graph_module.graph, torch.ops.higher_order.tag_activation_checkpoint, False
     while call := next((n for n in graph.nodes if n.target is wrapped), None):
         body, *inputs = call.args
-        inner = graph_module.get_submodule(body.target)
-        given = dict(zip(inner.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        assert isinstance(body, fx.Node)
+        inner = graph_module.get_submodule(str(body.target))
+        assert isinstance(inner, fx.GraphModule)
+        given: dict[fx.Node, Any] = dict(zip(inner.graph.find_nodes(op="placeholder"), inputs, strict=True))
         with graph.inserting_before(call):
             for node in inner.graph.find_nodes(op="get_attr"):  # bodies of checkpoints inside, and constants
                 name = f"{body.target}_{node.target}"
-                setattr(graph_module, name, getattr(inner, node.target))
+                setattr(graph_module, name, getattr(inner, str(node.target)))
                 given[node] = graph.get_attr(name)
-            results = graph.graph_copy(inner.graph, given)
+            results: Any = graph.graph_copy(inner.graph, given)
         for taken in list(call.users):
             if taken.target is operator.getitem:
                 taken.replace_all_uses_with(results[taken.args[1]])

@@ -64,13 +64,14 @@ def _operator(site: Site, graph_module: fx.GraphModule) -> MeanSparse:
 
 
 def _before_activation(place: Place, operator: MeanSparse) -> None:
-    result, source, site = place.node, place.source, place.site
+    call, source, site = place.node, place.source, place.site
     if operator.activation is None:
-        insert_module_before(place.readers, source, f"{PREFIX}.{site.name}")
+        # In place the call overwrites this node's tensor; its own result may be another, of a hook's.
+        holder = insert_module_before(place.readers, source, f"{PREFIX}.{site.name}")
     else:
-        result = _fuse(result, source, site, operator)
+        holder = call = _fuse(call, source, site, operator)
     if site.activation is not None and site.activation.inplace:
-        redirect_later_readers(source, result)
+        redirect_later_readers(source, call, holder)
 
 
 def _before_sum(place: Place, operator: MeanSparse) -> None:

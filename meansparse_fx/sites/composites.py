@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, fx
 
 from ..activations import ActivationCall
-from ..formulas import FEATURES, WEIGHTS, formula_of, is_affine, is_even
+from ..formulas import FEATURES, POINTS, WEIGHTS, formula_of, is_affine, is_even
 from .ops import Operators
 from .pointwise import CASTS, Pieces, is_constant, name_of
 from .shapes import Flow
@@ -109,6 +110,8 @@ class _Finder:
         """Take the smallest piece that ends with ``node`` and is a function of the table."""
         if node in self._taken:
             return
+        if self._copies(node):  # the activation ends before: others may read it there
+            return
         alone = self._single(node)
         root = node
         for _ in range(_FARTHEST):
@@ -129,6 +132,12 @@ class _Finder:
                 self._taken.update(piece)
                 self.weights.update({n: _WEIGHT.format(name) for n in piece if self._single(n)})
                 return
+
+    def _copies(self, node: fx.Node) -> bool:
+        """Return whether a call gives the values it is given: a clone, a cast, dropout."""
+        parent = self.pieces.parents.get(node)
+        values = None if parent is None else self.pieces.values(parent, [node])
+        return values is not None and torch.equal(values, POINTS)
 
     def report(self, node: fx.Node) -> None:
         """Take the largest piece that ends with ``node`` and is in no table, if it looks like an activation."""
