@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import meansparse_fx as msfx
 from meansparse_fx.calibrate.convergence import Groups, precision
+from meansparse_fx.calibrate.source import Source
 from meansparse_fx.calibrate.totals import Totals, merge_all
 from meansparse_fx.errors import ArtifactError, CalibrationError, StateError, StatisticsError
 from meansparse_fx.passes import observe
@@ -364,3 +365,28 @@ def test_histograms_count_every_value(net, images, tmp_path):
     site = stats[own.site]
     of_all = float(site.histogram.share_inside(site.mean, 0.3 * site.std)[own.channel])
     assert of_all == float(shares.median()), "by default neither the fullest nor a dead channel"
+
+
+def test_a_standard_error_is_that_of_the_groups_means():
+    g = torch.Generator().manual_seed(0)
+    values = torch.randn(16, 50, generator=g, dtype=torch.float64)
+    sizes = torch.tensor([1])
+    groups = [Totals((50,), v.mean()[None], (v - v.mean()).square().sum()[None], sizes) for v in values]
+    found = precision(groups, ["a"])
+    std = values.numpy().std()
+    of_mean = values.numpy().mean(1).std(ddof=1) / np.sqrt(16) / std
+    squares = ((values.numpy() - values.numpy().mean()) ** 2).mean(1)
+    of_std = squares.std(ddof=1) / np.sqrt(16) / (2 * std) / std
+    assert (found.mean_error, found.std_error) == pytest.approx((of_mean, of_std), rel=1e-9)
+    assert found.groups == 16
+    assert precision(groups[:15], ["a"]) is None
+
+
+def test_a_loader_that_drops_its_last_batch(net, images, tmp_path):
+    dataset = torch.utils.data.TensorDataset(images)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=5, drop_last=True)
+    sparse = msfx.transform(net, images)
+    assert msfx.calibrate(sparse, loader, progress=False).images == 10
+    assert (Source(loader, sparse).images, Source(loader, sparse).batches) == (10, 2)
+    whole = torch.utils.data.DataLoader(dataset, batch_size=5)
+    assert (Source(whole, sparse).images, Source(whole, sparse).batches) == (12, 3)

@@ -24,6 +24,7 @@ from meansparse_fx.evaluate import (
     Evidence,
     ModelOutcome,
     PairedDifference,
+    attacks,
     comparison,
     external_evaluation,
     plan,
@@ -823,3 +824,36 @@ def test_lists_leave_out_what_needs_more_classes(images):
     sparse = msfx.transform(model, images)
     result = msfx.evaluate(sparse, (images, model(images).argmax(1)), steps=2, queries=5, progress=False)
     assert set(result.base.robust) == {*VERSIONS["adaptive"], "transfer"} - {"apgd-t/annealed"}
+
+
+@pytest.mark.parametrize(
+    ("norm", "move", "leaves"),
+    [
+        ("Linf", lambda x: x.add_(0.1), False),
+        ("Linf", lambda x: x[0, 0, 0, 0].add_(0.1001), True),
+        ("Linf", lambda x: x[0, 0, 0, 0].fill_(torch.nan), True),
+        ("L2", lambda x: x[:, 0, 0, 0].add_(0.1), False),
+        ("L2", lambda x: x[1, 0, 0, :2].add_(0.08), True),  # 0.08 * sqrt(2) = 0.113
+        ("L2", lambda x: x.add_(0.1), True),
+        ("Linf", lambda x: x.mul_(0).sub_(1e-3), True),
+        ("Linf", lambda x: x.mul_(0).add_(1.001), True),
+    ],
+)
+def test_an_attack_that_leaves_its_ball_is_refused(sparse, monkeypatch, norm, move, leaves):
+    """In [0, 1], too: there the ball is made as large as all of it."""
+    images = torch.full((2, 3, 9, 9), 0.5)
+    moved = images.clone()
+    move(moved)
+    eps = 1.0 if move(torch.full((2, 3, 9, 9), 0.5)).abs().max() in (1e-3, 1.001) else 0.1
+    built = type("Moving", (), {"perturb": lambda self, images, labels: moved})()
+    row = replace(attacks.kind("apgd-ce"), build=lambda model, settings, classes: built)
+    monkeypatch.setattr(attacks, "kind", lambda name: row)
+
+    def run():
+        return attack("apgd-ce", sparse, images, torch.zeros(2).long(), AttackSettings(eps, norm))
+
+    if leaves:
+        with pytest.raises(EvaluationError, match=f"apgd-ce left its ball: {norm} distance"):
+            run()
+    else:
+        assert torch.equal(run(), moved)

@@ -436,3 +436,20 @@ def test_a_position_embedding_is_no_residual_for_one_image_either(before, count)
     assert site.fused in (NOTHING, "norm; the sum after it is not of two tensors of its shape")
     assert not any({"residual", "shortcut"} & n.kwargs.keys() for n in fused.graph.nodes)
     torch.testing.assert_close(fused(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_over_other_dimensions_than_the_operators_stays_outside():
+    model = hazardous(lambda m, x: F.relu(m.bn(m.conv(x))))
+    placement = msfx.Placement(channel_dims={"relu": 2})
+    fused = msfx.transform(model, IMAGES, fuse="all", placement=placement)
+    (site,) = fused.meta["plan"]
+    assert (site.channel_dim, site.channels, site.fused) == (2, 6, NOTHING)
+    assert torch.equal(fused(IMAGES), model(IMAGES))
+
+
+def test_a_norm_of_the_batchs_own_statistics_stays_outside():
+    model = hazardous(lambda m, x: F.relu(m.bn(m.conv(x))))
+    model.bn = nn.BatchNorm2d(8, track_running_stats=False).eval().requires_grad_(False)
+    fused = msfx.transform(model, IMAGES, fuse="all")
+    assert [s.fused for s in fused.meta["plan"]] == ["the norm has no running statistics"]
+    assert torch.equal(fused(IMAGES), model(IMAGES))

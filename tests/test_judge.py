@@ -215,3 +215,28 @@ def test_the_court_tells_a_mask_from_an_honest_network(tmp_path, monkeypatch, ca
     monkeypatch.setattr(judge, "THREAT", judge.THREAT | {"steps": 15, "queries": 50})
     row = judge.judge(case, judge.cases(tmp_path)[case], 32)
     assert row.convicted == convicted, row
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("blind", [("exact",), ("identity",), ("exact", "identity")])
+def test_the_unbounded_attack_may_reach_any_image_under_any_backward(net, images, monkeypatch, norm, blind):
+    """What falls under one backward has fallen, whichever comes last; the ball holds black and white."""
+    balls = []
+
+    def find(name, attacked, x, labels, settings, backward, starts):
+        balls.append(settings)
+        if settings.eps < 1 or backward in blind:
+            return x
+        classes = net(images).argmax(1)
+        return torch.stack([images[int((classes != label).nonzero()[0])] for label in labels])
+
+    monkeypatch.setattr(plan, "attack", find)
+    labels, everything = net(images).argmax(1), torch.ones(12, dtype=torch.bool)
+    assert len(labels.unique()) > 1
+    runs = plan_runs(["apgd-ce/exact", "apgd-ce/identity"], (), 0)
+    attacked, settings = Attacked({"base": net}, False, None), AttackSettings(eps=0.05, norm=norm, steps=2)
+    found = examine(net, attacked, "base", Probed(images, labels), runs, settings, everything, everything)
+    assert found["bounded"].tolist() == [len(blind) == 2] * 12
+    black, white = torch.zeros_like(images[0]), torch.ones_like(images[0])
+    largest = max(ball.eps for ball in balls)
+    assert largest == pytest.approx(float((white - black).norm()) if norm == "L2" else 1.0)

@@ -428,3 +428,26 @@ def test_the_graph_is_not_changed_and_runs_on_values_if_it_must():
     assert (site.producer, site.channels) == ("peeking", 4)
     assert graph_module.code == before
     assert not hasattr(model[1], "kept")
+
+
+def test_readers_tell_the_channels_of_what_they_read_as_their_input_alone():
+    """Neither as a convolution's weight, nor where another operand has more dimensions."""
+
+    def forward(self, x):
+        features = self.conv(x)
+        weight = F.relu(x[:1].expand(2, -1, -1, -1)[..., :1, :1])
+        image = F.gelu(x[:1, 0])
+        return F.conv2d(features, weight) + self.conv2(features + image)
+
+    weight, image = sites_of(forward, conv=nn.Conv2d(3, 3, 1), conv2=nn.Conv2d(3, 2, 1))
+    assert (weight.channel_dim, image.channel_dim) == (None, None)
+
+
+def test_a_pooled_branch_added_to_one_of_its_own_shape_is_no_gate():
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(F.relu(self.down(x.mean((2, 3)))) + self.flat(x.flatten(1)))
+
+    layers = {"stem": nn.Conv2d(3, 4, 3), "down": nn.Linear(4, 6), "flat": nn.Linear(144, 6), "head": nn.Linear(6, 2)}
+    (site,) = sites_of(forward, **layers)
+    assert (site.skipped, site.channels) == (None, 6)

@@ -204,3 +204,27 @@ def test_parts_survive_a_file(tmp_path):
     moments = ChannelStatistics(3, torch.zeros(2).double(), torch.ones(2).double())
     Statistics({"relu": moments}, "f", 3, seen=(("set", 0, 3),)).save(tmp_path / "s")
     assert Statistics.load(tmp_path / "s").seen == (("set", 0, 3),)
+
+
+@pytest.mark.parametrize(
+    "site",
+    [
+        ChannelStatistics(0, torch.zeros(3).double(), torch.zeros(3).double()),
+        ChannelStatistics(5, torch.zeros(3).double(), torch.tensor([1.0, -1e-9, 1.0]).double()),
+    ],
+)
+def test_what_was_not_measured_is_refused(site):
+    stats = Statistics({"a": site}, "abc", 1)
+    with pytest.raises(StatisticsError, match=f"a: count {site.count} or a negative m2"):
+        stats.check({"a": 3})
+
+
+def test_fingerprint_sees_types_shapes_and_names(net):
+    zeros = [torch.zeros(4), torch.zeros(4, dtype=torch.int32), torch.zeros(2, 2)]
+    found = {fingerprint(net)}
+    for name in ("mask", "mark"):
+        for value in zeros:
+            net.register_buffer(name, value)
+            found.add(fingerprint(net))
+        del net._buffers[name]
+    assert len(found) == 1 + 2 * len(zeros)
