@@ -217,6 +217,8 @@ def test_what_was_not_measured_is_refused(site):
     stats = Statistics({"a": site}, "abc", 1)
     with pytest.raises(StatisticsError, match=f"a: count {site.count} or a negative m2"):
         stats.check({"a": 3})
+    one = ChannelStatistics(1, torch.zeros(3).double(), torch.zeros(3).double())  # a channel that never changes
+    Statistics({"a": one}, "abc", 1).check({"a": 3})
 
 
 def test_fingerprint_sees_types_shapes_and_names(net):
