@@ -150,3 +150,18 @@ def test_compiled(seed):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_exported(seed):
     check_exported(seed)
+
+
+class Rows(torch.nn.Module):
+    def forward(self, x):
+        return torch.cat([torch.clamp(row, 0, 6) for row in x.chunk(2, 2)], 2)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="a part that symbolic tracing cannot follow is called as it is if it calls none of the table's activations; "
+    "one that is written out inside of it is no site and no row of the plan",
+)
+def test_what_is_written_out_in_a_part_that_is_not_traced_is_found():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), Rows(), torch.nn.Conv2d(4, 4, 1), torch.nn.ReLU())
+    assert [s.activation.name for s in msfx.inspect(net.eval(), torch.rand(2, 3, 6, 6))] == ["relu6", "relu6", "relu"]
