@@ -49,27 +49,30 @@ class Row:
 
     Attributes:
         benchmark, case, contender: What was measured.
-        milliseconds: Median over the repetitions.
-        low, high: Quartiles of the same.
+        milliseconds: Wall time of a call and a synchronisation, median over the repetitions.
+        low, high: Quartiles of the same; of a range that was noted by hand, its ends.
         ratio: Median over repetitions of this contender's time by the baseline's in the same repetition.
         baseline: Name of the contender that ratios refer to.
         repetitions: Number of interleaved repetitions.
         device, torch, threads: Where it ran.
         kept_bytes, ..., backward_images: See `Facts`.
         of_clone: Bandwidth as a share of a clone's of the same tensor, counting the tensors that the task must read and
-            write; of kernels only.
+            write; by device time where there is a device. Of kernels only.
         ratio_per_pass: The ratio of times per image pass; of attacks only.
+        device_ms, device_ratio: Time on the device alone, and the median of its ratios to the baseline's.
+        host_ms: Time until the host is through with a call, of many calls without a synchronisation.
+        triton, commit, date: What was measured, and when; older files do not say.
     """
 
     benchmark: str
     case: str
     contender: str
-    milliseconds: float
-    low: float
-    high: float
-    ratio: float
+    milliseconds: float | None
+    low: float | None
+    high: float | None
+    ratio: float | None
     baseline: str
-    repetitions: int
+    repetitions: int | None
     device: str
     torch: str
     threads: int
@@ -82,6 +85,12 @@ class Row:
     backward_images: int | None = None
     of_clone: float | None = None
     ratio_per_pass: float | None = None
+    device_ms: float | None = None
+    device_ratio: float | None = None
+    host_ms: float | None = None
+    triton: str | None = None
+    commit: str | None = None
+    date: str | None = None
 
 
 def device_name(device: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from .harness import RESULTS
 from .page.plots import models_figure, roofline_figure
 from .page.results import Results, load
-from .page.sections import SECTIONS, headline
+from .page.sections import SECTIONS, headline, kernels_on_gpus
 
 TEMPLATE = Path(__file__).parent / "page" / "performance.md"
 ROOT = Path(__file__).parents[1]
@@ -32,13 +32,13 @@ def page(results: Results) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda found: SECTIONS[found[1]](results), text)
 
 
-def with_headline(readme: str, results: Results) -> str:
-    """Return a README's text with today's figures between its marks."""
-    before, _, rest = readme.partition(START)
+def between_marks(path: Path, text: str) -> None:
+    """Put today's figures between the marks of a page."""
+    before, _, rest = path.read_text().partition(START)
     _, mark, behind = rest.partition(END)
     if not mark:
-        raise SystemExit(f"the README lacks the marks {START.strip()} and {END}")
-    return f"{before}{START}{headline(results)}\n{END}{behind}"
+        raise SystemExit(f"{path} lacks the marks {START.strip()} and {END}")
+    path.write_text(f"{before}{START}{text}\n{END}{behind}")
 
 
 def main() -> None:
@@ -54,7 +54,8 @@ def main() -> None:
         figure = draw(results)
         if figure is not None:
             figure.savefig(args.docs / name)
-    args.readme.write_text(with_headline(args.readme.read_text(), results))
+    between_marks(args.readme, headline(results))
+    between_marks(args.docs / "kernels.md", kernels_on_gpus(results))
     print(args.docs / PAGE)
 
 

@@ -23,7 +23,7 @@ from benchmarks.wide_resnet import WideResNet
 from meansparse_fx import bundled
 
 ROOT = Path(performance.__file__).parents[1]
-EAGER = [name for name in CONTENDERS if not name.endswith("compiled")]
+EAGER = [name for name in CONTENDERS if name not in models.COMPILED]
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +141,7 @@ def test_compiled_models(monkeypatch):
 
     monkeypatch.setitem(architectures.MODELS, "small", (two_sites, 8))
     rows = {r.contender: r for r in models.run(Case("small", 2, 8, "images' gradient"), "cpu", 1, cold=True)}
-    assert list(rows) == list(CONTENDERS)
+    assert list(rows) == [name for name in CONTENDERS if "reduce" not in name]
     assert rows["ours compiled"].graphs == rows["base compiled"].graphs == 1
     assert rows["published module compiled"].graphs > 2
     assert rows["ours compiled"].kept_bytes <= rows["base compiled"].kept_bytes
@@ -330,12 +330,19 @@ def test_the_committed_page_is_what_the_files_say(monkeypatch, tmp_path):
     readme = tmp_path / "README.md"
     committed = (ROOT / "README.md").read_text()
     readme.write_text(committed)
+    kernels_page = (ROOT / "docs" / "kernels.md").read_text()
+    (tmp_path / "kernels.md").write_text(kernels_page)
     main(performance, monkeypatch, "--docs", tmp_path, "--readme", readme)
     again = "run python -m benchmarks.performance"
     assert (tmp_path / "performance.md").read_text() == (ROOT / "docs" / "performance.md").read_text(), again
     assert readme.read_text() == committed, again
+    assert (tmp_path / "kernels.md").read_text() == kernels_page, again
+    for text in (committed, kernels_page):
+        assert "not yet measured" not in text
+        assert "NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, commit 19197a7, 2026-11-26" in text
     page = (tmp_path / "performance.md").read_text()
     assert "{{" not in page
+    assert "not measured" not in page.lower(), "every kind has a file"
     for plot in re.findall(r"!\[.*\]\((.*)\)", page):
         for folder in (tmp_path, ROOT / "docs"):
             assert (folder / plot).read_bytes().startswith(b"\x89PNG")
@@ -399,9 +406,44 @@ def test_the_page_copes_with_whatever_there_is(tmp_path):
         assert draw(found) is not None
 
 
-def test_the_readme_needs_its_marks():
+@pytest.mark.parametrize(
+    ("benchmark", "contender", "case", "marked"),
+    [
+        ("models", "ours, fused", "c", True),
+        ("models", "ours compiled", "c", False),
+        ("models", "ours reduce-overhead", "c", False),
+        ("models", "published module", "c", False),
+        ("kernels", "meansparse_fx", "1x1x1x1 float32 channels_last relu forward", True),
+        ("kernels", "meansparse_fx", "1x1x1x1 float32 channels_last moments", False),
+        ("kernels", "flat prototype", "c", False),
+        ("calibration", "meansparse_fx.calibrate", "c", False),
+        ("host", "operator", "forward", True),
+        ("host", "F.relu", "forward", False),
+    ],
+)
+def test_what_the_replaced_kernels_did_is_marked(benchmark, contender, case, marked):
+    found = row(benchmark, case, contender, commit="19197a7")
+    assert (page_results.mark(found) == "†") == marked
+    assert page_results.mark(replace(found, commit="1234567")) == ""
+
+
+def test_shares_alone_make_a_table(tmp_path):
+    nothing = {"milliseconds": None, "low": None, "high": None, "ratio": None, "commit": "19197a7"}
+    own = replace(
+        row("kernels", "1x1x7x7 float32 channels_last relu forward", "meansparse_fx", of_clone=0.5), **nothing
+    )
+    write([own, replace(own, contender="flat prototype", of_clone=0.9)], tmp_path / "kernels-Some-GPU.csv")
+    found = page_results.load(tmp_path)
+    assert "| 1x1x7x7 float32 channels_last relu forward | 0.50† | 0.90 |" in SECTIONS["kernels"](found)
+    lines = {cells[0]: cells for cells in (target.line(found) for target in TARGETS)}
+    share = lines["kernel's share of the clone's bandwidth, forward, GPU"]
+    assert share[2:4] == ("**missed**", "0.50 (1x1x7x7 float32 channels_last relu forward)†")
+
+
+def test_a_page_needs_its_marks(tmp_path):
+    (tmp_path / "page.md").write_text("no marks")
     with pytest.raises(SystemExit, match="marks"):
-        performance.with_headline("no marks", page_results.Results())
+        performance.between_marks(tmp_path / "page.md", "text")
 
 
 def test_every_command_is_listed():

@@ -56,7 +56,7 @@ def roofline_figure(results: Results) -> Figure | None:
                     continue
                 case = case_of(found["base"])
                 extra = extra_bytes(results, case.model, FORMS[name], case.mode)
-                if extra is not None:
+                if extra is not None and found[name].milliseconds is not None:
                     points.append((extra * case.batch / 2**20, (found[name].ratio - 1) * found["base"].milliseconds))
         if points:
             drawn = True

@@ -13,6 +13,21 @@ from ..models import Case
 from ..roofline import Count
 from ..scaling import Scaling
 
+# Commits whose rows of the operator's own kernels were measured before those kernels were replaced.
+REPLACED = {"19197a7": "2026-11-26"}
+
+
+def mark(row: Row) -> str:
+    """Return † behind a figure of a kernel that has been replaced since: of ours run eagerly; moments are as they were.
+
+    Example:
+        >>> mark(Row("models", "c", "ours", 1.0, 1.0, 1.0, 1.0, "base", 1, "d", "t", 1, commit="19197a7"))
+        '†'
+    """
+    own = row.contender.startswith(("ours", "meansparse_fx", "operator", "module")) or "operator" in row.case
+    other = row.benchmark == "calibration" or "compiled" in row.contender or "reduce-overhead" in row.contender
+    return "†" if row.commit in REPLACED and own and not other and " moments" not in row.case else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -36,7 +51,9 @@ class Source:
         """The machine in words."""
         row = self.rows[0]
         threads = "" if self.gpu else f", {row.threads} thread{'s' * (row.threads > 1)}"
-        return f"{row.device}{threads}, torch {row.torch}"
+        triton = f", Triton {row.triton}" if getattr(row, "triton", None) else ""
+        when = f", commit {row.commit}, {row.date}" if getattr(row, "commit", None) else ""
+        return f"{row.device}{threads}, torch {row.torch}{triton}{when}"
 
     @property
     def cases(self) -> dict[str, dict[str, Row]]:
@@ -52,7 +69,7 @@ class Results:
     """All files that the page is made from.
 
     Attributes:
-        models, kernels, calibration, attack, scaling: One source a file.
+        models, kernels, calibration, attack, host, scaling: One source a file.
         images: How many images calibration takes, if that was measured.
         counts: Bytes and calls, counted.
     """
@@ -61,6 +78,7 @@ class Results:
     kernels: list[Source] = field(default_factory=list)
     calibration: list[Source] = field(default_factory=list)
     attack: list[Source] = field(default_factory=list)
+    host: list[Source] = field(default_factory=list)
     scaling: list[Source] = field(default_factory=list)
     images: list[Need] = field(default_factory=list)
     counts: list[Count] = field(default_factory=list)
@@ -82,7 +100,7 @@ def load(folder: Path) -> Results:
         return read(folder / name, kind) if (folder / name).exists() else []
 
     return Results(
-        *(list(sources(benchmark)) for benchmark in ("models", "kernels", "calibration", "attack")),
+        *(list(sources(benchmark)) for benchmark in ("models", "kernels", "calibration", "attack", "host")),
         list(sources("scaling", Scaling)),
         single("calibration-images.csv", Need),
         single("roofline.csv", Count),

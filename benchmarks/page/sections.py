@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..harness import Row
 from ..models import CONTENDERS
-from .results import Results, Source, case_of
+from .results import Results, Source, case_of, mark
 from .targets import TARGETS, wins
 
 NOTHING = "Not measured: there is no file of this in `benchmarks/results/`."
@@ -21,16 +21,18 @@ FORMS = {
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown; all columns but the first are numbers, and stand right."""
+    """Return a table in Markdown, empty without rows; all columns but the first are numbers, and stand right."""
+    rows = list(rows)
+    if not rows:
+        return ""
     lines = [list(heads), ["---", *["---:"] * (len(heads) - 1)], *map(list, rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _each(sources: Sequence[Source], content: Callable[[Source], str]) -> str:
-    """Return what each file says under its name and machine."""
-    if not sources:
-        return NOTHING
-    return "\n\n".join(f"**{source.where}** (`{source.name}`)\n\n{content(source)}" for source in sources)
+    """Return what each file says under its name and machine, if it says something."""
+    said = [(source, content(source)) for source in sources]
+    return "\n\n".join(f"**{s.where}** (`{s.name}`)\n\n{text}" for s, text in said if text) or NOTHING
 
 
 def targets(results: Results) -> str:
@@ -50,23 +52,34 @@ def rivals(results: Results) -> str:
 
 def models(results: Results) -> str:
     """Return the times of whole models."""
-    return _each(results.models, lambda source: "\n\n".join(_times(source, kind) for kind in (False, True)))
+    return _each(results.models, lambda source: "\n\n".join(_times(source)))
 
 
-def _times(source: Source, compiled: bool) -> str:
-    base = "base compiled" if compiled else "base"
-    names = [name for name, (own, _) in CONTENDERS.items() if own == base and name != base]
-    rows = []
-    for case, found in source.cases.items():
-        if base in found:
-            cells = [_ratio(found.get(name)) for name in names]
-            rows.append((case, f"{found[base].milliseconds:.1f} ms", *cells))
-    heads = ("case", base, *(name.removesuffix(" compiled") for name in names))
-    return table(heads, rows) if rows else f"No rows of what is {'compiled' if compiled else 'run eagerly'}."
+def _times(source: Source) -> Iterator[str]:
+    """Yield a table for each baseline, and one of the time on the device alone."""
+    names = dict.fromkeys(row.contender for row in source.rows)
+    for base, field in ((b, f) for b in ("base", "base compiled", "base reduce-overhead") for f in ("", "device_")):
+        beside = [name for name in names if name != base and CONTENDERS.get(name, ("",))[0] == base]
+        rows = []
+        for case, found in source.cases.items():
+            cells = [_ratio(found.get(name), f"{field}ratio") for name in beside]
+            if base in found and any(cells):
+                rows.append(
+                    (case, _ms(getattr(found[base], f"{field or 'milli'}{'ms' if field else 'seconds'}")), *cells)
+                )
+        suffix = base.removeprefix("base")
+        if rows:
+            heads = ("case", base, *(name.removesuffix(suffix) for name in beside))
+            yield ("On the device alone:\n\n" if field else "") + table(heads, rows)
 
 
-def _ratio(row: Row | None) -> str:
-    return "" if row is None else f"{row.ratio:.2f}"
+def _ratio(row: Row | None, field: str = "ratio") -> str:
+    value = None if row is None else getattr(row, field)
+    return "" if row is None or value is None else f"{value:.2f}{mark(row)}"
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.{1 if value >= 3 else 2}f} ms"
 
 
 def memory(results: Results) -> str:
@@ -114,13 +127,12 @@ def roofline(results: Results) -> str:
             for contender, form in FORMS.items():
                 row = found.get(contender)
                 extra = asked and row and extra_bytes(results, asked.model, form, asked.mode)
-                if row is None or extra is None or asked.dtype != "float32":
+                if row is None or row.milliseconds is None or extra is None or asked.dtype != "float32":
                     continue
                 time = (row.ratio - 1) * found["base"].milliseconds
                 cells = (f"{extra * asked.batch / MIB:+.1f}", f"{time:+.2f}")
-                rows.append((f"{case}, {contender}", *cells, implied(extra * asked.batch, time)))
-        heads = ("over the base", "counted, MiB", "measured, ms", "GB/s")
-        return table(heads, rows) if rows else NOTHING
+                rows.append((f"{case}, {contender}{mark(row)}", *cells, implied(extra * asked.batch, time)))
+        return table(("over the base", "counted, MiB", "measured, ms", "GB/s"), rows)
 
     return _each(results.models, content) if results.counts else NOTHING
 
@@ -145,6 +157,11 @@ def kernels(results: Results) -> str:
 
     def content(source: Source) -> str:
         rows = []
+        if all(row.milliseconds is None for row in source.rows):
+            beside = list(dict.fromkeys(row.contender for row in source.rows))
+            for case, found in source.cases.items():
+                rows.append((case, *(_ratio(found.get(name), "of_clone") for name in beside)))
+            return "As shares of the clone's bandwidth:\n\n" + table(("case", *beside), rows)
         for case, found in source.cases.items():
             alone = found["torch activation"]
             share = found["meansparse_fx"].of_clone
@@ -185,7 +202,7 @@ def attacks(results: Results) -> str:
         for row in source.rows:
             passes = f"{row.forward_images or 0:,} / {row.backward_images or 0:,}"
             per_pass = "" if row.ratio_per_pass is None else f"{row.ratio_per_pass:.2f}"
-            rows.append((row.case, row.contender, f"{row.milliseconds:,.0f}", f"{row.ratio:.2f}", per_pass, passes))
+            rows.append((row.case, row.contender, f"{row.milliseconds:,.0f}", _ratio(row), per_pass, passes))
         heads = ("case", "contender", "ms", "over base", "per pass", "images forward / backward")
         return table(heads, rows)
 
@@ -208,10 +225,41 @@ def scaling(results: Results) -> str:
     return _each(results.scaling, content)
 
 
+def host(results: Results) -> str:
+    """Return what calls cost on the host."""
+
+    def content(source: Source) -> str:
+        rows = []
+        for row in source.rows:
+            span = [row.host_ms] if row.host_ms is not None else [row.low, row.high]
+            rows.append((f"{row.case}: {row.contender}", " to ".join(f"{1e3 * ms:.3g}" for ms in span) + mark(row)))
+        return table(("call", "µs"), rows)
+
+    return _each(results.host, content)
+
+
 SECTIONS: dict[str, Callable[[Results], str]] = {
     function.__name__: function
-    for function in (targets, rivals, models, memory, counts, roofline, kernels, calibration, attacks, scaling)
+    for function in (targets, rivals, models, memory, counts, roofline, kernels, host, calibration, attacks, scaling)
 }
+
+
+def kernels_on_gpus(results: Results) -> str:
+    """Return by what is computed the shares of the clone's bandwidth that GPUs gave, for the page of the kernels."""
+
+    def content(source: Source) -> str:
+        shares: dict[tuple[str, str, str], list[Row]] = {}
+        for row in source.rows:
+            if row.of_clone is not None and row.contender != "clone":
+                words = row.case.split()
+                shares.setdefault((row.contender, words[-1], words[1]), []).append(row)
+        rows = []
+        for (contender, mode, dtype), found in shares.items():
+            worst = min(found, key=lambda row: row.of_clone)
+            rows.append((f"{contender}, {mode}, {dtype}", str(len(found)), _span(found, "of_clone"), worst.case))
+        return table(("what", "shapes", "share of the clone's bandwidth", "the worst"), rows)
+
+    return _each([source for source in results.kernels if source.gpu], content)
 
 
 def headline(results: Results) -> str:
@@ -222,18 +270,23 @@ def headline(results: Results) -> str:
     for source in results.models:
         eager = _spans(source, {"ours": "ours", "ours, fused": "fused", "published module": "the published module"})
         compiled = _spans(source, {"ours compiled": "ours", "published module compiled": "the published module"})
+        device = _spans(source, {"ours": "ours", "ours, fused": "fused"}, "device_ratio")
         models = ", ".join(dict.fromkeys(case_of(row).model for row in source.rows))
         behind = f"; compiled, over the base compiled: {compiled}" if compiled else ""
+        behind += f"; on the device alone: {device}" if device else ""
         lines.append(f"- {source.where} ({models}), time over the base: {eager}{behind}.")
     return "\n".join(lines)
 
 
-def _spans(source: Source, names: dict[str, str]) -> str:
+def _spans(source: Source, names: dict[str, str], field: str = "ratio") -> str:
     """Return the least and the largest ratio of each contender, under the words it is called by."""
     found = {words: [row for row in source.rows if row.contender == name] for name, words in names.items()}
-    return ", ".join(f"{words} {_span(rows)}" for words, rows in found.items() if rows)
+    spans = {
+        words: _span([row for row in rows if getattr(row, field) is not None], field) for words, rows in found.items()
+    }
+    return ", ".join(f"{words} {span}" for words, span in spans.items() if span)
 
 
-def _span(rows: Sequence[Row]) -> str:
-    low, high = min(row.ratio for row in rows), max(row.ratio for row in rows)
-    return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
+def _span(rows: Sequence[Row], field: str) -> str:
+    texts = [f"{value:.2f}" for value in sorted(getattr(row, field) for row in rows)]
+    return " to ".join(dict.fromkeys((texts[0], texts[-1]))) + mark(rows[0]) if texts else ""

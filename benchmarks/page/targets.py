@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .results import Results, Source
+from ..models import CONTENDERS
+from .results import Results, Source, mark
 
 # Nodes that count as the thousand of the target, and how much dearer a node of the largest graph may be than one of the
 # smallest before that is not called linear.
@@ -21,11 +22,13 @@ class Figure:
         value: The figure.
         what: What it is of.
         file: Where it stands.
+        mark: Behind it, see `results.mark`.
     """
 
     value: float
     what: str
     file: str
+    mark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,20 @@ class Target:
         verdict = "**missed**" if any(bad) else "met"
         if any(bad) and len(found) > 1:
             verdict += f" in {sum(bad)} of {len(found)}"
+        span += max(figure.mark for figure in found)
         return self.what, limit, verdict, span, ", ".join(dict.fromkeys(f"`{figure.file}`" for figure in found))
+
+
+def replayed(contender: str) -> Callable[[Results], Iterator[Figure]]:
+    """Return the figures of a contender's time on the device over its base's."""
+
+    def figures(results: Results) -> Iterator[Figure]:
+        for source in _sources(results.models, True):
+            for row in source.rows:
+                if row.contender == contender and row.device_ratio is not None:
+                    yield Figure(row.device_ratio, row.case, source.name, mark(row))
+
+    return figures
 
 
 def _sources(sources: list[Source], gpu: bool) -> list[Source]:
@@ -78,7 +94,7 @@ def models(contender: str, gpu: bool) -> Callable[[Results], Iterator[Figure]]:
         for source in _sources(results.models, gpu):
             for row in source.rows:
                 if row.contender == contender:
-                    yield Figure(row.ratio, row.case, source.name)
+                    yield Figure(row.ratio, row.case, source.name, mark(row))
 
     return figures
 
@@ -127,7 +143,7 @@ def kernels(mode: str) -> Callable[[Results], Iterator[Figure]]:
         for source in _sources(results.kernels, True):
             for row in source.rows:
                 if row.contender == "meansparse_fx" and row.case.endswith(f" {mode}") and row.of_clone is not None:
-                    yield Figure(row.of_clone, row.case, source.name)
+                    yield Figure(row.of_clone, row.case, source.name, mark(row))
 
     return figures
 
@@ -151,7 +167,7 @@ def attacks(gpu: bool) -> Callable[[Results], Iterator[Figure]]:
         for source in _sources(results.attack, gpu):
             for row in source.rows:
                 if row.contender.startswith("ours"):
-                    yield Figure(row.ratio, f"{row.case}, {row.contender}", source.name)
+                    yield Figure(row.ratio, f"{row.case}, {row.contender}", source.name, mark(row))
 
     return figures
 
@@ -176,9 +192,11 @@ def linear(results: Results) -> Iterator[Figure]:
 
 TARGETS = (
     Target("eager, fused, over base, GPU", 1.00, models("ours, fused", True)),
+    Target("the same, time on the device alone", 1.00, replayed("ours, fused")),
     Target("eager over base, CPU", 1.15, models("ours", False)),
     Target("eager, fused, over base, CPU", 1.15, models("ours, fused", False)),
     Target("compiled over base compiled, GPU", 1.02, models("ours compiled", True)),
+    Target("the same, mode reduce-overhead", 1.00, models("ours reduce-overhead", True)),
     Target("compiled over base compiled, CPU", 1.05, models("ours compiled", False)),
     Target("graphs of the compiled model", 1, graphs),
     Target("bytes kept for backward over base", 1.00, kept("ours", "base")),
@@ -188,6 +206,10 @@ TARGETS = (
     Target("bytes moved at the sites, fused over base (counted)", 1.00, moved),
     Target("kernel's share of the clone's bandwidth, forward, GPU", 0.90, kernels("forward"), least=True),
     Target("the same, backward", 0.90, kernels("backward"), least=True),
+    Target("moments, share of a read at the clone's bandwidth, GPU", 0.90, kernels("moments"), least=True),
+    Target(
+        "moments with activation, share of the clone's bandwidth, GPU", 0.95, kernels("moments+activation"), least=True
+    ),
     Target("calibration over plain forward pass, GPU", 1.05, calibration(True)),
     Target("calibration over plain forward pass, CPU", 1.15, calibration(False)),
     Target("attack over attack on the base, GPU", 1.00, attacks(True)),
@@ -202,7 +224,7 @@ def wins(results: Results) -> list[tuple[str, str, int, int, float]]:
     for source in results.models:
         for own in ("ours", "ours, fused", "ours compiled"):
             names = dict.fromkeys(row.contender for row in source.rows)
-            for rival in (name for name in names if name.endswith("compiled") == own.endswith("compiled")):
+            for rival in (name for name in names if CONTENDERS.get(name, "")[:1] == CONTENDERS[own][:1]):
                 pairs = [(rows[own], rows[rival]) for rows in source.cases.values() if own in rows and rival in rows]
                 if rival.startswith("ours") or not pairs:
                     continue
@@ -210,5 +232,6 @@ def wins(results: Results) -> list[tuple[str, str, int, int, float]]:
                 ratios = sorted(a.ratio / b.ratio for a, b in pairs)
                 won = sum(ratio < 1 for ratio in ratios)
                 middle = (ratios[len(ratios) // 2] + ratios[(len(ratios) - 1) // 2]) / 2
-                found.append((source.name, f"{own} against {rival}", won, len(ratios) - won, middle))
+                marked = f"{own}{mark(pairs[0][0])} against {rival}"
+                found.append((source.name, marked, won, len(ratios) - won, middle))
     return found
