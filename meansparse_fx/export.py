@@ -154,7 +154,7 @@ def _baked(sparse: fx.GraphModule) -> nn.Module:
     # may be views of a file, and channels-last.
     baked._apply(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format))
     for operator in operators(baked).values():
-        del operator.mean, operator.std, operator.alpha
+        del operator.mean, operator.std, operator.alpha, operator.gate_steepness
         operator.backward = "exact"  # the other modes' forward is longer, and its result the same
     (output,) = own.graph.find_nodes(op="output")
     return _Called(baked) if has_hooks(baked) or not isinstance(output.args[0], fx.Node) else baked

@@ -47,6 +47,7 @@ class MeanSparse(nn.Module):
         prologue: What a fused call takes in besides its tensors; see `passes.fuse`.
         strict: The band is open, as published checkpoints have it: values at distance alpha * std stay.
         variant, backward, steepness, backward_steepness: See `kernels.records.Options`.
+        gate_steepness: Scalar, backward_steepness as compiled programs read it: another one compiles nothing anew.
     """
 
     mean: Tensor
@@ -74,6 +75,7 @@ class MeanSparse(nn.Module):
         self.register_buffer("alpha", torch.zeros(()))
         self.register_buffer("centre", torch.zeros(channels), persistent=False)
         self.register_buffer("threshold", torch.full((channels,), -1.0), persistent=False)
+        self.register_buffer("gate_steepness", torch.full((), 10.0), persistent=False)
 
     def forward(
         self,
@@ -126,9 +128,13 @@ class MeanSparse(nn.Module):
         scale, shift, norm_scale, norm_shift = norms
         vectors = Vectors(*vectors[:3], scale, shift, layer_scale, norm_scale, norm_shift)
         name, constants = (self.activation.name, self.activation.constants) if self.activation else ("identity", ())
+        backward, width = self.backward, self.backward_steepness
+        if choice == "composition" and not torch.compiler._is_exporting_flag:
+            # Programs without a gradient are one, whatever the backward, and those of the smooth one are one, too.
+            backward, width = (backward, self.gate_steepness) if torch.is_grad_enabled() else ("exact", 10.0)
         options = Options(
-            self.channel_dim, name, tuple(map(float, constants)), self.variant, self.backward, float(self.steepness),
-            float(self.backward_steepness), fused and self.prologue.want_sum,
+            self.channel_dim, name, tuple(map(float, constants)), self.variant, backward, float(self.steepness),
+            width, fused and self.prologue.want_sum,
         )  # fmt: skip
         return Operator(vectors, options, choice)
 
@@ -176,7 +182,9 @@ class MeanSparse(nn.Module):
         """Choose the gradient: ``exact``, ``identity`` or ``smooth``; forward values do not change."""
         if mode not in BACKWARDS:
             raise ValueError(f"backward must be one of {', '.join(BACKWARDS)}, got {mode!r}")
-        self.backward, self.backward_steepness = mode, _positive("steepness", steepness)
+        if (mode, steepness) != (self.backward, self.backward_steepness):  # attacks switch at every step
+            self.backward, self.backward_steepness = mode, float(_positive("steepness", steepness))
+            self.gate_steepness.fill_(steepness)
 
     def set_variant(self, variant: str, centre: str, steepness: float) -> None:
         """Choose what the band becomes (``mean``, ``edge``, ``smooth``) and its centre (paper, Table 8)."""

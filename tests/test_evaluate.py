@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import meansparse_fx as msfx
 from meansparse_fx.data import load_images
@@ -32,6 +33,8 @@ from meansparse_fx.evaluate import (
     sanity,
 )
 from meansparse_fx.evaluate.attacks import VERSIONS, AttackSettings, attack
+from meansparse_fx.evaluate.compiled import Attacked, FastModel, compile_mode, padded
+from meansparse_fx.evaluate.plan import perturbed, plan_runs
 from meansparse_fx.nn import MeanSparse
 
 QUICK: dict = {"steps": 5, "progress": False, "eps": 0.05, "attacks": ("apgd-ce",)}
@@ -580,9 +583,9 @@ def test_what_a_compiled_model_falls_for_must_fool_the_model_itself(sparse, test
     options = QUICK | {"eps": 0.3, "sanity_images": 0}
     assert float(msfx.evaluate(sparse, test_set, **options).sparse.worst.double().mean()) < 0.5
     asked = []
-    monkeypatch.setattr(torch, "compile", lambda model, dynamic: asked.append(dynamic) or Confused(model))
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic, mode: asked.append(mode) or Confused(model))
     result = msfx.evaluate(sparse, test_set, compile=True, **options)
-    assert asked == [True, True], "the base and the transformed model, for any number of images"
+    assert asked == ["default", "default"], "the base and the transformed model"
     for outcome in (result.base, result.sparse):
         assert torch.equal(outcome.worst, outcome.clean), "the attack left what it took for broken as it was"
 
@@ -602,11 +605,117 @@ def test_attacks_in_lower_precision_are_checked_in_full(sparse, test_set):
     assert set(result.sparse.robust) == {"apgd-ce/exact", "apgd-ce/identity", "transfer"}
 
 
-def test_attacks_that_read_the_graph_get_the_model_itself(sparse, test_set, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda model, dynamic: Confused(model))
-    options = QUICK | {"attacks": ("adaptive-1-1",), "sanity_images": 0}
+def test_attacks_that_compiled_programs_cannot_serve_get_the_model_itself(sparse, test_set, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **_: Confused(model))
+    options = QUICK | {"attacks": ("adaptive-1-1", "fab"), "sanity_images": 0}
     plain, swift = (msfx.evaluate(sparse, test_set, compile=c, **options) for c in (False, True))
     assert numbers(swift) == numbers(plain)
+
+
+@pytest.mark.parametrize("mode", [True, "reduce-overhead"])
+def test_batches_are_padded_where_graphs_are_recorded(sparse, test_set, monkeypatch, mode):
+    """Images that are broken are left out; what stands is filled up to few sizes, and nothing else changes."""
+    sizes = set()
+
+    def counted(model, dynamic, mode):
+        return lambda x: sizes.add(len(x)) or model(x)
+
+    options = QUICK | {"attacks": ("apgd-ce", "square"), "queries": 20, "eps": 0.1, "sanity_images": 2}
+    plain = msfx.evaluate(sparse, test_set, **options)
+    monkeypatch.setattr(torch, "compile", counted)
+    fast = msfx.evaluate(sparse, test_set, compile=mode, **options)
+    assert min(sizes) >= 2
+    assert len(sizes) > 2, "images were broken and left out"
+    assert (mode is True) or all(size == padded(size) for size in sizes)
+    for which in ("base", "sparse"):
+        differ = getattr(plain, which).worst ^ getattr(fast, which).worst
+        assert int(differ.sum()) <= 1, "other batch sizes round differently, which may tip an image"
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("count", [1, 5, 7])
+def test_padding_changes_neither_logits_nor_gradients(sparse, images, monkeypatch, mode, count):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: lambda x: seen.append(len(x)) or model(x))
+    fast = FastModel(sparse, mode, None)
+    results = []
+    for model in (sparse, fast):
+        x = images[:count].clone().requires_grad_()
+        logits = model(x)
+        results.append((logits, *torch.autograd.grad(logits.square().sum(), x)))
+    assert seen == [padded(count) if mode == "reduce-overhead" else max(2, count)]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+class Recorded(torch.autograd.Function):
+    """Stands for a recorded graph: what it returns, it overwrites the next time."""
+
+    logits, gradient = torch.zeros(4, 2), torch.zeros(4, 1, 2, 2)
+
+    @staticmethod
+    def forward(ctx, x):
+        return Recorded.logits.copy_(x.flatten(1)[:, :2]).view_as(Recorded.logits)
+
+    @staticmethod
+    def backward(ctx, grad):
+        Recorded.gradient.zero_().flatten(1)[:, :2] = grad
+        return Recorded.gradient.view_as(Recorded.gradient)
+
+
+def test_what_a_recorded_graph_returned_stays_as_it_was(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **_: Recorded.apply)
+    fast = FastModel(nn.Identity(), "reduce-overhead", None)
+    x = torch.rand(4, 1, 2, 2, requires_grad=True)
+    logits = fast(x)
+    (gradient,) = torch.autograd.grad(logits.sum(), x)
+    kept = logits.clone(), gradient.clone()
+    again = fast(x + 1)
+    torch.autograd.grad((2 * again).sum(), x)
+    assert torch.equal(logits, kept[0])
+    assert torch.equal(gradient, kept[1])
+
+
+def test_padded_sizes_are_few():
+    sizes = [padded(count) for count in range(1, 513)]
+    assert all(count <= size < 1.3 * count + 2 for count, size in enumerate(sizes, 1))
+    assert len(set(sizes)) == 28
+    assert sizes[0] == 2, "a batch of one is another program"
+
+
+@pytest.mark.parametrize("mode", [None, False, True, "max-autotune"])
+def test_modes(mode):
+    assert compile_mode(mode) == {None: None, False: None, True: "default"}.get(mode, mode)
+
+
+def test_a_mode_that_torch_lacks_is_named(sparse, test_set):
+    with pytest.raises(EvaluationError, match=r"no mode 'fast': one of default, .*reduce-overhead"):
+        msfx.evaluate(sparse, test_set, compile="fast", **QUICK)
+
+
+@pytest.mark.slow
+def test_attacks_compile_a_program_for_each_kind_of_backward(sparse, test_set, monkeypatch):
+    """Neither the annealed gate's five widths, nor another alpha, nor images left out compile anything anew."""
+    counters, compile = [], torch.compile
+
+    def counted(model, mode, **options):
+        counters.append(CompileCounterWithBackend("aot_eager"))
+        return compile(model, backend=counters[-1], **options)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    attacked = Attacked({"sparse": sparse}, "reduce-overhead", None)
+    settings = AttackSettings(eps=0.05, steps=10, queries=10)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        programs = []
+        for attacks in ("apgd-ce/exact", "apgd-ce/identity", "apgd-ce/annealed", "square"):
+            (run,), counts = plan_runs([attacks], (), 0), []
+            for alpha, count in ((0.3, 12), (0.3, 7), (0.1, 12), (0.1, 1)):
+                msfx.set_alpha(sparse, alpha)
+                perturbed(attacked.by(run, "sparse"), run, *(t[:count] for t in test_set), settings)
+                counts.append(counters[0].frame_count)
+            assert len(set(counts)) == 1, "another alpha, or fewer images, compiled anew"
+            programs.append(counts[0])
+    first = programs[0]  # without a gradient, and with the operator's own
+    assert programs == [first, first + 1, first + 2, first + 2]
 
 
 @pytest.mark.slow

@@ -11,12 +11,12 @@ import meansparse_fx as msfx
 from benchmarks import judge
 from meansparse_fx.evaluate import plan
 from meansparse_fx.evaluate.attacks import AttackSettings
+from meansparse_fx.evaluate.compiled import Attacked
 from meansparse_fx.evaluate.outcome import ModelOutcome
 from meansparse_fx.evaluate.plan import correct, perturbed, plan_runs
 from meansparse_fx.evaluate.planted import nearest, plant, single_target
 from meansparse_fx.evaluate.probes import Probed, examine, search_planted
 from meansparse_fx.evaluate.sanity import check_power
-from meansparse_fx.evaluate.swift import Attacked
 from meansparse_fx.passes.readout import features_of, last_linear, with_readout
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from ..evaluate.attacks import AttackSettings
+from ..evaluate.compiled import Attacked
 from ..evaluate.ledger import Ledger
 from ..evaluate.outcome import ModelOutcome
 from ..evaluate.plan import Run, correct, device_of, perturbed, spread
-from ..evaluate.swift import Attacked
 from ..operators import operators, set_alpha
 from .result import within_budget
 
@@ -61,7 +61,7 @@ class Field:
         settings: Of the attacks.
         ledger: Keeps the results.
         full_rows: Every run attacks all images, also those broken before it.
-        compile, amp: How attacks meet the model; see `evaluate.swift`.
+        compile, amp: How attacks meet the model; see `evaluate.compiled`.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Field:
         settings: AttackSettings,
         ledger: Ledger,
         full_rows: bool = False,
-        compile: bool = False,
+        compile: bool | str | None = False,
         amp: torch.dtype | None = None,
     ) -> None:
         self._sparse, self._data, self._runs, self._settings = sparse, data, runs, settings

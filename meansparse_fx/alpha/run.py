@@ -53,7 +53,7 @@ def select_alpha(
     batch_size: int = 128,
     seed: int = 0,
     full_rows: bool = False,
-    compile: bool = False,
+    compile: bool | str | None = False,
     amp: torch.dtype | None = None,
     logits: Logits = None,
     checkpoint: str | Path | None = None,

@@ -142,8 +142,13 @@ class PaceOptions:
         bool, typer.Option("--full-rows", help="Attack also what is broken already: each row is its attack's own.")
     ] = False
     compile: Annotated[
-        bool, typer.Option("--compile", help="Attack through torch.compile; what is found is checked without it.")
-    ] = False
+        str | None,
+        typer.Option(
+            metavar="MODE",
+            help="Attack through torch.compile in its mode default, reduce-overhead (CUDA graphs) or another; what is "
+            "found is checked without it.",
+        ),
+    ] = None
     amp: Amp = None
     checkpoint: Annotated[
         Path | None,

@@ -1,7 +1,7 @@
 """Floor 5: how robust a transformed model is against those who know the operator, beside its base.
 
 `run` is the verb, `comparison` what it does with one batch; `plan` says which attacks are run and runs one, `attacks`
-is their table, `surrogates` that of the gradients they use, `descent` holds those of our own, `swift` speeds them up;
+is their table, `surrogates` that of the gradients they use, `descent` holds those of our own, `compiled` makes it fast;
 `probes` and `planted` look at the attacks themselves; `ledger` keeps results on disk, `evidence` adversarial images;
 `outcome`, `sanity` and `verdict` say what was found.
 """

@@ -73,6 +73,7 @@ class AttackKind:
         gradient: It uses gradients, so its result depends on the operator's backward mode.
         classes: Fewest that its loss needs.
         reads_graph: It needs the transformed model itself, not a wrapper around it.
+        several_gradients: It takes several of one pass, which a compiled program refuses: its backward reuses memory.
         repeats: Gradients taken for one step.
         started: It starts at the images that were found against the other model, not at random.
         squares: It changes squares of images.
@@ -83,6 +84,7 @@ class AttackKind:
     gradient: bool = True
     classes: int = 2
     reads_graph: bool = False
+    several_gradients: bool = False
     repeats: int = 1
     started: bool = False
     squares: bool = False
@@ -138,8 +140,12 @@ _KINDS: dict[str, AttackKind] = {
         _apgd_margin, "the same on the difference between the largest wrong logit and the right one, whatever its scale"
     ),
     "apgd-t": AttackKind(_apgd_targeted, "the same towards each of the nearest wrong classes (AutoAttack)", classes=4),
-    "fab": AttackKind(_fab(False, 5), "steps to the nearest decision boundary, 5 restarts (AutoAttack plus)"),
-    "fab-t": AttackKind(_fab(True), "steps to the boundary of each of the nearest wrong classes (AutoAttack)"),
+    "fab": AttackKind(
+        _fab(False, 5), "steps to the nearest decision boundary, 5 restarts (AutoAttack plus)", several_gradients=True
+    ),
+    "fab-t": AttackKind(
+        _fab(True), "steps to the boundary of each of the nearest wrong classes (AutoAttack)", several_gradients=True
+    ),
     "square": AttackKind(
         _square, "random search by queries; needs no gradient, so none can be masked", gradient=False, squares=True
     ),

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import AttackSettings, logits_of
+from .compiled import Attacked
 from .ledger import Ledger, Masks
 from .outcome import ModelOutcome
 from .plan import Run, correct, device_of, perturbed, spread
 from .probes import Probed, examine, search_planted
 from .sanity import Check, checks_of, checks_of_labels
-from .swift import Attacked
 
 Advance = Callable[[], object]  # called after each attack
 OTHER = {"base": "sparse", "sparse": "base"}
@@ -31,7 +31,7 @@ class Comparison:
         settings: Of the attacks.
         ledger: Keeps the results.
         full_rows: Every run attacks all images, also those broken before it.
-        compile, amp: How attacks meet the models; see `swift`.
+        compile, amp: How attacks meet the models; see `compiled`.
         keep: Adversarial images of all batches stay in the ledger; otherwise those of the batch at hand.
 
     Attributes:
@@ -48,7 +48,7 @@ class Comparison:
         settings: AttackSettings,
         ledger: Ledger,
         full_rows: bool,
-        compile: bool,
+        compile: bool | str | None,
         amp: torch.dtype | None,
         keep: bool = False,
     ) -> None:

@@ -16,12 +16,12 @@ from torch import Tensor, fx, nn
 
 from ..operators import switched
 from .attacks import AttackSettings, kind
+from .compiled import Attacked
 from .descent import per_image
 from .ledger import Masks
 from .plan import Run, correct, perturbed
 from .planted import IMAGES, nearest, plant, single_target
 from .surrogates import surrogate, switch
-from .swift import Attacked
 
 STEP = 0.1  # of eps: a step along the gradient must raise the loss
 TINY = 1e-3  # of eps: a change that must change the logits

@@ -46,7 +46,7 @@ def evaluate(
     seed: int = 0,
     full_rows: bool = False,
     sanity_images: int = SANITY_IMAGES,
-    compile: bool = False,
+    compile: bool | str | None = False,
     amp: torch.dtype | None = None,
     logits: Logits = None,
     base: fx.GraphModule | None = None,
@@ -82,8 +82,9 @@ def evaluate(
             row is that attack's own.
         sanity_images: Images for the checks that the attacks work at all (`Evaluation.checks`); 0 leaves out those
             that need attacks of their own.
-        compile: Attack through torch.compile. What an attack found counts only if the model itself, not compiled and in
-            its own precision, is wrong on it; so this may only cost the attacker a little.
+        compile: Attack through torch.compile, in a mode of its: True is ``default``; ``reduce-overhead`` replays CUDA
+            graphs. What an attack found counts only if the model itself, not compiled and in its own precision, is
+            wrong on it; so this may only cost the attacker a little.
         amp: Autocast the attacked model to bfloat16 or float16, with the same check of what was found.
         logits: Where the logits are in what the model returns, if that is no tensor: a name, a position, or a function
             of it. By default ``logits``, ``out``, or the only tensor there is.

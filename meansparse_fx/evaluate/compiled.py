@@ -1,0 +1,94 @@
+"""Floor 5: a model as attacks may run it faster: compiled, or in lower precision. What counts is checked without it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import EvaluationError
+from .attacks import kind
+from .plan import Run
+
+
+def compile_mode(compile: bool | str | None) -> str | None:
+    """Return the mode of torch.compile that is asked for: True is ``default``; None for False and None.
+
+    Raises:
+        EvaluationError: torch has no such mode.
+    """
+    modes = torch._inductor.list_mode_options()
+    if isinstance(compile, str) and compile not in modes:
+        raise EvaluationError(f"torch.compile has no mode {compile!r}: one of {', '.join(modes)}, or True or False")
+    return ("default" if compile is True else compile) or None
+
+
+def padded(count: int) -> int:
+    """Return how many images a batch of ``count`` is filled up to: four sizes between a power of two and the next.
+
+    Example:
+        >>> [padded(count) for count in (1, 2, 5, 17, 100, 113, 128)]
+        [2, 2, 6, 20, 112, 128, 128]
+    """
+    unit = 2 ** max(1, (count - 1).bit_length() - 3)
+    return -(-count // unit) * unit
+
+
+class FastModel(nn.Module):
+    """A model that returns the same logits sooner, to rounding.
+
+    A program serves every number of images from two on, and one kind of backward; another alpha or steepness compiles
+    nothing. Where the mode records CUDA graphs, one a number of images, batches are padded: images that are left out
+    once they are broken then soon record nothing anew.
+
+    Args:
+        model: Any; its operators stay its own, so that its switches work.
+        mode: Of torch.compile; None does not compile.
+        amp: Autocast to this dtype; logits come back in float32.
+    """
+
+    def __init__(self, model: nn.Module, mode: str | None, amp: torch.dtype | None) -> None:
+        super().__init__()
+        self.run = model if mode is None else torch.compile(model, dynamic=True, mode=mode)
+        self._compiled, self._amp = mode is not None, amp
+        self._graphs = mode is not None and bool(torch._inductor.list_mode_options(mode).get("triton.cudagraphs"))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits ``[N, K]`` of images ``[N, C, H, W]``."""
+        count = len(images)
+        rows = (padded(count) if self._graphs else max(2, count)) - count if self._compiled else 0
+        if rows or self._graphs:  # a recorded graph overwrites what it returned; the padding's gradient is a copy
+            images = F.pad(images, (0,) * (2 * images.dim() - 1) + (rows,))
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        gradient = torch.is_grad_enabled() and images.requires_grad  # otherwise one program, whoever asks
+        low = torch.autocast(images.device.type, self._amp, enabled=self._amp is not None)
+        with warnings.catch_warnings(), low, torch.set_grad_enabled(gradient):
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # Dynamo asks
+            logits = self.run(images)[:count].float()
+        return logits.clone() if self._graphs else logits
+
+
+class Attacked:
+    """The models of one evaluation as attacks meet them.
+
+    Args:
+        models: By name.
+        compile: False, True or a mode, see `compile_mode`.
+        amp: See `FastModel`; without either attacks meet the models themselves.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module], compile: bool | str | None, amp: torch.dtype | None) -> None:
+        mode = compile_mode(compile)
+        self._models, self._compiled = models, mode is not None
+        fast = mode is not None or amp is not None
+        self._fast = {name: FastModel(model, mode, amp) if fast else model for name, model in models.items()}
+
+    def by(self, run: Run, which: str) -> nn.Module:
+        """Return what ``run`` attacks: the model itself where the attack needs it."""
+        row = kind(run.attack)
+        itself = row.reads_graph or (self._compiled and row.several_gradients)
+        return (self._models if itself else self._fast)[which]
