@@ -1,9 +1,10 @@
 """Time attacks on a transformed model beside the same attacks on its base.
 
-    python -m benchmarks.attack [--images 32] [--steps 10] [--device cuda] [--out FILE]
+    python -m benchmarks.attack [--images 32] [--steps 10] [--compile reduce-overhead] [--device cuda] [--out FILE]
 
 Contenders: the base; the published module in the place of our operators; ours at alpha 0.2 with the operator's own
-gradient and with the identity in its place, plain and fused. Same images, same seed, in turns. Attacks: APGD-CE with a
+gradient and with the identity in its place, plain and fused; with --compile the base and ours fused in a mode of
+torch.compile as well, as `evaluate(compile=)` runs them. Same images, same seed, in turns. Attacks: APGD-CE with a
 fixed number of steps, on the bundled network and, for its cost alone, on a WRN-16-4 with random weights; AutoAttack
 (standard) on the bundled network.
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 import meansparse_fx as msfx
 from meansparse_fx import bundled
 from meansparse_fx.evaluate.attacks import VERSIONS, AttackSettings, attack
+from meansparse_fx.evaluate.compiled import FastModel
 
 from .architectures import build
 from .harness import Facts, Row, measure, report
@@ -70,8 +72,8 @@ def counted(model: nn.Module) -> Iterator[Passes]:
             hook.remove()
 
 
-def contenders(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
-    """Return the base and its rivals, calibrated on ``images``."""
+def contenders(model: nn.Module, images: Tensor, mode: str | None = None) -> dict[str, nn.Module]:
+    """Return the base and its rivals, calibrated on ``images``; two of them compiled, if a mode is given."""
     model.requires_grad_(False)  # an attack wants the images' gradient alone
     statistics = msfx.calibrate(msfx.transform(model, images[:2]), [images], progress=False)
     plain = msfx.transform(model, images[:2], statistics=statistics, alpha=ALPHA)
@@ -79,7 +81,8 @@ def contenders(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
     for name, (fuse, backward) in CONTENDERS.items():
         options = {"statistics": statistics, "alpha": ALPHA, "backward": backward, "fuse": fuse}
         found[name] = msfx.transform(copy.deepcopy(model), images[:2], **options)
-    return found
+    compiled = {} if mode is None else {"base": found["base"], "ours fused, exact": found["ours fused, exact"]}
+    return found | {f"{name}, {mode}": FastModel(own, mode, None) for name, own in compiled.items()}
 
 
 def run(
@@ -133,6 +136,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=100, help="images among which those for AutoAttack are looked for")
     parser.add_argument("--steps", type=int, default=10, help="of the gradient attacks; AutoAttack's own: 100")
     parser.add_argument("--queries", type=int, default=250, help="of Square; AutoAttack's own: 5000")
+    parser.add_argument("--compile", metavar="MODE", help="of torch.compile")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -140,7 +144,7 @@ def main() -> None:
     settings = AttackSettings(bundled.EPS, steps=args.steps, queries=args.queries)
     small = replace(settings, eps=bundled.EPS / 2)
     pool = bundled_data(max(args.pool, args.images), args.device)
-    models = contenders(bundled.load_model().to(args.device), pool[0])
+    models = contenders(bundled.load_model().to(args.device), pool[0], args.compile)
     chosen = unbroken(models, pool, args.steps, args.images)
     sizes = f"{args.images} images, {args.steps} steps"
     rest = (args.device, args.repetitions)
@@ -155,9 +159,8 @@ def main() -> None:
     with torch.no_grad():
         labels = model(images).argmax(1)
     settings = replace(settings, eps=8 / 255)
-    rows += run(
-        f"WRN-16-4 apgd-ce, {sizes}", ("apgd-ce",), contenders(model, images), (images, labels), settings, *rest
-    )
+    models = contenders(model, images, args.compile)
+    rows += run(f"WRN-16-4 apgd-ce, {sizes}", ("apgd-ce",), models, (images, labels), settings, *rest)
     report(rows, args.out)
 
 

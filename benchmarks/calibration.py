@@ -14,15 +14,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import meansparse_fx as msfx
@@ -30,7 +27,7 @@ from meansparse_fx import bundled
 from meansparse_fx.data import ImageSet, load_images
 from meansparse_fx.statistics import Statistics
 
-from .harness import Row, measure, report
+from .harness import Row, measure, print_rows, report, write
 
 ALPHA = 0.3
 TOLERANCES = (0.1, 0.05, 0.02, 0.01)
@@ -112,11 +109,35 @@ def compiled_contenders(model: nn.Module, batches: list[Tensor]) -> dict[str, Ca
     return {"plain forward, compiled": over(batches, plain), "torch.compile, observe": over(batches, observing)}
 
 
+def more_images(rows: list[Row], images: int) -> list[Row]:
+    """Return what an image costs, apart from what a call costs once: of two lengths of pass.
+
+    Args:
+        rows: Of a pass over ``images``, then of the contenders' passes over twice as many.
+    """
+    half = len(rows) // 2
+    each = {
+        short.contender: (long.milliseconds - short.milliseconds) / images
+        for short, long in zip(rows, rows[half:], strict=False)
+    }
+    plain = each["plain forward"]
+    return [
+        replace(
+            row, case=f"{row.case}, an image more", milliseconds=each[row.contender], low=None, high=None,
+            ratio=each[row.contender] / plain,
+        )
+        for row in rows[:half]
+    ]  # fmt: skip
+
+
 def time_all(device: str, repetitions: int, compiled: bool) -> list[Row]:
     """Return the rows of all cases."""
     rows: list[Row] = []
     for case, (model, batches) in models(device).items():
-        rows += measure("calibration", case, contenders(model, batches), "plain forward", device, repetitions)
+        short, long = (contenders(model, batches * times) for times in (1, 2))
+        calls = short | {f"{name}, twice": call for name, call in long.items()}
+        own = measure("calibration", case, calls, "plain forward", device, repetitions)
+        rows += own[: len(short)] + more_images(own, sum(map(len, batches)))
         if compiled:
             calls = compiled_contenders(model, batches)
             rows += measure("calibration", case, calls, "plain forward, compiled", device, repetitions)
@@ -227,35 +248,6 @@ def _accuracy(sparse: nn.Module, statistics: Statistics, test: ImageSet) -> floa
     return float((guesses == test.labels).float().mean())
 
 
-def report_needs(rows: list[Need], path: Path | None) -> None:
-    """Print the rows as a table, and write them as CSV if a path is given."""
-    table = Table(
-        title=f"images a tolerance takes, bundled network, alpha {ALPHA:g}, {rows[0].test_images} test images"
-    )
-    for column in (
-        "tolerance",
-        "images",
-        "estimated",
-        "mean off by",
-        "std off by",
-        "moved (est.)",
-        "moved",
-        "accuracy",
-    ):
-        table.add_column(column, justify="right")
-    for row in rows:
-        shares = (row.estimated, row.mean_error, row.std_error, row.moved_estimated, row.moved, row.accuracy)
-        asked = f"{100 * row.tolerance:g} %" if row.tolerance else "all"
-        table.add_row(asked, f"{row.images:,}", *(f"{100 * share:.2f} %" for share in shares))
-    Console(width=120).print(table)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Need)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("time", "images"), default="time")
@@ -268,7 +260,10 @@ def main() -> None:
     if args.what == "images":
         if args.data is None:
             parser.error("images needs --data")
-        report_needs(images_needed(args.data), args.out)
+        needs = images_needed(args.data)
+        print_rows(needs, Need.__slots__, f"images a tolerance takes, bundled network, alpha {ALPHA:g}")
+        if args.out is not None:
+            write(needs, args.out)
     else:
         report(time_all(args.device, args.repetitions, args.compiled), args.out)
 

@@ -23,7 +23,7 @@ run 2 benchmarks.attack --device cpu --images 16 --pool 40 --steps 10 --queries 
 run 2 benchmarks.scaling --device cpu --batch 16 --repetitions 3 --out "$results/scaling-cpu-2-threads.csv"     # 2
 run 1 benchmarks.calibration --device cpu --compiled --repetitions 5 \
     --out "$results/calibration-cpu-1-thread.csv"                                     # 3
-run 1 benchmarks.kernels --device cpu --shape 8x160x32x32 --mode forward forward+backward \
+run 1 benchmarks.kernels --device cpu --shape 8x160x32x32 --mode forward forward+backward --compiled \
     --out "$results/kernels-cpu-1-thread.csv"                                         # 1
 run 1 benchmarks.roofline --out "$results/roofline.csv"                               # 1
 run 1 benchmarks.performance

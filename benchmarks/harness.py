@@ -6,10 +6,15 @@ A contender's result is checked against the reference before it is timed.
 from __future__ import annotations
 
 import csv
+import datetime
+import functools
+import importlib.metadata
+import os
 import platform
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -102,6 +107,82 @@ def device_name(device: str) -> str:
     return names[0].split(":")[1].strip() if names else platform.processor()
 
 
+@functools.cache
+def provenance() -> dict[str, str | None]:
+    """Return the versions and the day that a row carries; the commit is MEANSPARSE_FX_COMMIT where there is no git."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    ask = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=7"]
+    found = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+    commit = os.environ.get("MEANSPARSE_FX_COMMIT") or found or None
+    return {"triton": triton, "commit": commit, "date": datetime.date.today().isoformat()}
+
+
+Make = Callable[[], Callable[[], object]]  # makes a call, on the stream that is current
+
+
+def device_ms(make: Make, milliseconds: float = 20.0) -> float | None:
+    """Return the median time of a call on the GPU alone: replayed as a CUDA graph, the cache flushed before each.
+
+    None for what no graph can hold.
+    """
+    from triton.testing import do_bench
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            call = make()
+            for _ in range(3):
+                call()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            kept = call()  # noqa: F841, its memory belongs to the graph
+    except RuntimeError as error:
+        print(f"no graph: {str(error).splitlines()[0]}")
+        torch.cuda.synchronize()
+        return None
+    return do_bench(graph.replay, warmup=milliseconds / 4, rep=milliseconds, return_mode="median")
+
+
+def host_ms(call: Callable[[], object], rounds: int = 5) -> float:
+    """Return the wall time until the host is through with a call, of many without a synchronisation."""
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    number = max(2, min(20, int(0.01 / (time.perf_counter() - start))))  # some ten milliseconds a round
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(number):
+            call()
+        times.append(1e3 * (time.perf_counter() - start) / number)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def on_gpu(makes: Mapping[str, Make], baseline: str | Mapping[str, str], skip: Collection[str] = ()) -> dict[str, Any]:
+    """Return by contender the columns that only a GPU has.
+
+    Args:
+        makes: By contender, what makes its call.
+        baseline: As in `measure`.
+        skip: Contenders that no graph can hold.
+    """
+    device = {name: None if name in skip else device_ms(make) for name, make in makes.items()}
+    found = {}
+    for name, make in makes.items():
+        own, other = device[name], device.get(baseline if isinstance(baseline, str) else baseline[name])
+        ratio = own / other if own and other else None
+        found[name] = {"device_ms": own, "device_ratio": ratio, "host_ms": host_ms(make())}
+    return found
+
+
 def measure(
     benchmark: str,
     case: str,
@@ -111,6 +192,7 @@ def measure(
     repetitions: int = 21,
     facts: Mapping[str, Facts] | None = None,
     warm_up: int = 3,
+    more: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Row]:
     """Return one row a contender, timed in turns so that the machine's moods hit all of them alike.
 
@@ -118,6 +200,7 @@ def measure(
         baseline: The contender that ratios refer to, one for all or one for each.
         facts: What else is known of each contender.
         warm_up: Calls of each contender that are not timed.
+        more: Other columns of each contender.
     """
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -140,7 +223,8 @@ def measure(
             Row(
                 benchmark, case, name, middle, low, high, ratio, reference, repetitions,
                 device_name(device), torch.__version__, torch.get_num_threads(),
-                **(asdict(facts[name]) if facts and name in facts else {}),
+                **(asdict(facts[name]) if facts and name in facts else {}), **(more or {}).get(name, {}),
+                **provenance(),
             )
         )  # fmt: skip
     return rows
@@ -157,6 +241,9 @@ _FACTS: tuple[tuple[str, str, Callable[..., str]], ...] = (
     ("backward_images", "backward", "{:,}".format),
     ("ratio_per_pass", "ratio per pass", "{:.2f}".format),
     ("of_clone", "of the clone's bandwidth", lambda share: f"{share:.0%}"),
+    ("device_ms", "device ms", "{:.4f}".format),
+    ("device_ratio", "ratio", "{:.2f}".format),
+    ("host_ms", "host ms", "{:.4f}".format),
 )
 
 
@@ -174,7 +261,7 @@ def report(rows: Sequence[Row], path: Path | None) -> None:
         table.add_row(
             row.case if row.case != previous or row is rows[0] else "",
             row.contender,
-            f"{row.milliseconds:.3f} [{row.low:.3f}, {row.high:.3f}]",
+            f"{row.milliseconds:.3f}" + ("" if row.low is None else f" [{row.low:.3f}, {row.high:.3f}]"),
             f"{row.ratio:.2f}",
             row.baseline,
             *("" if value is None else text(value) for value, text in values),
@@ -202,13 +289,15 @@ def points(change: float, low: float, high: float) -> str:
 
 
 def write(rows: Sequence[Any], path: Path) -> None:
-    """Write rows of one dataclass as CSV; its fields are the header."""
+    """Write rows of one dataclass as CSV, its fields the header, at once: a killed run leaves a whole file."""
     columns = [f.name for f in fields(rows[0])]  # before the file is opened: no rows are no reason to empty it
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    part = path.with_suffix(".part")
+    with part.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+    part.replace(path)
 
 
 # As annotations are text: how a field's text becomes its value.

@@ -1,4 +1,4 @@
-"""What a call of the operator costs on the host: ``python -m benchmarks.host [--json]``.
+"""What a call of the operator costs on the host: ``python -m benchmarks.host [--json] [--out FILE]``.
 
 Microseconds of wall time a call, of many calls on a small tensor without a synchronisation, beside torch's own calls in
 the same process: medians of short rounds in which all take turns, so that a busy machine seldom interrupts one. With a
@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -27,6 +28,8 @@ from meansparse_fx.frozen import FrozenNorm, Prologue
 from meansparse_fx.kernels.operator import Operator
 from meansparse_fx.kernels.records import Options, Vectors
 from meansparse_fx.nn import MeanSparse
+
+from .harness import Row, provenance, write
 
 SHAPE = (2, 64, 4, 4)
 
@@ -139,12 +142,28 @@ def run(rounds: int = 201, number: int = 20) -> dict[str, Any]:
     }
 
 
+def _case(name: str) -> tuple[str, str]:
+    """Return case and contender of a row."""
+    mode, colon, call = name.partition(": ")
+    return (mode, call) if colon else ("forward", name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     parser.add_argument("--rounds", type=int, default=201)
+    parser.add_argument("--device", help="a GPU where there is one, else the stub")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     found = run(args.rounds)
+    if args.out is not None:
+        untimed = dict.fromkeys(("milliseconds", "low", "high", "ratio"))
+        where = {"device": found["device"], "torch": found["torch"], "threads": 1, "repetitions": args.rounds}
+        rows = [
+            Row("host", *_case(name), baseline="", host_ms=us / 1e3, **untimed, **where, **provenance())
+            for name, us in found["microseconds"].items()
+        ]
+        write(rows, args.out)
     if args.json:
         print(json.dumps(found))
         return

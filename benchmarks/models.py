@@ -29,7 +29,7 @@ from meansparse_fx.nn import MeanSparse
 from .architectures import MODELS, Unavailable
 from .architectures import build as build_model
 from .facts import facts_of
-from .harness import Row, measure, read, report
+from .harness import Row, measure, on_gpu, read, report
 from .rivals import BranchFreeForm, PublishedForm, with_form
 
 # What is computed: the images' gradient is what an attack asks for, the parameters' what training asks for.
@@ -242,7 +242,15 @@ def run(case: Case, device: str, repetitions: int, *, compiled: bool = True, col
             results = {name: call() for name, call in calls.items()}
         check(results, case.mode)
     baselines = {name: CONTENDERS[name][0] for name in calls}
-    return measure("models", str(case), calls, baselines, device, repetitions, facts)
+    more = None
+    if device == "cuda":  # no graph holds the published module, which asks the device, or another graph
+        makes = {name: functools.partial(_same, call) for name, call in calls.items()}
+        more = on_gpu(makes, baselines, skip=("published module", *COMPILED))
+    return measure("models", str(case), calls, baselines, device, repetitions, facts, more=more)
+
+
+def _same(call: Callable[[], object]) -> Callable[[], object]:
+    return call
 
 
 def main() -> None:

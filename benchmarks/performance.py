@@ -1,6 +1,6 @@
 """Make docs/performance.md, its plots and the README's figures from the files in benchmarks/results/.
 
-    python -m benchmarks.performance [--results DIRECTORY] [--docs DIRECTORY] [--readme FILE]
+    python -m benchmarks.performance [--results DIRECTORY] [--docs DIRECTORY] [--readme FILE] [--summary]
 
 Nothing is measured here. What no file has is "not measured" on the page, whose prose is in benchmarks/page/.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from .harness import RESULTS
 from .page.plots import models_figure, roofline_figure
 from .page.results import Results, load
-from .page.sections import SECTIONS, headline, kernels_on_gpus
+from .page.sections import SECTIONS, headline, kernels_on_gpus, summary
 
 TEMPLATE = Path(__file__).parent / "page" / "performance.md"
 ROOT = Path(__file__).parents[1]
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--summary", action="store_true", help="print the verdicts and the headline, 40 lines at most")
     args = parser.parse_args()
     results = load(args.results)
     args.docs.mkdir(parents=True, exist_ok=True)
@@ -56,6 +57,8 @@ def main() -> None:
             figure.savefig(args.docs / name)
     between_marks(args.readme, headline(results))
     between_marks(args.docs / "kernels.md", kernels_on_gpus(results))
+    if args.summary:
+        print(summary(results))
     print(args.docs / PAGE)
 
 

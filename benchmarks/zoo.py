@@ -23,7 +23,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,6 +35,7 @@ import meansparse_fx
 from meansparse_fx.outputs import flatten
 from meansparse_fx.zoo import input_shape
 
+from . import harness
 from .harness import RESULTS, device_name
 from .zoo_extra import EXTRA, library
 from .zoo_models import MODELS, build
@@ -195,14 +196,8 @@ def read(path: Path) -> dict[str, Row]:
 
 
 def write(rows: dict[str, Row], path: Path) -> None:
-    """Write the rows, in the order of the list, at once: a killed run leaves a whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(rows[name]) for name in (*MODELS, *EXTRA) if name in rows)
-    part.replace(path)
+    """Write the rows in the order of the lists."""
+    harness.write([rows[name] for name in (*MODELS, *EXTRA) if name in rows], path)
 
 
 # The page.

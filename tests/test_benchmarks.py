@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import re
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import meansparse_fx as msfx
-from benchmarks import architectures, attack, calibration, kernels, models, performance, roofline, scaling
-from benchmarks.harness import RESULTS, Facts, Row, measure, read, write
+from benchmarks import architectures, attack, calibration, harness, kernels, models, performance, roofline, scaling
+from benchmarks.harness import RESULTS, Facts, Row, measure, on_gpu, read, write
 from benchmarks.models import CONTENDERS, Case
 from benchmarks.page import results as page_results
 from benchmarks.page.sections import SECTIONS
@@ -216,26 +221,101 @@ def test_bandwidth_counts_the_streams():
     assert [r.of_clone for r in kernels.with_bandwidth(rows, "backward")] == [1.0, 0.75]
 
 
+@pytest.fixture
+def stubbed_gpu(monkeypatch):
+    """A device whose streams and graphs do nothing but replay, in half a millisecond."""
+
+    class Graph:
+        replay = staticmethod(lambda: None)
+
+    names = ("Stream", "current_stream", "synchronize")
+    for name in names:
+        monkeypatch.setattr(torch.cuda, name, lambda *_: SimpleNamespace(wait_stream=lambda _: None))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
+    testing = ModuleType("triton.testing")
+    testing.do_bench = lambda call, warmup, rep, return_mode: call() or 0.5
+    monkeypatch.setitem(sys.modules, "triton.testing", testing)
+
+
+def test_device_and_host_time_are_columns_of_their_own(stubbed_gpu):
+    def no_graph_holds_this():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    asked = []
+    makes = {
+        "a": lambda: lambda: asked.append(1),
+        "b": lambda: lambda: time.sleep(1e-3),
+        "c": lambda: lambda: None,
+    }
+    found = on_gpu(makes, "a", skip=("c",))
+    assert found["a"]["device_ms"] == found["b"]["device_ms"] == 0.5
+    assert found["b"]["device_ratio"] == 1
+    assert found["c"]["device_ms"] is found["c"]["device_ratio"] is None
+    assert found["b"]["host_ms"] >= 1 > found["a"]["host_ms"] > 0
+    assert len(asked) > 10
+    rows = measure("x", "y", {"a": lambda: None, "b": lambda: None}, "a", "cpu", 1, more=found)
+    assert [row.device_ms for row in rows] == [0.5, 0.5]
+    assert all(row.date and row.commit for row in rows)
+    assert harness.device_ms(lambda: no_graph_holds_this) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("shape", "layout"), [("2x3x4x4", "channels_last"), ("2x5x6", "tokens")])
+@pytest.mark.parametrize("mode", ["forward", "backward", "moments", "moments+activation"])
+def test_kernels(stubbed_gpu, dtype, shape, layout, mode):
+    """Every contender stays in the dtype of its tensor, and computes what the operator does."""
+    case = f"{shape} {dtype} {layout} gelu {mode}"
+    x, dim = kernels.tensor(shape, layout, getattr(torch, dtype), "cpu")
+    found = on_gpu(kernels.contenders(x, dim, "gelu", mode, False), "clone")
+    assert all(facts["device_ms"] == 0.5 for facts in found.values())
+    rows = kernels.run(case, "cpu", 2, False)
+    assert {row.case for row in rows} == {case}
+    assert [row.contender for row in rows if row.contender in ("clone", "meansparse_fx")] == ["clone", "meansparse_fx"]
+    assert all(row.of_clone > 0 for row in rows)
+    assert ("published form" in {row.contender for row in rows}) == (not mode.startswith("moments"))
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    x, dim = kernels.tensor("2x3x4x4", "channels_last", torch.bfloat16, "cpu")
+    monkeypatch.setattr(kernels.ops, "mean_sparse", lambda x, *_: x)
+    with pytest.raises(AssertionError, match=r"meansparse_fx, relu forward: .* of the elements are wrong"):
+        kernels.contenders(x, dim, "relu", "forward", False)
+
+
 @pytest.mark.slow
-def test_kernels(monkeypatch, tmp_path):
-    monkeypatch.setitem(kernels.SHAPES, "cpu", {"2x3x4x4": (2, 3, 4, 4), "other": (1, 1, 1, 1)})
-    out = tmp_path / "kernels.csv"
-    options = ("--device", "cpu", "--shape", "2x3x4x4", "--activation", "relu", "--mode", "forward", "backward")
-    main(kernels, monkeypatch, *options, "--repetitions", 2, "--out", out)
-    rows = read(out)
-    cases = [f"2x3x4x4 float32 {layout} relu {mode}" for layout in ("contiguous_format", "channels_last")
-             for mode in ("forward", "backward")]  # fmt: skip
-    assert list(dict.fromkeys(r.case for r in rows)) == cases
-    assert {r.contender for r in rows} >= {"clone", "torch activation", "meansparse_fx", "published form"}
-    assert all(r.of_clone > 0 and r.baseline == "torch activation" for r in rows)
+def test_the_gpu_script_runs_dry(tmp_path):
+    """Every step of it that a CPU can do at a tiny size, from a wheel of this checkout."""
+    environment = os.environ | {"RESULTS": str(tmp_path), "BUDGET": "600"}
+    command = ["bash", ROOT / "benchmarks" / "gpu.sh", sys.executable, "dry"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kinds = ("host", "kernels", "models", "attack", "calibration", "scaling")
+    assert {path.name for path in tmp_path.glob("*.csv")} == {f"{kind}-cpu-dry.csv" for kind in kinds}
 
 
 def test_calibration(monkeypatch):
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
     monkeypatch.setattr(calibration, "models", lambda device: {"tiny": (net, list(torch.rand(8, 1, 6, 6).split(4)))})
     rows = calibration.time_all("cpu", 2, compiled=False)
-    assert [r.contender for r in rows] == ["plain forward", "meansparse_fx.calibrate", "published form"]
+    assert [r.contender for r in rows] == 2 * ["plain forward", "meansparse_fx.calibrate", "published form"]
+    assert [r.case for r in rows] == 3 * ["tiny"] + 3 * ["tiny, an image more"]
     assert {r.baseline for r in rows} == {"plain forward"}
+
+
+def test_an_image_costs_what_a_longer_pass_takes_longer():
+    names = ("plain forward", "meansparse_fx.calibrate")
+    rows = [
+        replace(row("calibration", "c", name), milliseconds=ms) for name, ms in zip(names, (10.0, 110.0), strict=True)
+    ]
+    rows += [
+        replace(row("calibration", "c", f"{n}, twice"), milliseconds=ms)
+        for n, ms in zip(names, (20.0, 122.0), strict=True)
+    ]
+    found = calibration.more_images(rows, 100)
+    assert [r.milliseconds for r in found] == pytest.approx([0.1, 0.12])
+    assert [r.ratio for r in found] == pytest.approx([1.0, 1.2])
 
 
 # Attacks.

@@ -64,6 +64,9 @@ class Source:
         return found
 
 
+MEASURED = ("models", "kernels", "calibration", "attack", "host")
+
+
 @dataclass(frozen=True, slots=True)
 class Results:
     """All files that the page is made from.
@@ -100,7 +103,7 @@ def load(folder: Path) -> Results:
         return read(folder / name, kind) if (folder / name).exists() else []
 
     return Results(
-        *(list(sources(benchmark)) for benchmark in ("models", "kernels", "calibration", "attack", "host")),
+        *(list(sources(benchmark)) for benchmark in MEASURED),
         list(sources("scaling", Scaling)),
         single("calibration-images.csv", Need),
         single("roofline.csv", Count),

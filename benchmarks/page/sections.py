@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields, replace
 
 from ..harness import Row
 from ..models import CONTENDERS
-from .results import Results, Source, case_of, mark
+from .results import MEASURED, Results, Source, case_of, mark
 from .targets import TARGETS, wins
 
 NOTHING = "Not measured: there is no file of this in `benchmarks/results/`."
@@ -157,11 +158,13 @@ def kernels(results: Results) -> str:
 
     def content(source: Source) -> str:
         rows = []
-        if all(row.milliseconds is None for row in source.rows):
-            beside = list(dict.fromkeys(row.contender for row in source.rows))
+        if source.gpu:
+            beside = [name for name in dict.fromkeys(row.contender for row in source.rows) if name != "clone"]
             for case, found in source.cases.items():
-                rows.append((case, *(_ratio(found.get(name), "of_clone") for name in beside)))
-            return "As shares of the clone's bandwidth:\n\n" + table(("case", *beside), rows)
+                times = [_micro(found.get(name), field) for name, field in _TIMED]
+                rows.append((case, *(_ratio(found.get(name), "of_clone") for name in beside), *times))
+            heads = ("case", *beside, *(f"{name}, {field[:-3]}, µs" for name, field in _TIMED))
+            return "As shares of the clone's bandwidth:\n\n" + table(*_without_empty(heads, rows))
         for case, found in source.cases.items():
             alone = found["torch activation"]
             share = found["meansparse_fx"].of_clone
@@ -172,11 +175,34 @@ def kernels(results: Results) -> str:
     return _each(results.kernels, content)
 
 
+_TIMED = [(name, field) for field in ("device_ms", "host_ms") for name in ("torch activation", "meansparse_fx")]
+
+
+def _micro(row: Row | None, field: str) -> str:
+    value = None if row is None else getattr(row, field)
+    return "" if row is None or value is None else f"{1e3 * value:.1f}{mark(row)}"
+
+
+def _without_empty(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[Sequence[str], list[list[str]]]:
+    """Return a table without the columns that say nothing."""
+    full = [at for at in range(len(heads)) if any(row[at] for row in rows)]
+    return [heads[at] for at in full], [[row[at] for at in full] for row in rows]
+
+
 def calibration(results: Results) -> str:
     """Return calibration beside the plain pass, and how many images it takes."""
 
     def content(source: Source) -> str:
-        rows = [(r.case, r.contender, f"{r.milliseconds:,.0f}", f"{r.ratio:.2f}", r.baseline) for r in source.rows]
+        rows = [
+            (
+                r.case,
+                r.contender,
+                f"{r.milliseconds:,.{0 if r.milliseconds >= 100 else 3}f}",
+                f"{r.ratio:.2f}",
+                r.baseline,
+            )
+            for r in source.rows
+        ]
         return table(("case", "contender", "ms", "ratio", "to"), rows)
 
     parts = [_each(results.calibration, content)]
@@ -260,6 +286,14 @@ def kernels_on_gpus(results: Results) -> str:
         return table(("what", "shapes", "share of the clone's bandwidth", "the worst"), rows)
 
     return _each([source for source in results.kernels if source.gpu], content)
+
+
+def summary(results: Results) -> str:
+    """Return what was measured on GPUs against each target, and the headline: for a terminal, 38 lines at most."""
+    sources = {f.name: [s for s in getattr(results, f.name) if s.gpu] for f in fields(Results) if f.name in MEASURED}
+    lines = [target.line(replace(results, **sources)) for target in TARGETS]
+    found = [f"{what}, {limit}: {verdict}; {figures}" for what, limit, verdict, figures, _ in lines if figures]
+    return "\n".join([*headline(replace(results, **sources)).splitlines(), *found][:38])
 
 
 def headline(results: Results) -> str:

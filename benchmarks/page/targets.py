@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..models import CONTENDERS
-from .results import Results, Source, mark
+from ..roofline import Count
+from .results import Results, mark
 
 # Nodes that count as the thousand of the target, and how much dearer a node of the largest graph may be than one of the
 # smallest before that is not called linear.
@@ -71,105 +73,63 @@ class Target:
         return self.what, limit, verdict, span, ", ".join(dict.fromkeys(f"`{figure.file}`" for figure in found))
 
 
-def replayed(contender: str) -> Callable[[Results], Iterator[Figure]]:
-    """Return the figures of a contender's time on the device over its base's."""
+def rows_of(
+    benchmark: str, gpu: bool | None, contender: str, field: str = "ratio", behind: str = ""
+) -> Callable[[Results], Iterator[Figure]]:
+    """Return the figures of some rows.
+
+    Args:
+        benchmark: Whose files.
+        gpu: Of GPUs, of CPUs, or, None, of both.
+        contender: An expression that the contender's name matches.
+        field: Of the row; rows where it is empty are left out.
+        behind: What the case ends with.
+    """
 
     def figures(results: Results) -> Iterator[Figure]:
-        for source in _sources(results.models, True):
-            for row in source.rows:
-                if row.contender == contender and row.device_ratio is not None:
-                    yield Figure(row.device_ratio, row.case, source.name, mark(row))
+        for source in getattr(results, benchmark):
+            for row in source.rows if gpu in (None, source.gpu) else ():
+                value = getattr(row, field)
+                if value is not None and row.case.endswith(behind) and re.fullmatch(contender, row.contender):
+                    what = row.case if benchmark in ("models", "kernels") else f"{row.case}, {row.contender}"
+                    yield Figure(value, what, source.name, mark(row))
 
     return figures
 
 
-def _sources(sources: list[Source], gpu: bool) -> list[Source]:
-    return [source for source in sources if source.gpu == gpu]
-
-
-def models(contender: str, gpu: bool) -> Callable[[Results], Iterator[Figure]]:
-    """Return the figures of a contender's time over that of its base."""
-
-    def figures(results: Results) -> Iterator[Figure]:
-        for source in _sources(results.models, gpu):
-            for row in source.rows:
-                if row.contender == contender:
-                    yield Figure(row.ratio, row.case, source.name, mark(row))
-
-    return figures
-
-
-def kept(contender: str, base: str) -> Callable[[Results], Iterator[Figure]]:
+def kept(contender: str) -> Callable[[Results], Iterator[Figure]]:
     """Return the figures of bytes kept for backward over the base's."""
 
     def figures(results: Results) -> Iterator[Figure]:
         for source in results.models:
             for case, rows in source.cases.items():
-                own, other = rows.get(contender), rows.get(base)
+                own, other = rows.get(contender), rows.get(CONTENDERS[contender][0])
                 if own and other and own.kept_bytes and other.kept_bytes:
                     yield Figure(own.kept_bytes / other.kept_bytes, case, source.name)
 
     return figures
 
 
-def graphs(results: Results) -> Iterator[Figure]:
-    """Return the figures of how many graphs the plug-in's model is."""
-    for source in results.models:
-        for row in source.rows:
-            if row.contender == "ours compiled" and row.graphs is not None:
-                yield Figure(row.graphs, row.case, source.name)
-
-
-def calls(results: Results) -> Iterator[Figure]:
-    """Return the figures of calls a site, of the fused form forward."""
-    for count in results.counts:
-        if count.form == "ours, fused":
-            yield Figure(count.forward_calls / count.sites, count.model, "roofline.csv")
-
-
-def moved(results: Results) -> Iterator[Figure]:
-    """Return the figures of bytes moved by the fused form over the base's."""
-    for count in results.counts:
-        base = results.count(count.model, "base")
-        if count.form == "ours, fused" and base:
-            total = base.forward_bytes + base.backward_bytes
-            yield Figure((count.forward_bytes + count.backward_bytes) / total, count.model, "roofline.csv")
-
-
-def kernels(mode: str) -> Callable[[Results], Iterator[Figure]]:
-    """Return the figures of the kernel's share of the clone's bandwidth on GPUs."""
+def counted(value: Callable[[Count, Count], float]) -> Callable[[Results], Iterator[Figure]]:
+    """Return the figures of the fused form's counts, given them and the base's."""
 
     def figures(results: Results) -> Iterator[Figure]:
-        for source in _sources(results.kernels, True):
-            for row in source.rows:
-                if row.contender == "meansparse_fx" and row.case.endswith(f" {mode}") and row.of_clone is not None:
-                    yield Figure(row.of_clone, row.case, source.name, mark(row))
+        for count in results.counts:
+            base = results.count(count.model, "base")
+            if count.form == "ours, fused" and base:
+                yield Figure(value(count, base), count.model, "roofline.csv")
 
     return figures
 
 
-def calibration(gpu: bool) -> Callable[[Results], Iterator[Figure]]:
-    """Return the figures of calibration over the plain forward pass."""
-
-    def figures(results: Results) -> Iterator[Figure]:
-        for source in _sources(results.calibration, gpu):
-            for row in source.rows:
-                if row.contender in ("meansparse_fx.calibrate", "torch.compile, observe"):
-                    yield Figure(row.ratio, f"{row.case}, {row.contender}", source.name)
-
-    return figures
+def calls(own: Count, _: Count) -> float:
+    """Return calls a site, forward."""
+    return own.forward_calls / own.sites
 
 
-def attacks(gpu: bool) -> Callable[[Results], Iterator[Figure]]:
-    """Return the figures of attacks on our models over those on the base."""
-
-    def figures(results: Results) -> Iterator[Figure]:
-        for source in _sources(results.attack, gpu):
-            for row in source.rows:
-                if row.contender.startswith("ours"):
-                    yield Figure(row.ratio, f"{row.case}, {row.contender}", source.name, mark(row))
-
-    return figures
+def moved(own: Count, base: Count) -> float:
+    """Return the bytes moved over the base's."""
+    return (own.forward_bytes + own.backward_bytes) / (base.forward_bytes + base.backward_bytes)
 
 
 def transform(results: Results) -> Iterator[Figure]:
@@ -190,29 +150,35 @@ def linear(results: Results) -> Iterator[Figure]:
             yield Figure(ratio, f"{large.size} nodes over {small.size}", source.name)
 
 
+def shares(mode: str) -> Callable[[Results], Iterator[Figure]]:
+    """Return the figures of the kernel's share of the clone's bandwidth on GPUs."""
+    return rows_of("kernels", True, "meansparse_fx", "of_clone", f" {mode}")
+
+
+CALIBRATE = "meansparse_fx.calibrate|torch.compile, observe"
 TARGETS = (
-    Target("eager, fused, over base, GPU", 1.00, models("ours, fused", True)),
-    Target("the same, time on the device alone", 1.00, replayed("ours, fused")),
-    Target("eager over base, CPU", 1.15, models("ours", False)),
-    Target("eager, fused, over base, CPU", 1.15, models("ours, fused", False)),
-    Target("compiled over base compiled, GPU", 1.02, models("ours compiled", True)),
-    Target("the same, mode reduce-overhead", 1.00, models("ours reduce-overhead", True)),
-    Target("compiled over base compiled, CPU", 1.05, models("ours compiled", False)),
-    Target("graphs of the compiled model", 1, graphs),
-    Target("bytes kept for backward over base", 1.00, kept("ours", "base")),
-    Target("the same, fused", 1.00, kept("ours, fused", "base")),
-    Target("the same, compiled over base compiled", 1.00, kept("ours compiled", "base compiled")),
-    Target("calls a site, fused, forward (counted)", 1, calls),
-    Target("bytes moved at the sites, fused over base (counted)", 1.00, moved),
-    Target("kernel's share of the clone's bandwidth, forward, GPU", 0.90, kernels("forward"), least=True),
-    Target("the same, backward", 0.90, kernels("backward"), least=True),
-    Target("moments, share of a read at the clone's bandwidth, GPU", 0.90, kernels("moments"), least=True),
+    Target("eager, fused, over base, GPU", 1.00, rows_of("models", True, "ours, fused")),
+    Target("the same, time on the device alone", 1.00, rows_of("models", True, "ours, fused", "device_ratio")),
+    Target("eager over base, CPU", 1.15, rows_of("models", False, "ours")),
+    Target("eager, fused, over base, CPU", 1.15, rows_of("models", False, "ours, fused")),
+    Target("compiled over base compiled, GPU", 1.02, rows_of("models", True, "ours compiled")),
+    Target("the same, mode reduce-overhead", 1.00, rows_of("models", True, "ours reduce-overhead")),
+    Target("compiled over base compiled, CPU", 1.05, rows_of("models", False, "ours compiled")),
+    Target("graphs of the compiled model", 1, rows_of("models", None, "ours compiled", "graphs")),
+    Target("bytes kept for backward over base", 1.00, kept("ours")),
+    Target("the same, fused", 1.00, kept("ours, fused")),
+    Target("the same, compiled over base compiled", 1.00, kept("ours compiled")),
+    Target("calls a site, fused, forward (counted)", 1, counted(calls)),
+    Target("bytes moved at the sites, fused over base (counted)", 1.00, counted(moved)),
+    Target("kernel's share of the clone's bandwidth, forward, GPU", 0.90, shares("forward"), least=True),
+    Target("the same, backward", 0.90, shares("backward"), least=True),
+    Target("moments, share of a read at the clone's bandwidth, GPU", 0.90, shares("moments"), least=True),
     Target(
-        "moments with activation, share of the clone's bandwidth, GPU", 0.95, kernels("moments+activation"), least=True
+        "moments and activation, share of the clone's, GPU", 0.95, shares("moments+activation"), least=True
     ),
-    Target("calibration over plain forward pass, GPU", 1.05, calibration(True)),
-    Target("calibration over plain forward pass, CPU", 1.15, calibration(False)),
-    Target("attack over attack on the base, GPU", 1.00, attacks(True)),
+    Target("calibration over plain forward pass, GPU", 1.05, rows_of("calibration", True, CALIBRATE)),
+    Target("calibration over plain forward pass, CPU", 1.15, rows_of("calibration", False, CALIBRATE)),
+    Target("attack over attack on the base, GPU", 1.00, rows_of("attack", True, "ours.*")),
     Target("transform of a graph of 1,000 nodes", 2.00, transform, unit=" s"),
     Target("a node of the largest graph over one of the smallest (linear)", LINEAR, linear),
 )
