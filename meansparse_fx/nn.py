@@ -55,6 +55,7 @@ class MeanSparse(nn.Module):
     alpha: Tensor
     centre: Tensor
     threshold: Tensor
+    gate_steepness: Tensor
     _bound: dict[tuple[int, ...], tuple]
 
     def __init__(self, name: str, channels: int, channel_dim: int, activation: ActivationCall | None = None):
@@ -128,7 +129,8 @@ class MeanSparse(nn.Module):
         scale, shift, norm_scale, norm_shift = norms
         vectors = Vectors(*vectors[:3], scale, shift, layer_scale, norm_scale, norm_shift)
         name, constants = (self.activation.name, self.activation.constants) if self.activation else ("identity", ())
-        backward, width = self.backward, self.backward_steepness
+        backward: str = self.backward
+        width: Any = self.backward_steepness
         if choice == "composition" and not torch.compiler._is_exporting_flag:
             # Programs without a gradient are one, whatever the backward, and those of the smooth one are one, too.
             backward, width = (backward, self.gate_steepness) if torch.is_grad_enabled() else ("exact", 10.0)
