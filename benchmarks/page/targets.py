@@ -173,9 +173,7 @@ TARGETS = (
     Target("kernel's share of the clone's bandwidth, forward, GPU", 0.90, shares("forward"), least=True),
     Target("the same, backward", 0.90, shares("backward"), least=True),
     Target("moments, share of a read at the clone's bandwidth, GPU", 0.90, shares("moments"), least=True),
-    Target(
-        "moments and activation, share of the clone's, GPU", 0.95, shares("moments+activation"), least=True
-    ),
+    Target("moments and activation, share of the clone's, GPU", 0.95, shares("moments+activation"), least=True),
     Target("calibration over plain forward pass, GPU", 1.05, rows_of("calibration", True, CALIBRATE)),
     Target("calibration over plain forward pass, CPU", 1.15, rows_of("calibration", False, CALIBRATE)),
     Target("attack over attack on the base, GPU", 1.00, rows_of("attack", True, "ours.*")),
