@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .operators import get_alpha, load_published, operators, set_alpha, set_backward, set_statistics, set_variant
     from .sites import PLACEMENTS, Placement, Site, SitePlan
     from .statistics import Statistics
-    from .transform import inspect, restore, transform
+    from .transform import inspect, load, restore, save, transform
 
 __all__ = [
     "PLACEMENTS",
@@ -37,10 +37,12 @@ __all__ = [
     "evaluate",
     "get_alpha",
     "inspect",
+    "load",
     "load_published",
     "operators",
     "register_activation",
     "restore",
+    "save",
     "select_alpha",
     "set_alpha",
     "set_backward",

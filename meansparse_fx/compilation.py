@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import CalibrationError, SiteError, StateError, StatisticsError
 from .nn import MeanSparse
-from .operators import set_alpha, set_backward
+from .operators import alpha_of, set_alpha, set_backward, unknown_sites
 from .passes.instrument import Moments
 from .published import published_operator
 from .rewrite import operand
@@ -38,7 +38,7 @@ class Options:
 
     Attributes:
         statistics: Of `calibrate` on the same model, or the path of their file.
-        alpha: Half width of the band in standard deviations: one number, or by site name (0 for sites not named).
+        alpha: Half width of the band in standard deviations: one number, or by site as for `set_alpha` (else 0).
         placement: Which sites to take, as for `transform`.
         backward: ``exact``, ``identity`` or ``smooth``; compiled in.
         inner: The back end that compiles the rewritten graph: a registered name, or a callable.
@@ -147,7 +147,11 @@ class CompileReport:
     @property
     def missing(self) -> tuple[str, ...]:
         """Names that the statistics have and no graph so far."""
-        return tuple(sorted(set(self._statistics or ()) - {site.name for site in self.plan.active}))
+        if self._statistics is None:
+            return ()
+        plan = self.plan
+        kept = self._statistics.without(plan.left, self.options.placement.kinds)
+        return tuple(sorted(kept.keys() - {site.name for site in plan.active}))
 
     def set_alpha(self, alpha: float | Mapping[str, float]) -> None:
         """Set the half width of the band as `meansparse_fx.set_alpha` does, for graphs yet to come too.
@@ -156,7 +160,7 @@ class CompileReport:
         """
         set_alpha(nn.ModuleList(self.operators.values()), alpha)
         if isinstance(alpha, Mapping):
-            alpha = {name: float(operator.alpha) for name, operator in self.operators.items()}
+            alpha = {name: operator.get_alpha() for name, operator in self.operators.items()}
         self._alpha = alpha
 
     def statistics(self, images: int = 0, metadata: dict[str, str] | None = None) -> Statistics:
@@ -215,7 +219,9 @@ class CompileReport:
             if shared is operator and self._statistics is not None:
                 alpha = self._alpha
                 operator.set_statistics(self._statistics[operator.name])
-                operator.set_alpha(alpha.get(operator.name, 0.0) if isinstance(alpha, Mapping) else alpha)
+                operator.set_alpha(
+                    (alpha_of(alpha, operator.name, self._statistics) or 0.0) if isinstance(alpha, Mapping) else alpha
+                )
 
     def observe(self, plan: SitePlan, captured: DynamoGraph) -> dict[str, Moments]:
         """Return where each site's moments are accumulated."""
@@ -229,11 +235,9 @@ class CompileReport:
     def add(self, captured: DynamoGraph, plan: SitePlan) -> None:
         """Count a graph; with the model's last, check that all graphs together are what was asked for."""
         self.compilations += 1
-        # Without the activations' weights, which are nodes and would keep the graph.
-        sites = [replace(s, activation=s.activation and replace(s.activation, weight=None)) for s in plan]
-        self._plans[captured.code, tuple(s.name for s in sites)] = SitePlan(tuple(sites), plan.route)
-        if captured.model is None and sites:
-            raise SiteError(f"{sites[0].name}: found outside of any module, so that its name says nothing")
+        self._plans[captured.code, tuple(s.name for s in plan)] = plan.without_nodes()
+        if captured.model is None and len(plan):
+            raise SiteError(f"{plan.sites[0].name}: found outside of any module, so that its name says nothing")
         if captured.last and captured.model is not None:
             self._check()
 
@@ -263,5 +267,5 @@ class CompileReport:
                 f"{reasons}. Pass option allow_missing=True to go on without"
             )
         check_channel_dims(self.options.placement, names)
-        if isinstance(self._alpha, Mapping) and (unknown := sorted(self._alpha.keys() - names)):
+        if isinstance(self._alpha, Mapping) and (unknown := unknown_sites(self._alpha, names)):
             raise StateError(f"option alpha names {unknown[0]!r}, which is no site; sites are {', '.join(names)}")

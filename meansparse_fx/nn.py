@@ -1,14 +1,17 @@
-"""Floor 3: the two modules the passes put into graphs: the operator and the observer.
+"""Floor 3: the operator, the module that the passes put into graphs.
 
-Knows one site each; nothing of graphs. Imports kernels, and statistics for the moments' type.
+Knows one site; nothing of graphs. Imports kernels, and statistics for the moments' type.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +19,6 @@ from .activations import ActivationCall
 from .errors import SiteError, StateError
 from .frozen import Prologue
 from .kernels.operator import Operator
-from .kernels.ops import activation_moments, channel_moments
 from .kernels.records import Options, Vectors
 from .kernels.reference import BACKWARDS, VARIANTS
 from .published import PublishedOperator
@@ -24,13 +26,15 @@ from .rewrite import RecordedCall
 from .statistics import ChannelStatistics
 
 CENTRES = ("channel", "zero", "layer")
+_SWITCHES = ("variant", "centre", "steepness", "strict", "backward", "backward_steepness")
 
 
 class MeanSparse(nn.Module):
     """The operator at one site, with the site's activation fused after it (paper, section 3.2).
 
     Values within ``alpha * std`` of the channel's centre become the centre, then the activation is applied.
-    At alpha = 0 it is the activation alone.
+    At alpha = 0 it is the activation alone. Its state_dict holds all that decides its function: statistics, alpha, and
+    as extra state, which is JSON in a tensor of bytes, the `switches`.
 
     Args:
         name: The site's name, for messages.
@@ -71,6 +75,7 @@ class MeanSparse(nn.Module):
         self.centre_mode = "channel"
         self.backward = "exact"
         self.steepness = self.backward_steepness = 10.0
+        self._given_alpha = 0.0  # as the caller wrote it, which the buffer rounds to float32
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.full((channels,), math.nan))
         self.register_buffer("alpha", torch.zeros(()))
@@ -178,7 +183,44 @@ class MeanSparse(nn.Module):
         if alpha > 0 and not self.calibrated:
             raise StateError(f"{self.name}: alpha {alpha} asked for, but the site has no statistics: calibrate first")
         self.alpha.fill_(alpha)
+        self._given_alpha = float(alpha)
         self._refresh()
+
+    def get_alpha(self) -> float:
+        """Return alpha as it was given: 0.2, not the float32 nearest to it."""
+        held = self.alpha.item()
+        if held == self.alpha.new_tensor(self._given_alpha).item():
+            return self._given_alpha
+        return float(str(np.float32(held)))  # set by a state_dict: the shortest number that rounds to it
+
+    def switches(self) -> dict[str, Any]:
+        """Return all that decides the operator's function besides statistics and alpha, as plain values."""
+        return {name: getattr(self, "centre_mode" if name == "centre" else name) for name in _SWITCHES}
+
+    def set_switches(self, switches: Mapping[str, Any]) -> None:
+        """Set what `switches` returned.
+
+        Raises:
+            StateError: There are others than this release knows.
+        """
+        if switches.keys() != set(_SWITCHES):
+            differing = ", ".join(sorted(switches.keys() ^ set(_SWITCHES)))
+            raise StateError(
+                f"{self.name}: settings of another release of meansparse_fx ({differing}): load them there"
+            )
+        self.set_variant(*(switches[name] for name in ("variant", "centre", "steepness")))
+        self.set_backward(switches["backward"], switches["backward_steepness"])
+        self.strict = bool(switches["strict"])
+        self._refresh()
+
+    def get_extra_state(self) -> Tensor:
+        written = json.dumps({"alpha": self._given_alpha, **self.switches()})
+        return torch.frombuffer(bytearray(written, "utf-8"), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        switches = json.loads(bytes(state.tolist()))
+        self._given_alpha = switches.pop("alpha")
+        self.set_switches(switches)
 
     def set_backward(self, mode: str, steepness: float) -> None:
         """Choose the gradient: ``exact``, ``identity`` or ``smooth``; forward values do not change."""
@@ -222,8 +264,22 @@ class MeanSparse(nn.Module):
                 self._buffers[key] = old.to(device=new.device, dtype=dtype)
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *rest) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *rest)
+        extra = f"{prefix}_extra_state"
+        if extra not in state_dict and f"{prefix}alpha" in state_dict:
+            missing_keys[:] = [key for key in missing_keys if key != extra]
+            warnings.warn(
+                "this state_dict was saved by a release that kept neither variant, centre, steepness, strictness nor "
+                "backward in it: they stay as they are in this model. Where they were others, set_variant and "
+                "set_backward set them; then save it again",
+                stacklevel=2,
+            )
+        if metadata.get("assign_to_params_buffers"):
+            for name in ("mean", "std", "alpha"):  # or set_alpha would change the operator they come from
+                self._buffers[name] = self.get_buffer(name).clone()
+            for name in ("centre", "threshold"):
+                self._buffers[name] = torch.empty_like(self.mean)
         self._refresh()
 
     def extra_repr(self) -> str:
@@ -232,52 +288,6 @@ class MeanSparse(nn.Module):
             f"{self.channels} channels @ dim {self.channel_dim}, activation={fused}, "
             f"variant={self.variant}, centre={self.centre_mode}, backward={self.backward}"
         )
-
-
-class ChannelMoments(nn.Module):
-    """An observer: measures its input, and returns it unchanged or, fused, activated.
-
-    It keeps the moments of its latest call alone; `calibrate` merges those of all sites at once, in a few operations
-    a batch instead of a few a site. No host synchronisation.
-
-    Args:
-        name: The site's name, for messages.
-        channels: Number of channels C.
-        channel_dim: Dimension of the input that holds them.
-        activation: Returned applied to the input, which a GPU then reads once; None returns the input.
-
-    Attributes:
-        latest: Of the latest call; None before the first.
-        bins: Called with the input ``[C, values]`` too, if set: what counts histograms.
-    """
-
-    def __init__(self, name: str, channels: int, channel_dim: int, activation: ActivationCall | None = None):
-        super().__init__()
-        self.name = name
-        self.channels = channels
-        self.channel_dim = channel_dim
-        self.activation = activation
-        self.latest: ChannelStatistics | None = None
-        self.bins: Callable[[Tensor], None] | None = None
-
-    @torch.no_grad()
-    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return x ``[..., C, ...]``, or act(x), having measured it; weight is the activation's learned slope."""
-        if x.shape[self.channel_dim] != self.channels:
-            raise SiteError(
-                f"{self.name}: input has {x.shape[self.channel_dim]} channels at dim {self.channel_dim}, "
-                f"the site was planned with {self.channels}"
-            )
-        y = x
-        if self.activation is None:
-            moments = channel_moments(x, self.channel_dim)
-        else:
-            call = self.activation
-            y, moments = activation_moments(x, self.channel_dim, call.name, call.constants, weight)
-        self.latest = ChannelStatistics(*moments)
-        if self.bins is not None:
-            self.bins(x.movedim(self.channel_dim, 0).flatten(1))
-        return y
 
 
 def _positive(name: str, value: float) -> float:

@@ -5,9 +5,9 @@ Changes buffers and attributes of `MeanSparse` modules, never a graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, fx, nn
@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from .arguments import number
 from .errors import StateError, StatisticsError
 from .nn import MeanSparse
+from .passes import Added
 from .published import split_checkpoint
 from .rewrite import PREFIX
 from .statistics import Statistics, fingerprint
@@ -41,9 +42,21 @@ def require_transformed(model: nn.Module, verb: str) -> None:
         raise StateError(f"the model is in train mode: call .eval() before {verb}")
 
 
+def added(model: nn.Module) -> Added:
+    """Return what a transformed model keeps of how it was made.
+
+    Raises:
+        StateError: It is not what `transform` returned.
+    """
+    found = model._modules.get(PREFIX)
+    if not isinstance(found, Added):
+        raise StateError("this is not the model that transform returned: call meansparse_fx.transform(model, images)")
+    return found
+
+
 def get_alpha(model: nn.Module) -> float | dict[str, float]:
     """Return alpha: one number if all sites share it, otherwise a mapping from site name."""
-    alphas = {name: float(m.alpha) for name, m in operators(model).items()}
+    alphas = {name: m.get_alpha() for name, m in operators(model).items()}
     values = set(alphas.values())
     return values.pop() if len(values) == 1 else alphas
 
@@ -55,20 +68,44 @@ def set_alpha(model: nn.Module, alpha: float | Mapping[str, float]) -> None:
 
     Args:
         model: A transformed model.
-        alpha: One value for all sites, or one for each site name given (others keep theirs).
+        alpha: One value for all sites, or a mapping to values, of which others keep theirs: from names of sites, or
+            from regular expressions found in them, as `Placement` takes them (``{"layer[12]": 0.1, "layer1.0.relu":
+            0}``). The name of a site is that site alone and counts before patterns, and a later pattern before an
+            earlier one.
 
     Raises:
         ValueError: alpha is no number, negative, NaN or infinite.
-        StateError: The model is not transformed, or a site has no statistics yet.
+        StateError: The model is not transformed, no site has such a name, or a site has no statistics yet.
     """
     found = operators(model)
     if not isinstance(alpha, Mapping):
         several = "alpha for all sites (for each its own: a mapping from site name)"
         alpha = dict.fromkeys(found, number(alpha, several))
-    if unknown := alpha.keys() - found.keys():
-        raise StateError(f"no such site: {', '.join(sorted(unknown)[:3])}; sites are {', '.join(list(found)[:3])}, ...")
-    for name, value in alpha.items():
-        found[name].set_alpha(number(value, f"{name}: alpha"))
+    if unknown := unknown_sites(alpha, found):
+        raise StateError(f"no such site: {', '.join(unknown[:3])}; sites are {', '.join(list(found)[:3])}, ...")
+    for name, operator in found.items():
+        if (value := alpha_of(alpha, name, found)) is not None:
+            operator.set_alpha(number(value, f"{name}: alpha"))
+
+
+def alpha_of(alpha: Mapping[str, float], site: str, sites: Container[str]) -> float | None:
+    """Return what a mapping as `set_alpha` takes it says of one of the sites; None if nothing."""
+    if site in alpha:
+        return alpha[site]
+    patterns = (key for key in reversed(list(alpha)) if key not in sites)
+    return next((alpha[pattern] for pattern in patterns if _is_found(pattern, site)), None)
+
+
+def unknown_sites(alpha: Mapping[str, float], sites: Collection[str]) -> list[str]:
+    """Return the names and patterns in a mapping as `set_alpha` takes it that are no site's."""
+    return [key for key in alpha if key not in sites and not any(_is_found(key, site) for site in sites)]
+
+
+def _is_found(pattern: str, site: str) -> bool:
+    try:
+        return re.search(pattern, site) is not None
+    except re.error:
+        return False
 
 
 def set_backward(model: nn.Module, mode: str, steepness: float = 10.0) -> None:
@@ -102,7 +139,8 @@ def set_statistics(model: nn.Module, statistics: Statistics | str | Path, check_
 
     Args:
         model: A transformed model.
-        statistics: Of the same base model, or the path of a file of them.
+        statistics: Of the same base model, or the path of a file of them; those of sites that the model's placement
+            leaves alone are left out.
         check_weights: Refuse statistics measured on other weights.
 
     Raises:
@@ -110,14 +148,16 @@ def set_statistics(model: nn.Module, statistics: Statistics | str | Path, check_
     """
     if not isinstance(statistics, Statistics):
         statistics = Statistics.load(statistics)
-    found = operators(model)
+    found, own = operators(model), model._modules.get(PREFIX)
+    if isinstance(own, Added):
+        statistics = statistics.without(own.plan.left, own.placement.kinds)
     channels = {name: operator.channels for name, operator in found.items()}
     activations = {name: operator.activation.name for name, operator in found.items() if operator.activation}
     statistics.check(channels, fingerprint(model) if check_weights else None, activations)
     for name, operator in found.items():
         operator.set_statistics(statistics[name])
-    if isinstance(model, fx.GraphModule):  # what `evaluate` compares with the images it is given
-        model.meta["calibration"] = replace(statistics, sites={}, table={})
+    if isinstance(own, Added):
+        own.statistics = statistics
 
 
 def load_published(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -157,7 +197,7 @@ def load_published(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 @contextmanager
 def switched(model: nn.Module) -> Iterator[None]:
     """Put alpha and the backward mode of every site back as they were on leaving the block; a base has none."""
-    before = {m: (float(m.alpha), m.backward, m.backward_steepness) for m in _find(model).values()}
+    before = {m: (m.get_alpha(), m.backward, m.backward_steepness) for m in _find(model).values()}
     try:
         yield
     finally:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -103,7 +102,6 @@ def write_report(
     sites = _site_rows(plan, shares or {})
     clean_budget = search.clean_budget if search else None
     report = evaluation.to_dict() | {
-        "alpha": _as_written(evaluation.alpha),
         "headline": headline(evaluation, search),
         "model": model,
         "data": dict(data),
@@ -174,13 +172,6 @@ def versions() -> dict[str, str]:
     packages = ("meansparse_fx", "pyautoattack", "numpy")
     known = {"python": platform.python_version(), "torch": str(torch.__version__)}
     return known | {name: version(name) for name in packages}
-
-
-def _as_written(alpha: float | Mapping[str, float]) -> float | dict[str, float]:
-    """Return alpha as its user wrote it: 0.3, not the float32 nearest to it."""
-    if isinstance(alpha, Mapping):
-        return {name: float(str(np.float32(value))) for name, value in alpha.items()}
-    return float(str(np.float32(alpha)))
 
 
 def _site_rows(plan: SitePlan, shares: Mapping[str, Tensor]) -> list[dict[str, Any]]:

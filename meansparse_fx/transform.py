@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,14 +14,15 @@ from torch import Tensor, fx, nn
 from .batches import examples
 from .capture import capture
 from .errors import SiteError, StateError
-from .operators import set_alpha, set_backward, set_statistics
+from .operators import added, set_alpha, set_backward, set_statistics
+from .passes import Added, refuse_hooks, restore, sparsify
 from .passes import fuse as fuse_all
-from .passes import refuse_hooks, restore, sparsify
 from .rewrite import PREFIX
+from .settings import Settings, save
 from .sites import Placement, SitePlan, find_sites, placement_of
 from .statistics import Statistics
 
-__all__ = ["inspect", "restore", "transform"]
+__all__ = ["inspect", "load", "restore", "save", "transform"]
 
 FUSIONS = ("activation", "all")
 
@@ -56,8 +58,8 @@ def inspect(model: nn.Module, images: Tensor | None = None, placement: Placement
         >>> [(s.name, s.activation.name, s.channels) for s in msfx.inspect(net, torch.rand(2, 1, 8, 8))]
         [('1', 'gelu', 4)]
     """
-    if isinstance(model, fx.GraphModule) and "plan" in model.meta:
-        return model.meta["plan"]
+    if isinstance(own := model._modules.get(PREFIX), Added):
+        return own.plan
     images = examples(images, model)
     captured = capture(model, images)
     return find_sites(captured.graph_module, captured.route, images, placement_of(placement))
@@ -71,8 +73,9 @@ def transform(
     placement: Placement | str | None = None,
     statistics: Statistics | str | Path | None = None,
     alpha: float | None = None,
-    backward: str = "exact",
+    backward: str | None = None,
     fuse: str = "activation",
+    settings: str | Path | None = None,
 ) -> fx.GraphModule:
     """Return a copy of ``model`` with a MeanSparse operator at every site (paper, section 3.3).
 
@@ -89,14 +92,18 @@ def transform(
         statistics: Of an earlier `calibrate`, or the path of their file; without them calibrate the result.
         alpha: Half width of the band in standard deviations; needs statistics unless 0. By default 0, or the published
             operators' own.
-        backward: ``exact``, ``identity`` or ``smooth``; see `set_backward`.
+        backward: ``exact``, which is the default, ``identity`` or ``smooth``; see `set_backward`.
         fuse: ``activation`` makes one call of operator and activation, so that at alpha = 0 the result is the model's,
             bit for bit. ``all`` is faster: frozen batch norms, LayerScales and the residual sum before an operator and
             the sum after it become part of it, equal to rounding. Norms and LayerScales then get no gradients, so
             those whose parameters want some are left: model.requires_grad_(False) first.
+        settings: File that `save` wrote: it brings placement, statistics, alpha and all the rest. ``alpha`` and
+            ``backward`` still count where given.
 
     Raises:
-        StateError: The model is in train mode or already transformed, alpha lacks statistics, or no such fusion.
+        StateError: The model is in train mode or already transformed, alpha lacks statistics, no such fusion, or the
+            settings are another model's.
+        ArtifactError: A file is truncated or of another kind.
         CaptureError: The model cannot be captured as a graph.
         SiteError: No site found, or one that cannot be rewritten safely.
         StatisticsError: The statistics do not fit.
@@ -114,8 +121,15 @@ def transform(
     if fuse not in FUSIONS:
         raise StateError(f"fuse must be one of {', '.join(FUSIONS)}, got {fuse!r}")
     images = examples(images, model)
+    kept = None
+    if settings is not None:
+        if (placement, statistics) != (None, None):
+            raise StateError("settings bring placement and statistics along: leave out placement= and statistics=")
+        kept = Settings.load(settings)
+        placement, fuse = kept.placement, kept.fuse
     captured = capture(model, images)
-    plan = find_sites(captured.graph_module, captured.route, images, placement_of(placement))
+    placement = placement_of(placement)
+    plan = find_sites(captured.graph_module, captured.route, images, placement)
     if not plan.active:
         reasons = "; ".join(f"{s.name}: {s.skipped}" for s in list(plan)[:3])
         raise SiteError(f"none of the {len(plan)} candidate sites can be rewritten ({reasons}); see inspect()")
@@ -125,11 +139,44 @@ def transform(
         assert images is not None  # find_sites has need of them, too
         plan = plan.with_fusion(fuse_all(sparse, images))
     refuse_hooks(sparse)
-    sparse.get_submodule(PREFIX).__dict__["frozen"] = captured.frozen
+    own = added(sparse)
+    own.plan, own.placement, own.fuse, own.frozen = plan.without_nodes(), placement, fuse, captured.frozen
     sparse.meta["plan"] = plan
-    set_backward(sparse, backward)
+    if kept is not None:
+        kept.put_into(sparse)
+    own.placement = replace(placement, predicate=None)
+    if backward is not None:
+        set_backward(sparse, backward)
     if statistics is not None:
         set_statistics(sparse, statistics)
     if alpha is not None:
         set_alpha(sparse, alpha)
     return sparse
+
+
+def load(path: str | Path, model: nn.Module, images: Tensor) -> fx.GraphModule:
+    """Return the transformed model that `save` wrote, equal to it bit for bit in values and gradients.
+
+    Args:
+        path: The file.
+        model: The network that was transformed, with its weights, in eval mode; not changed.
+        images: ``[N, ...]``, a few example inputs on the model's device.
+
+    Raises:
+        StateError: It is another model; the first differing site is named.
+        ArtifactError: The file is truncated or of another kind.
+
+    Example:
+        >>> import tempfile, torch, meansparse_fx as msfx
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.GELU()).eval()
+        >>> images = torch.rand(8, 1, 8, 8)
+        >>> sparse = msfx.transform(net, images)
+        >>> stats = msfx.calibrate(sparse, [images], progress=False)
+        >>> msfx.set_alpha(sparse, 0.2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     msfx.save(sparse, f"{folder}/net.msfx.safetensors")
+        ...     again = msfx.load(f"{folder}/net.msfx.safetensors", net, images)
+        >>> msfx.get_alpha(again), bool((again(images) == sparse(images)).all())
+        (0.2, True)
+    """
+    return transform(model, images, settings=path)

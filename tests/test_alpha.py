@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from meansparse_fx.bundled import load_model, load_split
 from meansparse_fx.cli import app
 from meansparse_fx.errors import EvaluationError, StateError
 from meansparse_fx.evaluate import ModelOutcome, plan
+from meansparse_fx.sites import Site, SitePlan
 
 QUICK: dict = {"steps": 5, "progress": False, "eps": 0.05}
 
@@ -242,6 +244,32 @@ def test_proposals_are_the_neighbours_nothing_and_the_leader():
     assert _proposals(grid, 0.3, 0.3) == [0.0, 0.2]
 
 
+def by_stage(*sizes):
+    """Return how many sites each stage has, of (name, resolution) in order."""
+    sites = (Site(name, "activation", None, 1, 8, (2, 8, size, size), "conv", name, name) for name, size in sizes)
+    return dict(Counter(SitePlan(tuple(sites), "by hand").stages().values()))
+
+
+def test_stages_are_found():
+    blocks = [(f"layer{i}.{j}.relu{k}", s) for i in (1, 2) for j in (0, 1) for k in "_1" for s in (32 // i,)]
+    blocks[4] = ("layer2.0.relu_", 32)  # before the convolution with a stride
+    assert by_stage(("relu", 64), *blocks) == {"relu": 1, "layer1": 4, "layer2": 4}
+    assert by_stage(*((f"model.{name}", size) for name, size in blocks)) == {"model.layer1": 4, "model.layer2": 4}
+    vgg = [(f"features.{i}", size) for i, size in ((1, 64), (4, 32), (6, 32), (9, 16), (11, 16), (14, 8))]
+    assert by_stage(*vgg) == {"features.1": 1, "features.4": 2, "features.9": 2, "features.14": 1}
+    mobile = [(f"blocks.{i}.0.act", size) for i, size in enumerate((64, 32, 16, 16, 8))]
+    assert by_stage(*mobile, ("act", 8)) == {"blocks.0": 1, "blocks.1": 1, "blocks.2": 2, "blocks.4": 2}
+    assert by_stage(*((f"blocks.{i}.mlp.act", 14) for i in range(12))) == {"blocks": 12}
+
+
+def test_alpha_by_stage(sparse, held_out):
+    options = {"alphas": (0.2,), "attacks": ("pgd/exact",), **QUICK}
+    search = msfx.select_alpha(sparse, held_out, per_site="stage", **options)
+    assert {move.group for move in search.refinement.moves} == {"relu"}
+    with pytest.raises(EvaluationError, match="not 'block'"):
+        msfx.select_alpha(sparse, held_out, per_site="block", **options)
+
+
 def test_candidates_by_site_are_told_apart():
     names = {str(Candidate(a)) for a in (0.1, 0.2, {"a": 0.1, "b": 0.2}, {"a": 0.2, "b": 0.1})}
     assert len(names) == 4
@@ -293,6 +321,11 @@ def test_the_commands_pass_a_choice_on(tmp_path):
     failed = CliRunner().invoke(app, [str(a) for a in command])
     assert failed.exit_code == 2
     assert "not a file that select --out wrote" in failed.stderr
+    choice.write_text(json.dumps(found | {"alpha": 0.0, "leader": 0.2}))
+    failed = CliRunner().invoke(app, [str(a) for a in command])
+    assert "nothing to compare. --alpha 0.2" in failed.stderr
+    assert len(found["images"]) == 12
+    assert found["threat"]["eps"] == 0.1
 
 
 def run(*command):

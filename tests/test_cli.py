@@ -11,19 +11,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import meansparse_fx as msfx
 from meansparse_fx import demo, export, names, sites
 from meansparse_fx.cli import COMMANDS, app
 from meansparse_fx.cli.demo import demo as demo_command
 from meansparse_fx.evaluate import attacks, surrogates
 from meansparse_fx.kernels import reference
+from meansparse_fx.settings import Settings
 from meansparse_fx.statistics import Statistics
+from meansparse_fx.zoo import load_model
 
 SOURCE = """
 import torch
@@ -277,7 +280,7 @@ def test_places_that_cannot_be_written(tmp_path, model, data, statistics, monkey
     assert Statistics.load(re.search(r"kept as (\S+): move", done.stderr)[1]).images == 30
     done = run("select", *attack, "--alphas", "0.2", "--attacked", 4, "--out", tmp_path / "full")
     check_error(done, "No space left on device")
-    assert "alpha" in json.loads(Path(re.search(r"kept as (\S+): move", done.stderr)[1]).read_text())
+    assert Settings.load(re.search(r"kept as (\S+): move", done.stderr)[1]).choice["leader"] in (0, 0.2)
 
 
 def test_the_users_disk_is_no_bug(model, data, monkeypatch):
@@ -310,6 +313,109 @@ def test_assumed_sizes_are_printed(tmp_path, model, data, statistics):
     assert done.exit_code == 0, done.output
     assert "images 1x8x8, as in calibration" in done.stderr
     assert "images: data.npz" in run("calibrate", model, "--data", data, "--out", tmp_path / "s").stderr
+
+
+ATTACK = ("--steps", 1, "--attacks", "apgd-ce/exact", "--eps", 0.05)
+
+
+@pytest.fixture
+def chosen(tmp_path, model, data):
+    """From calibrate and select, by settings alone."""
+    own, out = tmp_path / "own.safetensors", tmp_path / "chosen.safetensors"
+    done = run("calibrate", model, "--data", data, "--out", own, "--limit", 10)
+    assert done.exit_code == 0, done.output
+    done = run(
+        "select",
+        model,
+        "--data",
+        data,
+        "--settings",
+        own,
+        "--alphas",
+        "0.2",
+        "--skip",
+        10,
+        "--limit",
+        15,
+        *ATTACK,
+        "--out",
+        out,
+    )
+    assert done.exit_code == 0, done.output
+    assert "nothing to compare. --alpha 0.2 (with --settings also --alpha leader)" in " ".join(done.stdout.split())
+    return out
+
+
+def test_settings_are_enough(tmp_path, model, data, chosen):
+    evaluate = ("evaluate", model, "--data", data, "--settings", chosen, *ATTACK)
+    check_error(run(*evaluate), "nothing to compare", "--alpha leader")
+    done = run(*evaluate, "--skip", 10, "--alpha", "leader", "--eps", 0.1, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["alpha"] == 0.2
+    checks = {check["name"]: check["finding"] for check in report["checks"]}
+    assert checks["threat of the choice"].startswith("alpha was chosen under Linf eps 0.05, and this is Linf eps 0.1")
+    assert re.match(r"[1-9]\d* of 20 images were used to choose alpha:", checks["unseen images"])
+    done = run("export", model, "--input-shape", "1,8,8", "--settings", chosen, "--out", tmp_path / "a.pt2")
+    assert done.exit_code == 0, done.output
+    check_error(run(*evaluate, "--include", "relu"), "leave --placement, --include")
+    check_error(
+        run("evaluate", "bundled", "--data", data, "--settings", chosen), "another model", "first differing site"
+    )
+
+
+def test_card(tmp_path, model, data, chosen):
+    sparse = msfx.load(chosen, load_model(model), torch.rand(2, 1, 8, 8))
+    msfx.set_alpha(sparse, 0.2)
+    msfx.save(sparse, tmp_path / "s")
+    report = tmp_path / "out" / "report.json"
+    done = run("evaluate", model, "--data", data, "--settings", tmp_path / "s", *ATTACK, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    for spec in ((), (model, "--input-shape", "1,8,8")):
+        done = run("card", *spec, "--settings", tmp_path / "s", "--report", report, "--out", tmp_path / "hub")
+        assert done.exit_code == 0, done.output
+        state = load_file(tmp_path / "hub" / "model.safetensors")
+        other = msfx.load(tmp_path / "hub" / "settings.msfx.safetensors", load_model(model), torch.rand(2, 1, 8, 8))
+        other.load_state_dict(state, strict=bool(spec))
+        assert all(torch.equal(value, other.state_dict()[key]) for key, value in state.items())
+    assert state.keys() == other.state_dict().keys()
+    text, found = (tmp_path / "hub" / "README.md").read_text(), json.loads(report.read_text())
+    assert f"| clean | {100 * found['base']['clean']:.1f} | {100 * found['sparse']['clean']:.1f} |" in text
+    assert f"{100 * found['gain']['low']:+.1f}, {100 * found['gain']['high']:+.1f}] |" in text
+    assert found["verdict"] in text
+    assert text.startswith("---\nlibrary_name: meansparse_fx\n")
+    assert json.loads((tmp_path / "hub" / "config.json").read_text())["sites"][0]["alpha"] == 0.2
+    hub = ("--report", report, "--out", tmp_path / "hub")
+    check_error(run("card", "--settings", chosen, *hub), "evaluated at alpha 0.2 at 2, where", "has 0.0")
+    check_error(run("card", *hub), "no settings")
+
+
+def test_alpha_as_it_is_typed(tmp_path, model, data, statistics):
+    evaluate = ("evaluate", model, "--data", data, "--statistics", statistics, *ATTACK, "--out", tmp_path / "out")
+
+    def alpha(text):
+        (tmp_path / "a.json").write_text(text)
+        return run(*evaluate, "--alpha", tmp_path / "a.json")
+
+    for text in ('{"alpha": 0.3, "variant": "edge", "clean_budget": 0.003, "rows": []}', '{"alpha": {"[0-9]": 0.3}}'):
+        done = alpha(text)
+        assert done.exit_code == 0, done.output
+        assert json.loads((tmp_path / "out" / "report.json").read_text())["alpha"] == 0.3
+    check_error(alpha('{"alpha": {"layer": 0.3}}'), "no such site: layer")
+    check_error(alpha('{"alpha": "much"}'), "JSON such as")
+    check_error(run(*evaluate, "--alpha", tmp_path / "b.json"), "b.json: no such file, and no number")
+    check_error(run(*evaluate, "--alpha", "leader"), "no leader")
+    check_error(run(*evaluate), "no alpha: give --alpha")
+    check_error(run(*evaluate[:4], "--alpha", 0.1), "no statistics: give --statistics")
+
+
+def test_some_sites(tmp_path):
+    inspect = ("inspect", "torchvision:resnet18", "--input-shape", "3,32,32")
+    done = run(*inspect, "--include", r"layer[12]\.", "--include", "layer3", "--exclude", "relu_1$")
+    assert done.exit_code == 0, done.output
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("relu", "layer"))]
+    taken = [row[0] for row in rows if row[-1] == "rewritten"]
+    assert taken == [f"layer{i}.{j}.relu" for i in (1, 2, 3) for j in (0, 1)]
 
 
 def test_labels_beyond_the_models_classes(tmp_path, model):

@@ -36,6 +36,7 @@ from meansparse_fx.evaluate.attacks import VERSIONS, AttackSettings, attack
 from meansparse_fx.evaluate.compiled import Attacked, FastModel, compile_mode, padded
 from meansparse_fx.evaluate.plan import perturbed, plan_runs
 from meansparse_fx.nn import MeanSparse
+from meansparse_fx.operators import added
 
 QUICK: dict = {"steps": 5, "progress": False, "eps": 0.05, "attacks": ("apgd-ce",)}
 
@@ -811,6 +812,23 @@ def test_adversarial_images_are_kept_and_can_be_checked_without_attacking(sparse
         msfx.verify(path, fresh)
 
 
+def test_evidence_keeps_every_switch_of_every_site(net, sparse, test_set, tmp_path):
+    first, *_, last = msfx.operators(sparse).values()
+    first.set_variant("smooth", "zero", 3.0)
+    last.strict = True
+    last.set_backward("smooth", 7.0)
+    msfx.evaluate(sparse, test_set, save_adversarial=tmp_path / "kept", **ONE_STEP)
+    plain = msfx.transform(net, test_set[0])
+    msfx.set_statistics(plain, added(sparse).statistics)
+    assert msfx.verify(tmp_path / "kept", plain).holds
+    switches = {name: operator.switches() for name, operator in msfx.operators(plain).items()}
+    assert switches == {name: operator.switches() for name, operator in msfx.operators(sparse).items()}
+    assert torch.equal(plain(test_set[0]), sparse(test_set[0]))
+    fewer = msfx.transform(net, test_set[0], placement=msfx.Placement(exclude=f"^{last.name}$"))
+    with pytest.raises(EvaluationError, match=f"{last.name} has one there only"):
+        msfx.verify(tmp_path / "kept", fewer)
+
+
 def test_interrupted_evidence_is_the_same(sparse, test_set, tmp_path, monkeypatch):
     options = QUICK | {"attacks": ("adaptive",), "queries": 20, "batch_size": 5, "sanity_images": 0, "eps": 0.01}
     msfx.evaluate(sparse, test_set, save_adversarial=tmp_path / "whole", **options)
@@ -854,10 +872,12 @@ def test_images_that_were_calibrated_on_are_noticed(net, images, tmp_path):
     sparse = msfx.transform(net, images)
     msfx.calibrate(sparse, load_images(tmp_path / "x.npz", limit=8).loader(4), progress=False)
     rest = load_images(tmp_path / "x.npz", skip=8)
-    assert calibration_check(sparse, rest.loader(4)).passed
-    seen = calibration_check(sparse, load_images(tmp_path / "x.npz", skip=6).loader(4))
-    assert not seen.passed
-    assert "2 of these images were calibrated on" in seen.finding
+    msfx.save(sparse, tmp_path / "s")
+    for model in (sparse, msfx.load(tmp_path / "s", net, images)):
+        assert calibration_check(model, rest.loader(4)).passed
+        seen = calibration_check(model, load_images(tmp_path / "x.npz", skip=6).loader(4))
+        assert not seen.passed
+        assert "2 of these images were calibrated on" in seen.finding
 
 
 def test_a_resumed_run_says_where_it_goes_on(sparse, test_set, tmp_path, monkeypatch, capsys):

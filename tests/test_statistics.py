@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from meansparse_fx.errors import ArtifactError, StatisticsError
-from meansparse_fx.nn import ChannelMoments
+from meansparse_fx.observer import ChannelMoments
 from meansparse_fx.statistics import FORMAT, ChannelHistogram, ChannelStatistics, Statistics, fingerprint
 
 

@@ -59,7 +59,7 @@ def test_input_model_is_never_changed(net, images):
 def test_state_dict_keys(net, sparse, sites):
     ours = {k for k in sparse.state_dict() if k.startswith("meansparse.")}
     assert sparse.state_dict().keys() - ours == net.state_dict().keys()
-    assert ours == {f"meansparse.{s}.{b}" for s in sites for b in ("mean", "std", "alpha")}
+    assert ours == {f"meansparse.{s}.{b}" for s in sites for b in ("mean", "std", "alpha", "_extra_state")}
 
 
 def test_state_dict_round_trip(net, images, sparse):

@@ -15,7 +15,7 @@ from ..errors import ArtifactError
 from ..evaluate import verdict
 from ..evaluate.attacks import AttackSettings
 from ..evaluate.outcome import ModelOutcome, PairedDifference, mean
-from ..operators import operators, set_alpha
+from ..operators import added, operators, set_alpha
 from ..tables import Tabled, as_csv, new_table
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class AlphaSearch(Tabled):
         others: The same as ``outcomes`` for the variants not chosen.
         refinement: Of the search site by site, if there was one.
         threat: What the attacker might do.
+        images: A hash of each held-out image, for `evaluate` to notice that it is given the same.
     """
 
     alpha: float | dict[str, float]
@@ -82,6 +83,7 @@ class AlphaSearch(Tabled):
     others: dict[str, dict[float, ModelOutcome]] = field(default_factory=dict)
     refinement: Refinement | None = None
     threat: AttackSettings | None = None
+    images: tuple[str, ...] = ()
 
     @property
     def uniform(self) -> float:
@@ -128,7 +130,8 @@ class AlphaSearch(Tabled):
                     yield variant, alpha, outcome
 
     def apply(self, sparse: fx.GraphModule) -> None:
-        """Set the choice in a model."""
+        """Set the choice in a model, which keeps how it came about: `save` writes that along."""
+        added(sparse).choice = self.to_dict()
         for operator in operators(sparse).values():
             operator.set_variant(self.variant, operator.centre_mode, operator.steepness)
         set_alpha(sparse, self.alpha)
@@ -157,7 +160,16 @@ class AlphaSearch(Tabled):
             )
             refinement = Refinement(refinement["start"], ModelOutcome.from_dict(refinement), moves)
         threat = known["threat"] and AttackSettings(**known["threat"])
-        return cls(known["alpha"], own, known["clean_budget"], known["variant"], others, refinement, threat)
+        return cls(
+            known["alpha"],
+            own,
+            known["clean_budget"],
+            known["variant"],
+            others,
+            refinement,
+            threat,
+            tuple(known.get("images", ())),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict` as JSON."""
@@ -197,8 +209,10 @@ class AlphaSearch(Tabled):
             "version": VERSION,
             "alpha": self.alpha,
             "variant": self.variant,
+            "leader": self.leader,
             "clean_budget": self.clean_budget,
             "threat": self.threat and asdict(self.threat),
+            "images": list(self.images),
             "rows": rows,
         }
         if self.refinement is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from torch import Tensor, fx
 
 from ..arguments import items, number
 from ..batches import labelled
+from ..errors import EvaluationError
 from ..evaluate.attacks import AttackSettings
-from ..evaluate.ledger import Ledger, model_identity
+from ..evaluate.ledger import Ledger, image_digests, model_identity
 from ..evaluate.outcome import ModelOutcome, PairedDifference, mean
 from ..evaluate.plan import fitting, plan_runs
 from ..evaluate.provenance import check_calibration
 from ..names import ALPHAS, CLEAN_BUDGET, SEARCH_ATTACKS
-from ..operators import operators, require_transformed, switched
+from ..operators import added, operators, require_transformed, switched
 from ..outputs import Logits
 from ..passes import returning_logits
 from ..progress import bar
@@ -46,7 +47,7 @@ def select_alpha(
     attacked: int | None = None,
     clean_budget: float = CLEAN_BUDGET,
     variants: Sequence[str] = ("mean",),
-    per_site: bool | Callable[[str], str] = False,
+    per_site: bool | str | Callable[[str], str] = False,
     site_alphas: Sequence[float] | None = None,
     significance: float = SIGNIFICANCE,
     rungs: int = RUNGS,
@@ -76,8 +77,9 @@ def select_alpha(
         clean_budget: Clean accuracy that may be lost, as a fraction of the images.
         variants: Of the operator, all in one race: see `set_variant`.
         per_site: Go on from the choice site by site: each site's alpha one step down, up, to 0, or to the best single
-            alpha, wherever that is better beyond noise; the choice may then be a mapping. A function of a site's name
-            returns the name of the group it is moved with (``lambda site: site.split(".")[0]``: by stage).
+            alpha, wherever that is better beyond noise; the choice may then be a mapping. ``"stage"`` moves the sites
+            of one resolution together (`SitePlan.stages`), and a function of a site's name returns the name of the
+            group it is moved with.
         site_alphas: What to try at each site instead: one site alone bears a larger alpha than all together.
         significance: Of the paired one-sided test that says what is beyond noise; site by site it is divided by the
             number of moves.
@@ -91,6 +93,8 @@ def select_alpha(
         EvaluationError: As in `evaluate`.
     """
     require_transformed(sparse, "select_alpha")
+    if isinstance(per_site, str) and per_site != "stage":
+        raise EvaluationError(f'per_site is True, False, "stage" or a function of a site\'s name, not {per_site!r}')
     variants = items(variants)
     grid = sorted({0.0, *(number(alpha, "each of alphas") for alpha in items(alphas))})
     keys = [(0.0, variants[0]), *((alpha, variant) for alpha in grid[1:] for variant in variants)]
@@ -102,7 +106,7 @@ def select_alpha(
     first = next(batches)
     runs = fitting(planned, attacks, model, first[0])
     identity = model_identity(sparse, alpha=False) | {
-        "attack settings": [f"{settings}", full_rows, compile, str(amp)],
+        "attack settings": asdict(settings) | {"full_rows": full_rows, "compile": compile, "amp": str(amp)},
         "attacks or backwards": [run.name for run in runs],
         "logits": None if logits is None else str(getattr(logits, "__qualname__", logits)),
     }
@@ -118,10 +122,12 @@ def select_alpha(
         outcomes = {key: field.outcome(candidate) for key, candidate in candidates.items()}
         alpha, variant = choose(outcomes, clean_budget, significance)
         table = {v: {a: o for (a, w), o in outcomes.items() if w == v or not a} for v in variants}
-        search = AlphaSearch(alpha, table.pop(variant), clean_budget, variant, table, threat=settings)
+        seen = tuple(mark for images, _ in data for mark in image_digests(images))
+        search = AlphaSearch(alpha, table.pop(variant), clean_budget, variant, table, threat=settings, images=seen)
         if not per_site:
             return search
-        walk = _Walk(field, list(operators(sparse)), per_site, variant, clean_budget, significance)
+        group = added(sparse).plan.stages().__getitem__ if per_site == "stage" else per_site
+        walk = _Walk(field, list(operators(sparse)), group, variant, clean_budget, significance)
         tried = _proposals(grid, alpha, search.leader)
         if site_alphas is not None:
             tried = sorted({number(a, "each of site_alphas") for a in items(site_alphas)} - {alpha})
@@ -148,7 +154,7 @@ class _Walk:
         self,
         field: Field,
         sites: Sequence[str],
-        per_site: bool | Callable[[str], str],
+        per_site: bool | str | Callable[[str], str],
         variant: str,
         clean_budget: float,
         significance: float,

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..nn import ChannelMoments
+from ..observer import ChannelMoments
 from ..statistics import ChannelHistogram
 from .totals import Totals
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from ..data import part_of
 from ..errors import CalibrationError, DataError, WriteError
 from ..kernels import ops
-from ..operators import operators, require_transformed, set_statistics
+from ..operators import added, operators, require_transformed, set_statistics
 from ..passes import observe
 from ..progress import bar, say_resumed
 from ..statistics import ChannelStatistics, Statistics, fingerprint, graph_fingerprint
@@ -115,7 +115,7 @@ class _Pass:
         amp: torch.dtype | None,
         channels_last: bool,
     ) -> None:
-        self._plan = sparse.meta.get("plan", ())
+        self._plan = added(sparse).plan
         self._device = next(iter(operators(sparse).values())).get_buffer("mean").device
         lowering = ops.lowering()
         # One read of each tensor for the moments and the activation, where one kernel does both.
@@ -224,17 +224,7 @@ class _Pass:
         if self._tolerance is not None:
             facts["tolerance"] = f"{self._tolerance:g}, " + ("reached" if self._settled else "not reached")
             facts["precision"] = str(self._precision or "unknown: too few batches")
-        table = {
-            site.name: {
-                "kind": site.kind,
-                "activation": site.activation and site.activation.name,
-                "channel_dim": site.channel_dim,
-                "channels": site.channels,
-                "after": site.producer,
-            }
-            for site in self._plan
-            if site.skipped is None
-        }
+        table = {site.name: site.facts() for site in self._plan.active}
         by_name = dict(zip(self._names, sites, strict=True))
         part = part_of(self._source.data, None if ranks.world > 1 else tally.images)
         seen = () if part is None else (part,)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
-from ..nn import ChannelMoments
+from ..observer import ChannelMoments
 from .bins import Bins
 from .convergence import Groups
 from .totals import Totals

@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from ..nn import ChannelMoments
+from ..observer import ChannelMoments
 from ..statistics import ChannelStatistics
 
 

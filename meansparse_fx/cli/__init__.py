@@ -15,6 +15,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from ..errors import MeanSparseError
+from .card import card
 from .demo import demo
 from .export import export
 from .model import cost, inspect
@@ -25,7 +26,7 @@ from .statistics import calibrate, merge, show
 
 # Of the user's disk and not of our code: full, read-only, not permitted, a directory where a file should be.
 _NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR}
-COMMANDS = (inspect, calibrate, select, evaluate, verify, export, cost, demo, show, merge, figures)
+COMMANDS = (inspect, calibrate, select, evaluate, verify, export, card, cost, demo, show, merge, figures)
 
 
 class _Commands(TyperGroup):

@@ -10,16 +10,13 @@ import typer
 from ..names import FORMATS
 from . import parsing
 from .model import Shape
-from .options import ModelOptions, StatisticsFile
+from .options import Alpha, MeasuredOptions
 
 
 def export(
-    model: ModelOptions,
-    statistics: StatisticsFile,
-    alpha: Annotated[
-        str, typer.Option(metavar="ALPHA|FILE", help="Half width of the band, or the file that select --out wrote.")
-    ],
+    model: MeasuredOptions,
     out: Annotated[Path, typer.Option(help="File to write: .pt2, or .onnx.")],
+    alpha: Alpha = None,
     format: Annotated[
         Any,
         typer.Option(
@@ -34,19 +31,17 @@ def export(
     """Write MODEL for deployment, with its statistics and alpha baked in; the file runs without this package."""
     from .. import export as room
     from ..statistics import Statistics
-    from ..transform import transform
-    from .loading import console, open_model, random_images, say
+    from .loading import console, open_model, random_images, say, transformed
     from .robustness import put_alpha
 
     room.require_file(out, format)
-    measured = Statistics.load(statistics)
-    calibrated = measured.metadata.get("image_shape", "").split(" + ")[0]
+    calibrated = Statistics.load(model.measured).metadata.get("image_shape", "").split(" + ")[0]
     if shape is None and calibrated:
         shape = parsing.shape(calibrated)
         say(f"images {calibrated}, as in calibration (--input-shape gives another)")
     net = open_model(model)
     images = random_images(model, net, shape)
-    sparse = transform(net, images, placement=model.placement, statistics=measured)
+    sparse = transformed(model, net, images)
     put_alpha(sparse, alpha)
     example = images[[0] * (fixed_batch or len(images))]
     room.export(sparse, example, out, format, dynamic_batch=fixed_batch is None)

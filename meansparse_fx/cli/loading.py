@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -19,9 +18,13 @@ from ..errors import ModelError
 from ..evaluate.attacks import AttackSettings
 from ..evaluate.plan import plan_runs
 from ..outputs import Logits, logits_in
+from ..settings import Settings
+from ..sites import Placement, placement_of
 from ..transform import transform
 from ..zoo import Normalised, input_shape, load_model
-from .options import DataOptions, ModelOptions, ThreatOptions
+from .options import DataOptions, MeasuredOptions, ModelOptions, ThreatOptions
+
+Options = TypeVar("Options", bound=ModelOptions)
 
 
 def console() -> Console:
@@ -64,15 +67,31 @@ def open_images(options: DataOptions) -> ImageSet:
     return found
 
 
-def open_sparse(
-    options: ModelOptions, images: ImageSet, statistics: Path | None = None, logits: Logits = None
-) -> fx.GraphModule:
-    """Return the model transformed, its logits checked against the labels, if it is clear which they are."""
+def chosen_placement(options: ModelOptions) -> Placement:
+    """Return which sites to take."""
+    if options.settings is not None:
+        return Settings.load(options.settings).placement
+    own = placement_of(options.placement)
+    return replace(
+        own, include=(*own.include, *(options.include or ())), exclude=(*own.exclude, *(options.exclude or ()))
+    )
+
+
+def transformed(options: ModelOptions, net: nn.Module, images: Tensor) -> fx.GraphModule:
+    """Return the model transformed as its settings file or the options say; ``images`` are ``[N, C, H, W]``."""
+    if options.settings is not None:
+        return transform(net, images, settings=options.settings)
+    statistics = options.statistics if isinstance(options, MeasuredOptions) else None
+    return transform(net, images, placement=chosen_placement(options), statistics=statistics)
+
+
+def open_sparse(options: ModelOptions, images: ImageSet, logits: Logits = None) -> fx.GraphModule:
+    """Return the model as `transformed` does, its logits checked against the labels, if it is clear which they are."""
     examples = first_images(images, 2, device_of(options))
-    sparse = transform(open_model(options), examples, placement=options.placement, statistics=statistics)
+    sparse = transformed(options, open_model(options), examples)
     with torch.no_grad():
         output = sparse(examples)
-    if statistics is not None or isinstance(output, Tensor):
+    if isinstance(options, MeasuredOptions) or isinstance(output, Tensor):
         images.check_labels(logits_in(output, logits).shape[1])
     return sparse
 
@@ -115,7 +134,7 @@ def check_attacks(threat: ThreatOptions, attacks: Sequence[str]) -> None:
     plan_runs(attacks, threat.backwards, threat.seed)
 
 
-def join_processes(model: ModelOptions) -> tuple[ModelOptions, Any]:
+def join_processes(model: Options) -> tuple[Options, Any]:
     """Return the model on this process's device, and the process group if torchrun started several."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return model, None

@@ -20,16 +20,16 @@ Shape = Annotated[
 def inspect(model: ModelOptions, shape: Shape = None) -> None:
     """Show every place in MODEL where the operator belongs, and why the others are left alone."""
     from ..transform import inspect
-    from .loading import console, open_model, random_images
+    from .loading import chosen_placement, console, open_model, random_images
 
     net = open_model(model)
-    console().print(inspect(net, random_images(model, net, shape), model.placement).table())
+    console().print(inspect(net, random_images(model, net, shape), chosen_placement(model)).table())
 
 
 def cost(model: ModelOptions, shape: Shape = None) -> None:
     """Count the bytes that the operator's forms must move at each site of MODEL, for two images; nothing is timed."""
     from ..cost import cost
-    from .loading import console, open_model, random_images
+    from .loading import chosen_placement, console, open_model, random_images
 
     net = open_model(model)
-    console().print(cost(net, random_images(model, net, shape), model.placement).table())
+    console().print(cost(net, random_images(model, net, shape), chosen_placement(model)).table())

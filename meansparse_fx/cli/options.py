@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from ..errors import StateError
 from ..names import ATTACK_NAMES, AUTOCAST, NORMS, PLACEMENTS, SPECS, SURROGATES
 from . import parsing
 
@@ -44,7 +45,14 @@ Amp = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Do one batch, say how long all of them would take, and keep nothing.")
 ]
-StatisticsFile = Annotated[Path, typer.Option("--statistics", exists=True, dir_okay=False, help="From calibrate.")]
+Alpha = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ALPHA|FILE|leader",
+        help='Half width of the band; a JSON file {"alpha": ALPHA or {SITE or REGEX: ALPHA, ...}, "variant": NAME}; or '
+        "what looked best to select, whatever it chose. [that of --settings]",
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +84,49 @@ class ModelOptions:
             parser=parsing.name(PLACEMENTS), metavar="NAME", help=f"Sites to take: of {', '.join(PLACEMENTS)}."
         ),
     ] = "activations"
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="Take only sites in whose name it is found; may be given several times."),
+    ] = None
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Leave sites in whose name it is found; the same.")
+    ] = None
+    settings: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="From calibrate or select --out, or msfx.save: placement, statistics, alpha and all the rest.",
+        ),
+    ] = None
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [cuda if there is one]")] = None
+
+    def __post_init__(self) -> None:
+        if self.settings is not None and (self.include or self.exclude or self.placement != "activations"):
+            raise StateError("--settings bring the placement along: leave --placement, --include and --exclude out")
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredOptions(ModelOptions):
+    """Which model, and what was measured of it."""
+
+    statistics: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="From calibrate, where there are no --settings.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        ModelOptions.__post_init__(self)  # super() knows only the class without slots
+        if self.settings is not None and self.statistics is not None:
+            raise StateError("--settings bring the statistics along: leave --statistics out")
+        if self.settings is None and self.statistics is None:
+            raise StateError("no statistics: give --statistics FILE of calibrate, or --settings FILE")
+
+    @property
+    def measured(self) -> Path:
+        """The file that has the statistics."""
+        found = self.settings or self.statistics
+        assert found is not None
+        return found
 
 
 @dataclass(frozen=True, slots=True)

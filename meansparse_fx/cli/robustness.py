@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ArtifactError
+from ..arguments import number
+from ..errors import ArtifactError, EvaluationError, StateError
 from ..names import ALPHAS, CLEAN_BUDGET, DEFAULT_ATTACKS, SEARCH_ATTACKS, VARIANTS
 from . import parsing
 from .options import (
+    Alpha,
     Attacks,
     DataOptions,
     DryRun,
     LogitsName,
-    ModelOptions,
+    MeasuredOptions,
     PaceOptions,
     Queries,
-    StatisticsFile,
     Steps,
     ThreatOptions,
 )
@@ -35,9 +36,8 @@ _DEFAULT_ALPHAS = ",".join(f"{a:g}" for a in ALPHAS)
 
 
 def select(
-    model: ModelOptions,
+    model: MeasuredOptions,
     data: DataOptions,
-    statistics: StatisticsFile,
     threat: ThreatOptions,
     pace: PaceOptions,
     alphas: Annotated[
@@ -54,6 +54,9 @@ def select(
         Any, typer.Option(parser=parsing.names(VARIANTS), metavar="NAMES", help=f"Of {', '.join(VARIANTS)}.")
     ] = "mean",
     per_site: Annotated[bool, typer.Option("--per-site", help="Go on from the choice site by site.")] = False,
+    per_stage: Annotated[
+        bool, typer.Option("--per-stage", help="Go on from the choice stage by stage: sites of one resolution.")
+    ] = False,
     site_alphas: Annotated[
         Any, typer.Option(parser=parsing.numbers, metavar="NUMBERS", help="To try at each site instead of neighbours.")
     ] = None,
@@ -61,7 +64,7 @@ def select(
     steps: Steps = 20,
     queries: Queries = 500,
     logits: LogitsName = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the search; evaluate takes it as --alpha.")] = None,
+    out: Annotated[Path | None, typer.Option(help="For evaluate --settings; or FILE.json, for --alpha.")] = None,
     report: Annotated[
         Path | None, typer.Option(help="Directory for the search's figures (PDF), tables (LaTeX, CSV) and search.json.")
     ] = None,
@@ -71,6 +74,7 @@ def select(
     from ..alpha import select_alpha
     from ..artifacts import require_place, write_folder
     from ..report import result_files
+    from ..settings import save
     from .loading import check_attacks, console, estimate, open_images, open_sparse
 
     check_attacks(threat, attacks)
@@ -79,14 +83,15 @@ def select(
     if report is not None:
         require_place(report, folder=True)
     images = open_images(data)
+    sparse = open_sparse(model, images, logits)
     search_in: Any = partial(
         select_alpha,
-        open_sparse(model, images, statistics, logits),
+        sparse,
         alphas=alphas,
         attacked=attacked,
         clean_budget=clean_budget,
         variants=variants,
-        per_site=per_site,
+        per_site="stage" if per_stage else per_site,
         site_alphas=site_alphas,
         attacks=attacks,
         steps=steps,
@@ -103,8 +108,13 @@ def select(
     chosen = f"alpha {search.alpha:g}" if isinstance(search.alpha, float) else f"alpha by site: {search.alpha}"
     variant = f", variant {search.variant}" if search.variant != "mean" else ""
     console().print(f"{chosen}{variant}", style="bold", highlight=False)
-    if out is not None:
+    search.apply(sparse)
+    if _is_base(sparse):
+        console().print(_nothing(sparse), highlight=False)
+    if out is not None and out.suffix == ".json":
         search.save(out)
+    elif out is not None:
+        save(sparse, out)
     if report is not None:
         write_folder(report, result_files(search))
         search.save(report / "search.json")
@@ -112,14 +122,11 @@ def select(
 
 
 def evaluate(
-    model: ModelOptions,
+    model: MeasuredOptions,
     data: DataOptions,
-    statistics: StatisticsFile,
     threat: ThreatOptions,
     pace: PaceOptions,
-    alpha: Annotated[
-        str, typer.Option(metavar="ALPHA|FILE", help="Half width of the band, or the file that select --out wrote.")
-    ],
+    alpha: Alpha = None,
     report: Annotated[
         Path | None,
         typer.Option("--report", "--out", help="Directory for report.json, report.html, figures and tables."),
@@ -140,8 +147,9 @@ def evaluate(
     from ..artifacts import require_place
     from ..evaluate import evaluate
     from ..histogram import band_shares, feature_histogram
+    from ..operators import added
     from ..report import headline, write_report
-    from ..statistics import Statistics
+    from ..transform import inspect
     from .loading import (
         check_attacks,
         console,
@@ -161,8 +169,10 @@ def evaluate(
         require_place(save_adversarial)
     model, group = join_processes(model)
     images = open_images(data)
-    sparse = open_sparse(model, images, statistics, logits)
+    sparse = open_sparse(model, images, logits)
     put_alpha(sparse, alpha)
+    if _is_base(sparse):
+        raise EvaluationError(_nothing(sparse))
     attack: Any = partial(
         evaluate,
         sparse,
@@ -184,11 +194,12 @@ def evaluate(
     console().print(headline(evaluation), style="bold", highlight=False)
     if report is not None:
         looked_at = first_images(images, HISTOGRAM_IMAGES, device_of(model))
-        measured = Statistics.load(statistics)
+        measured = added(sparse).statistics
+        assert measured is not None  # `transformed` saw to it
         write_report(
             report,
             model=model.model,
-            plan=sparse.meta["plan"],
+            plan=inspect(sparse),
             statistics=measured,
             evaluation=evaluation,
             histogram=feature_histogram(sparse, looked_at),
@@ -203,8 +214,7 @@ def evaluate(
 
 def verify(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="From evaluate --save-adversarial.")],
-    model: ModelOptions,
-    statistics: StatisticsFile,
+    model: MeasuredOptions,
     robustbench: Annotated[
         Path | None,
         typer.Option(dir_okay=False, help="Also write x_adv and y there, by torch.save, for an external evaluation."),
@@ -213,18 +223,15 @@ def verify(
 ) -> None:
     """Check adversarial images that evaluate kept: MODEL and its base are asked, nothing is attacked.
 
-    Alpha and variant are those of the file. Exit status 1 if a model is right where the file says it is wrong.
+    Alpha and all switches are those of the file. Exit status 1 if a model is right where the file says it is wrong.
     """
     import torch
 
     from ..evaluate import Evidence, external_evaluation, verify
-    from ..transform import transform
-    from .loading import console, device_of, open_model
+    from .loading import console, device_of, open_model, transformed
 
     images = Evidence.load(file).images
-    sparse = transform(
-        open_model(model), images[:2].to(device_of(model)), placement=model.placement, statistics=statistics
-    )
+    sparse = transformed(model, open_model(model), images[:2].to(device_of(model)))
     found = verify(file, sparse, logits=logits)
     console().print(str(found), highlight=False)
     if robustbench is not None:
@@ -233,18 +240,55 @@ def verify(
         raise typer.Exit(1)
 
 
-def put_alpha(sparse: fx.GraphModule, written: str) -> None:
-    """Set alpha as it was typed: a number, or the file of a search."""
-    from ..operators import set_alpha, set_variant
+def put_alpha(sparse: fx.GraphModule, written: str | None) -> None:
+    """Set alpha as it was typed: a number, ``leader``, or a JSON file; as it is if nothing was.
 
-    path = Path(written)
-    if not path.is_file():
-        set_alpha(sparse, parsing.fraction(written))
-        return
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        alpha, variant = found["alpha"], found["variant"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: not a file that select --out wrote ({error!r})") from error
-    set_variant(sparse, variant)
-    set_alpha(sparse, alpha)
+    Raises:
+        ArtifactError: There is no such file, or it is of another kind.
+        StateError: ``leader``, and no search that had one; or nothing was typed, and there are no settings.
+    """
+    from ..operators import added, set_alpha, set_variant
+
+    choice = added(sparse).choice
+    if written is None:
+        if choice is None and _is_base(sparse):
+            raise StateError("no alpha: give --alpha, or --settings FILE of select --out")
+    elif written == "leader":
+        if not (choice and choice["leader"]):
+            raise StateError("no leader: it is what select found, so give --settings FILE of select --out")
+        set_variant(sparse, choice["variant"])
+        set_alpha(sparse, choice["leader"])
+    elif Path(written).is_file():
+        try:
+            found = json.loads(Path(written).read_text("utf-8"))
+            set_variant(sparse, found.get("variant", "mean"))
+            set_alpha(sparse, found["alpha"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(
+                f'{written}: not a file that select --out wrote, or JSON such as {{"alpha": {{"layer1": 0.2}}}} '
+                f"({error!r}); settings are given as --settings"
+            ) from error
+        if found.get("threat"):
+            added(sparse).choice = found
+    else:
+        try:
+            set_alpha(sparse, number(written, "alpha"))
+        except ValueError as error:
+            raise ArtifactError(f"{written}: no such file, and no number from 0 such as 0.1 or 8/255") from error
+
+
+def _is_base(sparse: fx.GraphModule) -> bool:
+    from ..operators import get_alpha
+
+    return get_alpha(sparse) == 0
+
+
+def _nothing(sparse: fx.GraphModule) -> str:
+    """Say that alpha is 0, and what evaluate can do about it."""
+    from ..operators import added
+
+    choice = added(sparse).choice
+    text = "Alpha is 0, so the model is its base, and evaluate has nothing to compare."
+    if not choice or not choice["leader"]:
+        return f"{text} --alpha gives it another."
+    return f"{text} --alpha {choice['leader']:g} (with --settings also --alpha leader) takes what looked best."

@@ -15,7 +15,7 @@ from .options import Amp, DataOptions, DryRun, ModelOptions, dtype_of
 def calibrate(
     model: ModelOptions,
     data: DataOptions,
-    out: Annotated[Path, typer.Option(help="Statistics file to write (safetensors).")],
+    out: Annotated[Path, typer.Option(help="File to write: statistics and placement (safetensors).")],
     tolerance: Annotated[
         Any,
         typer.Option(
@@ -45,6 +45,7 @@ def calibrate(
     """
     from ..artifacts import require_place
     from ..calibrate import calibrate
+    from ..settings import save
     from ..shards import own_file, place
     from ..statistics.summary import summary_table
     from .loading import console, estimate, join_processes, leave_processes, open_images, open_sparse
@@ -73,7 +74,7 @@ def calibrate(
         timeout=timeout,
     )
     if rank == 0:
-        found.save(out)
+        save(sparse, out)
         console().print(summary_table(found))
         console().print(f"{len(found)} sites, {found.images} images: {out}")
     leave_processes(group)

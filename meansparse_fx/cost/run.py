@@ -16,6 +16,7 @@ from ..capture.copies import copied
 from ..nn import MeanSparse
 from ..sites import Placement
 from ..tables import Tabled, new_table
+from ..transform import inspect as run_inspect
 from ..transform import transform
 from .forms import FORMS, Form, Region
 from .tally import Tally, kept_bytes
@@ -170,7 +171,7 @@ def cost(model: nn.Module, images: Tensor, placement: Placement | str | None = N
     frozen = copied(model).requires_grad_(False)
     images = examples(images, model)
     sparse = transform(frozen, images, placement=placement, fuse="all")
-    shapes = {site.name: site.shape for site in sparse.meta["plan"]}
+    shapes = {site.name: site.shape for site in run_inspect(sparse)}
     floating = (p.dtype for p in model.parameters() if p.is_floating_point())
     dtype = next(floating, images.dtype)
     sites = []

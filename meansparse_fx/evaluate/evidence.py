@@ -16,17 +16,17 @@ from torch import Tensor, fx
 
 from .. import artifacts
 from ..errors import EvaluationError
-from ..operators import require_transformed, set_alpha, set_variant
+from ..operators import operators, require_transformed, set_alpha
 from ..outputs import Logits
 from ..passes import restore, returning_logits
 from ..statistics import fingerprint
 from .attacks import AttackSettings, check_ball
 from .plan import correct, device_of
 
-FORMAT, VERSION = "meansparse_fx.adversarial", "1"
+FORMAT, VERSION = "meansparse_fx.adversarial", "2"
 BATCH = 256
 MODELS = ("base", "sparse")
-_HEADER = ("rows", "eps", "norm", "weights", "alpha", "variant", "centre")
+_HEADER = ("rows", "eps", "norm", "weights", "alpha", "switches")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +40,8 @@ class Evidence:
         rows: ``clean``, and the attacks in their order.
         eps, norm: The ball.
         weights: Fingerprint of each model.
-        alpha, variant, centre: Of the transformed model.
+        alpha: Of the transformed model.
+        switches: Of its operators, by site: see `MeanSparse.switches`.
     """
 
     images: Tensor
@@ -52,8 +53,7 @@ class Evidence:
     norm: str
     weights: Mapping[str, str]
     alpha: float | Mapping[str, float]
-    variant: str
-    centre: str
+    switches: Mapping[str, Mapping[str, Any]]
 
     def save(self, path: str | Path) -> None:
         """Write the file."""
@@ -135,12 +135,12 @@ def verify(
 
     Args:
         path: Of the file that ``evaluate(..., save_adversarial=path)`` wrote.
-        sparse: The transformed model with its statistics; alpha and variant are those of the file, and put into it.
+        sparse: The transformed model with its statistics; alpha and switches are those of the file, and put into it.
         base, logits: As `evaluate` was given them.
 
     Raises:
         StateError: The model is not transformed.
-        EvaluationError: It has other weights, or an image is not in its ball.
+        EvaluationError: It has other weights or operators at other sites, or an image is not in its ball.
         ArtifactError: The file is truncated or of another kind.
     """
     require_transformed(sparse, "verify")
@@ -151,7 +151,15 @@ def verify(
             raise EvaluationError(f"{path}: adversarial images of another model, the weights of the {which} differ")
     models = {which: returning_logits(model, logits) for which, model in models.items()}
     with artifacts.understanding(path):
-        set_variant(sparse, found.variant, found.centre)
+        own = operators(sparse)
+        if differing := sorted(own.keys() ^ found.switches.keys()):
+            where = "here" if differing[0] in own else "there"
+            raise EvaluationError(
+                f"{path}: adversarial images of a model with operators at other sites, {differing[0]} has one {where} "
+                "only: take the same placement, or the settings that were evaluated"
+            )
+        for name, operator in own.items():
+            operator.set_switches(found.switches[name])
         set_alpha(sparse, found.alpha)
         settings = AttackSettings(found.eps, found.norm)
     broken: dict[str, int] = {}

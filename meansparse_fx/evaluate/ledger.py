@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import artifacts
 from ..errors import EvaluationError
-from ..operators import operators
+from ..operators import get_alpha, operators
 from ..statistics import fingerprint
 
 FORMAT, VERSION = "meansparse_fx.attacked", "2"
@@ -128,10 +128,11 @@ class Ledger:
         header, tensors = artifacts.read(path, FORMAT, VERSION, "a checkpoint of an evaluation")
         with artifacts.understanding(path):
             for what in {**self._identity, **header["identity"]}:
-                if header["identity"].get(what) != self._identity.get(what):
+                there, here = header["identity"].get(what), self._identity.get(what)
+                if there != here:
                     raise EvaluationError(
-                        f"{path}: a checkpoint of another run, its {what} differ: give it the same {what}, or remove "
-                        "it to start from the beginning"
+                        f"{path}: a checkpoint of another run, its {what} differ{_words(there, here)}: give it the "
+                        f"same {what}, or remove it to start from the beginning"
                     )
             self._digests, self._before = dict(header["digests"]), float(header["seconds"])
             self._masks = {
@@ -139,21 +140,38 @@ class Ledger:
             }
 
 
-def model_identity(sparse: nn.Module, alpha: bool) -> dict[str, str]:
+def _words(there: Any, here: Any) -> str:
+    """Return how two values differ, of mappings the first entry that does."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        name = next(name for name in there | here if there.get(name) != here.get(name))
+        return f" ({name} was {there.get(name)} and is {here.get(name)})"
+    return f" ({there} there, {here} here)" if here is not None else ""
+
+
+def model_identity(sparse: nn.Module, alpha: bool) -> dict[str, Any]:
     """Return fingerprints of a transformed model's weights and of its operators.
 
     Args:
         sparse: The model.
         alpha: Alpha and variant count as well: they do not where they are what is looked for.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, m in operators(sparse).items():
-        steepness = m.steepness, m.backward_steepness
-        options = (m.channels, m.channel_dim, m.centre_mode, m.strict, *steepness, *([m.variant] if alpha else []))
+    digest, found = hashlib.blake2b(digest_size=16), operators(sparse)
+    for name, m in found.items():
+        options = (m.channels, m.channel_dim, m.centre_mode, m.strict, m.steepness, m.backward_steepness)
         digest.update(f"{name} {options}".encode())
-        for vector in (m.mean, m.std, *([m.alpha] if alpha else [])):
+        for vector in (m.get_buffer("mean"), m.get_buffer("std")):
             digest.update(vector.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return {"weights": fingerprint(sparse), "statistics, alphas or variants": digest.hexdigest()}
+    own: Any = digest.hexdigest()
+    if alpha:
+        variants = {name: m.variant for name, m in found.items()}
+        own = {"statistics": own, "alpha": get_alpha(sparse), "variant": variants}
+    return {"weights": fingerprint(sparse), "statistics, alphas or variants": own}
+
+
+def image_digests(images: Tensor) -> list[str]:
+    """Return what stands for the values of each of the images ``[N, ...]``."""
+    rows = images.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy()
+    return [hashlib.blake2b(row.data, digest_size=8).hexdigest() for row in rows]
 
 
 def digest(*tensors: Tensor) -> str:

@@ -8,7 +8,8 @@ from torch import Tensor, fx
 
 from ..data import part_of
 from ..errors import EvaluationError
-from ..statistics import Statistics, overlap
+from ..operators import added
+from ..statistics import overlap
 from .sanity import Check
 
 _SLACK = 1e-3  # beyond [0, 1], of resizing and rounding
@@ -26,8 +27,8 @@ def check_calibration(sparse: fx.GraphModule, data: Any, images: Tensor) -> Chec
     Raises:
         EvaluationError: They were in other units, so that the statistics fit no image here.
     """
-    calibrated = sparse.meta.get("calibration")
-    if not isinstance(calibrated, Statistics):
+    calibrated = added(sparse).statistics
+    if calibrated is None:
         return None
     differences = []
     for shape in calibrated.metadata.get("image_shape", "").split(" + "):

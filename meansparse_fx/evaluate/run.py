@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, fx, nn
 from ..batches import as_batches, labelled, length
 from ..errors import EvaluationError
 from ..names import DEFAULT_ATTACKS
-from ..operators import get_alpha, operators, require_transformed
+from ..operators import added, get_alpha, operators, require_transformed
 from ..outputs import Logits
 from ..passes import restore, returning_logits
 from ..progress import bar, say_resumed
@@ -23,10 +24,10 @@ from ..statistics import fingerprint
 from .attacks import AttackSettings
 from .comparison import Comparison
 from .evidence import Evidence
-from .ledger import Ledger, digest, model_identity
+from .ledger import Ledger, digest, image_digests, model_identity
 from .plan import fitting, plan_runs
 from .provenance import check_calibration
-from .sanity import Check
+from .sanity import Check, checks_of_choice
 from .verdict import Evaluation
 
 SANITY_IMAGES = 100
@@ -113,10 +114,12 @@ def evaluate(
     runs = fitting(planned, attacks, models["sparse"], first[0])
     identity = model_identity(sparse, alpha=True) | {
         "base": None if base is None else fingerprint(base),
-        "attack settings": [f"{settings}", full_rows, sanity_images, compile, str(amp), save_adversarial is not None],
+        "attack settings": asdict(settings) | {"full_rows": full_rows, "compile": compile, "amp": str(amp)},
+        "sanity_images or save_adversarial": [sanity_images, save_adversarial is not None],
         "attacks or backwards": [run.name for run in runs],
         "logits": None if logits is None else str(getattr(logits, "__qualname__", logits)),
     }
+    choice = added(sparse).choice
     rank, world = place(group)
     ledger = Ledger(None if checkpoint is None else own_file(Path(checkpoint), rank, world), identity)
     keep = save_adversarial is not None
@@ -126,6 +129,7 @@ def evaluate(
             say_resumed(display, "batch", ledger.batches, length(as_batches(test, batch_size, pair=True)))
         task = display.add_task("attack", total=_count(test, batch_size, 2 * len(runs), world), note="")
         seen: list[str] = []
+        met: list[str] = []
         calibration: Check | None = None
         for index, (images, labels) in enumerate(itertools.chain([first], data)):
             if index == 0:
@@ -134,6 +138,8 @@ def evaluate(
                 comparison.meet(index, images, labels, sanity_images, lambda: display.advance(task))
                 display.update(task, note=comparison.so_far())
             sanity_images = max(0, sanity_images - len(images))
+            if choice is not None:
+                met += image_digests(images)
             if world > 1:
                 seen.append(digest(images, labels))
         ledger.require_whole(comparison.met)
@@ -152,7 +158,11 @@ def evaluate(
         seed=seed,
         seconds=seconds,
         cumulative=not full_rows,
-        checks=(*comparison.checks(outcomes), *([] if calibration is None else [calibration])),
+        checks=(
+            *comparison.checks(outcomes),
+            *checks_of_choice(choice, norm, eps, met),
+            *([] if calibration is None else [calibration]),
+        ),
     )
 
 
@@ -163,7 +173,6 @@ def _evidence(
     joined = {
         which: {name: torch.cat([part[which][name] for part in parts]) for name in parts[0][which]} for which in models
     }
-    first = next(iter(operators(sparse).values()))
     return Evidence(
         joined["base"]["images"],
         joined["base"]["labels"],
@@ -174,8 +183,7 @@ def _evidence(
         settings.norm,
         {which: fingerprint(model) for which, model in models.items()},
         get_alpha(sparse),
-        first.variant,
-        first.centre_mode,
+        {name: operator.switches() for name, operator in operators(sparse).items()},
     )
 
 

@@ -5,8 +5,10 @@ Data and arithmetic; runs no model. Each finding says what was seen; where the c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -145,6 +147,27 @@ def checks_of_labels(labels: Tensor, classes: int, clean: Tensor) -> Iterator[Ch
     if not passed:
         finding += ": the result is of these alone; were the images sorted by class? Draw them from all"
     yield Check("classes seen", passed, finding)
+
+
+def checks_of_choice(choice: Mapping[str, Any] | None, norm: str, eps: float, images: Sequence[str]) -> Iterator[Check]:
+    """Yield whether the search that chose alpha, if it is known, faced the same threat, on other images.
+
+    Args:
+        choice: As `AlphaSearch.apply` leaves it in the model.
+        norm, eps: Of this evaluation.
+        images: Hashes of its images.
+    """
+    if choice is None or not choice["threat"]:
+        return
+    threat = choice["threat"]
+    same = threat["norm"] == norm and math.isclose(threat["eps"], eps)
+    finding = f"alpha was chosen under {threat['norm']} eps {threat['eps']:.4g}"
+    if not same:
+        finding += f", and this is {norm} eps {eps:.4g}: what is best under one need not be under the other"
+    yield Check("threat of the choice", same, finding)
+    seen = len(set(images) & set(choice.get("images", ())))
+    finding = f"{seen} of {len(images)} images were used to choose alpha"
+    yield Check("unseen images", not seen, finding + (": too good a gain on them; evaluate on others" if seen else ""))
 
 
 def check_unbounded(which: str, left: Tensor) -> Check:

@@ -9,6 +9,6 @@ from .logits import returning_logits
 from .observe import observe
 from .restore import restore
 from .sparsify import sparsify
-from .uncalled import refuse_hooks
+from .uncalled import Added, refuse_hooks
 
-__all__ = ["fuse", "observe", "refuse_hooks", "restore", "returning_logits", "sparsify"]
+__all__ = ["Added", "fuse", "observe", "refuse_hooks", "restore", "returning_logits", "sparsify"]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from ..nn import ChannelMoments, MeanSparse
+from ..nn import MeanSparse
+from ..observer import ChannelMoments
 from ..rewrite import PREFIX, insert_module_before, sharing_copy
 from .restore import take_out
 

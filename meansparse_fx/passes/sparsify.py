@@ -37,7 +37,7 @@ def sparsify(graph_module: fx.GraphModule, plan: SitePlan) -> None:
     Alpha is 0, so nothing changes in value; an operator that takes a published one's place takes over what it holds.
     """
     places = plan.places(graph_module.graph)
-    graph_module.add_module(PREFIX, Added())
+    graph_module.add_module(PREFIX, Added(plan))
     for place in places:
         site = place.site
         operator = _operator(site, graph_module)

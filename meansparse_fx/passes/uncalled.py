@@ -8,25 +8,38 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from torch import fx, nn
 
 from ..hooks import close, reopen
 from ..nn import MeanSparse
 from ..rewrite import PREFIX
+from ..sites import Placement, SitePlan
+from ..statistics import Statistics
 
 _SHOWN = 3
 
 
 class Added(nn.Module):
-    """Holds what was added to a model.
+    """Holds what was added to a model, and how: here, because copies and pickles of a GraphModule keep its modules.
 
     Attributes:
+        plan: The model's sites.
+        placement: By which they were chosen, without its predicate, which need not be picklable.
+        fuse: As `transform` was told.
+        statistics: That the operators were given last; they may have got others since, from a state_dict.
+        choice: Of alpha, by a search: as `AlphaSearch.choice` returns it.
         frozen: What stays as it is in eval mode, in words; `train` says so once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, plan: SitePlan) -> None:
         super().__init__()
+        self.plan = plan.without_nodes()
+        self.placement = Placement()
+        self.fuse = "activation"
+        self.statistics: Statistics | None = None
+        self.choice: dict[str, Any] | None = None
         self.frozen: tuple[str, ...] = ()
 
     def train(self, mode: bool = True) -> Added:

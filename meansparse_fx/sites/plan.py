@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
 
 from rich.table import Table
 from torch import fx
@@ -58,6 +60,21 @@ class Site:
     published: str | None = None
     skipped: str | None = None
     fused: str | None = None
+
+    @property
+    def resolution(self) -> tuple[int, ...]:
+        """Sizes of the input's dimensions besides batch and channels."""
+        return tuple(size for dim, size in enumerate(self.shape) if dim not in (0, self.channel_dim))
+
+    def facts(self) -> dict[str, Any]:
+        """Return what files keep of it, as plain values."""
+        return {
+            "kind": self.kind,
+            "activation": self.activation and self.activation.name,
+            "channel_dim": self.channel_dim,
+            "channels": self.channels,
+            "after": self.producer,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +171,32 @@ class SitePlan(Tabled):
         """The sites that are rewritten."""
         return tuple(s for s in self.sites if s.skipped is None)
 
+    @property
+    def left(self) -> frozenset[str]:
+        """Names of the sites that the placement leaves alone."""
+        return frozenset(s.name for s in self.sites if (s.skipped or "").startswith("placement"))
+
     def with_fusion(self, fused: Mapping[str, str]) -> SitePlan:
         """Return the plan with what was fused at each site, by its name."""
         return SitePlan(tuple(replace(s, fused=fused.get(s.name)) for s in self.sites), self.route)
+
+    def stages(self) -> dict[str, str]:
+        """Return the stage of each active site: the largest module of one resolution.
+
+        Its first block may begin at the resolution before. Modules in a row that end at one resolution are one stage,
+        called by the first: EfficientNet's ``blocks.3`` and ``blocks.4``. A vision transformer is one stage.
+        """
+        found: dict[str, str] = {}
+        last: tuple[tuple[int, ...], str] = ((-1,), "")
+        for group, sites in _stages(self.active, 0) if self.active else ():
+            last = last if last[0] == sites[-1].resolution else (sites[-1].resolution, group)
+            found |= dict.fromkeys((site.name for site in sites), last[1])
+        return found
+
+    def without_nodes(self) -> SitePlan:
+        """Return the plan without the activations' weights, which are nodes and would keep the graph."""
+        sites = (replace(s, activation=s.activation and replace(s.activation, weight=None)) for s in self.sites)
+        return SitePlan(tuple(sites), self.route)
 
     def places(self, graph: fx.Graph) -> list[Place]:
         """Return where the active sites are in ``graph``, which the plan was made of; ask before it is changed."""
@@ -198,6 +238,33 @@ class SitePlan(Tabled):
             shape = "x".join(["N", *map(str, s.shape[1:])])
             table.add_row(s.name, what, shape, axis, s.producer, s.skipped or _rewritten(s))
         return table
+
+
+def _stages(sites: Sequence[Site], depth: int) -> Iterator[tuple[str, Sequence[Site]]]:
+    """Yield (name, sites) of the largest modules that are stages, ``depth`` names down and further."""
+    if _is_stage(sites, depth):
+        while len(sites) > 1 and len(_children(sites, depth)) == 1:
+            depth += 1
+        yield ".".join(sites[0].name.split(".")[:depth]) or sites[0].name, sites
+        return
+    for child in _children(sites, depth):
+        yield from _stages(child, depth + 1)
+
+
+def _is_stage(sites: Sequence[Site], depth: int) -> bool:
+    """Return whether all sites have one resolution, but for some of the first block before it is reduced."""
+    first, *others = _children(sites, depth)
+    if len(sites) == 1 or not others:
+        return len(sites) == 1 or _is_stage(first, depth + 1)
+    if len(first) == 1 and len(others) + 1 == len(sites):  # a block, or a network without blocks
+        return len({site.resolution for site in sites}) <= (2 if depth else 1)
+    end = {sites[-1].resolution}
+    agree = {first[-1].resolution} == end and all({site.resolution for site in child} == end for child in others)
+    return agree and _is_stage(first, depth + 1)
+
+
+def _children(sites: Sequence[Site], depth: int) -> list[list[Site]]:
+    return [list(group) for _, group in groupby(sites, key=lambda site: site.name.split(".")[: depth + 1])]
 
 
 def _rewritten(site: Site) -> str:

@@ -4,7 +4,7 @@
 values before and after an operator.
 """
 
-from .artifact import FORMAT, Statistics, fingerprint, graph_fingerprint, overlap
+from .artifact import FORMAT, Statistics, fingerprint, graph_fingerprint, overlap, weight_digests
 from .histogram import FeatureHistogram, typical
 from .moments import ChannelHistogram, ChannelStatistics
 
@@ -18,4 +18,5 @@ __all__ = [
     "graph_fingerprint",
     "overlap",
     "typical",
+    "weight_digests",
 ]

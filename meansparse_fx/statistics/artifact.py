@@ -8,8 +8,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +108,8 @@ class Statistics(Mapping[str, ChannelStatistics]):
             if self.table[name] != other.table[name]:
                 raise StatisticsError(f"cannot merge: {name} is {self.table[name]} in one and {other.table[name]}")
         pairs = [(own, other[name]) for name, own in self.sites.items()]
+        if not all(s.count for pair in pairs for s in pair):
+            raise StatisticsError("cannot merge: how many images one of them is of is not known; calibrate the model")
         if all(a.count == b.count and torch.equal(a.mean, b.mean) and torch.equal(a.m2, b.m2) for a, b in pairs):
             raise StatisticsError("cannot merge: both are of the same images, which would count twice")
         if (shared := overlap(self.seen, other.seen)) is not None:
@@ -123,6 +125,15 @@ class Statistics(Mapping[str, ChannelStatistics]):
         table = self.table or other.table
         seen = (*self.seen, *other.seen)
         return Statistics(sites, self.fingerprint, self.images + other.images, metadata, self.graph, table, seen)
+
+    def without(self, left: Collection[str], kinds: Collection[str]) -> Statistics:
+        """Return the statistics of fewer sites: without those that are ``left``, and of ``kinds`` alone."""
+        kept = {
+            n: s
+            for n, s in self.sites.items()
+            if n not in left and self.table.get(n, {"kind": None})["kind"] in {None, "published", *kinds}
+        }
+        return replace(self, sites=kept)
 
     def check(
         self,
@@ -152,7 +163,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
                 raise StatisticsError(f"{name}: statistics of {len(own.mean)} channels for a site of {expected}")
             if not (own.mean.isfinite().all() and own.m2.isfinite().all()):
                 raise StatisticsError(f"{name}: statistics hold NaN or inf; calibrate again")
-            if own.count < 1 or (own.m2 < 0).any():
+            if own.count < (not own.m2.any()) or (own.m2 < 0).any():
                 raise StatisticsError(f"{name}: count {own.count} or a negative m2 is no measurement; calibrate again")
         for name, activation in (activations or {}).items():
             measured = self.table.get(name, {}).get("activation")
@@ -161,8 +172,12 @@ class Statistics(Mapping[str, ChannelStatistics]):
                     f"{name}: measured before {measured}, the model has {activation} there: calibrate this model"
                 )
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, settings: Mapping[str, Any] | None = None) -> None:
         """Write a safetensors file; a reader sees the old file or the whole new one.
+
+        Args:
+            path: The file.
+            settings: Of a transformed model, to stand beside the statistics: see `settings`.
 
         Raises:
             WriteError: It cannot be written there; it is in the temporary folder instead, at the place named.
@@ -182,6 +197,8 @@ class Statistics(Mapping[str, ChannelStatistics]):
             "metadata": self.metadata,
             "seen": self.seen,
         }
+        if settings is not None:
+            header["settings"] = settings
         artifacts.write(path, FORMAT, FORMAT_VERSION, header, tensors, rescue=True)
 
     @classmethod
@@ -191,6 +208,11 @@ class Statistics(Mapping[str, ChannelStatistics]):
         Raises:
             ArtifactError: The file is truncated, not safetensors, or not written by this package.
         """
+        return cls.load_with_settings(path)[0]
+
+    @classmethod
+    def load_with_settings(cls, path: str | Path) -> tuple[Statistics, dict[str, Any] | None]:
+        """Return the statistics kept in a file, and the settings beside them if there are any."""
         header, tensors = artifacts.read(path, FORMAT, FORMAT_VERSION, "a statistics file")
         with artifacts.understanding(path):
             sites = {name: _site(tensors, name, count) for name, count in header["counts"].items()}
@@ -204,7 +226,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
                     raise TypeError(f"{fact!r} where {kind.__name__} belongs")
             if not all(isinstance(row, dict) for row in facts[-1].values()):
                 raise TypeError("rows of its table are no tables")
-            return cls(sites, *facts, seen)
+            return cls(sites, *facts, seen), header.get("settings")
 
 
 def overlap(own: Iterable[Part], others: Iterable[Part]) -> range | None:
@@ -241,14 +263,29 @@ def _site(tensors: Mapping[str, Tensor], name: str, count: int) -> ChannelStatis
 def fingerprint(model: nn.Module) -> str:
     """Return a hash of the base model's parameters and buffers, by name; what this package added is left out."""
     digest = hashlib.blake2b(digest_size=16)
-    state = model.state_dict()
-    for name in sorted(state):
-        if name.split(".")[0] == PREFIX or not isinstance(state[name], Tensor):
-            continue
-        value = state[name].detach().cpu().contiguous()
+    for name, value in _base_state(model):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def weight_digests(model: nn.Module) -> dict[str, str]:
+    """Return a hash of each of the tensors that `fingerprint` hashes together, by name: to say which differs."""
+    return {
+        name: hashlib.blake2b(
+            f"{value.dtype} {tuple(value.shape)} ".encode() + value.flatten().view(torch.uint8).numpy().tobytes(),
+            digest_size=8,
+        ).hexdigest()
+        for name, value in _base_state(model)
+    }
+
+
+def _base_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in the base model's part of a state_dict, on the CPU."""
+    state = model.state_dict()
+    for name in sorted(state):
+        if name.split(".")[0] != PREFIX and isinstance(state[name], Tensor):
+            yield name, state[name].detach().cpu().contiguous()
 
 
 def graph_fingerprint(graph_module: fx.GraphModule) -> str:

@@ -48,7 +48,7 @@ class ChannelStatistics:
     """Exact moments of one site's input.
 
     Attributes:
-        count: Values seen per channel (images times positions).
+        count: Values seen per channel (images times positions); 0 if that is not known, and m2 is the variance then.
         mean: ``[C]`` float64, in the units of the input.
         m2: ``[C]`` float64, sum of squared deviations from the mean.
         histogram: Of the same values, if it was asked for.

@@ -12,7 +12,7 @@ from meansparse_fx.activations import ActivationCall
 from meansparse_fx.kernels import layout as layouts
 from meansparse_fx.kernels import moments as module
 from meansparse_fx.kernels.moments import activation_moments, channel_moments
-from meansparse_fx.nn import ChannelMoments
+from meansparse_fx.observer import ChannelMoments
 
 LAYOUTS = {
     "contiguous": (lambda x: x, 1),

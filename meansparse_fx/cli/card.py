@@ -1,0 +1,155 @@
+"""Floor 6: a judged model as a folder, as `save_pretrained` of huggingface_hub's mixin would write it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import ArtifactError, StateError
+from . import parsing
+from .model import Shape
+from .options import ModelOptions
+
+if TYPE_CHECKING:
+    from ..settings import Settings
+
+SETTINGS = "settings.msfx.safetensors"
+
+_README = """\
+---
+library_name: meansparse_fx
+tags:
+- meansparse
+- adversarial-robustness
+- image-classification
+---
+
+# {model} with MeanSparse
+
+{headline}
+
+{table}
+
+{images} test images, {norm} eps {eps:.4g}, {steps} steps; {passed} of {checks} checks of the evaluation passed.{failed}
+
+## Use
+
+```python
+import meansparse_fx as msfx
+from safetensors.torch import load_file
+
+sparse = msfx.load("{settings}", model, images)  # model: the base, in eval mode; images: a few examples
+{weights}
+```
+
+Alpha: {alpha}. Statistics of {calibration}. What was attacked, and what such an evaluation cannot see:
+docs/robustness.md of meansparse_fx.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class OptionalModel(ModelOptions):
+    """A model, or none."""
+
+    model: Annotated[
+        str | None, typer.Argument(parser=parsing.model, metavar="[MODEL]", help="To put its weights into the folder.")
+    ] = None  # type: ignore[assignment]
+
+
+def card(
+    model: OptionalModel,
+    report: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="report.json of evaluate --out.")],
+    out: Annotated[Path, typer.Option(help="Folder for config.json, model.safetensors, README.md and the settings.")],
+    shape: Shape = None,
+) -> None:
+    """Write a folder for a model hub: settings, state_dict, and a model card with the evaluation's table.
+
+    Without MODEL the state_dict is that of the operators alone.
+    """
+    from safetensors.torch import save as to_bytes
+
+    from ..artifacts import require_place, write_folder
+    from ..settings import Settings
+    from .loading import console, open_model, random_images, transformed
+
+    if model.settings is None:
+        raise StateError("no settings: give --settings FILE of select --out, or of msfx.save")
+    require_place(out, folder=True)
+    settings = Settings.load(model.settings)
+    found = _read(report, settings)
+    state = settings.state_dict()
+    if model.model is not None:
+        net = open_model(model)
+        state = transformed(model, net, random_images(model, net, shape)).state_dict()
+    config = {
+        "library_name": "meansparse_fx",
+        "base_model": found["model"],
+        "base_fingerprint": settings.statistics.fingerprint,
+        "placement": {name: value for name, value in asdict(settings.placement).items() if name != "predicate"},
+        "fuse": settings.fuse,
+        "sites": [row for row in settings.sites if row["taken"]],
+    }
+    files = {
+        "config.json": (json.dumps(config, indent=2) + "\n").encode(),
+        "model.safetensors": to_bytes({k: v.contiguous().clone().cpu() for k, v in state.items()}, {"format": "pt"}),
+        "README.md": _card(found, settings, model.model is not None).encode(),
+        SETTINGS: model.settings.read_bytes(),
+    }
+    write_folder(out, files)
+    console().print(f"{', '.join(files)}: {out}", highlight=False)
+
+
+def _read(path: Path, settings: Settings) -> dict[str, Any]:
+    """Return the contents of report.json, of this model and these alphas."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        measured, alpha = found["calibration"]["fingerprint"], found["alpha"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: not a report.json that evaluate --out wrote ({error!r})") from error
+    if measured != settings.statistics.fingerprint:
+        raise StateError(f"{path}: of a model with other weights than {settings.path} is of")
+    own = _alphas(settings)
+    evaluated = alpha if isinstance(alpha, dict) else dict.fromkeys(own, alpha)
+    if differing := [site for site in own if evaluated.get(site) != own[site]]:
+        site = differing[0]
+        raise StateError(
+            f"{path}: evaluated at alpha {evaluated.get(site)} at {site}, where {settings.path} has {own[site]}: "
+            "evaluate with these settings, or save the model that was evaluated"
+        )
+    return found
+
+
+def _alphas(settings: Settings) -> dict[str, float]:
+    return {row["name"]: row["alpha"] for row in settings.sites if row["taken"]}
+
+
+def _card(report: dict[str, Any], settings: Settings, whole: bool) -> str:
+    base, sparse = report["base"], report["sparse"]
+    rows = [("clean", base["clean"], sparse["clean"], report["clean_change"])]
+    rows += [(name, base["robust"][name], share, None) for name, share in sparse["robust"].items()]
+    rows += [("**worst case**", base["worst_case"], sparse["worst_case"], report["gain"])]
+    lines = ["| accuracy in % | base | with MeanSparse | change, 95 % interval |", "|---|---|---|---|"]
+    for name, before, after, change in rows:
+        interval = f" [{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]" if change else ""
+        lines.append(f"| {name} | {100 * before:.1f} | {100 * after:.1f} | {100 * (after - before):+.1f}{interval} |")
+    alphas = _alphas(settings)
+    one = len(set(alphas.values())) == 1
+    failed = [f"{check['name']}: {check['finding']}." for check in report["checks"] if not check["passed"]]
+    return _README.format(
+        model=report["model"],
+        headline=report.get("headline", report["verdict"]),
+        table="\n".join(lines),
+        images=report["n_test"],
+        **{name: report["threat"][name] for name in ("norm", "eps", "steps")},
+        passed=len(report["checks"]) - len(failed),
+        checks=len(report["checks"]),
+        failed="".join(f"\n\n{line}" for line in failed),
+        settings=SETTINGS,
+        weights=f'sparse.load_state_dict(load_file("model.safetensors"){"" if whole else ", strict=False"})',
+        alpha=next(iter(alphas.values())) if one else "by site, in config.json",
+        calibration=f"{settings.statistics.images} images",
+    )

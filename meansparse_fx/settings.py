@@ -1,0 +1,196 @@
+"""Floor 4: all that makes a transformed model the function it is, in one file beside its statistics.
+
+A settings file is a statistics file whose header has one more entry, so that whoever wants statistics reads it too.
+Changes buffers and attributes of operators, never a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .errors import ArtifactError, StateError
+from .nn import MeanSparse
+from .operators import added, operators, require_transformed
+from .rewrite import PREFIX
+from .sites import Placement, Site
+from .statistics import ChannelStatistics, Statistics, fingerprint, weight_digests
+
+VERSION = "1"
+_CHOOSING = ("kinds", "include", "exclude", "channel_dims")  # of a Placement; its predicate is what it said
+
+
+def save(sparse: fx.GraphModule, path: str | Path) -> None:
+    """Write a transformed model's statistics and every setting to one safetensors file; `load` reads it.
+
+    Weights are not in it, but their fingerprint is.
+
+    Args:
+        sparse: What `transform` returned, with statistics, in eval mode.
+        path: The file, such as ``model.msfx.safetensors``; written whole or not at all.
+
+    Raises:
+        StateError: The model is not transformed, has no statistics, or is in train mode.
+        WriteError: It cannot be written there; it is in the temporary folder instead, at the place named.
+    """
+    require_transformed(sparse, "save")
+    own, found = added(sparse), operators(sparse)
+    if lacking := [name for name, operator in found.items() if not operator.calibrated]:
+        raise StateError(f"{lacking[0]}: no statistics to save: calibrate the model, or set_statistics, first")
+    placement = asdict(own.placement)
+    settings = {
+        "version": VERSION,
+        "sites": [_row(site, found.get(site.name)) for site in own.plan],
+        "placement": {name: placement[name] for name in _CHOOSING},
+        "fuse": own.fuse,
+        "weights": weight_digests(sparse),
+        "versions": {"meansparse_fx": version("meansparse_fx"), "torch": str(torch.__version__)},
+        "choice": own.choice,
+    }
+    _statistics(sparse).save(path, settings)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Settings:
+    """What a settings file holds.
+
+    Attributes:
+        path: Of the file, for messages.
+        statistics: Of the model.
+        sites: All candidate sites in graph order, as `Site.facts` and whether they are taken; alpha and switches of
+            those that are.
+        placement: That takes the same sites; of sites that the file does not have it takes all, for them to be noticed.
+        fuse: As `transform` takes it.
+        weights: Hashes of the base's tensors, by name.
+        choice: How alpha was chosen, as `AlphaSearch.choice` returns it, or None.
+    """
+
+    path: Path
+    statistics: Statistics
+    sites: tuple[dict[str, Any], ...]
+    placement: Placement
+    fuse: str
+    weights: dict[str, str]
+    choice: dict[str, Any] | None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Settings:
+        """Return what a file holds.
+
+        Raises:
+            ArtifactError: It is truncated, of another kind or version, or holds statistics alone.
+        """
+        statistics, held = Statistics.load_with_settings(path)
+        if held is None:
+            raise ArtifactError(
+                f"{path}: holds statistics and no settings: give it as statistics, or save the model by msfx.save"
+            )
+        if held["version"] != VERSION:
+            raise ArtifactError(f"{path}: settings of version {held['version']}; this release reads {VERSION}")
+        taken = {row["name"]: row["taken"] for row in held["sites"]}
+        lists = {name: tuple(held["placement"][name]) for name in _CHOOSING[:3]}
+        placement = Placement(
+            **lists,
+            channel_dims=held["placement"]["channel_dims"],
+            predicate=lambda site: taken.get(site.name, True),
+        )
+        rest = (held[name] for name in ("fuse", "weights", "choice"))
+        return cls(Path(path), statistics, tuple(held["sites"]), placement, *rest)
+
+    def put_into(self, sparse: fx.GraphModule) -> None:
+        """Make a newly transformed model the one that was saved.
+
+        Raises:
+            StateError: It is another model.
+        """
+        own, found = added(sparse), operators(sparse)
+        active, saved = [_row(site, None) for site in own.plan.active], [row for row in self.sites if row["taken"]]
+        nothing: dict[str, Any] = {}
+        for here, there in zip_longest(active, saved, fillvalue=nothing):
+            if any(here.get(key) != there.get(key) for key in ("name", *_COMPARED)):
+                raise StateError(
+                    f"{self.path}: settings of another model; the first differing site is {_words(there)} in the file "
+                    f"and {_words(here)} here{_why(here, there)}"
+                )
+        if fingerprint(sparse) != self.statistics.fingerprint:
+            raise StateError(f"{self.path}: settings of a model with other weights; {self._first_other_weight(sparse)}")
+        for row in saved:
+            self._set(found[row["name"]], row)
+        own.statistics, own.choice = self.statistics, self.choice
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the operators' part of the transformed model's state_dict, made without the model."""
+        state: dict[str, Tensor] = {}
+        for row in self.sites:
+            if row["taken"]:
+                operator = MeanSparse(row["name"], row["channels"], row["channel_dim"])
+                self._set(operator, row)
+                state |= operator.state_dict(prefix=f"{PREFIX}.{row['name']}.")
+        return state
+
+    def _set(self, operator: MeanSparse, row: Mapping[str, Any]) -> None:
+        operator.set_statistics(self.statistics[row["name"]])
+        operator.set_switches(row["switches"])
+        operator.set_alpha(row["alpha"])
+
+    def _first_other_weight(self, sparse: fx.GraphModule) -> str:
+        here = weight_digests(sparse)
+        other = sorted(name for name in here | self.weights if here.get(name) != self.weights.get(name))
+        first = None
+        for node in sparse.graph.nodes:
+            if first is None and node.op in ("call_module", "get_attr"):
+                first = next((n for n in other if n == node.target or n.startswith(f"{node.target}.")), None)
+            elif first is not None and node.op == "call_module":
+                reader = sparse.get_submodule(node.target)
+                if isinstance(reader, MeanSparse):
+                    return f"the first differing site is {reader.name}, behind {first}"
+        return f"{len(other)} of its tensors differ, {first or other[0]} first"
+
+
+_COMPARED = ("kind", "activation", "channel_dim", "channels", "fused")
+
+
+def _row(site: Site, operator: MeanSparse | None) -> dict[str, Any]:
+    row = {"name": site.name, **site.facts(), "fused": site.fused, "taken": site.skipped is None}
+    return row if operator is None else {**row, "alpha": operator.get_alpha(), "switches": operator.switches()}
+
+
+def _words(row: Mapping[str, Any]) -> str:
+    if not row:
+        return "none"
+    words = f"{row['name']} ({row['activation'] or row['kind']}, {row['channels']} channels at dim {row['channel_dim']}"
+    return words + (f"; fused: {row['fused']})" if row["fused"] else ")")
+
+
+def _why(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
+    if here and there and here["fused"] != there["fused"]:
+        return ": what is fused depends on which parameters want gradients, and on hooks; set both as they were"
+    return ""
+
+
+def _statistics(sparse: fx.GraphModule) -> Statistics:
+    """Return what the operators hold, with the counts of the calibration it is of, where that is known."""
+    own, known = added(sparse), added(sparse).statistics
+    sites: dict[str, ChannelStatistics] = {}
+    for name, operator in operators(sparse).items():
+        measured = known[name] if known is not None and name in known else None
+        if measured is None or not _holds(operator, measured):  # a published operator's, or a state_dict's
+            std = operator.std.double().cpu()
+            measured = ChannelStatistics(0, operator.mean.double().cpu(), std.square())  # whose root is exact
+        sites[name] = measured
+    table = {site.name: site.facts() for site in own.plan.active}
+    if known is None or not all(known.get(name) is measured for name, measured in sites.items()):
+        return Statistics(sites, fingerprint(sparse), 0, {}, "", table)
+    return Statistics(sites, fingerprint(sparse), known.images, known.metadata, known.graph, table, known.seen)
+
+
+def _holds(operator: MeanSparse, statistics: ChannelStatistics) -> bool:
+    pairs = ((operator.mean, statistics.mean), (operator.std, statistics.std))
+    return all(torch.equal(own.cpu(), given.cpu().to(own.dtype)) for own, given in pairs)

@@ -1,0 +1,327 @@
+"""What makes a transformed model the function it is, in a state_dict, a pickle or a file."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import meansparse_fx as msfx
+from meansparse_fx.errors import ArtifactError, EvaluationError, StateError, StatisticsError
+
+
+@pytest.fixture
+def sparse(net, images):
+    sparse = msfx.transform(net, images)
+    msfx.calibrate(sparse, images.split(5), progress=False)
+    msfx.set_alpha(sparse, 0.3)
+    return sparse
+
+
+def fresh(net, images):
+    """Another transformed model, with other settings everywhere."""
+    other = msfx.transform(net, images)
+    msfx.set_variant(other, "smooth", "layer", 3.0)
+    msfx.set_backward(other, "smooth", 4.0)
+    return other
+
+
+def check_same(got, expected, images):
+    """Values and input gradients, bit for bit."""
+    results = []
+    for model in (got, expected):
+        x = images.clone().requires_grad_()
+        y = model(x)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def set_strict(model):
+    for operator in msfx.operators(model).values():
+        operator.strict = True
+    msfx.set_alpha(model, 0.3)
+
+
+SWITCHES = {
+    "edge": lambda m: msfx.set_variant(m, "edge"),
+    "zero": lambda m: msfx.set_variant(m, centre="zero"),
+    "smooth": lambda m: msfx.set_variant(m, "smooth", steepness=5.0),
+    "strict": set_strict,
+    "identity": lambda m: msfx.set_backward(m, "identity"),
+    "smooth backward": lambda m: msfx.set_backward(m, "smooth", 2.0),
+    "by site": lambda m: msfx.set_alpha(m, {"relu": 0.5, "gelu": 0.1}),
+}
+
+
+@pytest.fixture(params=SWITCHES)
+def switched(request, sparse):
+    SWITCHES[request.param](sparse)
+    return sparse
+
+
+def through_safetensors(state, path):
+    save_file(state, path / "s")
+    return load_file(path / "s")
+
+
+def through_torch(state, path):
+    torch.save(state, path / "s")
+    return torch.load(path / "s", weights_only=True)
+
+
+@pytest.mark.parametrize("way", [through_safetensors, through_torch])
+def test_state_dict_is_the_function(net, images, switched, tmp_path, way):
+    other = fresh(net, images)
+    other.load_state_dict(way(switched.state_dict(), tmp_path))
+    check_same(other, switched, images)
+    for name, operator in msfx.operators(other).items():
+        assert operator.switches() == msfx.operators(switched)[name].switches()
+        assert torch.equal(operator.threshold, msfx.operators(switched)[name].threshold)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_assigned_state_is_the_models_own(net, images, sparse, device):
+    msfx.set_variant(sparse, "edge", "layer")
+    other = fresh(net, images).to(device)
+    state = sparse.state_dict()
+    other.load_state_dict(state, assign=True)
+    check_same(other, sparse, images)
+    msfx.set_alpha(other, 0.1)
+    assert msfx.get_alpha(sparse) == 0.3
+    assert not torch.equal(other(images), sparse(images))
+
+
+def test_state_dicts_of_before_say_what_they_lack(net, images, sparse):
+    state = {k: v for k, v in sparse.state_dict().items() if not k.endswith("_extra_state")}
+    other = msfx.transform(net, images)
+    with pytest.warns(
+        UserWarning, match="neither variant, centre, steepness, strictness nor backward in it: they stay"
+    ):
+        other.load_state_dict(state)
+    check_same(other, sparse, images)
+    assert msfx.get_alpha(other) == 0.3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.load_state_dict(net.state_dict(), strict=False)  # the base's alone
+
+
+def test_state_dicts_of_later_releases_are_refused(net, images, sparse):
+    state, key = sparse.state_dict(), "meansparse.relu._extra_state"
+    written = json.loads(bytes(state[key].tolist())) | {"soft": 1}
+    state[key] = torch.tensor(list(json.dumps(written).encode()), dtype=torch.uint8)
+    with pytest.raises(StateError, match=r"relu: settings of another release .*\(soft\)"):
+        msfx.transform(net, images).load_state_dict(state)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.35, 1 / 3, 1e-9, 0.1 + 0.2])
+def test_alpha_is_the_number_that_was_given(net, images, sparse, alpha):
+    msfx.set_alpha(sparse, alpha)
+    assert msfx.get_alpha(sparse) == alpha
+    assert msfx.get_alpha(copy.deepcopy(sparse)) == alpha
+    other = fresh(net, images)
+    other.load_state_dict(sparse.state_dict())
+    assert msfx.get_alpha(other) == alpha
+    msfx.operators(sparse)["relu"].alpha.fill_(0.7)  # not by set_alpha
+    assert msfx.get_alpha(sparse)["relu"] == 0.7
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("fuse", ["activation", "all"])
+def test_torch_save_keeps_the_plan(net, images, fuse):
+    placement = msfx.Placement(exclude=("slope",), predicate=lambda site: True)  # which cannot be pickled
+    sparse = msfx.transform(net.requires_grad_(False), images, placement=placement, fuse=fuse)
+    stats = msfx.calibrate(sparse, [images], progress=False)
+    msfx.set_alpha(sparse, 0.3)
+    loaded = pickled(pickled(sparse))
+    assert str(msfx.inspect(loaded)) == str(msfx.inspect(sparse))
+    assert torch.equal(loaded(images), sparse(images))
+    again = msfx.calibrate(loaded, [images], progress=False)
+    assert again.table == stats.table
+    assert again.table["relu"]["after"] == "batch_norm"
+    assert all(torch.equal(again[name].m2, stats[name].m2) for name in stats)
+    assert torch.equal(msfx.restore(loaded)(images), net(images))
+    with pytest.raises(StateError, match="transformed"):
+        msfx.transform(loaded, images)
+
+
+def test_file_is_the_model(net, images, switched, tmp_path):
+    msfx.save(switched, tmp_path / "a")
+    loaded = msfx.load(tmp_path / "a", net, images)
+    check_same(loaded, switched, images)
+    assert msfx.get_alpha(loaded) == msfx.get_alpha(switched)
+    assert str(msfx.inspect(loaded)) == str(msfx.inspect(switched))
+    msfx.save(loaded, tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    msfx.save(pickled(switched), tmp_path / "c")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "c").read_bytes()
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_file_of_a_model_whose_statistics_came_otherwise(net, images, sparse, tmp_path, double):
+    """From a state_dict: no calibration is known, and what the operators hold is kept to the last bit."""
+    if double:
+        net, images, sparse = net.double(), images.double(), sparse.double()
+    other = msfx.transform(net, images)
+    other.load_state_dict(sparse.state_dict())
+    for operator in msfx.operators(other).values():
+        operator.std.mul_(1.1)
+    msfx.set_alpha(other, 0.7)
+    msfx.save(other, tmp_path / "a")
+    check_same(msfx.load(tmp_path / "a", net, images), other, images)
+    kept = msfx.Statistics.load(tmp_path / "a")
+    assert (kept.images, kept["relu"].count) == (0, 0)
+    with pytest.raises(StatisticsError, match="not known"):
+        kept.merge(kept)
+
+
+def test_file_serves_as_statistics(net, images, sparse, tmp_path):
+    stats = msfx.calibrate(sparse, [images], progress=False)
+    msfx.save(sparse, tmp_path / "a")
+    kept = msfx.Statistics.load(tmp_path / "a")
+    assert (kept.images, kept.metadata, kept.table) == (12, stats.metadata, stats.table)
+    other = msfx.transform(net, images, statistics=tmp_path / "a", alpha=0.3)
+    assert torch.equal(other(images), sparse(images))
+    stats.save(tmp_path / "b")
+    with pytest.raises(ArtifactError, match="holds statistics and no settings"):
+        msfx.load(tmp_path / "b", net, images)
+    with pytest.raises(StateError, match="leave out placement"):
+        msfx.transform(net, images, settings=tmp_path / "a", statistics=stats)
+
+
+def test_file_keeps_placement_and_fusion(net, images, tmp_path):
+    placement = msfx.Placement(exclude=("slope",), predicate=lambda site: site.name != "relu_1")
+    sparse = msfx.transform(net.requires_grad_(False), images, placement=placement, fuse="all")
+    msfx.calibrate(sparse, [images], progress=False)
+    msfx.set_alpha(sparse, 0.4)
+    msfx.save(sparse, tmp_path / "a")
+    loaded = msfx.load(tmp_path / "a", net, images)
+    check_same(loaded, sparse, images)
+    assert str(msfx.inspect(loaded)) == str(msfx.inspect(sparse))
+    assert list(msfx.operators(loaded)) == ["relu", "gelu"]
+    net.requires_grad_(True)
+    with pytest.raises(StateError, match=r"first differing site is relu \(.*fused: norm.* want gradients"):
+        msfx.load(tmp_path / "a", net, images)
+
+
+def other_weights(net):
+    with torch.no_grad():
+        net.slope.weight[0] += 1
+
+
+def one_site_more(net):
+    net.conv2 = torch.nn.Sequential(net.conv2, torch.nn.ReLU())
+
+
+def other_activation(net):
+    net.relu = torch.nn.SiLU()
+
+
+OTHER_MODELS = {
+    "weights": (other_weights, r"other weights; the first differing site is slope, behind slope.weight"),
+    "site": (one_site_more, r"first differing site is relu_1 \(relu, .*in the file and conv2.1 \(relu, 8"),
+    "activation": (other_activation, r"first differing site is relu \(relu, 8 .* in the file and relu \(silu, 8"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_MODELS)
+def test_file_is_refused_on_another_model(net, images, sparse, tmp_path, kind):
+    change, message = OTHER_MODELS[kind]
+    msfx.save(sparse, tmp_path / "a")
+    change(net)
+    with pytest.raises(StateError, match=message):
+        msfx.load(tmp_path / "a", net.eval(), images)
+
+
+def test_what_cannot_be_saved(net, images, sparse, tmp_path):
+    with pytest.raises(StateError, match="relu: no statistics to save"):
+        msfx.save(msfx.transform(net, images), tmp_path / "a")
+    with pytest.raises(StateError, match="no MeanSparse operators"):
+        msfx.save(net, tmp_path / "a")
+    with pytest.raises(StateError, match="not a wrapper"):
+        msfx.save(torch.nn.Sequential(sparse), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_patterns_of_alpha(net, images, sparse):
+    msfx.set_alpha(sparse, 0.0)
+    msfx.set_alpha(sparse, {"relu": 0.4})  # a site's name is that site alone
+    assert msfx.get_alpha(sparse) == {"relu": 0.4, "relu_1": 0.0, "slope": 0.0, "gelu": 0.0}
+    msfx.set_alpha(sparse, {"relu": 0.1, "r.lu|gelu": 0.2, "^relu_[0-9]$": 0.3})
+    assert msfx.get_alpha(sparse) == {"relu": 0.1, "relu_1": 0.3, "slope": 0.0, "gelu": 0.2}
+    for unknown in ("layer[12]", "relu("):
+        with pytest.raises(StateError, match="no such site"):
+            msfx.set_alpha(sparse, {"relu": 0.5, unknown: 0.1})
+    assert msfx.get_alpha(sparse)["relu"] == 0.1
+
+
+def test_statistics_of_more_sites_serve_a_subset(net, images, sparse):
+    stats = msfx.calibrate(sparse, [images], progress=False)
+    fewer = msfx.transform(net, images, placement=msfx.Placement(include=("relu",)), statistics=stats, alpha=0.3)
+    msfx.set_alpha(sparse, {"slope|gelu": 0})
+    assert torch.equal(fewer(images), sparse(images))
+    residual = msfx.transform(net, images, placement=msfx.Placement(kinds=("activation", "residual_sum")))
+    more = msfx.calibrate(residual, [images], progress=False)
+    assert torch.equal(msfx.transform(net, images, statistics=more)(images), net(images))
+    del stats.sites["relu"]
+    with pytest.raises(StatisticsError, match=r"lack 1 site.*: relu"):
+        msfx.transform(net, images, placement=msfx.Placement(include=("relu",)), statistics=stats)
+
+
+SEARCH = {"eps": 0.03, "steps": 1, "attacks": ("apgd-ce/exact",), "progress": False}
+
+
+@pytest.fixture
+def chosen(sparse, images, labels):
+    """A model whose alpha was chosen on the first eight images."""
+    search = msfx.select_alpha(sparse, (images[:8], labels[:8]), alphas=(0.2, 0.3), **SEARCH)
+    search.apply(sparse)
+    msfx.set_alpha(sparse, 0.3)
+    return sparse
+
+
+def found(evaluation):
+    return {
+        c.name: (c.passed, c.finding) for c in evaluation.checks if c.name in ("threat of the choice", "unseen images")
+    }
+
+
+def test_evaluate_says_what_the_choice_saw(net, images, labels, chosen, tmp_path):
+    msfx.save(chosen, tmp_path / "a")
+    loaded = msfx.load(tmp_path / "a", net, images)
+    for model in (chosen, loaded, pickled(chosen)):
+        options = SEARCH | {"sanity_images": 0, "batch_size": 3}
+        assert found(msfx.evaluate(model, (images[8:], labels[8:]), **options)) == {
+            "threat of the choice": (True, "alpha was chosen under Linf eps 0.03"),
+            "unseen images": (True, "0 of 4 images were used to choose alpha"),
+        }
+        again = found(msfx.evaluate(model, (images[6:], labels[6:]), **options | {"eps": 0.05}))
+        assert [passed for passed, _ in again.values()] == [False, False]
+        assert "eps 0.03, and this is Linf eps 0.05" in again["threat of the choice"][1]
+        assert again["unseen images"][1].startswith("2 of 6 images were used to choose alpha")
+
+
+def test_no_choice_no_checks_of_it(images, labels, sparse):
+    assert not found(msfx.evaluate(sparse, (images, labels), **SEARCH, sanity_images=0))
+
+
+def test_a_checkpoint_of_another_run_says_what_differs(images, labels, sparse, tmp_path):
+    options = SEARCH | {"sanity_images": 0, "checkpoint": tmp_path / "c"}
+    msfx.evaluate(sparse, (images, labels), **options)
+    with pytest.raises(EvaluationError, match=r"attack settings differ \(eps was 0.03 and is 0.04\)"):
+        msfx.evaluate(sparse, (images, labels), **options | {"eps": 0.04})
+    msfx.set_alpha(sparse, 0.2)
+    with pytest.raises(EvaluationError, match=r"alphas or variants differ \(alpha was 0.3 and is 0.2\)"):
+        msfx.evaluate(sparse, (images, labels), **options)
