@@ -81,11 +81,12 @@ def set_alpha(model: nn.Module, alpha: float | Mapping[str, float]) -> None:
     if not isinstance(alpha, Mapping):
         several = "alpha for all sites (for each its own: a mapping from site name)"
         alpha = dict.fromkeys(found, number(alpha, several))
+    alpha = {key: number(value, f"{key}: alpha") for key, value in alpha.items()}
     if unknown := unknown_sites(alpha, found):
         raise StateError(f"no such site: {', '.join(unknown[:3])}; sites are {', '.join(list(found)[:3])}, ...")
     for name, operator in found.items():
         if (value := alpha_of(alpha, name, found)) is not None:
-            operator.set_alpha(number(value, f"{name}: alpha"))
+            operator.set_alpha(value)
 
 
 def alpha_of(alpha: Mapping[str, float], site: str, sites: Container[str]) -> float | None:
