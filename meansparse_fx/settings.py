@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from . import artifacts
 from .errors import ArtifactError, StateError
 from .nn import MeanSparse
 from .operators import added, operators, require_transformed
@@ -92,17 +93,17 @@ class Settings:
             raise ArtifactError(
                 f"{path}: holds statistics and no settings: give it as statistics, or save the model by msfx.save"
             )
-        if held["version"] != VERSION:
-            raise ArtifactError(f"{path}: settings of version {held['version']}; this release reads {VERSION}")
-        taken = {row["name"]: row["taken"] for row in held["sites"]}
-        lists = {name: tuple(held["placement"][name]) for name in _CHOOSING[:3]}
-        placement = Placement(
-            **lists,
-            channel_dims=held["placement"]["channel_dims"],
-            predicate=lambda site: taken.get(site.name, True),
-        )
-        rest = (held[name] for name in ("fuse", "weights", "choice"))
-        return cls(Path(path), statistics, tuple(held["sites"]), placement, *rest)
+        with artifacts.understanding(path):
+            if held["version"] != VERSION:
+                raise ArtifactError(f"{path}: settings of version {held['version']}; this release reads {VERSION}")
+            taken = {row["name"]: row["taken"] for row in held["sites"]}
+            placement = Placement(
+                **{name: tuple(held["placement"][name]) for name in _CHOOSING[:3]},
+                channel_dims=held["placement"]["channel_dims"],
+                predicate=lambda site: taken.get(site.name, True),
+            )
+            rest = (held[name] for name in ("fuse", "weights", "choice"))
+            return cls(Path(path), statistics, tuple(held["sites"]), placement, *rest)
 
     def put_into(self, sparse: fx.GraphModule) -> None:
         """Make a newly transformed model the one that was saved.
@@ -110,20 +111,23 @@ class Settings:
         Raises:
             StateError: It is another model.
         """
-        own, found = added(sparse), operators(sparse)
-        active, saved = [_row(site, None) for site in own.plan.active], [row for row in self.sites if row["taken"]]
-        nothing: dict[str, Any] = {}
-        for here, there in zip_longest(active, saved, fillvalue=nothing):
-            if any(here.get(key) != there.get(key) for key in ("name", *_COMPARED)):
+        with artifacts.understanding(self.path):
+            own, found = added(sparse), operators(sparse)
+            active, saved = [_row(site, None) for site in own.plan.active], [row for row in self.sites if row["taken"]]
+            nothing: dict[str, Any] = {}
+            for here, there in zip_longest(active, saved, fillvalue=nothing):
+                if any(here.get(key) != there.get(key) for key in ("name", *_COMPARED)):
+                    raise StateError(
+                        f"{self.path}: settings of another model; the first differing site is {_words(there)} in the "
+                        f"file and {_words(here)} here{_why(here, there)}"
+                    )
+            if fingerprint(sparse) != self.statistics.fingerprint:
                 raise StateError(
-                    f"{self.path}: settings of another model; the first differing site is {_words(there)} in the file "
-                    f"and {_words(here)} here{_why(here, there)}"
+                    f"{self.path}: settings of a model with other weights; {self._first_other_weight(sparse)}"
                 )
-        if fingerprint(sparse) != self.statistics.fingerprint:
-            raise StateError(f"{self.path}: settings of a model with other weights; {self._first_other_weight(sparse)}")
-        for row in saved:
-            self._set(found[row["name"]], row)
-        own.statistics, own.choice = self.statistics, self.choice
+            for row in saved:
+                self._set(found[row["name"]], row)
+            own.statistics, own.choice = self.statistics, self.choice
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the operators' part of the transformed model's state_dict, made without the model."""

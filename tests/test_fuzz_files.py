@@ -42,6 +42,13 @@ def statistics(path, model):
     return lambda: msfx.set_statistics(model[1], path)
 
 
+def settings(path, model):
+    net, sparse, images, measured = model
+    msfx.set_statistics(sparse, measured)
+    msfx.save(sparse, path)
+    return lambda: msfx.load(path, net, images)(images)
+
+
 class Batches(Sequence):
     """Images one by one; breaks off before ``end``."""
 
@@ -87,7 +94,8 @@ def adversarial(path, model):
         labels = net(images).argmax(1)
     rows, weights = ("clean", "apgd-ce/exact"), dict.fromkeys(("base", "sparse"), msfx.statistics.fingerprint(net))
     of_both = [{which: value.clone() for which in ("base", "sparse")} for value in (images, torch.full((6,), -1))]
-    Evidence(images, labels, *of_both, rows, 0.1, "Linf", weights, 0.0, "mean", "channel").save(path)
+    switches = {name: operator.switches() for name, operator in msfx.operators(sparse).items()}
+    Evidence(images, labels, *of_both, rows, 0.1, "Linf", weights, 0.0, switches).save(path)
     return lambda: str(verify(path, sparse))
 
 
@@ -153,7 +161,7 @@ def picture(path, _):
 
 
 FOLDERS = (npy, idx, idx_gz, cifar_binary, cifar_python, picture)
-READERS = (statistics, calibration, ledger, adversarial, safetensors, state_dict, npz, compressed, *FOLDERS)
+READERS = (statistics, settings, calibration, ledger, adversarial, safetensors, state_dict, npz, compressed, *FOLDERS)
 
 
 def damaged(raw: bytes, choose: random.Random) -> bytes:
@@ -242,7 +250,7 @@ def strange_tensor(tensor, choose):
     )(tensor).clone()
 
 
-@pytest.mark.parametrize("make", [statistics, calibration, ledger, adversarial], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", READERS[:5], ids=lambda make: make.__name__)
 def test_strange_values(make, tmp_path, model):
     """Well-formed files, of which one part has another type, shape or value."""
     path, whole, read = prepared(make, tmp_path, model)
