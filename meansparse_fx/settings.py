@@ -65,8 +65,7 @@ class Settings:
     Attributes:
         path: Of the file, for messages.
         statistics: Of the model.
-        sites: All candidate sites in graph order, as `Site.facts` and whether they are taken; alpha and switches of
-            those that are.
+        sites: That are taken, in graph order: `Site.facts`, alpha and switches.
         placement: That takes the same sites; of sites that the file does not have it takes all, for them to be noticed.
         fuse: As `transform` takes it.
         weights: Hashes of the base's tensors, by name.
@@ -103,7 +102,7 @@ class Settings:
                 predicate=lambda site: taken.get(site.name, True),
             )
             rest = (held[name] for name in ("fuse", "weights", "choice"))
-            return cls(Path(path), statistics, tuple(held["sites"]), placement, *rest)
+            return cls(Path(path), statistics, tuple(row for row in held["sites"] if row["taken"]), placement, *rest)
 
     def put_into(self, sparse: fx.GraphModule) -> None:
         """Make a newly transformed model the one that was saved.
@@ -113,9 +112,8 @@ class Settings:
         """
         with artifacts.understanding(self.path):
             own, found = added(sparse), operators(sparse)
-            active, saved = [_row(site, None) for site in own.plan.active], [row for row in self.sites if row["taken"]]
-            nothing: dict[str, Any] = {}
-            for here, there in zip_longest(active, saved, fillvalue=nothing):
+            active, nothing = [_row(site, None) for site in own.plan.active], dict[str, Any]()
+            for here, there in zip_longest(active, self.sites, fillvalue=nothing):
                 if any(here.get(key) != there.get(key) for key in ("name", *_COMPARED)):
                     raise StateError(
                         f"{self.path}: settings of another model; the first differing site is {_words(there)} in the "
@@ -125,7 +123,7 @@ class Settings:
                 raise StateError(
                     f"{self.path}: settings of a model with other weights; {self._first_other_weight(sparse)}"
                 )
-            for row in saved:
+            for row in self.sites:
                 self._set(found[row["name"]], row)
             own.statistics, own.choice = self.statistics, self.choice
 
@@ -133,10 +131,9 @@ class Settings:
         """Return the operators' part of the transformed model's state_dict, made without the model."""
         state: dict[str, Tensor] = {}
         for row in self.sites:
-            if row["taken"]:
-                operator = MeanSparse(row["name"], row["channels"], row["channel_dim"])
-                self._set(operator, row)
-                state |= operator.state_dict(prefix=f"{PREFIX}.{row['name']}.")
+            operator = MeanSparse(row["name"], row["channels"], row["channel_dim"])
+            self._set(operator, row)
+            state |= operator.state_dict(prefix=f"{PREFIX}.{row['name']}.")
         return state
 
     def _set(self, operator: MeanSparse, row: Mapping[str, Any]) -> None:

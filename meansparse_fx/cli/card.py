@@ -91,7 +91,7 @@ def card(
         "base_fingerprint": settings.statistics.fingerprint,
         "placement": {name: value for name, value in asdict(settings.placement).items() if name != "predicate"},
         "fuse": settings.fuse,
-        "sites": [row for row in settings.sites if row["taken"]],
+        "sites": settings.sites,
     }
     files = {
         "config.json": (json.dumps(config, indent=2) + "\n").encode(),
@@ -112,7 +112,7 @@ def _read(path: Path, settings: Settings) -> dict[str, Any]:
         raise ArtifactError(f"{path}: not a report.json that evaluate --out wrote ({error!r})") from error
     if measured != settings.statistics.fingerprint:
         raise StateError(f"{path}: of a model with other weights than {settings.path} is of")
-    own = _alphas(settings)
+    own = {row["name"]: row["alpha"] for row in settings.sites}
     evaluated = alpha if isinstance(alpha, dict) else dict.fromkeys(own, alpha)
     if differing := [site for site in own if evaluated.get(site) != own[site]]:
         site = differing[0]
@@ -121,10 +121,6 @@ def _read(path: Path, settings: Settings) -> dict[str, Any]:
             "evaluate with these settings, or save the model that was evaluated"
         )
     return found
-
-
-def _alphas(settings: Settings) -> dict[str, float]:
-    return {row["name"]: row["alpha"] for row in settings.sites if row["taken"]}
 
 
 def _card(report: dict[str, Any], settings: Settings, whole: bool) -> str:
@@ -136,8 +132,7 @@ def _card(report: dict[str, Any], settings: Settings, whole: bool) -> str:
     for name, before, after, change in rows:
         interval = f" [{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]" if change else ""
         lines.append(f"| {name} | {100 * before:.1f} | {100 * after:.1f} | {100 * (after - before):+.1f}{interval} |")
-    alphas = _alphas(settings)
-    one = len(set(alphas.values())) == 1
+    alphas = {row["alpha"] for row in settings.sites}
     failed = [f"{check['name']}: {check['finding']}." for check in report["checks"] if not check["passed"]]
     return _README.format(
         model=report["model"],
@@ -150,6 +145,6 @@ def _card(report: dict[str, Any], settings: Settings, whole: bool) -> str:
         failed="".join(f"\n\n{line}" for line in failed),
         settings=SETTINGS,
         weights=f'sparse.load_state_dict(load_file("model.safetensors"){"" if whole else ", strict=False"})',
-        alpha=next(iter(alphas.values())) if one else "by site, in config.json",
+        alpha=alphas.pop() if len(alphas) == 1 else "by site, in config.json",
         calibration=f"{settings.statistics.images} images",
     )
