@@ -280,6 +280,7 @@ class MeanSparse(nn.Module):
                 self._buffers[name] = self.get_buffer(name).clone()
             for name in ("centre", "threshold"):
                 self._buffers[name] = torch.empty_like(self.mean)
+            self.gate_steepness = self.alpha.new_tensor(self.backward_steepness)
         self._refresh()
 
     def extra_repr(self) -> str:

@@ -89,9 +89,11 @@ def test_state_dict_is_the_function(net, images, switched, tmp_path, way):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_assigned_state_is_the_models_own(net, images, sparse, device):
     msfx.set_variant(sparse, "edge", "layer")
+    msfx.set_backward(sparse, "smooth", 7.0)
     other = fresh(net, images).to(device)
     state = sparse.state_dict()
     other.load_state_dict(state, assign=True)
+    assert all(operator.gate_steepness.item() == 7 for operator in msfx.operators(other).values())
     check_same(other, sparse, images)
     msfx.set_alpha(other, 0.1)
     assert msfx.get_alpha(sparse) == 0.3
