@@ -69,7 +69,7 @@ class Settings:
         placement: That takes the same sites; of sites that the file does not have it takes all, for them to be noticed.
         fuse: As `transform` takes it.
         weights: Hashes of the base's tensors, by name.
-        choice: How alpha was chosen, as `AlphaSearch.choice` returns it, or None.
+        choice: How alpha was chosen, as `AlphaSearch.to_dict` returns it, or None.
     """
 
     path: Path
