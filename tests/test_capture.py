@@ -18,7 +18,7 @@ from tests.models import Functional
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 SYMBOLIC = "symbolic trace"
-BUFFERS_CONSTANT = "symbolic trace with buffers as constants"
+BY_EXAMPLE = "symbolic trace at the example's image size"
 
 
 class Plain(nn.Module):
@@ -290,7 +290,7 @@ def test_names_that_a_graph_module_needs_are_refused(name):
         capture(model.eval(), IMAGES)
 
 
-def test_branches_on_buffers_fall_back_to_constants():
+def test_branches_on_buffers_are_answered_by_the_example():
     class Switched(nn.Module):
         def __init__(self):
             super().__init__()
@@ -301,7 +301,7 @@ def test_branches_on_buffers_fall_back_to_constants():
             return self.act(x) if self.on else x
 
     captured = capture(Switched().eval(), IMAGES)
-    assert captured.route == BUFFERS_CONSTANT
+    assert captured.route == BY_EXAMPLE
     assert captured.graph_module.state_dict().keys() == {"on"}
 
 

@@ -23,7 +23,7 @@ from meansparse_fx.sites.shapes import cheap_fake
 from tests.models import Functional
 
 IMAGES = torch.linspace(-1, 1, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8)
-BY_EXAMPLE = ROUTES[2].name
+BY_EXAMPLE = ROUTES[1].name
 GREATEST = 9.0
 
 

@@ -20,7 +20,7 @@ from ..rewrite import adopt
 from .copies import copied
 from .examples import trace_by_example
 from .preconditions import check_model, taken_off
-from .tracing import ModelTracer, Traced, trace
+from .tracing import Traced, trace
 from .uncompiled import as_python
 from .verify import Reference
 
@@ -142,13 +142,9 @@ class Route:
     needs_images: bool = False
 
 
-# The first two make graphs for any image size. The third takes over where both fail, for it holds for one size only.
+# The first makes graphs for any image size. The second takes over where it fails, for it holds for one size only.
 ROUTES = (
     Route("symbolic trace", lambda model, _: trace(model)),
-    Route(
-        "symbolic trace with buffers as constants",
-        lambda model, _: trace(model, lambda leaves: ModelTracer(leaves, trace_buffers=False)),
-    ),
     Route("symbolic trace at the example's image size", trace_by_example, needs_images=True),
 )
 

@@ -90,15 +90,12 @@ class ModelTracer(fx.Tracer):
 
     Args:
         leaves: Module types not to trace into, besides torch.nn's own and those timm marks.
-        trace_buffers: Buffers are read by the graph, as parameters are. Otherwise what the model computes from
-            buffers alone is computed once, while tracing.
     """
 
-    def __init__(self, leaves: frozenset[type] = frozenset(), trace_buffers: bool = True) -> None:
+    def __init__(self, leaves: frozenset[type] = frozenset()) -> None:
         registry = _timm_registry()
         super().__init__(autowrap_functions=tuple(registry.get_notrace_functions()) if registry else ())
         self._leaves = leaves | frozenset(registry.get_notrace_modules() if registry else ())
-        self._trace_buffers = trace_buffers
         self._state_names: dict[int, str] = {}
         self.entered: dict[str, None] = {"": None}
         self._attributes: dict[int, fx.Proxy] = {}  # what the graph calls and no graph can write down, by id
@@ -223,9 +220,7 @@ class ModelTracer(fx.Tracer):
         self, root_fn: Callable, is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable, list[Any]]:
         """Return a call with one placeholder: optional arguments keep their defaults and the root's hooks run."""
-        state: dict[str, Tensor] = dict(self.root.named_parameters())
-        if self._trace_buffers:
-            state |= dict(self.root.named_buffers())
+        state: dict[str, Tensor] = {**dict(self.root.named_parameters()), **dict(self.root.named_buffers())}
         self._state_names = {id(tensor): name for name, tensor in state.items()}
         images = self.create_proxy("placeholder", _input_name(self.root), (), {})
 
