@@ -70,7 +70,7 @@ def test_python_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
     names = names_of_the_reader()
     for block in blocks(page, "python"):
         exec(compile(block, page.name, "exec"), names)
-    assert capsys.readouterr().out.strip()
+        assert bool(capsys.readouterr().out.strip()) or "print(" not in block
 
 
 COMMANDS = [
