@@ -151,7 +151,8 @@ def set_statistics(model: nn.Module, statistics: Statistics | str | Path, check_
         statistics = Statistics.load(statistics)
     found, own = operators(model), model._modules.get(PREFIX)
     if isinstance(own, Added):
-        statistics = statistics.without(own.plan.left, own.placement.kinds)
+        kinds = {*own.placement.kinds, *(site.kind for site in own.plan)}  # a published model's are not its placement's
+        statistics = statistics.without(own.plan.left, kinds)
     channels = {name: operator.channels for name, operator in found.items()}
     activations = {name: operator.activation.name for name, operator in found.items() if operator.activation}
     statistics.check(channels, fingerprint(model) if check_weights else None, activations)

@@ -137,7 +137,8 @@ def test_the_model_is_not_changed(norm_and_relu, images):
     assert isinstance(norm_and_relu, nn.Sequential)
 
 
-def test_table_and_dictionary(preactivation, images):
+def test_table_and_dictionary(preactivation, images, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     found = msfx.cost(preactivation, images)
     (line,) = (line for line in str(found).splitlines() if line.startswith("relu"))
     assert "norm + sum + norm" in line

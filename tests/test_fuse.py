@@ -115,7 +115,8 @@ def calibrated(model, images, **options):
     return sparse
 
 
-def test_what_is_fused(images):
+def test_what_is_fused(images, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # of the terminal that the plan is printed on
     fused = msfx.transform(build(PostActivation), images, fuse="all")
     assert {s.name: s.fused for s in fused.meta["plan"]} == {
         "relu": "norm",
