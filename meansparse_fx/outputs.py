@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import EvaluationError
 
@@ -93,3 +93,20 @@ def logits_in(output: Any, logits: Logits = None) -> Tensor:
             "function of what it returns"
         )
     return found
+
+
+def logits_of(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Return the model's logits ``[N, K]``, or ``[N, K, H, W]`` if labels are maps, refusing anything else."""
+    logits = model(images)
+    size = [] if labels is None else list(labels.shape[1:])
+    if not isinstance(logits, Tensor) or logits.dim() != 2 + len(size) or len(logits) != len(images):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise EvaluationError(f"expected logits [N, classes{', H, W' if size else ''}] from the model, got {shape}")
+    if list(logits.shape[2:]) != size:
+        raise EvaluationError(
+            f"logits of {list(logits.shape[2:])} pixels for label maps of {size}: bring them to the maps' size inside "
+            "the model, with F.interpolate(logits, size, mode='bilinear'), so that attacks see it"
+        )
+    if not logits.isfinite().all():
+        raise EvaluationError("the model's logits hold NaN or inf: accuracy under attack would mean nothing")
+    return logits

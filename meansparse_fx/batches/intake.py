@@ -18,18 +18,21 @@ from .tensors import as_tensor, is_array
 _MOST_OF_NORMALISED = 16.0  # no usual normalisation makes values as large, and images of bytes all have larger ones
 
 
-def labelled(data: Any, batch_size: int, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+def labelled(
+    data: Any, batch_size: int, model: nn.Module, ignore_index: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images ``[N, C, H, W]`` in [0, 1] and labels ``[N]`` int64, each a class of the model.
 
     Args:
         data: A loader of batches, ``(images, labels)``, a Dataset: docs/data.md lists what is understood.
         batch_size: Where ``data`` does not come in batches.
         model: That will classify the images; in eval mode.
+        ignore_index: Of pixels to leave out, if labels may be maps: these are yielded as ``[N, H, W]``, there with -1.
 
     Raises:
         DataError: There are none, or something is not what it should be: says what, where, and what to do.
     """
-    intake, count = Intake(model), 0
+    intake, count = Intake(model, ignore_index), 0
     for batch in batched(as_batches(data, batch_size, pair=True), batch_size):
         images, labels = intake.pair(batch)
         if len(images):
@@ -64,10 +67,11 @@ class Intake:
 
     Args:
         model: What the images are for.
+        ignore_index: See `labelled`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, ignore_index: int | None = None) -> None:
+        self._model, self._ignore_index = model, ignore_index
         self._dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} or {torch.float32}
         floats = torch.float32 in self._dtypes
         self._standard = torch.float32 if floats else max(self._dtypes, key=lambda d: d.itemsize)
@@ -87,7 +91,7 @@ class Intake:
         return images
 
     def pair(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return images in [0, 1] and labels ``[N]`` int64 of a batch."""
+        """Return images in [0, 1] and labels ``[N]`` or ``[N, H, W]`` int64 of a batch."""
         raw, raw_labels = parts(_collated(batch))
         if raw_labels is None:
             raise DataError("the loader must yield (images, labels) batches, and there are no labels in this one")
@@ -101,7 +105,7 @@ class Intake:
                 raise DataError(
                     f"images must be in [0, 1] (found {low:.3f} to {high:.3f}): eps has no meaning otherwise; {cure}"
                 )
-        labels, classes = class_numbers(raw_labels, len(images))
+        labels, classes = class_numbers(raw_labels, len(images), self._ignore_index)
         if len(images):
             self._require_classes(images, labels, classes)
         self._images += len(images)
@@ -149,13 +153,17 @@ class Intake:
                             f"images {list(images.shape)} have their channels last: images.permute(0, 3, 1, 2)"
                         ) from error
                     raise
-            if not isinstance(logits, Tensor) or logits.dim() != 2:
+            if not isinstance(logits, Tensor) or logits.dim() != (4 if labels.dim() == 3 else 2):
                 return  # what runs the model says what it needs
             self._classes = logits.shape[1]
         if one_hot is not None and one_hot != self._classes:
             raise DataError(f"one-hot labels of {one_hot} classes for a model of {self._classes}: another data set's?")
         if problem := out_of_range(labels, self._classes, self._images):
-            raise DataError(problem)
+            raise DataError(
+                problem if labels.dim() == 1 else f"{problem} Left out: {self._ignore_index} (ignore_index=)"
+            )
+        if not bool((seen := (labels >= 0).reshape(len(labels), -1).any(1)).all()):
+            raise DataError(f"image {self._images + int((~seen).nonzero()[0])} has no labelled pixel: leave it out")
 
 
 def _collated(batch: Any) -> Any:

@@ -11,12 +11,13 @@ from ..errors import DataError
 from .tensors import as_tensor
 
 
-def class_numbers(labels: Any, count: int) -> tuple[Tensor, int | None]:
-    """Return labels as ``[N]`` int64, and their number of classes if they were one-hot.
+def class_numbers(labels: Any, count: int, ignore_index: int | None = None) -> tuple[Tensor, int | None]:
+    """Return labels as ``[N]`` int64, or label maps ``[N, H, W]``, and their number of classes if they were one-hot.
 
     Args:
         labels: ``[N]`` or ``[N, 1]`` of any integer dtype, or one-hot ``[N, K]``; tensor, array or list.
         count: N.
+        ignore_index: Of pixels to leave out, which become -1, if maps ``[N, H, W]`` or ``[N, 1, H, W]`` may be given.
 
     Raises:
         DataError: They are something else.
@@ -37,6 +38,8 @@ def class_numbers(labels: Any, count: int) -> tuple[Tensor, int | None]:
         found = found.reshape(1)
     elif found.dim() == 2 and shape[1] == 1:
         found = found.squeeze(1)
+    if ignore_index is not None and (found.dim() == 3 or (found.dim() == 4 and shape[1] == 1)) and len(found) == count:
+        return _maps(found.reshape(count, *shape[-2:]), ignore_index), None
     if found.dim() not in (1, 2) or len(found) != count:
         raise DataError(f"labels {shape} for {count} images: expected [{count}], one class number an image")
     if found.dim() == 2:
@@ -52,19 +55,30 @@ def class_numbers(labels: Any, count: int) -> tuple[Tensor, int | None]:
     return found.to(torch.int64), classes
 
 
+def _maps(found: Tensor, ignore_index: int) -> Tensor:
+    if found.is_floating_point():
+        raise DataError(f"label maps must be integers from 0, found {found.dtype}: read them without scaling")
+    found = found.to(torch.int64)
+    if bool(((found < 0) & (found != ignore_index)).any()):
+        raise DataError(
+            f"label {int(found.min())} in a map; pixels that are left out have {ignore_index}: ignore_index="
+        )
+    return found.masked_fill(found == ignore_index, -1)
+
+
 def out_of_range(labels: Tensor, classes: int, first: int = 0) -> str | None:
     """Return what is wrong with the first label that has no logit, in words; None if all have one.
 
     Args:
-        labels: ``[N]``.
+        labels: ``[N]``, or ``[N, H, W]`` with -1 for pixels that are left out.
         classes: Number of logits.
         first: Position of the first label among all.
     """
-    wrong = (labels < 0) | (labels >= classes)
+    wrong = (labels < 0 if labels.dim() == 1 else labels < -1) | (labels >= classes)
     if not bool(wrong.any()):
         return None
-    at = int(wrong.nonzero()[0])
+    at = tuple(wrong.nonzero()[0].tolist())
     return (
-        f"image {first + at}: label {int(labels[at])} is out of range for a model of {classes} classes, "
+        f"image {first + at[0]}: label {int(labels[at])} is out of range for a model of {classes} classes, "
         f"labelled 0 to {classes - 1}; is it another data set's model?"
     )

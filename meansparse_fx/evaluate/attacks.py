@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from ..arguments import items, number
 from ..errors import EvaluationError
+from ..outputs import logits_of
 from .descent import PGD, Adaptive, Margin
+from .pixels import LOSSES, PixelPGD
 from .surrogates import WithSurrogate, surrogate, switch
 
 _LOGGER = logging.getLogger("meansparse_fx.attacks")
@@ -77,6 +79,7 @@ class AttackKind:
         repeats: Gradients taken for one step.
         started: It starts at the images that were found against the other model, not at random.
         squares: It changes squares of images.
+        maps: It is for label maps ``[N, H, W]``, and only for them.
     """
 
     build: Build
@@ -88,9 +91,12 @@ class AttackKind:
     repeats: int = 1
     started: bool = False
     squares: bool = False
+    maps: bool = False
 
     def misfit(self, images: Tensor, logits: Tensor) -> str | None:
         """Return why it cannot attack such a model on such images, in words; None if it can."""
+        if self.maps != (logits.dim() == 4):
+            return f"is for {'label maps' if self.maps else 'one label an image; for label maps: pixels'}"
         if self.squares and images.dim() != 4:
             return f"needs images [N, C, H, W], and these are {['N', *images.shape[1:]]}"
         if logits.shape[1] < self.classes:
@@ -127,6 +133,10 @@ def _square(model: nn.Module, s: AttackSettings, _: int) -> Perturber:
 
 def _adaptive(power: int) -> Build:
     return lambda model, s, _: Adaptive(model, s.norm, s.eps, s.steps, s.seed, power)
+
+
+def _pixel_pgd(loss: str) -> Build:
+    return lambda model, s, _: PixelPGD(model, s.norm, s.eps, s.steps, s.seed, loss)
 
 
 def _common(s: AttackSettings, restarts: int = 1) -> dict:
@@ -172,6 +182,7 @@ _KINDS: dict[str, AttackKind] = {
     "apgd-start": AttackKind(
         _apgd_margin, "apgd-margin started at the adversarial images found against the other model", started=True
     ),
+    **{name: AttackKind(_pixel_pgd(name), f"pgd on {does}", maps=True) for name, (_, does) in LOSSES.items()},
 }
 ATTACKS = tuple(_KINDS)
 
@@ -190,6 +201,11 @@ VERSIONS: dict[str, tuple[str, ...]] = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce-r5", "apgd-dlr-r5", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce-eot20", "apgd-dlr-eot20"),
+    "pixels": (
+        *(f"pgd-masked/{mode}" for mode in ("exact", "identity", "annealed")),
+        "pgd-balanced/annealed",
+        "pgd-js/annealed",
+    ),
 }
 NAMES = (*ATTACKS, *VERSIONS)
 
@@ -232,7 +248,7 @@ def attack(
     Args:
         name: Of the attack.
         model: Returns logits.
-        images, labels: ``[N, C, H, W]`` and ``[N]``.
+        images, labels: ``[N, C, H, W]`` and ``[N]``, or label maps.
         settings: What the attacker may do.
         backward: The surrogate of the operators' gradient, see `surrogates`; None takes it as it is set.
         starts: ``[N, C, H, W]`` in the ball, where an attack begins that is `started`.
@@ -244,7 +260,7 @@ def attack(
     if not len(images):
         return images
     with torch.no_grad():
-        logits = logits_of(model, images)  # of all: compilers make another program for a batch of one
+        logits = logits_of(model, images, labels)  # of all: compilers make another program for a batch of one
     if (misfit := row.misfit(images, logits)) is not None:
         raise EvaluationError(f"{name} {misfit}")
     if backward is not None:
@@ -267,17 +283,6 @@ def attack(
     adversarial = adversarial.detach()
     check_ball(name, images, adversarial, settings)
     return adversarial
-
-
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the model's logits ``[N, K]``, refusing anything else."""
-    logits = model(images)
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise EvaluationError(f"expected logits [N, classes] from the model, got {shape}")
-    if not logits.isfinite().all():
-        raise EvaluationError("the model's logits hold NaN or inf: accuracy under attack would mean nothing")
-    return logits
 
 
 def check_ball(name: str, images: Tensor, adversarial: Tensor, settings: AttackSettings) -> None:

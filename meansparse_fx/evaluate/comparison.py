@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .attacks import AttackSettings, logits_of
+from ..outputs import logits_of
+from .attacks import AttackSettings
 from .compiled import Attacked
 from .ledger import Ledger, Masks
 from .outcome import ModelOutcome

@@ -63,8 +63,7 @@ class PGD:
         with torch.no_grad():
             return self._keep(best, x, loss(x, labels)[0], labels)
 
-    @staticmethod
-    def _keep(best: Tensor, x: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    def _keep(self, best: Tensor, x: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         return torch.where(per_image(logits.argmax(1) != labels, x), x, best)
 
     def _start(self, images: Tensor) -> Tensor:

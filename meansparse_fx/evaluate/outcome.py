@@ -16,16 +16,24 @@ import torch
 from torch import Tensor
 
 TAIL = 0.025  # on either side of a 95 % interval
+SUBSETS = 2**13  # of images; the quantiles' own error is 0.2 %
 
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
     """Difference of two accuracies on the same images, as fractions.
 
-    Interval and test are one thing: a difference is in the interval unless, were it the true one, a net change as far
-    off on its side would be found in less than 2.5 % of all samples. How often is computed, not approximated, for the
-    shares of gained and lost images that are likeliest given that difference (Lloyd and Moldovan, 2007); where none
-    changed, these are the bounds of Clopper and Pearson on changed images, about 3.7 / N either way.
+    Interval and test are one thing. Where images are right or wrong, a difference is in the interval unless, were it
+    the true one, a net change as far off on its side would be found in less than 2.5 % of all samples. How often is
+    computed, not approximated, for the shares of gained and lost images that are likeliest given that difference (Lloyd
+    and Moldovan, 2007); where none changed, these are the bounds of Clopper and Pearson on changed images, about
+    3.7 / N either way.
+
+    Where each image has a share of right pixels, they are those of the sign-flip test, exact for any number of images
+    whose differences are symmetric around the true one: a t interval wants them normal as well, a bootstrap many of
+    them. A flip of some signs makes the mean no smaller if these differences sum to 0 or less, so the interval ends at
+    quantiles of the means of all subsets (Hartigan, 1969), from 14 images on of random ones. Five images or fewer
+    cannot be significant: theirs is [-1, 1].
 
     Attributes:
         estimate: Second accuracy less the first.
@@ -40,12 +48,14 @@ class PairedDifference:
 
     @classmethod
     def of(cls, before: Tensor, after: Tensor) -> PairedDifference:
-        """Return the difference ``after - before`` of two ``[N]`` masks of images classified correctly."""
-        return cls.of_changes(after.int() - before.int())
+        """Return the difference ``after - before`` of ``[N]`` masks of images classified correctly, or shares."""
+        return cls.of_changes(change(before, after))
 
     @classmethod
     def of_changes(cls, changes: Tensor) -> PairedDifference:
-        """Return the mean of ``changes`` ``[N]``, each -1, 0 or 1, against 0."""
+        """Return the mean of ``changes`` ``[N]``, each -1, 0 or 1, or all of them between -1 and 1, against 0."""
+        if changes.is_floating_point() and not bool((changes == changes.round()).all()):
+            return cls(float(changes.mean()), *_by_subsets(changes))
         n, gained, lost = len(changes), int((changes == 1).sum()), int((changes == -1).sum())
         if gained + lost + int((changes == 0).sum()) != n:
             raise ValueError("an image is won, lost or neither: changes must be -1, 0 or 1")
@@ -59,6 +69,29 @@ class PairedDifference:
     def to_dict(self) -> dict[str, float]:
         """Return the numbers by name."""
         return asdict(self)
+
+
+def change(before: Tensor, after: Tensor) -> Tensor:
+    """Return ``after - before`` of masks or of shares ``[N]``, as numbers."""
+    return after - before if after.is_floating_point() else after.int() - before.int()
+
+
+def _by_subsets(changes: Tensor) -> tuple[float, float, float]:
+    """Return interval and p-value of the sign-flip test for the mean of ``changes`` ``[N]``."""
+    n = len(changes)
+    if 2**n <= SUBSETS:
+        chosen = (torch.arange(2**n)[:, None] >> torch.arange(n)) & 1
+    else:
+        chosen = torch.randint(2, (SUBSETS, n), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        chosen[0] = 0  # no sign flipped: what was seen
+    sizes = chosen.sum(1)
+    sums = torch.cat([part.double() @ changes.double() for part in chosen.split(256)])
+    means = (sums / sizes)[sizes > 0].sort().values
+    empty = len(sums) - len(means)
+    rank = math.ceil(TAIL * len(sums)) - empty  # the first mean from either side that is not too far off
+    low, high = (float(means[rank - 1]), float(means[-rank])) if rank > 0 else (-1.0, 1.0)
+    beyond = min(int((means <= 0).sum()), int((means >= 0).sum())) + empty
+    return low, high, min(1.0, 2 * beyond / len(sums))
 
 
 def share_interval(right: int, n: int) -> tuple[float, float]:
@@ -95,44 +128,54 @@ def _at_most(gained: int, lost: int, n: int, difference: float) -> float:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelOutcome:
-    """Which images one model classifies correctly.
+    """Which images one model classifies correctly, or which share of each one's pixels.
 
     Attributes:
-        clean: ``[N]`` bool, on the images as they are.
-        robust: Attack (``name/backward``) to ``[n]`` bool, correct before and after it; n < N if only the first
+        clean: ``[N]`` bool, on the images as they are; of label maps float64, the share of right pixels.
+        robust: Attack (``name/backward``) to ``[n]``, correct before and after it; n < N if only the first
             n images were attacked.
+        miou: Of label maps, for ``clean``, each attack and ``worst case``: mean over classes of intersection over
+            union, counted over all images, each as it was where its accuracy was lowest.
     """
 
     clean: Tensor
     robust: dict[str, Tensor] = field(default_factory=dict)
+    miou: dict[str, float] = field(default_factory=dict)
 
     @property
     def worst(self) -> Tensor:
-        """``[n]`` bool: correct under everything that was run."""
+        """``[n]``: correct under everything that was run; of shares the least."""
         worst = self.clean[: min((len(m) for m in self.robust.values()), default=None)].clone()
         for survived in self.robust.values():
-            worst &= survived
+            worst = torch.minimum(worst, survived)
         return worst
 
     def worst_of(self, suffix: str) -> Tensor:
-        """``[n]`` bool: correct under the attacks whose names end with ``suffix``."""
+        """``[n]``: correct under the attacks whose names end with ``suffix``."""
         return ModelOutcome(self.clean, {k: v for k, v in self.robust.items() if k.endswith(suffix)}).worst
 
     def to_dict(self) -> dict:
-        """Return accuracies as fractions: clean, robust by attack, worst_case; and each image's 1 or 0 (images)."""
+        """Return accuracies as fractions: clean, robust by attack, worst_case; each image's 1, 0 or share (images)."""
         masks = {"clean": self.clean} | self.robust
         return {
             "clean": mean(self.clean),
             "robust": {name: mean(mask) for name, mask in self.robust.items()},
             "worst_case": mean(self.worst),
-            "images": {name: "".join(map(str, mask.int().tolist())) for name, mask in masks.items()},
+            "images": {
+                name: mask.tolist() if mask.is_floating_point() else "".join(map(str, mask.int().tolist()))
+                for name, mask in masks.items()
+            },
+            **({"miou": self.miou} if self.miou else {}),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelOutcome:
         """Return what `to_dict` wrote."""
-        masks = {name: torch.tensor([c == "1" for c in row]) for name, row in values["images"].items()}
-        return cls(masks.pop("clean"), masks)
+        masks = {
+            name: torch.tensor([c == "1" for c in row]) if isinstance(row, str) else torch.tensor(row).double()
+            for name, row in values["images"].items()
+        }
+        return cls(masks.pop("clean"), masks, values.get("miou", {}))
 
 
 def mean(mask: Tensor) -> float:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..arguments import items
 from ..errors import EvaluationError
 from ..operators import operators, switched
-from .attacks import AttackSettings, attack, expand, kind, logits_of
+from ..outputs import logits_of
+from .attacks import AttackSettings, attack, expand, kind
 from .surrogates import surrogate
 
 
@@ -73,7 +74,9 @@ def plan_runs(attacks: Sequence[str], backwards: Sequence[str], seed: int) -> li
     return [Run(name, mode, seed + i) for i, (name, mode) in enumerate(order)]
 
 
-def fitting(runs: Sequence[Run], attacks: Sequence[str], model: nn.Module, images: Tensor) -> list[Run]:
+def fitting(
+    runs: Sequence[Run], attacks: Sequence[str], model: nn.Module, images: Tensor, labels: Tensor | None = None
+) -> list[Run]:
     """Return the runs that can attack a model on such images; of lists of attacks the others are left out.
 
     Args:
@@ -81,6 +84,7 @@ def fitting(runs: Sequence[Run], attacks: Sequence[str], model: nn.Module, image
         attacks: What was asked for; what is named there itself has to fit.
         model: Returns logits.
         images: Some of them.
+        labels: Theirs; only their being maps matters.
 
     Raises:
         EvaluationError: A named one cannot, or none can.
@@ -88,7 +92,7 @@ def fitting(runs: Sequence[Run], attacks: Sequence[str], model: nn.Module, image
     named = {name.partition("/")[0] for name in attacks}
     images = images[:2].to(next(itertools.chain(model.parameters(), model.buffers()), images).device)
     with torch.no_grad():
-        logits = logits_of(model, images)
+        logits = logits_of(model, images, None if labels is None else labels[:2])
     misfits = {run: kind(run.attack).misfit(images, logits) for run in runs}
     for run, misfit in misfits.items():
         if misfit is not None and (run.attack in named or all(misfits.values())):

@@ -63,7 +63,7 @@ def examine(
     """
     right = probed.at(clean)
     gradient = [run for run in runs if run.backward is not None and not run.started]
-    found = _outputs(model, right, settings)
+    found = outputs(model, right, settings)
     if not gradient or not len(right.images):
         return found
     found |= _gradients(model, right, gradient, settings)
@@ -94,18 +94,19 @@ def search_planted(model: nn.Module, probed: Probed, runs: Sequence[Run], settin
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, right: Probed, settings: AttackSettings) -> dict[str, Tensor]:
+def outputs(model: nn.Module, right: Probed, settings: AttackSettings) -> dict[str, Tensor]:
     """Return which images' logits are the same twice, no probabilities, and follow a tiny change."""
     images = right.images
     if not len(images):
         return {}
-    first, second = model(images), model(images)
+    raw = model(images)
+    first, second = raw.flatten(1), model(images).flatten(1)
     largest = first.abs().amax(1).clamp_min(1e-12)
     generator = torch.Generator().manual_seed(settings.seed)
     noise = torch.rand(images.shape, generator=generator).sub(0.5).sign().to(images)
-    moved = model((images + TINY * settings.eps * noise).clamp(0, 1))
-    sums = first.sum(1)
-    probabilities = (first >= 0).all(1) & ((sums - 1).abs() < 1e-3)
+    moved = model((images + TINY * settings.eps * noise).clamp(0, 1)).flatten(1)
+    sums = raw.sum(1).reshape(len(images), -1)  # of each image, or of each of its pixels
+    probabilities = (first >= 0).all(1) & ((sums - 1).abs() < 1e-3).all(1)
     return {
         "repeatable": (first - second).abs().amax(1) <= SAME * largest,
         "logits": ~probabilities,

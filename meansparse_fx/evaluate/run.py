@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..arguments import items
 from ..batches import as_batches, labelled, length
 from ..errors import EvaluationError
 from ..names import DEFAULT_ATTACKS
@@ -28,6 +29,7 @@ from .ledger import Ledger, digest, image_digests, model_identity
 from .plan import fitting, plan_runs
 from .provenance import check_calibration
 from .sanity import Check, checks_of_choice
+from .segmentation import PixelComparison
 from .verdict import Evaluation
 
 SANITY_IMAGES = 100
@@ -50,6 +52,7 @@ def evaluate(
     compile: bool | str | None = False,
     amp: torch.dtype | None = None,
     logits: Logits = None,
+    ignore_index: int = 255,
     base: fx.GraphModule | None = None,
     save_adversarial: str | Path | None = None,
     checkpoint: str | Path | None = None,
@@ -66,13 +69,15 @@ def evaluate(
     Args:
         sparse: A transformed model in eval mode.
         test: ``(images, labels)`` tensors, a Dataset, or a loader of such batches: images ``[N, C, H, W]``, or other
-            inputs ``[N, ...]``, in [0, 1], labels ``[N]``; docs/data.md lists what else is understood. They should be
-            images that neither calibration nor the choice of alpha saw.
+            inputs ``[N, ...]``, in [0, 1], labels ``[N]``, or label maps ``[N, H, W]`` of a model that returns logits
+            ``[N, K, H, W]`` (docs/segmentation.md); docs/data.md lists what else is understood. They should be images
+            that neither calibration nor the choice of alpha saw.
         eps: Radius of the ball, in the units of the images.
         norm: ``Linf`` or ``L2``.
         attacks: Names from `ATTACKS`, each with its surrogate (``apgd-ce/annealed``) or to be run under each of
             ``backwards``; or names of lists of them: ``adaptive``, AutoAttack's ``standard``, ``plus``, ``rand``, of
-            which is left out what needs images (Square) or more classes (targeted attacks) than there are.
+            which is left out what needs images (Square) or more classes (targeted attacks) than there are. For label
+            maps: the attacks named ``pgd-`` in the list ``pixels``, which is then the default.
         backwards: Surrogates of the operator's gradient for attacks that name none: ``exact``, ``identity`` (BPDA),
             ``smooth`` or ``smooth-STEEPNESS``, ``annealed``.
         steps: Iterations of the gradient attacks.
@@ -89,6 +94,7 @@ def evaluate(
         amp: Autocast the attacked model to bfloat16 or float16, with the same check of what was found.
         logits: Where the logits are in what the model returns, if that is no tensor: a name, a position, or a function
             of it. By default ``logits``, ``out``, or the only tensor there is.
+        ignore_index: Label of the pixels of label maps that are left out, of attacks as well.
         base: To stand beside ``sparse``, in the place of the same model without its operators.
         save_adversarial: File for the adversarial images and what broke each: see `evidence`.
         checkpoint: File to keep results in as they come; if it exists, go on from it. It stays: remove it when the
@@ -109,9 +115,14 @@ def evaluate(
     planned = plan_runs(attacks, backwards, seed)
     own = {"base": restore(sparse) if base is None else base, "sparse": sparse}
     models: dict[str, nn.Module] = {which: returning_logits(model, logits) for which, model in own.items()}
-    data = labelled(test, batch_size, models["sparse"])
+    data = labelled(test, batch_size, models["sparse"], ignore_index)
     first = next(data)
-    runs = fitting(planned, attacks, models["sparse"], first[0])
+    if maps := first[1].dim() == 3:
+        if save_adversarial is not None:
+            raise EvaluationError("save_adversarial keeps what makes an image wrong: it cannot be used with label maps")
+        if tuple(items(attacks)) == DEFAULT_ATTACKS:
+            planned = plan_runs(("pixels",), backwards, seed)
+    runs = fitting(planned, attacks, models["sparse"], *first)
     identity = model_identity(sparse, alpha=True) | {
         "base": None if base is None else fingerprint(base),
         "attack settings": asdict(settings) | {"full_rows": full_rows, "compile": compile, "amp": str(amp)},
@@ -123,7 +134,8 @@ def evaluate(
     rank, world = place(group)
     ledger = Ledger(None if checkpoint is None else own_file(Path(checkpoint), rank, world), identity)
     keep = save_adversarial is not None
-    comparison = Comparison(models, runs, settings, ledger, full_rows, compile, amp, keep)
+    compare = PixelComparison if maps else Comparison
+    comparison = compare(models, runs, settings, ledger, full_rows, compile, amp, keep)
     with bar(progress and rank == 0) as display, ledger:
         if ledger.batches:
             say_resumed(display, "batch", ledger.batches, length(as_batches(test, batch_size, pair=True)))
@@ -157,7 +169,7 @@ def evaluate(
         queries=queries,
         seed=seed,
         seconds=seconds,
-        cumulative=not full_rows,
+        cumulative=not (full_rows or maps),
         checks=(
             *comparison.checks(outcomes),
             *checks_of_choice(choice, norm, eps, met),

@@ -17,7 +17,7 @@ from .plan import Run
 
 MOST_LEFT = 0.05  # accuracy under an unbounded attack above which it did not work: half of guessing among ten classes
 # What Square, or twice the steps, may break after everything: AutoAttack's own limit, and more images than tries on the
-# edge come to.
+# edge come to. Of label maps the share of pixels.
 MOST_MORE, IMAGES_MORE = 0.002, 3
 LEAST_POWER = 0.9  # share of the planted examples that all attacks together must find
 MOST_FLAT = 0.05  # share of images without a gradient, or whose logits do not follow a tiny change
@@ -175,10 +175,11 @@ def check_unbounded(which: str, left: Tensor) -> Check:
 
     Args:
         which: The model.
-        left: ``[n]``, images that survived it under every backward mode.
+        left: ``[n]``, images that survived it under every backward mode, or the shares of their pixels that did.
     """
     share = mean(left)
-    finding = f"{100 * share:.1f} % of {len(left)} images survive an attack that may change them into any other"
+    pixels = "the pixels of " if left.is_floating_point() else ""
+    finding = f"{100 * share:.1f} % of {pixels}{len(left)} images survive an attack that may change them into any other"
     if share > MOST_LEFT:
         finding += ": the attack is blind here, and what other attacks leave means little; try more steps, or another"
     return Check(f"unbounded attack, {which}", share <= MOST_LEFT, finding)

@@ -15,7 +15,7 @@ from rich.table import Table
 from ..artifacts import read_json, write_json
 from ..tables import Tabled, as_csv, new_table, terminal_width
 from .attacks import kind
-from .outcome import ModelOutcome, PairedDifference, mean
+from .outcome import ModelOutcome, PairedDifference, change, mean
 from .sanity import Check
 from .surrogates import surrogate
 
@@ -80,7 +80,7 @@ class Evaluation(Tabled):
     def masked(self) -> PairedDifference:
         """How much of `exact_gain` attackers who know the operator take away: the gap between the two gains."""
         exact, worst = (
-            after.int() - before.int()
+            change(before, after)
             for before, after in (
                 (self.base.worst_of("/exact"), self.sparse.worst_of("/exact")),
                 (self.base.worst, self.sparse.worst),
@@ -159,7 +159,10 @@ class Evaluation(Tabled):
 
     def to_csv(self) -> str:
         """Return `rows` as CSV; accuracies and differences are fractions."""
-        rows = [{"row": what, "base": b, "sparse": s, **change.to_dict()} for what, b, s, change in self.rows()]
+        rows = [
+            {"row": what, "base": b, "sparse": s, **change.to_dict(), **self._mious(what)}
+            for what, b, s, change in self.rows()
+        ]
         return as_csv([row | {"n": self.n_test, "norm": self.norm, "eps": self.eps} for row in rows])
 
     def to_dict(self) -> dict:
@@ -199,12 +202,20 @@ class Evaluation(Tabled):
         passed = sum(check.passed for check in self.checks)
         trust = f"Checks of the evaluation itself: {passed} of {len(self.checks)} passed." if self.checks else ""
         title = f"{self.n_test} images, {self.norm} eps {self.eps:.4g}, {self.steps} steps{rows}"
-        columns = ("accuracy in %", "base", f"alpha {alpha}", "change, 95 % interval")
+        columns = ["accuracy in %", "base", f"alpha {alpha}", "change, 95 % interval"]
+        if self.base.miou:
+            columns = [f"pixel {columns[0]}", *columns[1:], "mIoU base", f"mIoU alpha {alpha}"]
         table = new_table(*columns, title=title, caption=trust)
         for what, base, sparse, difference in self.rows():
             style = "bold" if what == "worst case" else None
-            table.add_row(what, f"{100 * base:.1f}", f"{100 * sparse:.1f}", difference.points(), style=style)
+            shares = [f"{100 * share:.1f}" for share in (base, sparse, *self._mious(what).values())]
+            table.add_row(what, *shares[:2], difference.points(), *shares[2:], style=style)
         return table
+
+    def _mious(self, row: str) -> dict[str, float]:
+        """Return both models' mean intersection over union; nothing where labels are no maps."""
+        sides = {"base_miou": self.base.miou, "sparse_miou": self.sparse.miou}
+        return {name: miou[row] for name, miou in sides.items() if miou}
 
     def __str__(self) -> str:
         return Tabled.__str__(self) + "\n" + fill(self.verdict, terminal_width())

@@ -1,0 +1,124 @@
+"""Floor 5: label maps: how many pixels a model has right, and ascent on losses that make it get them wrong.
+
+Labels are ``[N, H, W]``, -1 for pixels that are left out. Knows models that return logits ``[N, K, H, W]``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .descent import PGD, per_image
+
+IGNORED = -1
+
+
+def per_class(labels: Tensor, classes: int) -> Tensor:
+    """Return the number of pixels of each class ``[N, K]`` in maps ``[N, H, W]``, without those of -1."""
+    n = len(labels)
+    each = labels + classes * torch.arange(n, device=labels.device).view(-1, 1, 1)
+    return each[labels != IGNORED].bincount(minlength=n * classes).view(n, classes)
+
+
+def counts(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return for each image and class the pixels that are both found and labelled so, and those that are either.
+
+    Args:
+        logits: ``[N, K, H, W]``.
+        labels: ``[N, H, W]``; pixels without a label count nowhere.
+
+    Returns:
+        ``[N, 2, K]``: intersections and unions.
+    """
+    classes, found = logits.shape[1], logits.argmax(1).where(labels != IGNORED, IGNORED)
+    right = per_class(found.where(found == labels, IGNORED), classes)
+    return torch.stack([right, per_class(found, classes) + per_class(labels, classes) - right], 1)
+
+
+def accuracy(counts: Tensor) -> Tensor:
+    """Return the share of each image's pixels that are right, ``[N]``, from `counts`."""
+    right = counts[:, 0].sum(1).double()
+    return right / ((right + counts[:, 1].sum(1)) / 2)  # a wrong pixel is in two unions
+
+
+def mean_iou(counts: Tensor) -> float:
+    """Return the mean over classes of intersection over union, counted over all images, from `counts`.
+
+    Classes that are neither labelled nor found count nowhere.
+    """
+    both, either = counts.sum(0).double()
+    return float((both / either)[either > 0].mean())
+
+
+def _masked(entropy: Tensor, right: Tensor, done: float) -> Tensor:
+    return entropy * right
+
+
+def _balanced(entropy: Tensor, right: Tensor, done: float) -> Tensor:
+    return entropy * torch.where(right, 1 - done / 2, done / 2)
+
+
+def _jensen_shannon(entropy: Tensor, right: Tensor, done: float) -> Tensor:
+    p = (-entropy).exp()  # of the label: the divergence depends on nothing else
+    return math.log(2) - (p * entropy + (1 + p) * p.log1p()) / 2
+
+
+Loss = Callable[
+    [Tensor, Tensor, float], Tensor
+]  # cross-entropy [N, H, W], where right, share of steps done -> [N, H, W]
+
+# What a pixel that is wrong already may still pull: of plain cross-entropy it takes most of the gradient.
+LOSSES: dict[str, tuple[Loss, str]] = {
+    "pgd-masked": (_masked, "cross-entropy of the pixels that are still right (Croce, Singh and Hein, 2024)"),
+    "pgd-balanced": (
+        _balanced,
+        "cross-entropy, first of right pixels, in the end of right and wrong ones alike (SegPGD; Gu et al., 2022)",
+    ),
+    "pgd-js": (
+        _jensen_shannon,
+        "the Jensen-Shannon divergence from the labels, which is bounded at every pixel (Croce, Singh and Hein, 2024)",
+    ),
+}
+
+
+class PixelPGD(PGD):
+    """Gradient ascent from a random start, keeping of each image what leaves the fewest pixels right.
+
+    Args:
+        model, norm, eps, n_iter, seed: As of `PGD`.
+        loss: Of `LOSSES`.
+    """
+
+    def __init__(self, model: nn.Module, norm: str, eps: float, n_iter: int, seed: int, loss: str) -> None:
+        super().__init__(model, norm, eps, n_iter, seed)
+        self._loss = LOSSES[loss][0]
+
+    def perturb(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return adversarial images; those that nothing lowered come back as they were."""
+        torch.manual_seed(self._seed)
+        step = itertools.count()
+
+        def loss(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self._model(x)
+            entropy = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
+            right = logits.detach().argmax(1) == labels
+            return logits, self._loss(entropy, right, next(step) / self._steps).flatten(1).sum(1)
+
+        with torch.no_grad():
+            self._least = _right(self._model(images), labels)
+        return self._ascend(images, labels, loss)
+
+    def _keep(self, best: Tensor, x: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        now = _right(logits, labels)
+        lower, self._least = now < self._least, torch.minimum(now, self._least)
+        return torch.where(per_image(lower, x), x, best)
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return how many pixels of each image are right, ``[N]``."""
+    return (logits.argmax(1) == labels).flatten(1).sum(1)

@@ -1,0 +1,143 @@
+"""Floor 5: the base and the transformed model under the same attacks on label maps, an image counted by its pixels.
+
+Every run attacks every image: none is broken as a whole. Labels are ``[N, H, W]``, -1 for pixels that are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..outputs import logits_of
+from .comparison import IN_WORDS, OTHER, TRANSFER, Advance, Comparison
+from .ledger import Masks
+from .outcome import ModelOutcome, PairedDifference, mean
+from .pixels import accuracy, counts, mean_iou, per_class
+from .plan import Run, perturbed
+from .probes import Probed, outputs
+from .sanity import FEW, MOST_MORE, Check, checks_of
+
+
+class PixelComparison(Comparison):
+    """Both models under all runs, one batch after the other.
+
+    Attributes:
+        found: By number of the batch and by model, ``[N, 2, K]`` `counts` for ``clean`` and each run; ``data`` has the
+            pixels of each class that are ``labelled``, ``[N, K]``.
+    """
+
+    def meet(self, batch: int, images: Tensor, labels: Tensor, sanity_images: int, advance: Advance) -> None:
+        """Attack one batch, and look at the attacks themselves on its first ``sanity_images`` images."""
+        name = f"batch {batch}"
+        self._ledger.require_same(name, images, labels)
+        self.met.append(name)
+        images, labels = images.to(self._device), labels.to(self._device)
+        met: dict[str, dict[str, Masks]] = {}
+        for which in OTHER:
+            score = partial(self._score, name, which, labels)
+            met[which] = {"clean": score("clean", lambda: images)}
+            for run in self._runs:
+                met[which][run.name] = score(run.name, partial(self._attack_all, which, run, images, labels))
+                advance()
+        transferred = {
+            which: self._score(name, which, labels, TRANSFER, partial(_worst_images, met[other]))
+            for which, other in OTHER.items()
+        }
+        self.found[batch] = {which: {row: m["counts"] for row, m in rows.items()} for which, rows in met.items()}
+        for which, rows in self.found[batch].items():
+            self.found[batch][which] = {**rows, TRANSFER: _worst([rows["clean"], transferred[which]["counts"]])}
+        classes = met["base"]["clean"]["counts"].shape[2]
+        self.found[batch]["data"] = {"labelled": per_class(labels, classes).cpu()}
+        if sanity_images > 0:
+            probed = Probed(images[:sanity_images], labels[:sanity_images])
+            self.sanity[batch] = {
+                which: self._ledger.recall(f"{name}, {which}, sanity", partial(self._probe, which, probed, batch))
+                for which in OTHER
+            }
+        self._ledger.forget(name, "images")
+
+    def _attack_all(self, which: str, run: Run, images: Tensor, labels: Tensor, **changed: float) -> Tensor:
+        settings = replace(self._settings, **changed)  # type: ignore[arg-type]
+        return perturbed(self._attacked.by(run, which), run, images, labels, settings)
+
+    def _counts(self, which: str, images: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            return counts(logits_of(self._models[which], images, labels), labels).cpu()
+
+    def _score(self, name: str, which: str, labels: Tensor, row: str, make: Callable[[], Tensor]) -> Masks:
+        def work() -> Masks:
+            made = make().to(self._device)
+            return {"counts": self._counts(which, made, labels), "images": made}
+
+        return self._ledger.recall(f"{name}, {which}, {row}", work)
+
+    def _probe(self, which: str, probed: Probed, batch: int) -> Masks:
+        """Return masks of `probes`, and what an unbounded attack and one of twice the steps leave."""
+
+        def left(run: Run, **changed: float) -> Tensor:
+            made = self._attack_all(which, run, probed.images, probed.labels, **changed)
+            return accuracy(self._counts(which, made, probed.labels))
+
+        whole = 1.0 if self._settings.norm == "Linf" else math.sqrt(probed.images[0].numel())
+        each = {run.backward: run for run in self._runs}.values()
+        again = replace(self._runs[-1], seed=self._runs[-1].seed + 1000)
+        worst = accuracy(_worst([c[: len(probed.images)] for c in self.found[batch][which].values()]))
+        return {
+            **outputs(self._models[which], probed, self._settings),
+            "bounded": torch.stack([left(run, eps=whole) for run in each]).amin(0),
+            "lower": (worst - left(again, steps=2 * self._settings.steps)).clamp_min(0),
+        }
+
+    def outcomes(self) -> dict[str, ModelOutcome]:
+        """Return what both models did."""
+        found = {}
+        for which in OTHER:
+            batches = [rows[which] for _, rows in sorted(self.found.items())]
+            joined = {row: torch.cat([rows[row] for rows in batches]) for row in batches[0]}
+            shares = {row: accuracy(counted) for row, counted in joined.items()}
+            miou = {row: mean_iou(counted) for row, counted in joined.items()}
+            miou["worst case"] = mean_iou(_worst(list(joined.values())))
+            found[which] = ModelOutcome(shares.pop("clean"), shares, miou)
+        return found
+
+    def checks(self, outcomes: Mapping[str, ModelOutcome]) -> list[Check]:
+        """Return what the evaluation says about itself."""
+        labelled = torch.cat([rows["data"]["labelled"] for _, rows in sorted(self.found.items())]).double()
+        chance = labelled[:, labelled.sum(0).argmax()] / labelled.sum(1)
+        clean, n = outcomes["base"].clean, len(labelled)
+        above = PairedDifference.of(chance, clean)
+        passed = (above.high if n < FEW else above.low) > 0
+        finding = (
+            f"{100 * mean(clean):.1f} % of the pixels right; the commonest label alone gets {100 * mean(chance):.1f} %"
+        )
+        if not passed:
+            finding += ": another order of classes, or images not normalised as in training? Look at a few"
+        found = [Check("base above chance", passed, finding)]
+        for which, words in IN_WORDS.items():
+            looked = [masks[which] for _, masks in sorted(self.sanity.items())]
+            joined = {name: torch.cat([m[name] for m in looked]) for m in looked for name in m}
+            found += checks_of(words, joined, outcomes[which], self._runs)
+            if "lower" in joined:
+                lower = mean(joined["lower"])
+                finding = f"one more run of twice the steps gets {100 * lower:.2f} % more of the pixels wrong"
+                if lower > MOST_MORE:
+                    finding += ": optimisation was not complete; run more steps before believing any gain"
+                found.append(Check(f"more steps, {words}", lower <= MOST_MORE, finding))
+        return found
+
+
+def _worst(each: list[Tensor]) -> Tensor:
+    """Return of several `counts` of the same images those ``[N, 2, K]`` where each image's accuracy is lowest."""
+    least = torch.stack([accuracy(counted) for counted in each]).argmin(0)
+    return torch.stack(each)[least, torch.arange(len(least))]
+
+
+def _worst_images(met: Mapping[str, Masks]) -> Tensor:
+    """Return of what one model met the images ``[N, C, H, W]`` with the lowest accuracy."""
+    least = torch.stack([accuracy(row["counts"]) for row in met.values()]).argmin(0)
+    return torch.stack([row["images"] for row in met.values()])[least, torch.arange(len(least))]
