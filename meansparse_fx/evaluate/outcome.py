@@ -86,7 +86,7 @@ def _by_subsets(changes: Tensor) -> tuple[float, float, float]:
         chosen[0] = 0  # no sign flipped: what was seen
     sizes = chosen.sum(1)
     sums = torch.cat([part.double() @ changes.double() for part in chosen.split(256)])
-    means = (sums / sizes)[sizes > 0].sort().values
+    means = (sums / sizes)[sizes > 0].sort().values.round(decimals=12)  # a sum of 0 is 0
     empty = len(sums) - len(means)
     rank = math.ceil(TAIL * len(sums)) - empty  # the first mean from either side that is not too far off
     low, high = (float(means[rank - 1]), float(means[-rank])) if rank > 0 else (-1.0, 1.0)
@@ -172,7 +172,9 @@ class ModelOutcome:
     def from_dict(cls, values: Mapping[str, Any]) -> ModelOutcome:
         """Return what `to_dict` wrote."""
         masks = {
-            name: torch.tensor([c == "1" for c in row]) if isinstance(row, str) else torch.tensor(row).double()
+            name: torch.tensor([c == "1" for c in row])
+            if isinstance(row, str)
+            else torch.tensor(row, dtype=torch.float64)
             for name, row in values["images"].items()
         }
         return cls(masks.pop("clean"), masks, values.get("miou", {}))

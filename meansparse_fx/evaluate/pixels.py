@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .descent import PGD, per_image
+from .descent import PGD, STEP, per_image
 
 IGNORED = -1
+START = 1 / 2  # of eps, the first step
 
 
 def per_class(labels: Tensor, classes: int) -> Tensor:
@@ -89,6 +90,8 @@ LOSSES: dict[str, tuple[Loss, str]] = {
 class PixelPGD(PGD):
     """Gradient ascent from a random start, keeping of each image what leaves the fewest pixels right.
 
+    Steps shrink from eps / 2 to 0 along a cosine: they have to serve many pixels, not to bring one logit past another.
+
     Args:
         model, norm, eps, n_iter, seed: As of `PGD`.
         loss: Of `LOSSES`.
@@ -104,14 +107,19 @@ class PixelPGD(PGD):
         step = itertools.count()
 
         def loss(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            logits = self._model(x)
+            logits, self._done = self._model(x), next(step) / self._steps
             entropy = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
             right = logits.detach().argmax(1) == labels
-            return logits, self._loss(entropy, right, next(step) / self._steps).flatten(1).sum(1)
+            return logits, self._loss(entropy, right, self._done).flatten(1).sum(1)
 
         with torch.no_grad():
             self._least = _right(self._model(images), labels)
         return self._ascend(images, labels, loss)
+
+    def _direction(self, gradient: Tensor) -> Tensor:
+        # Of 32 images as in docs/segmentation.md, alpha 0.3, annealed, 20 steps of 1 / 8 left 88.0 to 88.2 % of the
+        # pixels right, these 86.9 to 87.1 %; 60 steps 86.8 to 87.2 %, and 86.3 to 86.6 %.
+        return super()._direction(gradient) * (START / STEP * (1 + math.cos(math.pi * self._done)) / 2)
 
     def _keep(self, best: Tensor, x: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         now = _right(logits, labels)

@@ -40,7 +40,7 @@ class PixelComparison(Comparison):
         met: dict[str, dict[str, Masks]] = {}
         for which in OTHER:
             score = partial(self._score, name, which, labels)
-            met[which] = {"clean": score("clean", lambda: images)}
+            met[which] = {"clean": score("clean", images.clone)}
             for run in self._runs:
                 met[which][run.name] = score(run.name, partial(self._attack_all, which, run, images, labels))
                 advance()
