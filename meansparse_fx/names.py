@@ -36,11 +36,8 @@ ATTACKS = (
     "apgd-ce-eot20",
     "apgd-dlr-eot20",
     "apgd-start",
-    "pgd-masked",
-    "pgd-balanced",
-    "pgd-js",
 )
-VERSIONS = ("adaptive", "standard", "plus", "rand", "pixels")  # lists of attacks
+VERSIONS = ("adaptive", "standard", "plus", "rand")  # lists of attacks
 ATTACK_NAMES = (*ATTACKS, *VERSIONS)
 SURROGATES = ("exact", "identity", "smooth", "annealed")
 

@@ -299,7 +299,7 @@ def test_small_logits_are_to_be_upsampled_inside_the_model(images, maps):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"attacks": ("square",)}, "square is for one label an image; for label maps: pixels"),
+        ({"attacks": ("square",)}, "square is for one label an image: maps have pgd-masked, pgd-balanced, pgd-js"),
         ({"save_adversarial": "found.safetensors"}, "cannot be used with label maps"),
     ],
 )

@@ -2,6 +2,7 @@
 
 `run` is the verb, `comparison` what it does with one batch; `plan` says which attacks are run and runs one, `attacks`
 is their table, `surrogates` that of the gradients they use, `descent` holds those of our own, `compiled` makes it fast;
+`segmentation` is `comparison` for label maps, `pixels` their scores and losses;
 `probes` and `planted` look at the attacks themselves; `ledger` keeps results on disk, `evidence` adversarial images;
 `outcome`, `sanity` and `verdict` say what was found.
 """

@@ -96,7 +96,7 @@ class AttackKind:
     def misfit(self, images: Tensor, logits: Tensor) -> str | None:
         """Return why it cannot attack such a model on such images, in words; None if it can."""
         if self.maps != (logits.dim() == 4):
-            return f"is for {'label maps' if self.maps else 'one label an image; for label maps: pixels'}"
+            return "is for label maps" if self.maps else f"is for one label an image: maps have {', '.join(LOSSES)}"
         if self.squares and images.dim() != 4:
             return f"needs images [N, C, H, W], and these are {['N', *images.shape[1:]]}"
         if logits.shape[1] < self.classes:
@@ -184,7 +184,7 @@ _KINDS: dict[str, AttackKind] = {
     ),
     **{name: AttackKind(_pixel_pgd(name), f"pgd on {does}", maps=True) for name, (_, does) in LOSSES.items()},
 }
-ATTACKS = tuple(_KINDS)
+ATTACKS = tuple(name for name, row in _KINDS.items() if not row.maps)
 
 # Lists of attacks: our default, the cheapest finder first; and AutoAttack's versions, which with 100 steps and 5000
 # queries are AutoAttack itself.
@@ -201,13 +201,8 @@ VERSIONS: dict[str, tuple[str, ...]] = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce-r5", "apgd-dlr-r5", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce-eot20", "apgd-dlr-eot20"),
-    "pixels": (
-        *(f"pgd-masked/{mode}" for mode in ("exact", "identity", "annealed")),
-        "pgd-balanced/annealed",
-        "pgd-js/annealed",
-    ),
 }
-NAMES = (*ATTACKS, *VERSIONS)
+NAMES = (*_KINDS, *VERSIONS)
 
 
 def kind(name: str) -> AttackKind:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,32 +19,42 @@ IGNORED = -1
 START = 1 / 2  # of eps, the first step
 
 
-def per_class(labels: Tensor, classes: int) -> Tensor:
-    """Return the number of pixels of each class ``[N, K]`` in maps ``[N, H, W]``, without those of -1."""
-    n = len(labels)
-    each = labels + classes * torch.arange(n, device=labels.device).view(-1, 1, 1)
-    return each[labels != IGNORED].bincount(minlength=n * classes).view(n, classes)
-
-
 def counts(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return for each image and class the pixels that are both found and labelled so, and those that are either.
+    """Return for each image and class how many pixels are found and labelled so, found or labelled so, and labelled so.
 
     Args:
         logits: ``[N, K, H, W]``.
-        labels: ``[N, H, W]``; pixels without a label count nowhere.
+        labels: ``[N, H, W]``.
 
     Returns:
-        ``[N, 2, K]``: intersections and unions.
+        ``[N, 3, K]``: intersections, unions, labels; pixels without a label count nowhere.
     """
-    classes, found = logits.shape[1], logits.argmax(1).where(labels != IGNORED, IGNORED)
-    right = per_class(found.where(found == labels, IGNORED), classes)
-    return torch.stack([right, per_class(found, classes) + per_class(labels, classes) - right], 1)
+    (n, classes), found = logits.shape[:2], logits.argmax(1)
+    each = classes * torch.arange(n, device=labels.device).view(-1, 1, 1)
+
+    def per_class(values: Tensor, where: Tensor) -> Tensor:
+        return (each + values)[where].bincount(minlength=n * classes).view(n, classes)
+
+    seen = labels != IGNORED
+    right, labelled = per_class(labels, seen & (found == labels)), per_class(labels, seen)
+    return torch.stack([right, per_class(found, seen) + labelled - right, labelled], 1)
 
 
 def accuracy(counts: Tensor) -> Tensor:
     """Return the share of each image's pixels that are right, ``[N]``, from `counts`."""
-    right = counts[:, 0].sum(1).double()
-    return right / ((right + counts[:, 1].sum(1)) / 2)  # a wrong pixel is in two unions
+    right, _, labelled = counts.sum(2).double().unbind(1)
+    return right / labelled
+
+
+def lowest(counts: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """Return each image's value ``[N, ...]`` from where its accuracy is lowest.
+
+    Args:
+        counts: What several attacks left of the same images.
+        values: Of each of them, ``[N, ...]``.
+    """
+    least = torch.stack([accuracy(each) for each in counts]).argmin(0)
+    return torch.stack(list(values))[least, torch.arange(len(least))]
 
 
 def mean_iou(counts: Tensor) -> float:
@@ -52,7 +62,7 @@ def mean_iou(counts: Tensor) -> float:
 
     Classes that are neither labelled nor found count nowhere.
     """
-    both, either = counts.sum(0).double()
+    both, either, _ = counts.sum(0).double()
     return float((both / either)[either > 0].mean())
 
 
@@ -85,6 +95,11 @@ LOSSES: dict[str, tuple[Loss, str]] = {
         "the Jensen-Shannon divergence from the labels, which is bounded at every pixel (Croce, Singh and Hein, 2024)",
     ),
 }
+DEFAULT_RUNS = (
+    *(f"pgd-masked/{mode}" for mode in ("exact", "identity", "annealed")),
+    "pgd-balanced/annealed",
+    "pgd-js/annealed",
+)
 
 
 class PixelPGD(PGD):

@@ -26,6 +26,7 @@ from .attacks import AttackSettings
 from .comparison import Comparison
 from .evidence import Evidence
 from .ledger import Ledger, digest, image_digests, model_identity
+from .pixels import DEFAULT_RUNS
 from .plan import fitting, plan_runs
 from .provenance import check_calibration
 from .sanity import Check, checks_of_choice
@@ -77,7 +78,7 @@ def evaluate(
         attacks: Names from `ATTACKS`, each with its surrogate (``apgd-ce/annealed``) or to be run under each of
             ``backwards``; or names of lists of them: ``adaptive``, AutoAttack's ``standard``, ``plus``, ``rand``, of
             which is left out what needs images (Square) or more classes (targeted attacks) than there are. For label
-            maps: the attacks named ``pgd-`` in the list ``pixels``, which is then the default.
+            maps: ``pgd-masked``, ``pgd-balanced``, ``pgd-js``, which are then the default.
         backwards: Surrogates of the operator's gradient for attacks that name none: ``exact``, ``identity`` (BPDA),
             ``smooth`` or ``smooth-STEEPNESS``, ``annealed``.
         steps: Iterations of the gradient attacks.
@@ -121,7 +122,7 @@ def evaluate(
         if save_adversarial is not None:
             raise EvaluationError("save_adversarial keeps what makes an image wrong: it cannot be used with label maps")
         if tuple(items(attacks)) == DEFAULT_ATTACKS:
-            planned = plan_runs(("pixels",), backwards, seed)
+            planned = plan_runs(DEFAULT_RUNS, backwards, seed)
     runs = fitting(planned, attacks, models["sparse"], *first)
     identity = model_identity(sparse, alpha=True) | {
         "base": None if base is None else fingerprint(base),

@@ -17,7 +17,7 @@ from ..outputs import logits_of
 from .comparison import IN_WORDS, OTHER, TRANSFER, Advance, Comparison
 from .ledger import Masks
 from .outcome import ModelOutcome, PairedDifference, mean
-from .pixels import accuracy, counts, mean_iou, per_class
+from .pixels import accuracy, counts, lowest, mean_iou
 from .plan import Run, perturbed
 from .probes import Probed, outputs
 from .sanity import FEW, MOST_MORE, Check, checks_of
@@ -27,8 +27,7 @@ class PixelComparison(Comparison):
     """Both models under all runs, one batch after the other.
 
     Attributes:
-        found: By number of the batch and by model, ``[N, 2, K]`` `counts` for ``clean`` and each run; ``data`` has the
-            pixels of each class that are ``labelled``, ``[N, K]``.
+        found: By number of the batch and by model, `counts` ``[N, 3, K]`` for ``clean`` and each run.
     """
 
     def meet(self, batch: int, images: Tensor, labels: Tensor, sanity_images: int, advance: Advance) -> None:
@@ -39,20 +38,17 @@ class PixelComparison(Comparison):
         images, labels = images.to(self._device), labels.to(self._device)
         met: dict[str, dict[str, Masks]] = {}
         for which in OTHER:
-            score = partial(self._score, name, which, labels)
-            met[which] = {"clean": score("clean", images.clone)}
+            met[which] = {"clean": self._score(name, which, "clean", labels, images.clone)}
             for run in self._runs:
-                met[which][run.name] = score(run.name, partial(self._attack_all, which, run, images, labels))
+                make = partial(self._perturbed, which, run, images, labels)
+                met[which][run.name] = self._score(name, which, run.name, labels, make)
                 advance()
-        transferred = {
-            which: self._score(name, which, labels, TRANSFER, partial(_worst_images, met[other]))
-            for which, other in OTHER.items()
-        }
-        self.found[batch] = {which: {row: m["counts"] for row, m in rows.items()} for which, rows in met.items()}
-        for which, rows in self.found[batch].items():
-            self.found[batch][which] = {**rows, TRANSFER: _worst([rows["clean"], transferred[which]["counts"]])}
-        classes = met["base"]["clean"]["counts"].shape[2]
-        self.found[batch]["data"] = {"labelled": per_class(labels, classes).cpu()}
+        self.found[batch] = {}
+        for which, other in OTHER.items():
+            rows = {row: kept["counts"] for row, kept in met[which].items()}
+            moved = self._score(name, which, TRANSFER, labels, partial(_worst_images, met[other]))
+            both = rows["clean"], moved["counts"]
+            self.found[batch][which] = rows | {TRANSFER: lowest(both, both)}
         if sanity_images > 0:
             probed = Probed(images[:sanity_images], labels[:sanity_images])
             self.sanity[batch] = {
@@ -61,7 +57,7 @@ class PixelComparison(Comparison):
             }
         self._ledger.forget(name, "images")
 
-    def _attack_all(self, which: str, run: Run, images: Tensor, labels: Tensor, **changed: float) -> Tensor:
+    def _perturbed(self, which: str, run: Run, images: Tensor, labels: Tensor, **changed: float) -> Tensor:
         settings = replace(self._settings, **changed)  # type: ignore[arg-type]
         return perturbed(self._attacked.by(run, which), run, images, labels, settings)
 
@@ -69,7 +65,7 @@ class PixelComparison(Comparison):
         with torch.no_grad():
             return counts(logits_of(self._models[which], images, labels), labels).cpu()
 
-    def _score(self, name: str, which: str, labels: Tensor, row: str, make: Callable[[], Tensor]) -> Masks:
+    def _score(self, name: str, which: str, row: str, labels: Tensor, make: Callable[[], Tensor]) -> Masks:
         def work() -> Masks:
             made = make().to(self._device)
             return {"counts": self._counts(which, made, labels), "images": made}
@@ -80,17 +76,17 @@ class PixelComparison(Comparison):
         """Return masks of `probes`, and what an unbounded attack and one of twice the steps leave."""
 
         def left(run: Run, **changed: float) -> Tensor:
-            made = self._attack_all(which, run, probed.images, probed.labels, **changed)
+            made = self._perturbed(which, run, probed.images, probed.labels, **changed)
             return accuracy(self._counts(which, made, probed.labels))
 
         whole = 1.0 if self._settings.norm == "Linf" else math.sqrt(probed.images[0].numel())
         each = {run.backward: run for run in self._runs}.values()
         again = replace(self._runs[-1], seed=self._runs[-1].seed + 1000)
-        worst = accuracy(_worst([c[: len(probed.images)] for c in self.found[batch][which].values()]))
+        shares = [accuracy(row[: len(probed.images)]) for row in self.found[batch][which].values()]
         return {
             **outputs(self._models[which], probed, self._settings),
             "bounded": torch.stack([left(run, eps=whole) for run in each]).amin(0),
-            "lower": (worst - left(again, steps=2 * self._settings.steps)).clamp_min(0),
+            "lower": (torch.stack(shares).amin(0) - left(again, steps=2 * self._settings.steps)).clamp_min(0),
         }
 
     def outcomes(self) -> dict[str, ModelOutcome]:
@@ -101,13 +97,13 @@ class PixelComparison(Comparison):
             joined = {row: torch.cat([rows[row] for rows in batches]) for row in batches[0]}
             shares = {row: accuracy(counted) for row, counted in joined.items()}
             miou = {row: mean_iou(counted) for row, counted in joined.items()}
-            miou["worst case"] = mean_iou(_worst(list(joined.values())))
+            miou["worst case"] = mean_iou(lowest(list(joined.values()), list(joined.values())))
             found[which] = ModelOutcome(shares.pop("clean"), shares, miou)
         return found
 
     def checks(self, outcomes: Mapping[str, ModelOutcome]) -> list[Check]:
         """Return what the evaluation says about itself."""
-        labelled = torch.cat([rows["data"]["labelled"] for _, rows in sorted(self.found.items())]).double()
+        labelled = torch.cat([rows["base"]["clean"][:, 2] for _, rows in sorted(self.found.items())]).double()
         chance = labelled[:, labelled.sum(0).argmax()] / labelled.sum(1)
         clean, n = outcomes["base"].clean, len(labelled)
         above = PairedDifference.of(chance, clean)
@@ -131,13 +127,5 @@ class PixelComparison(Comparison):
         return found
 
 
-def _worst(each: list[Tensor]) -> Tensor:
-    """Return of several `counts` of the same images those ``[N, 2, K]`` where each image's accuracy is lowest."""
-    least = torch.stack([accuracy(counted) for counted in each]).argmin(0)
-    return torch.stack(each)[least, torch.arange(len(least))]
-
-
 def _worst_images(met: Mapping[str, Masks]) -> Tensor:
-    """Return of what one model met the images ``[N, C, H, W]`` with the lowest accuracy."""
-    least = torch.stack([accuracy(row["counts"]) for row in met.values()]).argmin(0)
-    return torch.stack([row["images"] for row in met.values()])[least, torch.arange(len(least))]
+    return lowest([kept["counts"] for kept in met.values()], [kept["images"] for kept in met.values()])
