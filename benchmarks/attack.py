@@ -15,12 +15,10 @@ as many images. What was asked is counted, and stands in each row: image passes,
 
 from __future__ import annotations
 
-import argparse
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +28,8 @@ from meansparse_fx import bundled
 from meansparse_fx.evaluate.attacks import VERSIONS, AttackSettings, attack
 from meansparse_fx.evaluate.compiled import FastModel
 
-from .architectures import build
-from .harness import Facts, Row, measure, report
-from .rivals import PublishedForm, with_form
+from .contenders import PublishedForm, build, with_form
+from .harness import Row, measure, options, report
 
 ALPHA = 0.2
 # The paper reports AutoAttack at 1.02 to 1.03 of the base's time.
@@ -48,8 +45,8 @@ CONTENDERS = {
 class Passes:
     """How many images went through a model, forward and backward."""
 
-    forward: int = 0
-    backward: int = 0
+    forward_images: int = 0
+    backward_images: int = 0
 
 
 @contextmanager
@@ -58,11 +55,14 @@ def counted(model: nn.Module) -> Iterator[Passes]:
     passes = Passes()
 
     def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        passes.forward += len(inputs[0])
+        passes.forward_images += len(inputs[0])
+
+    def backward(gradient: Tensor) -> None:
+        passes.backward_images += len(gradient)
 
     def behind(_: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
         if logits.requires_grad:
-            logits.register_hook(lambda gradient: setattr(passes, "backward", passes.backward + len(gradient)))
+            logits.register_hook(backward)
 
     hooks = [model.register_forward_pre_hook(before), model.register_forward_hook(behind)]
     try:
@@ -90,21 +90,19 @@ def run(
     settings: AttackSettings, device: str, repetitions: int,
 ) -> list[Row]:  # fmt: skip
     """Return one row a contender: the time of the attacks ``names`` on all images of ``data``."""
-
-    def call_of(model: nn.Module) -> Callable[[], list[Tensor]]:
-        return lambda: [attack(name, model, *data, settings) for name in names]
-
-    calls = {name: call_of(model) for name, model in models.items()}
-    facts = {}
+    calls = {
+        contender: (lambda model=model: [attack(name, model, *data, settings) for name in names])
+        for contender, model in models.items()
+    }
+    passes = {}
     for name, model in models.items():
-        with counted(model) as passes:
+        with counted(model) as passes[name]:
             calls[name]()
-        facts[name] = Facts(forward_images=passes.forward, backward_images=passes.backward)
-    base = facts["base"]
-    rows = measure("attack", case, calls, "base", device, repetitions, facts, warm_up=0)
+    assert passes["base"].forward_images, "an attack that asks nothing of its model"
+    asked = {name: asdict(own) for name, own in passes.items()}
+    rows = measure("attack", case, calls, "base", device, repetitions, asked, warm_up=0)
     # Per image pass, a backward one counted as two forward ones, as the operations are.
-    work = {n: (f.forward_images or 0) + 2 * (f.backward_images or 0) for n, f in facts.items()}
-    assert base.forward_images, "an attack that asks nothing of its model"
+    work = {name: own.forward_images + 2 * own.backward_images for name, own in passes.items()}
     return [replace(row, ratio_per_pass=row.ratio * work["base"] / work[row.contender]) for row in rows]
 
 
@@ -130,15 +128,12 @@ def bundled_data(count: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = options(__doc__, repetitions=5)
     parser.add_argument("--images", type=int, default=32, help="images of an attack")
     parser.add_argument("--pool", type=int, default=100, help="images among which those for AutoAttack are looked for")
     parser.add_argument("--steps", type=int, default=10, help="of the gradient attacks; AutoAttack's own: 100")
     parser.add_argument("--queries", type=int, default=250, help="of Square; AutoAttack's own: 5000")
     parser.add_argument("--compile", metavar="MODE", help="of torch.compile")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     # Half the radius that the images stood at: none breaks on the way, and all models do the same work.
     settings = AttackSettings(bundled.EPS, steps=args.steps, queries=args.queries)
@@ -148,19 +143,18 @@ def main() -> None:
     chosen = unbroken(models, pool, args.steps, args.images)
     sizes = f"{args.images} images, {args.steps} steps"
     rest = (args.device, args.repetitions)
-    rows = run(f"bundled apgd-ce, {sizes}", ("apgd-ce",), models, chosen, small, *rest)
-    report(rows, args.out)
-    words = f"bundled autoattack standard, {sizes}, {args.queries} queries"
-    rows += run(words, VERSIONS["standard"], models, chosen, small, *rest)
-    report(rows, args.out)
+    rows: list[Row] = []
+    standard = f"bundled autoattack standard, {sizes}, {args.queries} queries"
+    for case, names in ((f"bundled apgd-ce, {sizes}", ("apgd-ce",)), (standard, VERSIONS["standard"])):
+        rows += run(case, names, models, chosen, small, *rest)
+        report(rows, args.out)  # after each: a run that is stopped keeps what it had
     torch.manual_seed(0)
     model = build("WRN-16-4").to(args.device)
     images = torch.rand(args.images, 3, 32, 32, device=args.device)
     with torch.no_grad():
         labels = model(images).argmax(1)
-    settings = replace(settings, eps=8 / 255)
-    models = contenders(model, images, args.compile)
-    rows += run(f"WRN-16-4 apgd-ce, {sizes}", ("apgd-ce",), models, (images, labels), settings, *rest)
+    models, wider = contenders(model, images, args.compile), replace(settings, eps=8 / 255)
+    rows += run(f"WRN-16-4 apgd-ce, {sizes}", ("apgd-ce",), models, (images, labels), wider, *rest)
     report(rows, args.out)
 
 

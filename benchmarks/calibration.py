@@ -12,8 +12,9 @@ of all, and what that does to accuracy.
 
 from __future__ import annotations
 
-import argparse
 import copy
+import importlib
+import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from meansparse_fx import bundled
 from meansparse_fx.data import ImageSet, load_images
 from meansparse_fx.statistics import Statistics
 
-from .harness import Row, measure, print_rows, report, write
+from .harness import Call, Row, measure, options, report
 
 ALPHA = 0.3
 TOLERANCES = (0.1, 0.05, 0.02, 0.01)
@@ -36,18 +37,14 @@ BATCH = 128
 
 def models(device: str) -> dict[str, tuple[nn.Module, list[Tensor]]]:
     """Return by case a model and its batches, all in one device's memory."""
-    cases: dict[str, tuple[nn.Module, list[Tensor]]] = {}
     # All 6,000: what a pass costs once, some 25 milliseconds, must not weigh.
     images = torch.cat([bundled.load_split(name)[0] for name in bundled.SPLITS])
-    cases["bundled, 6,000 images 1x28x28"] = (bundled.load_model(), list(images.split(BATCH)))
-    try:
-        from torchvision.models import resnet18
-    except ImportError:
-        pass
-    else:
+    cases = {"bundled, 6,000 images 1x28x28": (bundled.load_model(), list(images.split(BATCH)))}
+    if importlib.util.find_spec("torchvision"):
         noise = torch.rand(32, 3, 224, 224, generator=torch.Generator().manual_seed(0))
         torch.manual_seed(0)
-        cases["resnet18, 32 images 3x224x224"] = (resnet18().eval(), list(noise.split(16)))
+        resnet = importlib.import_module("torchvision.models").resnet18().eval()
+        cases["resnet18, 32 images 3x224x224"] = (resnet, list(noise.split(16)))
     return {name: (model.to(device), [b.to(device) for b in data]) for name, (model, data) in cases.items()}
 
 
@@ -67,18 +64,18 @@ class PublishedPass:
         self.sums[module] = (mean, variance) if before is None else (before[0] + mean, before[1] + variance)
 
 
-def over(batches: list[Tensor], run: Callable[[Tensor], object]) -> Callable[[], None]:
+def over(batches: list[Tensor], run: Callable[[Tensor], object]) -> Call:
     """Return a pass of ``run`` over the batches."""
 
+    @torch.inference_mode()
     def call() -> None:
-        with torch.inference_mode():
-            for batch in batches:
-                run(batch)
+        for batch in batches:
+            run(batch)
 
     return call
 
 
-def contenders(model: nn.Module, batches: list[Tensor]) -> dict[str, Callable[[], object]]:
+def contenders(model: nn.Module, batches: list[Tensor]) -> dict[str, Call]:
     """Return the calls to time; the published pass is compared first, as far as it agrees."""
     sparse = msfx.transform(model, batches[0][:2])
     hooked = copy.deepcopy(model)  # the other contenders share the model's own modules
@@ -95,7 +92,7 @@ def contenders(model: nn.Module, batches: list[Tensor]) -> dict[str, Callable[[]
     }
 
 
-def compiled_contenders(model: nn.Module, batches: list[Tensor]) -> dict[str, Callable[[], object]]:
+def compiled_contenders(model: nn.Module, batches: list[Tensor]) -> dict[str, Call]:
     """Return the calls through torch.compile, their statistics compared first."""
     torch.compiler.reset()
     own = msfx.calibrate(msfx.transform(model, batches[0][:2]), batches, progress=False)
@@ -116,18 +113,13 @@ def more_images(rows: list[Row], images: int) -> list[Row]:
         rows: Of a pass over ``images``, then of the contenders' passes over twice as many.
     """
     half = len(rows) // 2
-    each = {
-        short.contender: (long.milliseconds - short.milliseconds) / images
-        for short, long in zip(rows, rows[half:], strict=False)
-    }
-    plain = each["plain forward"]
+    times = [(b.milliseconds - a.milliseconds) / images for a, b in zip(rows, rows[half:], strict=False)]
+    plain = times[[row.contender for row in rows].index("plain forward")]
+    case = f"{rows[0].case}, an image more"
     return [
-        replace(
-            row, case=f"{row.case}, an image more", milliseconds=each[row.contender], low=None, high=None,
-            ratio=each[row.contender] / plain,
-        )
-        for row in rows[:half]
-    ]  # fmt: skip
+        replace(row, case=case, milliseconds=time, low=None, high=None, ratio=time / plain)
+        for row, time in zip(rows, times, strict=False)
+    ]
 
 
 def time_all(device: str, repetitions: int, compiled: bool) -> list[Row]:
@@ -150,12 +142,10 @@ class Need:
 
     Attributes:
         tolerance: Asked for, relative to each channel's deviation; 0 is the full pass.
-        images: How many it took.
         estimated: Largest standard error of any channel's mean or deviation, as calibration said.
         mean_error, std_error: Largest real distance of a channel's mean and deviation from those of all images.
         moved_estimated, moved: Share of activations of test images on the other side of the band at `ALPHA`.
         accuracy: Of the test images at `ALPHA`.
-        test_images, torch: What it was measured with.
     """
 
     tolerance: float
@@ -177,32 +167,16 @@ def images_needed(directory: Path) -> list[Need]:
     whole = msfx.calibrate(sparse, train.images.split(BATCH))
     rows = []
     for tolerance in (0.0, *TOLERANCES):
+        found = whole
         if tolerance:
             found = msfx.calibrate(sparse, train.images.split(BATCH), tolerance=tolerance, progress=False)
-        else:
-            found = whole
         estimated, moved_estimated = _promised(found)
-        distances = [
-            (
-                float(((s.mean - whole[name].mean).abs() / whole[name].std).max()),
-                float((s.std / whole[name].std - 1).abs().max()),
-            )
-            for name, s in found.items()
-        ]
-        rows.append(
-            Need(
-                tolerance,
-                found.images,
-                estimated,
-                max(mean for mean, _ in distances),
-                max(std for _, std in distances),
-                moved_estimated,
-                _moved(sparse, found, whole, test.images[:1000]),
-                _accuracy(sparse, found, test),
-                len(test),
-                torch.__version__,
-            )
-        )
+        pairs = [(site, whole[name]) for name, site in found.items()]
+        mean_error = max(float(((one.mean - other.mean).abs() / other.std).max()) for one, other in pairs)
+        std_error = max(float((one.std / other.std - 1).abs().max()) for one, other in pairs)
+        moved, accuracy = _moved(sparse, found, whole, test.images[:1000]), _accuracy(sparse, found, test)
+        figures = (estimated, mean_error, std_error, moved_estimated, moved, accuracy)
+        rows.append(Need(tolerance, found.images, *figures, len(test), torch.__version__))
     return rows
 
 
@@ -217,7 +191,6 @@ def _promised(statistics: Statistics) -> tuple[float, float]:
 def _moved(sparse: nn.Module, one: Statistics, other: Statistics, images: Tensor) -> float:
     """Return the share of all activations that lie inside the band of one and outside that of the other."""
     changed = total = 0
-    hooks = []
 
     def look(operator: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         nonlocal changed, total
@@ -230,8 +203,7 @@ def _moved(sparse: nn.Module, one: Statistics, other: Statistics, images: Tensor
         total += inputs[0].numel()
 
     msfx.set_alpha(sparse, 0.0)
-    for operator in msfx.operators(sparse).values():
-        hooks.append(operator.register_forward_pre_hook(look))
+    hooks = [operator.register_forward_pre_hook(look) for operator in msfx.operators(sparse).values()]
     with torch.inference_mode():
         for batch in images.split(BATCH):
             sparse(batch)
@@ -249,23 +221,18 @@ def _accuracy(sparse: nn.Module, statistics: Statistics, test: ImageSet) -> floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, repetitions=11)
     parser.add_argument("what", nargs="?", choices=("time", "images"), default="time")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", type=Path, help="directory of Fashion-MNIST's IDX files, for images")
     parser.add_argument("--compiled", action="store_true", help="time torch.compile too")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--repetitions", type=int, default=11)
     args = parser.parse_args()
-    if args.what == "images":
-        if args.data is None:
-            parser.error("images needs --data")
-        needs = images_needed(args.data)
-        print_rows(needs, Need.__slots__, f"images a tolerance takes, bundled network, alpha {ALPHA:g}")
-        if args.out is not None:
-            write(needs, args.out)
-    else:
+    if args.what == "time":
         report(time_all(args.device, args.repetitions, args.compiled), args.out)
+    elif args.data is None:
+        parser.error("images needs --data")
+    else:
+        title = f"images a tolerance takes, bundled network, alpha {ALPHA:g}"
+        report(images_needed(args.data), args.out, title)
 
 
 if __name__ == "__main__":

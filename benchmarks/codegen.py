@@ -7,7 +7,6 @@ element. Instructions are counted statically, so both sides of a branch count; w
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 import re
@@ -17,11 +16,10 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import triton
-from rich.console import Console
-from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -29,6 +27,8 @@ from meansparse_fx.kernels import elementwise, layout, moments
 from meansparse_fx.kernels.device_activations import ACTIVATIONS, compile_time_constants
 from meansparse_fx.kernels.layout import Layout, layout_of
 from meansparse_fx.kernels.moments import Tiles, tiles_of
+
+from .harness import options, show
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -49,33 +49,20 @@ KERNELS = {
     "backward": elementwise.backward_kernel,
     "moments": moments.moments_kernel,
 }
-# Pointers that each case gives; all others are None, which compiles their code away.
-OPTIONAL = {
-    "forward": (),
-    "forward+norm+residual": ("scale_ptr", "shift_ptr", "residual_ptr"),
-    "forward+norm+residual+sum": ("scale_ptr", "shift_ptr", "residual_ptr", "sum_ptr"),
-    "forward+residual+sum+norm": ("residual_ptr", "sum_ptr", "norm_scale_ptr", "norm_shift_ptr"),
-    "forward+layerscale+shortcut": ("layer_scale_ptr", "shortcut_ptr"),
-    "backward": (),
-    "backward+norm+residual": ("scale_ptr", "shift_ptr", "residual_ptr", "grad_v_ptr"),
-    "backward+sum+norm": ("grad_sum_ptr", "norm_scale_ptr", "norm_shift_ptr"),
-    "backward+layerscale": ("layer_scale_ptr",),
-    "moments": (),
-    "moments+activation": ("y_ptr",),
-}
-# Tensor-sized reads and writes of each case, in streams.
-STREAMS = {
-    "forward": (1, 1),
-    "forward+norm+residual": (2, 1),
-    "forward+norm+residual+sum": (2, 2),
-    "forward+residual+sum+norm": (2, 2),
-    "forward+layerscale+shortcut": (2, 1),
-    "backward": (2, 1),
-    "backward+norm+residual": (3, 2),
-    "backward+sum+norm": (3, 1),
-    "backward+layerscale": (2, 1),
-    "moments": (1, 0),
-    "moments+activation": (1, 1),
+# Tensor-sized reads and writes of each case, and the pointers that it gives; all others are None, which compiles their
+# code away.
+CASES: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "forward": (1, 1, ()),
+    "forward+norm+residual": (2, 1, ("scale_ptr", "shift_ptr", "residual_ptr")),
+    "forward+norm+residual+sum": (2, 2, ("scale_ptr", "shift_ptr", "residual_ptr", "sum_ptr")),
+    "forward+residual+sum+norm": (2, 2, ("residual_ptr", "sum_ptr", "norm_scale_ptr", "norm_shift_ptr")),
+    "forward+layerscale+shortcut": (2, 1, ("layer_scale_ptr", "shortcut_ptr")),
+    "backward": (2, 1, ()),
+    "backward+norm+residual": (3, 2, ("scale_ptr", "shift_ptr", "residual_ptr", "grad_v_ptr")),
+    "backward+sum+norm": (3, 1, ("grad_sum_ptr", "norm_scale_ptr", "norm_shift_ptr")),
+    "backward+layerscale": (2, 1, ("layer_scale_ptr",)),
+    "moments": (1, 0, ()),
+    "moments+activation": (1, 1, ("y_ptr",)),
 }
 TENSOR_POINTERS = {
     "x_ptr", "y_ptr", "sum_ptr", "residual_ptr", "shortcut_ptr", "grad_ptr", "grad_sum_ptr", "grad_x_ptr", "grad_v_ptr"
@@ -116,38 +103,15 @@ class Case:
         return found.block_rows * found.block_cols if isinstance(found, Tiles) else layout.VECTORS * found.vector
 
 
-@dataclass(frozen=True, slots=True)
-class Code:
-    """What the machine code of a case shows; accesses as bits to how often, streams as tensors read and written."""
-
-    kernel: str
-    activation: str
-    dtype: str
-    layout: str
-    target: str
-    variant: str
-    backward: str
-    elements_per_thread: int
-    streams: tuple[int, int]
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    loads: dict[int, int]
-    stores: dict[int, int]
-    reciprocals_per_element: float
-    instructions_per_element: float
-
-
 def compile_case(case: Case) -> triton.compiler.CompiledKernel:
     """Return the kernel compiled for the case's target, pointers aligned to 16 bytes as torch allocates them."""
     function = KERNELS[case.kernel.split("+")[0]]
     row = ACTIVATIONS[case.activation]
-    names = {"value": "VALUE", "gradient": "GRADIENT"}
-    known = {parameter: getattr(row, field) for field, parameter in names.items()}
-    known |= compile_time_constants(CONSTANTS.get(case.activation, ()))
+    known = {"VALUE": row.value, "GRADIENT": row.gradient} | compile_time_constants(CONSTANTS.get(case.activation, ()))
     known |= {"VARIANT": case.variant, "BACKWARD": case.backward, "WEIGHT_STRIDE": 1}
-    known |= {"FROM_SUM": "grad_sum_ptr" in OPTIONAL[case.kernel]} | case.plan.constexprs
-    given = {"x_ptr", "grad_ptr", "grad_x_ptr", "centre_ptr", "threshold_ptr", "parts_ptr", *OPTIONAL[case.kernel]}
+    _, _, pointers = CASES[case.kernel]
+    known |= {"FROM_SUM": "grad_sum_ptr" in pointers} | case.plan.constexprs
+    given = {"x_ptr", "grad_ptr", "grad_x_ptr", "centre_ptr", "threshold_ptr", "parts_ptr", *pointers}
     given |= {"y_ptr"} if case.kernel.startswith("forward") else set()
     given |= {"weight_ptr"} if case.activation in LEARNED else set()
     signature, constexprs, attributes = {}, {}, {}
@@ -166,22 +130,24 @@ def compile_case(case: Case) -> triton.compiler.CompiledKernel:
         return triton.compile(source, target=TARGETS[case.target], options=case.options)
 
 
-def read_code(case: Case) -> Code:
-    """Return what the compiled case shows."""
+def read_code(case: Case) -> dict[str, Any]:
+    """Return the case and what its machine code shows.
+
+    Accesses are bits to how often, ``streams`` tensors read and written.
+    """
     compiled = compile_case(case)
     amd = case.target.startswith("gfx")
     per_thread = case.elements // (case.options["num_warps"] * (64 if amd else 32))
     facts = _amd(compiled.asm["amdgcn"]) if amd else _nvidia(compiled.asm["cubin"])
     instructions, reciprocals = facts.pop("instructions"), facts.pop("reciprocals")
-    return Code(
-        **asdict(case),
+    return asdict(case) | {
+        "elements_per_thread": per_thread,
+        "streams": CASES[case.kernel][:2],
+        "shared_bytes": compiled.metadata.shared,
         **facts,
-        elements_per_thread=per_thread,
-        streams=STREAMS[case.kernel],
-        shared_bytes=compiled.metadata.shared,
-        reciprocals_per_element=round(reciprocals / per_thread, 2),
-        instructions_per_element=round(instructions / per_thread, 1),
-    )
+        "reciprocals_per_element": round(reciprocals / per_thread, 2),
+        "instructions_per_element": round(instructions / per_thread, 1),
+    }
 
 
 def _nvidia(cubin: bytes) -> dict:
@@ -198,10 +164,8 @@ def _nvidia(cubin: bytes) -> dict:
     end, start = max(back, key=lambda jump: jump[0] - jump[1], default=(0, 0))
     body = sum(start <= int(at, 16) <= end for at, _, _ in lines) if end > start else len(operations)
 
-    def widths(load_or_store: str) -> dict[int, int]:
-        named = (
-            re.search(r"\.[US]?(8|16|64|128|256)\b", name) for name in operations if name.startswith(load_or_store)
-        )
+    def widths(verb: str) -> dict[int, int]:
+        named = (re.search(r"\.[US]?(8|16|64|128|256)\b", name) for name in operations if name.startswith(verb))
         return dict(Counter(int(match[1]) if match else 32 for match in named))
 
     return {
@@ -243,7 +207,7 @@ def cases(targets: list[str], activations: list[str], dtypes: list[str]) -> Iter
                 for activation in activations:
                     for kernel in ("forward", "backward"):
                         yield Case(kernel, activation, dtype, form, target)
-                for kernel in OPTIONAL:
+                for kernel in CASES:
                     if kernel not in ("forward", "backward") and not (form == "7x7" and kernel.startswith("moments")):
                         yield Case(kernel, "relu", dtype, form, target)
                 for variant in ("edge", "smooth"):
@@ -252,34 +216,33 @@ def cases(targets: list[str], activations: list[str], dtypes: list[str]) -> Iter
                     yield Case("backward", "relu", dtype, form, target, "mean", backward)
 
 
-def table(rows: list[Code]) -> Table:
-    """Return the rows as a table; a width is written bits x count."""
-    shown = Table("kernel", "activation", "variant", "dtype", "layout", "target", "regs", "spill", "smem", "loads",
-                  "stores", "rcp/el", "instr/el", box=None)  # fmt: skip
-    for row in rows:
-        mode = row.variant if row.kernel.startswith("forward") else row.backward
-        widths = [" ".join(f"{w}x{n}" for w, n in sorted(c.items(), reverse=True)) for c in (row.loads, row.stores)]
-        numbers = (row.registers, row.spilled_bytes, row.shared_bytes)
-        shown.add_row(row.kernel, row.activation, mode, row.dtype, row.layout, row.target, *map(str, numbers), *widths,
-                      str(row.reciprocals_per_element), str(row.instructions_per_element))  # fmt: skip
-    return shown
+HEADS = ("kernel", "activation", "variant", "dtype", "layout", "target", "regs", "spill", "smem")
+HEADS += ("loads", "stores", "rcp/el", "instr/el")
+
+
+def line(code: dict[str, Any]) -> list[str]:
+    """Return what machine code shows as cells of a table; a width is written bits x count."""
+    mode = "variant" if code["kernel"].startswith("forward") else "backward"
+    keys = ["kernel", "activation", mode, "dtype", "layout", "target", "registers", "spilled_bytes", "shared_bytes"]
+    widths = [" ".join(f"{w}x{n}" for w, n in sorted(code[c].items(), reverse=True)) for c in ("loads", "stores")]
+    each = (str(code[f"{what}_per_element"]) for what in ("reciprocals", "instructions"))
+    return [*(str(code[key]) for key in keys), *widths, *each]
 
 
 def main() -> None:
-    """Print the table, or JSON lines."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, out=False)
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
     parser.add_argument("--target", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--activation", nargs="*", default=list(ACTIVATIONS), choices=list(ACTIVATIONS))
     parser.add_argument("--dtype", nargs="*", default=["fp32", "bf16"], choices=list(DTYPES))
-    options = parser.parse_args()
-    rows = []
-    for case in cases(options.target, options.activation, options.dtype):
-        rows.append(read_code(case))
-        if options.json:
-            print(json.dumps(asdict(rows[-1])), flush=True)
-    if not options.json:
-        Console(width=180).print(table(rows))
+    args = parser.parse_args()
+    codes = []
+    for case in cases(args.target, args.activation, args.dtype):
+        codes.append(read_code(case))
+        if args.json:
+            print(json.dumps(codes[-1]), flush=True)
+    if not args.json:
+        show(HEADS, map(line, codes), width=180, box=None)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -17,9 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from meansparse_fx.cost.tally import Tally, kept_bytes
 from meansparse_fx.kernels import operator
 
-from .harness import Facts
-
-Call = Callable[[], object]
+from .harness import Call
 
 
 def launches(call: Call, device: str, compiled: bool) -> int | None:
@@ -76,8 +75,8 @@ def peak_bytes(call: Call, device: str) -> int:
 
 def facts_of(
     call: Call, graph: Call | None, state: Callable[[], Iterable[Tensor]], device: str, compiled: bool, cold: bool
-) -> Facts:
-    """Return the facts of a contender; its first call compiles it, if it is to be compiled.
+) -> dict[str, Any]:
+    """Return columns of a contender's row; its first call compiles it, if it is to be compiled.
 
     Args:
         call: What is timed.
@@ -89,10 +88,10 @@ def facts_of(
     start = time.perf_counter()
     call()
     seconds = time.perf_counter() - start
-    return Facts(
-        kept_bytes=None if graph is None else kept_bytes(graph, state()),
-        peak_bytes=peak_bytes(call, device),
-        launches=launches(call, device, compiled),
-        graphs=counters["stats"]["unique_graphs"] if compiled else None,
-        compile_seconds=seconds if compiled and cold else None,
-    )
+    return {
+        "kept_bytes": None if graph is None else kept_bytes(graph, state()),
+        "peak_bytes": peak_bytes(call, device),
+        "launches": launches(call, device, compiled),
+        "graphs": counters["stats"]["unique_graphs"] if compiled else None,
+        "compile_seconds": seconds if compiled and cold else None,
+    }

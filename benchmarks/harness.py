@@ -1,10 +1,11 @@
-"""What every benchmark shares: interleaved timing, one row format, one place for results.
+"""What every benchmark shares: its options, timing in turns, rows that are a CSV's columns, their reader and writer.
 
 A contender's result is checked against the reference before it is timed.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import functools
@@ -14,7 +15,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,49 +25,28 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
+Call = Callable[[], object]
+Make = Callable[[], Call]  # makes a call, on the stream that is current
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """What is known of a contender beside its time; None where it was not asked or means nothing.
+class Row:
+    """One measurement of speed; the fields are the CSV's columns, None where nothing was asked or means nothing.
 
     Attributes:
+        milliseconds, low, high: Wall time of a call and a synchronisation, median and quartiles over the repetitions.
+        ratio: Median over repetitions of the time by that of the contender ``baseline`` in the same repetition.
         kept_bytes: Kept for backward, parameters and buffers left out.
         peak_bytes: Most memory allocated during one call, over what was allocated before.
         launches: Kernels on a GPU, calls of operators on a CPU.
         graphs: Graphs that Dynamo made of it.
         compile_seconds: Time of the first call, caches on disk unused.
         forward_images, backward_images: Images that an attack sends through its model.
-    """
-
-    kept_bytes: int | None = None
-    peak_bytes: int | None = None
-    launches: int | None = None
-    graphs: int | None = None
-    compile_seconds: float | None = None
-    forward_images: int | None = None
-    backward_images: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One measurement; the fields are the CSV's columns.
-
-    Attributes:
-        benchmark, case, contender: What was measured.
-        milliseconds: Wall time of a call and a synchronisation, median over the repetitions.
-        low, high: Quartiles of the same; of a range that was noted by hand, its ends.
-        ratio: Median over repetitions of this contender's time by the baseline's in the same repetition.
-        baseline: Name of the contender that ratios refer to.
-        repetitions: Number of interleaved repetitions.
-        device, torch, threads: Where it ran.
-        kept_bytes, ..., backward_images: See `Facts`.
         of_clone: Bandwidth as a share of a clone's of the same tensor, counting the tensors that the task must read and
             write; by device time where there is a device. Of kernels only.
         ratio_per_pass: The ratio of times per image pass; of attacks only.
-        device_ms, device_ratio: Time on the device alone, and the median of its ratios to the baseline's.
+        device_ms, device_ratio: Time on the device alone, and its ratio to the baseline's.
         host_ms: Time until the host is through with a call, of many calls without a synchronisation.
-        triton, commit, date: What was measured, and when; older files do not say.
     """
 
     benchmark: str
@@ -98,13 +78,27 @@ class Row:
     date: str | None = None
 
 
-def device_name(device: str) -> str:
-    """Return the name of the GPU or of the CPU."""
+def options(doc: str | None, repetitions: int | None = None, out: bool = True) -> argparse.ArgumentParser:
+    """Return a parser that knows ``--out``; with repetitions also what all programs take that time something."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if out:
+        parser.add_argument("--out", type=Path, help="the CSV to write")
+    if repetitions is not None:
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+        parser.add_argument("--repetitions", type=int, default=repetitions)
+    return parser
+
+
+def place(device: str) -> dict[str, Any]:
+    """Return where something runs: the name of the GPU or of the CPU, torch's version, threads."""
     if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.processor()
+        name = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), None)
+    return {"device": name or platform.processor(), "torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 @functools.cache
@@ -118,9 +112,6 @@ def provenance() -> dict[str, str | None]:
     found = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
     commit = os.environ.get("MEANSPARSE_FX_COMMIT") or found or None
     return {"triton": triton, "commit": commit, "date": datetime.date.today().isoformat()}
-
-
-Make = Callable[[], Callable[[], object]]  # makes a call, on the stream that is current
 
 
 def device_ms(make: Make, milliseconds: float = 20.0) -> float | None:
@@ -147,7 +138,7 @@ def device_ms(make: Make, milliseconds: float = 20.0) -> float | None:
     return do_bench(graph.replay, warmup=milliseconds / 4, rep=milliseconds, return_mode="median")
 
 
-def host_ms(call: Callable[[], object], rounds: int = 5) -> float:
+def host_ms(call: Call, rounds: int = 5) -> float:
     """Return the wall time until the host is through with a call, of many without a synchronisation."""
     call()
     torch.cuda.synchronize()
@@ -167,13 +158,7 @@ def host_ms(call: Callable[[], object], rounds: int = 5) -> float:
 
 
 def on_gpu(makes: Mapping[str, Make], baseline: str | Mapping[str, str], skip: Collection[str] = ()) -> dict[str, Any]:
-    """Return by contender the columns that only a GPU has.
-
-    Args:
-        makes: By contender, what makes its call.
-        baseline: As in `measure`.
-        skip: Contenders that no graph can hold.
-    """
+    """Return by contender the columns that only a GPU has; ``skip`` names those that no graph can hold."""
     device = {name: None if name in skip else device_ms(make) for name, make in makes.items()}
     found = {}
     for name, make in makes.items():
@@ -183,109 +168,70 @@ def on_gpu(makes: Mapping[str, Make], baseline: str | Mapping[str, str], skip: C
     return found
 
 
-def measure(
-    benchmark: str,
-    case: str,
-    contenders: dict[str, Callable[[], object]],
-    baseline: str | Mapping[str, str],
-    device: str,
-    repetitions: int = 21,
-    facts: Mapping[str, Facts] | None = None,
-    warm_up: int = 3,
-    more: Mapping[str, Mapping[str, Any]] | None = None,
-) -> list[Row]:
-    """Return one row a contender, timed in turns so that the machine's moods hit all of them alike.
-
-    Args:
-        baseline: The contender that ratios refer to, one for all or one for each.
-        facts: What else is known of each contender.
-        warm_up: Calls of each contender that are not timed.
-        more: Other columns of each contender.
-    """
+def in_turns(calls: Mapping[str, Call], device: str, repetitions: int, warm_up: int) -> dict[str, list[float]]:
+    """Return each call's wall times in milliseconds; they take turns, so that the machine's moods hit all alike."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for call in contenders.values():
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
         for _ in range(warm_up):
             call()
     for _ in range(repetitions):
-        for name, call in contenders.items():
+        for name, call in calls.items():
             synchronize()
             start = time.perf_counter()
             call()
             synchronize()
             times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def ratio_of(own: Iterable[float], others: Iterable[float]) -> float:
+    """Return the median of the ratios of times taken in the same turns."""
+    return statistics.median(a / b for a, b in zip(own, others, strict=True))
+
+
+def measure(
+    benchmark: str, case: str, contenders: Mapping[str, Call], baseline: str | Mapping[str, str], device: str,
+    repetitions: int = 21, more: Mapping[str, Mapping[str, Any]] | None = None, warm_up: int = 3,
+) -> list[Row]:  # fmt: skip
+    """Return one row a contender, timed in turns.
+
+    Args:
+        baseline: The contender that ratios refer to, one for all or one for each.
+        more: Other columns of each contender.
+        warm_up: Calls of each contender that are not timed.
+    """
+    times = in_turns(contenders, device, repetitions, warm_up)
     rows = []
     for name, own in times.items():
         reference = baseline if isinstance(baseline, str) else baseline[name]
         low, middle, high = statistics.quantiles(own, n=4) if repetitions > 1 else own * 3
-        ratio = statistics.median(a / b for a, b in zip(own, times[reference], strict=True))
-        rows.append(
-            Row(
-                benchmark, case, name, middle, low, high, ratio, reference, repetitions,
-                device_name(device), torch.__version__, torch.get_num_threads(),
-                **(asdict(facts[name]) if facts and name in facts else {}), **(more or {}).get(name, {}),
-                **provenance(),
-            )
-        )  # fmt: skip
+        rest = place(device) | provenance() | dict((more or {}).get(name, {}))
+        ratio = ratio_of(own, times[reference])
+        rows.append(Row(benchmark, case, name, middle, low, high, ratio, reference, repetitions, **rest))
     return rows
 
 
-# How the facts are printed: field, heading, text.
-_FACTS: tuple[tuple[str, str, Callable[..., str]], ...] = (
-    ("kept_bytes", "kept MiB", lambda n: f"{n / 2**20:.1f}"),
-    ("peak_bytes", "peak MiB", lambda n: f"{n / 2**20:.1f}"),
-    ("launches", "launches", str),
-    ("graphs", "graphs", str),
-    ("compile_seconds", "compile s", lambda s: f"{s:.1f}"),
-    ("forward_images", "images forward", "{:,}".format),
-    ("backward_images", "backward", "{:,}".format),
-    ("ratio_per_pass", "ratio per pass", "{:.2f}".format),
-    ("of_clone", "of the clone's bandwidth", lambda share: f"{share:.0%}"),
-    ("device_ms", "device ms", "{:.4f}".format),
-    ("device_ratio", "ratio", "{:.2f}".format),
-    ("host_ms", "host ms", "{:.4f}".format),
-)
-
-
-def report(rows: Sequence[Row], path: Path | None) -> None:
-    """Print the rows as a table, and write them as CSV if a path is given."""
-    facts = [fact for fact in _FACTS if any(getattr(row, fact[0]) is not None for row in rows)]
-    table = Table(title=f"{rows[0].benchmark} on {rows[0].device}, {rows[0].threads} threads, torch {rows[0].torch}")
-    for column in ("case", "contender", "ms [quartiles]", "ratio", "to", *(heading for _, heading, _ in facts)):
-        table.add_column(column, justify="left" if column in ("case", "contender", "to") else "right")
-    previous = rows[0].case
-    for row in rows:
-        if row.case != previous:
-            table.add_section()
-        values = [(getattr(row, name), text) for name, _, text in facts]
-        table.add_row(
-            row.case if row.case != previous or row is rows[0] else "",
-            row.contender,
-            f"{row.milliseconds:.3f}" + ("" if row.low is None else f" [{row.low:.3f}, {row.high:.3f}]"),
-            f"{row.ratio:.2f}",
-            row.baseline,
-            *("" if value is None else text(value) for value, text in values),
-        )
-        previous = row.case
-    Console(width=140).print(table)
+def report(rows: Sequence[Any], path: Path | None, title: str = "", columns: Collection[str] = ()) -> None:
+    """Print the columns that say something, or those that are named, and write the rows as CSV if a path is given."""
+    full = [f.name for f in fields(rows[0]) if any(getattr(row, f.name) is not None for row in rows)]
+    where = ("benchmark", "device", "torch", "threads", "triton", "commit", "date")
+    names = columns or [name for name in full if name not in where]
+    values = [[getattr(row, name) for name in names] for row in rows]
+    cells = [["" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in values]
+    first = rows[0]
+    title = title or f"{first.benchmark} on {first.device}, {first.threads} threads, torch {first.torch}"
+    show([name.replace("_", " ") for name in names], cells, title=title)
     if path is not None:
         write(rows, path)
 
 
-def print_rows(rows: Sequence[Any], columns: Sequence[str], title: str) -> None:
-    """Print some fields of any rows as a table."""
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column)
+def show(heads: Iterable[str], rows: Iterable[Iterable[str]], width: int = 140, **style: Any) -> None:
+    """Print a table on the terminal."""
+    table = Table(*heads, **style)
     for row in rows:
-        values = (getattr(row, column) for column in columns)
-        table.add_row(*("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
-    Console(width=140).print(table)
-
-
-def points(change: float, low: float, high: float) -> str:
-    """Return a change of accuracy and its interval, fractions, in percentage points."""
-    return f"{100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        table.add_row(*row)
+    Console(width=width).print(table)
 
 
 def write(rows: Sequence[Any], path: Path) -> None:
@@ -305,11 +251,17 @@ _VALUES: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": flo
 
 
 def read(path: Path, kind: type[Any] = Row) -> list[Any]:
-    """Return the rows of a CSV; columns that an older file lacks are None, as are empty ones."""
+    """Return the rows of a CSV, none if it is not there; columns that an older file lacks are None, as are empty ones.
+
+    Raises:
+        ValueError: A column that must not be empty is.
+    """
 
     def value(field: Field[Any], text: str | None) -> Any:
         base, *optional = str(field.type).split(" | ")
         return None if optional and not text else _VALUES[base](text or "")
 
+    if not path.exists():
+        return []
     with path.open(newline="") as file:
         return [kind(**{f.name: value(f, row.get(f.name)) for f in fields(kind)}) for row in csv.DictReader(file)]

@@ -1,26 +1,23 @@
-"""What a call of the operator costs on the host: ``python -m benchmarks.host [--json] [--out FILE]``.
+"""What a call of the operator costs on the host: ``python -m benchmarks.host [--out FILE]``.
 
-Microseconds of wall time a call, of many calls on a small tensor without a synchronisation, beside torch's own calls in
-the same process: medians of short rounds in which all take turns, so that a busy machine seldom interrupts one. With a
-GPU the kernels are launched there. Without one the launch is stubbed on CPU tensors: everything runs but the driver's
-call, which is what a launch costs anywhere.
+Wall time a call, of many calls on a small tensor without a synchronisation, beside torch's own calls in the same
+process: medians of short rounds in which all take turns, so that a busy machine seldom interrupts one. With a GPU the
+kernels are launched there. Without one the launch is stubbed on CPU tensors: everything runs but the driver's call,
+which is what a launch costs anywhere.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from meansparse_fx.activations import ActivationCall
@@ -29,9 +26,10 @@ from meansparse_fx.kernels.operator import Operator
 from meansparse_fx.kernels.records import Options, Vectors
 from meansparse_fx.nn import MeanSparse
 
-from .harness import Row, provenance, write
+from .harness import Call, Row, options, place, provenance, ratio_of, report
 
 SHAPE = (2, 64, 4, 4)
+BACKWARD = "forward+backward: "
 
 
 class Empty(torch.autograd.Function):
@@ -48,41 +46,31 @@ class Empty(torch.autograd.Function):
         return torch.empty_like(x)
 
 
-class _Stub:
-    """Stands for a compiled kernel whose launch does nothing."""
-
-    function, packed_metadata = 0, ()
-
-    def run(self, *_: Any) -> None:
-        """Take what a launch takes."""
-
-
-def stubbed_launch() -> mock._patch_dict | Any:
+def stubbed_launch() -> AbstractContextManager[Any]:
     """Return a context in which a Triton launch does everything on the host but call the driver."""
     from meansparse_fx.kernels import triton_launch
 
     def first(self: Any, tensors: Any, aligned: bool, hooked: bool) -> None:
-        stub = _Stub()
-        self._run, self._function, self._metadata = stub.run, stub.function, stub.packed_metadata
+        self._run, self._function, self._metadata = lambda *_: None, 0, ()
         self._stream = lambda index: 0
 
     return mock.patch.object(triton_launch.Launch, "_first", first)
 
 
-def calls(device: str, choice: str) -> dict[str, Callable[[], object]]:
+def calls(device: str) -> dict[str, Call]:
     """Return what is timed, by name."""
     x = torch.randn(SHAPE, device=device)
     leaf, upstream = x.clone().requires_grad_(), torch.ones_like(x)
     channels = SHAPE[1]
     zeros, ones = torch.zeros(channels, device=device), torch.ones(channels, device=device)
-    relu, gelu = (Operator(Vectors(zeros, ones), Options(1, name), choice) for name in ("relu", "gelu"))
+    relu, gelu = (Operator(Vectors(zeros, ones), Options(1, name), "triton") for name in ("relu", "gelu"))
     norm, conv = nn.BatchNorm2d(channels).to(device).eval(), nn.Conv2d(channels, channels, 3).to(device)
     norm.requires_grad_(False), conv.requires_grad_(False)
     module = MeanSparse("site", channels, 1, ActivationCall("relu")).to(device)
     fused = MeanSparse("fused", channels, 1, ActivationCall("relu")).to(device)
     fused.prologue = Prologue(FrozenNorm(norm, norm.eps))
 
-    def gradient(form: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+    def gradient(form: Callable[[Tensor], Tensor]) -> Call:
         return lambda: torch.autograd.grad(form(leaf), leaf, upstream)
 
     return {
@@ -96,16 +84,16 @@ def calls(device: str, choice: str) -> dict[str, Callable[[], object]]:
         "conv, batch norm, ReLU": lambda: F.relu(norm(conv(x))),
         "conv, batch norm, module": lambda: module(norm(conv(x))),
         "conv, fused module": lambda: fused(conv(x), None, True),
-        "forward+backward: F.relu": gradient(F.relu),
-        "forward+backward: empty Function": gradient(Empty.apply),
-        "forward+backward: operator, ReLU": gradient(relu),
-        "forward+backward: operator, GELU": gradient(gelu),
+        f"{BACKWARD}F.relu": gradient(F.relu),
+        f"{BACKWARD}empty Function": gradient(Empty.apply),
+        f"{BACKWARD}operator, ReLU": gradient(relu),
+        f"{BACKWARD}operator, GELU": gradient(gelu),
     }
 
 
-def measure(found: dict[str, Callable[[], object]], rounds: int, number: int) -> dict[str, float]:
-    """Return by name the median over rounds of the microseconds a call takes; in each round all take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in found}
+def measure(found: Mapping[str, Call], rounds: int, number: int = 20) -> dict[str, list[float]]:
+    """Return by name the milliseconds that a call takes in each round; in a round all take turns."""
+    times: dict[str, list[float]] = {name: [] for name in found}
     for call in found.values():
         for _ in range(10):
             call()
@@ -115,64 +103,38 @@ def measure(found: dict[str, Callable[[], object]], rounds: int, number: int) ->
             start = time.perf_counter()
             for _ in range(number):
                 call()
-            seconds[name].append((time.perf_counter() - start) / number)
+            times[name].append(1e3 * (time.perf_counter() - start) / number)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-    return {name: 1e6 * statistics.median(own) for name, own in seconds.items()}
+    return times
 
 
-def run(rounds: int = 201, number: int = 20) -> dict[str, Any]:
-    """Return the microseconds by call, and the ratios that are the targets."""
+def run(rounds: int) -> list[Row]:
+    """Return a row a call, its ratio to ReLU alone, or to convolution, norm and ReLU."""
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        times = measure(calls(device, "triton"), rounds, number)
-    else:
-        with mock.patch.dict("os.environ", MEANSPARSE_FX_LOWERING="triton"), stubbed_launch():
-            times = measure(calls(device, "triton"), rounds, number)
-    backward = "forward+backward: "
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "no GPU: the launch is stubbed",
-        "torch": torch.__version__,
-        "microseconds": {name: round(value, 2) for name, value in times.items()},
-        "forward_over_relu": round(times["operator, ReLU"] / times["F.relu"], 2),
-        "module_over_relu": round(times["module, ReLU"] / times["F.relu"], 2),
-        "forward_backward_over_relu": round(times[f"{backward}operator, ReLU"] / times[f"{backward}F.relu"], 3),
-        "fused_over_base": round(times["conv, fused module"] / times["conv, batch norm, ReLU"], 2),
-    }
-
-
-def _case(name: str) -> tuple[str, str]:
-    """Return case and contender of a row."""
-    mode, colon, call = name.partition(": ")
-    return (mode, call) if colon else ("forward", name)
+    with contextlib.ExitStack() as stack:
+        if device == "cpu":
+            stack.enter_context(mock.patch.dict("os.environ", MEANSPARSE_FX_LOWERING="triton"))
+            stack.enter_context(stubbed_launch())
+        times = measure(calls(device), rounds)
+    where = place(device) | ({} if device == "cuda" else {"device": "no GPU: the launch is stubbed"})
+    rows = []
+    for name, own in times.items():
+        mode, _, call = name.rpartition(": ")
+        base = "conv, batch norm, ReLU" if call.startswith("conv") else "F.relu"
+        ratio, host = ratio_of(own, times[f"{BACKWARD if mode else ''}{base}"]), statistics.median(own)
+        given = where | provenance() | {"ratio": ratio, "baseline": base, "host_ms": host, "repetitions": rounds}
+        rows.append(Row("host", mode or "forward", call, None, None, None, **given))
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=201)
-    parser.add_argument("--device", help="a GPU where there is one, else the stub")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--device", help="for benchmarks/gpu.sh: it is a GPU where there is one, else the stub")
     args = parser.parse_args()
-    found = run(args.rounds)
-    if args.out is not None:
-        untimed = dict.fromkeys(("milliseconds", "low", "high", "ratio"))
-        where = {"device": found["device"], "torch": found["torch"], "threads": 1, "repetitions": args.rounds}
-        rows = [
-            Row("host", *_case(name), baseline="", host_ms=us / 1e3, **untimed, **where, **provenance())
-            for name, us in found["microseconds"].items()
-        ]
-        write(rows, args.out)
-    if args.json:
-        print(json.dumps(found))
-        return
-    table = Table("call", "microseconds", box=None, title=f"host, {found['device']}, torch {found['torch']}")
-    for name, value in found["microseconds"].items():
-        table.add_row(name, f"{value:.1f}")
-    for name in ("forward_over_relu", "module_over_relu", "forward_backward_over_relu", "fused_over_base"):
-        table.add_row(name.replace("_", " "), f"{found[name]:.2f}")
-    Console().print(table)
+    report(run(args.rounds), args.out)
 
 
 if __name__ == "__main__":

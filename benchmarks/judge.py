@@ -11,7 +11,6 @@ cases must not be, an honest gain included. A/A: the base under two seeds, its i
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor, fx, nn
 
 import meansparse_fx as msfx
@@ -28,13 +26,13 @@ from meansparse_fx import bundled
 from meansparse_fx.alpha import SEARCH_ATTACKS
 from meansparse_fx.evaluate import Evaluation, ModelOutcome
 
-from .harness import RESULTS, points, read, write
-from .training import ACTIVATIONS, Recipe, train
+from .harness import RESULTS, options, read, write
+from .page import markdown
+from .paper.training import ACTIVATIONS, Recipe, train
 
 ATTACKS = (*SEARCH_ATTACKS, "square", "apgd-start/annealed")
 THREAT: dict[str, Any] = {"eps": bundled.EPS, "steps": 30, "queries": 300, "batch_size": 250, "attacks": ATTACKS}
 RESAMPLED = 200
-MARKS = ("<!-- made by benchmarks.judge -->", "<!-- end -->")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +40,10 @@ class Row:
     """One case; the fields are the CSV's columns.
 
     Attributes:
-        case, kind: What stood before the court: ``mask in the model``, ``mask in the operator`` or ``honest``.
-        convicted: A loss, masked, or in doubt.
-        verdict: Its first words.
-        failed: The checks that failed.
+        kind: ``mask in the model``, ``mask in the operator``, ``honest`` or ``same against same``.
+        convicted: A loss, masked, or in doubt, by the verdict's first words or a check that failed.
         gain, low, high: Change of the worst case, 95 % interval.
         own: Change under the operator's own gradient.
-        images: Attacked.
-        torch: Version.
     """
 
     case: str
@@ -66,33 +60,29 @@ class Row:
 
 
 class Masked(nn.Module):
-    """A network with something in front of it, behind it, or behind its first activation."""
+    """A network with a function of its input, of its logits, or of what its first activation gives."""
 
-    def __init__(
-        self,
-        before: Callable[[Tensor], Tensor] | None = None,
-        behind: Callable[[Tensor], Tensor] | None = None,
-        inside: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, where: str = "", function: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
         self.network = bundled.load_model().requires_grad_(False)
-        self.before, self.behind = before, behind
-        if inside is not None:
-            self.network.stem = nn.Sequential(self.network.stem, _Function(inside))
+        self.where, self.function = where, function
+        if where == "inside":
+            self.network.stem = nn.Sequential(self.network.stem, Function(function))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.before is None else self.before(x)
-        x = self.network(x)
-        return x if self.behind is None else self.behind(x)
+        x = self.network(self.function(x) if self.where == "before" else x)
+        return self.function(x) if self.where == "behind" else x
 
 
-class _Function(nn.Module):
-    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
+class Function(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.call = call
+        self.function = function
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.call(x)
+        return self.function(x)
 
 
 def _reversed(x: Tensor) -> Tensor:
@@ -104,18 +94,18 @@ def _saturated(x: Tensor) -> Tensor:
     return (steps.floor() + torch.sigmoid(200 * (steps - steps.floor() - 0.5))) / 8
 
 
-MASKS: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
-    "quantised input": {"before": lambda x: (16 * x).round() / 16},
-    "saturating input": {"before": _saturated},
-    "noise on the input": {"before": lambda x: x + 0.05 * torch.randn_like(x)},
-    "dropout at test": {"before": lambda x: F.dropout(x, 0.1, True)},
-    "gradient reversed": {"before": _reversed},
-    "gradient lost": {"before": lambda x: x.detach()},
-    "rounded features": {"inside": lambda x: (2 * x).round() / 2},
-    "gradient reversed in the features": {"inside": _reversed},
-    "softmax": {"behind": lambda z: F.softmax(z, 1)},
-    "logits times 3,000": {"behind": lambda z: 3000 * z},
-    "quantised logits": {"behind": lambda z: z.round()},
+MASKS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "quantised input": ("before", lambda x: (16 * x).round() / 16),
+    "saturating input": ("before", _saturated),
+    "noise on the input": ("before", lambda x: x + 0.05 * torch.randn_like(x)),
+    "dropout at test": ("before", lambda x: F.dropout(x, 0.1, True)),
+    "gradient reversed": ("before", _reversed),
+    "gradient lost": ("before", lambda x: x.detach()),
+    "rounded features": ("inside", lambda x: (2 * x).round() / 2),
+    "gradient reversed in the features": ("inside", _reversed),
+    "softmax": ("behind", lambda z: F.softmax(z, 1)),
+    "logits times 3,000": ("behind", lambda z: 3000 * z),
+    "quantised logits": ("behind", lambda z: z.round()),
 }
 # alpha by site or for all, and how the band is set
 OPERATORS: dict[str, tuple[Any, dict[str, str]]] = {
@@ -141,29 +131,27 @@ class Case:
 
 def cases(cache: Path) -> dict[str, Case]:
     """Return all cases by name; networks that are trained for them are kept in ``cache``."""
-    found = {
-        name: Case("mask in the model", lambda mask=mask: (captured(Masked(**mask)), captured(Masked())))
-        for name, mask in MASKS.items()
-    }
-    found["two steps"] = Case(
-        "mask in the model", lambda: (captured(bundled.load_model(), 0.2), None), {"steps": 2, "queries": 10}
-    )
+    found: dict[str, Case] = {}
+
+    def add(name: str, kind: str, make: Callable[[], Any], **given: Any) -> None:
+        found[name] = Case(kind, make, given)
+
+    def own(*settings: Any, **variant: str) -> Callable[[], Any]:
+        return lambda: (captured(bundled.load_model(), *settings, **variant), None)
+
+    for name, mask in MASKS.items():
+        add(name, "mask in the model", lambda mask=mask: (captured(Masked(*mask)), captured(Masked())))
+    add("two steps", "mask in the model", own(0.2), steps=2, queries=10)
     for name, (alpha, variant) in OPERATORS.items():
-        found[name] = Case(
-            "mask in the operator", lambda a=alpha, v=variant: (captured(bundled.load_model(), a, **v), None)
-        )
+        add(name, "mask in the operator", own(alpha, **variant))
     for alpha in HONEST_ALPHAS:
-        found[f"GELU, alpha {alpha:g}"] = Case("honest", lambda a=alpha: (captured(bundled.load_model(), a), None))
-    for name in ACTIVATIONS:
-        if name != "gelu":
-            found[f"{name}, alpha 0.02"] = Case(
-                "honest", lambda n=name: (captured(network(n, LONG, cache), 0.02), None)
-            )
-    for name in ("relu", "gelu"):
-        found[f"{name}, trained shorter and longer"] = Case(
-            "honest",
-            lambda n=name: (captured(network(n, LONG, cache)), captured(network(n, SHORT, cache))),
-        )
+        add(f"GELU, alpha {alpha:g}", "honest", own(alpha))
+    for n in ACTIVATIONS:
+        if n != "gelu":
+            add(f"{n}, alpha 0.02", "honest", lambda n=n: (captured(network(n, LONG, cache), 0.02), None))
+    for n in ("relu", "gelu"):
+        words = f"{n}, trained shorter and longer"
+        add(words, "honest", lambda n=n: tuple(captured(network(n, epochs, cache)) for epochs in (LONG, SHORT)))
     return found
 
 
@@ -196,32 +184,32 @@ def judge(name: str, case: Case, images: int) -> Row:
     words = found.verdict.split(":")[0]
     failed = [check.name for check in found.checks if not check.passed]
     convicted = bool(failed) or words in ("Loss", "Gain masked")
-    return Row(
-        name, case.kind, convicted, words, "; ".join(failed), found.gain.estimate, found.gain.low, found.gain.high,
-        found.exact_gain.estimate, images, torch.__version__,
-    )  # fmt: skip
+    gain = found.gain
+    figures = (gain.estimate, gain.low, gain.high, found.exact_gain.estimate, images, torch.__version__)
+    return Row(name, case.kind, convicted, words, "; ".join(failed), *figures)
 
 
 def same_against_same(images: int) -> Row:
     """Return how often the base against itself, under two seeds, is called a real gain."""
     sparse = captured(bundled.load_model())
     test = tuple(part[:images] for part in bundled.load_split("test"))
-    options = {"progress": False, "sanity_images": 0}
-    pair = [msfx.evaluate(sparse, test, seed=seed, **THREAT | options) for seed in (0, 1000)]
+    given: dict[str, Any] = THREAT | {"progress": False, "sanity_images": 0}
+    pair = [msfx.evaluate(sparse, test, seed=seed, **given).base for seed in (0, 1000)]
+
+    def compared(sides: list[ModelOutcome]) -> Evaluation:
+        return Evaluation(*sides, 0.0, bundled.EPS, "Linf", THREAT["steps"], THREAT["queries"], 0, 0.0)
+
     generator = np.random.default_rng(0)
     gains = 0
     for _ in range(RESAMPLED):
         index = torch.from_numpy(generator.integers(0, images, images))
-        sides = [_resampled(found.base, index) for found in pair]
+        sides = [_resampled(found, index) for found in pair]
         if generator.random() < 0.5:
             sides.reverse()
-        drawn = Evaluation(*sides, 0.0, bundled.EPS, "Linf", THREAT["steps"], THREAT["queries"], 0, 0.0)
-        gains += drawn.verdict.startswith("Gain real")
-    gain = Evaluation(pair[0].base, pair[1].base, 0.0, bundled.EPS, "Linf", THREAT["steps"], 0, 0, 0.0).gain
-    return Row(
-        "A/A", "same against same", gains > 0.025 * RESAMPLED, f"Gain real in {gains} of {RESAMPLED}", "",
-        gain.estimate, gain.low, gain.high, gain.estimate, images, torch.__version__,
-    )  # fmt: skip
+        gains += compared(sides).verdict.startswith("Gain real")
+    gain, verdict = compared(pair).gain, f"Gain real in {gains} of {RESAMPLED}"
+    figures = (gain.estimate, gain.low, gain.high, gain.estimate, images, torch.__version__)
+    return Row("A/A", "same against same", gains > 0.025 * RESAMPLED, verdict, "", *figures)
 
 
 def _resampled(outcome: ModelOutcome, index: Tensor) -> ModelOutcome:
@@ -232,52 +220,42 @@ def table(rows: list[Row]) -> str:
     """Return the rows as markdown, a sentence of counts before them."""
     masks = [row for row in rows if row.kind.startswith("mask")]
     honest = [row for row in rows if row.kind == "honest"]
-    lines = [
+    twice = [f"{row.verdict[0].lower()}{row.verdict[1:]}" for row in rows if row.kind == "same against same"]
+    counts = (
         f"Of {len(masks)} planted masks {sum(row.convicted for row in masks)} are convicted, of {len(honest)} honest "
-        f"cases {sum(row.convicted for row in honest)}. " + "; ".join(
-            f"the base against itself: {row.verdict[0].lower()}{row.verdict[1:]} resampled runs"
-            for row in rows if row.kind == "same against same"
-        ) + f". {rows[0].images} images, {THREAT['steps']} steps, {THREAT['queries']} queries; without `apgd-t`.",
-        "",
-        "| case | kind | convicted | verdict | checks that failed | worst case | own gradient |",
-        "|---|---|---|---|---|---:|---:|",
-    ]  # fmt: skip
-    lines += [
-        f"| {row.case} | {row.kind} | {'yes' if row.convicted else 'no'} | {row.verdict} | {row.failed} "
-        f"| {points(row.gain, row.low, row.high)} | {100 * row.own:+.1f} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
-
-
-def write_page(rows: list[Row], page: Path) -> None:
-    """Put the table between the marks of a page."""
-    before, rest = page.read_text().split(MARKS[0])
-    behind = rest.split(MARKS[1], 1)[1]
-    page.write_text(f"{before}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{behind}")
+        f"cases {sum(row.convicted for row in honest)}. "
+        + "; ".join(f"the base against itself: {words} resampled runs" for words in twice)
+        + f". {rows[0].images} images, {THREAT['steps']} steps, {THREAT['queries']} queries; without `apgd-t`."
+    )
+    heads = ("case", "kind", "convicted", "verdict", "checks that failed", "worst case", "own gradient")
+    lines = []
+    for row in rows:
+        gain, low, high, own = (f"{100 * value:+.1f}" for value in (row.gain, row.low, row.high, row.own))
+        words = (row.case, row.kind, "yes" if row.convicted else "no", row.verdict, row.failed)
+        lines.append((*words, f"{gain} [{low}, {high}]", own))
+    return f"{counts}\n\n{markdown.table(heads, lines, left=5)}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
+    parser.set_defaults(out=RESULTS / "judge.csv")
     parser.add_argument("what", nargs="?", choices=("page",))
     parser.add_argument("--case", nargs="+", help="only these; the file keeps its others")
     parser.add_argument("--images", type=int, default=150)
     parser.add_argument("--cache", type=Path, default=Path(".cache/judge"))
-    parser.add_argument("--out", type=Path, default=RESULTS / "judge.csv")
     args = parser.parse_args()
-    rows = read(args.out, Row) if args.out.exists() else []
-    if args.what != "page":
-        args.cache.mkdir(parents=True, exist_ok=True)
-        known = cases(args.cache)
-        wanted = args.case or [*(n for n in (*known, "A/A") if n not in {row.case for row in rows})]
-        for name in wanted:
-            row = same_against_same(4 * args.images) if name == "A/A" else judge(name, known[name], args.images)
-            Console(width=160).print(row)
-            rows = [r for r in rows if r.case != name] + [row]
-            rows.sort(key=lambda r: [*known, "A/A"].index(r.case))
-            write(rows, args.out)
+    rows = read(args.out, Row)
+    if args.what == "page":
+        markdown.between_marks(Path(__file__).parents[1] / "docs/robustness.md", "judge", table(rows))
         return
-    write_page(rows, Path(__file__).parents[1] / "docs/robustness.md")
+    args.cache.mkdir(parents=True, exist_ok=True)
+    known = cases(args.cache)
+    names = [*known, "A/A"]
+    for name in args.case or [n for n in names if n not in {row.case for row in rows}]:
+        row = same_against_same(4 * args.images) if name == "A/A" else judge(name, known[name], args.images)
+        print(row)
+        rows = sorted([*(r for r in rows if r.case != name), row], key=lambda r: names.index(r.case))
+        write(rows, args.out)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,9 @@ larger than its cache, and a share of the clone's bandwidth is by time on the de
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +21,8 @@ from torch import Tensor
 
 from meansparse_fx.kernels import ops
 
-from .harness import Make, Row, measure, on_gpu, report, write
-from .rivals import BranchFreeForm, PublishedForm
+from .contenders import BranchFreeForm, PublishedForm
+from .harness import Make, Row, measure, on_gpu, options, report, write
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 LAYOUTS = ("contiguous_format", "channels_last", "tokens")
@@ -142,15 +140,12 @@ def run(case: str, device: str, repetitions: int, compiled: bool) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=SHAPES, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = options(__doc__, repetitions=21)
     parser.add_argument("--shape", nargs="+", help="such as 64x256x56x56; by default the device's")
     parser.add_argument("--activation", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS))
     parser.add_argument("--mode", nargs="+", choices=STREAMS, default=list(STREAMS)[:3])
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"))
     parser.add_argument("--compiled", action="store_true", help="the operator as torch.compile sees it, too")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--repetitions", type=int, default=21)
     args = parser.parse_args()
     dtypes = args.dtype or (["float32", "bfloat16"] if args.device == "cuda" else ["float32"])
     rows: list[Row] = []

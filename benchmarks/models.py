@@ -9,16 +9,13 @@ what runs eagerly, to the compiled base for what is compiled. A model whose pack
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,18 +23,16 @@ from torch import Tensor, nn
 import meansparse_fx as msfx
 from meansparse_fx.nn import MeanSparse
 
-from .architectures import MODELS, Unavailable
-from .architectures import build as build_model
+from .contenders import MODELS, BranchFreeForm, PublishedForm, Unavailable, with_form
+from .contenders import build as build_model
 from .facts import facts_of
-from .harness import Row, measure, on_gpu, read, report
-from .rivals import BranchFreeForm, PublishedForm, with_form
+from .harness import Row, measure, on_gpu, options, read, report
 
 # What is computed: the images' gradient is what an attack asks for, the parameters' what training asks for.
 MODES = ("forward", "images' gradient", "all gradients")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ALPHA = 0.25
-# Relative error allowed in float64, where no rounding moves a value across a band's edge.
-EXACT = 1e-6
+EXACT = 1e-6  # relative error allowed in float64, where no rounding moves a value across a band's edge
 # The same in float32. What rounds otherwise moves a few values across a band's edge or a kink, and one such value in a
 # late layer is 1 % of an image's gradient. A wrong mask or backward mode would be an error of 30 % and more.
 TOLERANCE = {"forward": 1e-3, "images' gradient": 0.1, "all gradients": 0.1}
@@ -62,13 +57,6 @@ COMPILED = {name for name, (base, _) in CONTENDERS.items() if base != "base"}
 @dataclass(frozen=True, slots=True)
 class Case:
     """What is run; as text it is the rows' case, and that text can be read again.
-
-    Attributes:
-        model: Of `MODELS`.
-        batch, side: Number and side of the images.
-        mode: Of `MODES`.
-        channels_last: The layout of images and weights.
-        dtype: Of `DTYPES`.
 
     Example:
         >>> text = "WRN-16-4 8x3x32x32 images' gradient channels_last"
@@ -111,25 +99,18 @@ def build(model: nn.Module, images: Tensor, mode: str, compiled: bool) -> dict[s
     msfx.set_alpha(sparse, ALPHA)
     published, branch_free = with_form(sparse, PublishedForm), with_form(sparse, BranchFreeForm)
     contenders = {"base": model, "published module": published, "branch-free module": branch_free, "ours": sparse}
+    settings = {"statistics": statistics, "alpha": ALPHA}
     if mode != "all gradients":  # the norms of the fused one are frozen
-        contenders["ours, fused"] = _fused(model, images, statistics)
+        frozen = copy.deepcopy(model).requires_grad_(False)
+        contenders["ours, fused"] = msfx.transform(frozen, images, **settings, fuse="all")
     if compiled:
-        options = {"statistics": statistics, "alpha": ALPHA}
-        contenders |= {
-            "base compiled": torch.compile(model),
-            "published module compiled": torch.compile(published),
-            "branch-free module compiled": torch.compile(branch_free),
-            "ours compiled": torch.compile(model, backend="meansparse", options=options),
-        }
+        for name in ("base", "published module", "branch-free module"):
+            contenders[f"{name} compiled"] = torch.compile(contenders[name])
+        contenders["ours compiled"] = torch.compile(model, backend="meansparse", options=settings)
     if compiled and images.is_cuda:  # CUDA graphs; of what `transform` returns, for a plug-in takes options, no mode
-        contenders["base reduce-overhead"] = torch.compile(model, mode="reduce-overhead")
-        contenders["ours reduce-overhead"] = torch.compile(sparse, mode="reduce-overhead")
+        for name in ("base", "ours"):
+            contenders[f"{name} reduce-overhead"] = torch.compile(contenders[name], mode="reduce-overhead")
     return contenders
-
-
-def _fused(model: nn.Module, images: Tensor, statistics: msfx.Statistics) -> nn.Module:
-    frozen = copy.deepcopy(model).requires_grad_(False)
-    return msfx.transform(frozen, images, statistics=statistics, alpha=ALPHA, fuse="all")
 
 
 def calls_of(
@@ -166,24 +147,22 @@ def state_of(name: str, contender: nn.Module) -> Iterable[Tensor]:
     return found
 
 
-def errors(results: dict[str, tuple[Tensor, ...]]) -> dict[str, float]:
+def errors(results: dict[str, tuple[Tensor, ...]]) -> tuple[dict[str, float], float]:
     """Return by contender the relative error against the one whose results it must reproduce.
 
-    Under ``without`` stands what leaving out all operators would change.
+    Behind it stands what leaving out all operators would change.
     """
     flat = {name: torch.cat([t.detach().flatten().double() for t in tensors]) for name, tensors in results.items()}
-    found = {name: _error(own, flat[CONTENDERS[name][1]]) for name, own in flat.items()}
-    return found | {"without": _error(flat["base"], flat["branch-free module"])}
 
+    def error(own: str, expected: str) -> float:
+        return float((flat[own] - flat[expected]).norm() / flat[expected].norm())
 
-def _error(own: Tensor, expected: Tensor) -> float:
-    return float((own - expected).norm() / expected.norm())
+    return {name: error(name, CONTENDERS[name][1]) for name in flat}, error("base", "branch-free module")
 
 
 def check(results: dict[str, tuple[Tensor, ...]], mode: str) -> None:
     """Raise unless every contender computed what its model computes, in float32."""
-    found = errors(results)
-    without = found.pop("without")
+    found, without = errors(results)
     for name, error in found.items():
         # With random weights a deep network multiplies one moved value: to 2 % of the logits in ResNet-50, where
         # leaving out all operators changes 7 %. So half of that is allowed, if it is more.
@@ -199,18 +178,12 @@ def check_exactly(case: Case, device: str) -> None:
     with torch.no_grad():
         upstream = torch.randn_like(model(images))
     contenders = build(model, images, case.mode, compiled=False)
-    found = errors({name: calls_of(net, images, upstream, case.mode)[0]() for name, net in contenders.items()})
-    without = found.pop("without")
+    found, without = errors({name: calls_of(net, images, upstream, case.mode)[0]() for name, net in contenders.items()})
     if not without > 1e-4:
         raise AssertionError(f"{case}: operators change the result by {without:.1e} only: nothing would be seen")
     for name, error in found.items():
         if not error <= EXACT:
             raise AssertionError(f"{name}, {case}: relative error {error:.1e} in float64 against {CONTENDERS[name][1]}")
-
-
-def _full_precision() -> AbstractContextManager[None]:
-    """Return a context without TF32, whose 10 bits would hide what is checked; what is timed runs as torch has it."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
 
 
 def run(case: Case, device: str, repetitions: int, *, compiled: bool = True, cold: bool = False) -> list[Row]:
@@ -235,27 +208,21 @@ def run(case: Case, device: str, repetitions: int, *, compiled: bool = True, col
         calls[name], graph = calls_of(contender, images, upstream, case.mode)
         state = functools.partial(state_of, name, contender)
         facts[name] = facts_of(calls[name], graph, state, device, name in COMPILED, cold)
-    if (
-        case.dtype == "float32"
-    ):  # bfloat16 rounds a deep random network away: ResNet-50's logits by 7 %, as operators do
-        with _full_precision():
+    if case.dtype == "float32":  # bfloat16 rounds ResNet-50's logits by 7 %, as much as operators change them
+        # Without TF32, whose 10 bits would hide what is checked; what is timed runs as torch has it.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
             results = {name: call() for name, call in calls.items()}
         check(results, case.mode)
     baselines = {name: CONTENDERS[name][0] for name in calls}
-    more = None
     if device == "cuda":  # no graph holds the published module, which asks the device, or another graph
-        makes = {name: functools.partial(_same, call) for name, call in calls.items()}
-        more = on_gpu(makes, baselines, skip=("published module", *COMPILED))
-    return measure("models", str(case), calls, baselines, device, repetitions, facts, more=more)
-
-
-def _same(call: Callable[[], object]) -> Callable[[], object]:
-    return call
+        makes = {name: (lambda call=call: call) for name, call in calls.items()}
+        for name, own in on_gpu(makes, baselines, skip=("published module", *COMPILED)).items():
+            facts[name] |= own
+    return measure("models", str(case), calls, baselines, device, repetitions, facts)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = options(__doc__, repetitions=21)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["WRN-16-4", "ResNet-50", "ConvNeXt-T", "Swin-T"])
     parser.add_argument("--batch", nargs="+", type=int, default=[8])
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES[:2]))
@@ -263,15 +230,12 @@ def main() -> None:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--eager", action="store_true", help="leave the compiled contenders out")
     parser.add_argument("--cold", action="store_true", help="compile without caches on disk, and note the seconds")
-    parser.add_argument("--repetitions", type=int, default=21)
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--append", action="store_true", help="keep the other cases that --out holds already")
     args = parser.parse_args()
     torch.compiler.config.force_disable_caches = args.cold
-    rows: list[Row] = read(args.out) if args.append and args.out and args.out.exists() else []
+    rows: list[Row] = read(args.out) if args.append and args.out else []
     failed: list[str] = []
-    cases = itertools.product(args.model, args.batch, args.mode, args.dtype)
-    for name, batch, mode, dtype in cases:
+    for name, batch, mode, dtype in itertools.product(args.model, args.batch, args.mode, args.dtype):
         case = Case(name, batch, MODELS[name][1], mode, args.channels_last, dtype)
         try:
             found = run(case, args.device, args.repetitions, compiled=not args.eager, cold=args.cold)

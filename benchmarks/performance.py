@@ -7,11 +7,11 @@ Nothing is measured here. What no file has is "not measured" on the page, whose 
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 
-from .harness import RESULTS
+from .harness import RESULTS, options
+from .page.markdown import between_marks
 from .page.plots import models_figure, roofline_figure
 from .page.results import Results, load
 from .page.sections import SECTIONS, headline, kernels_on_gpus, summary
@@ -20,7 +20,6 @@ TEMPLATE = Path(__file__).parent / "page" / "performance.md"
 ROOT = Path(__file__).parents[1]
 PAGE = "performance.md"
 PLOTS = {"performance-models.png": models_figure, "performance-roofline.png": roofline_figure}
-START, END = "<!-- made by benchmarks.performance -->\n", "<!-- end -->"
 
 
 def page(results: Results) -> str:
@@ -32,17 +31,8 @@ def page(results: Results) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda found: SECTIONS[found[1]](results), text)
 
 
-def between_marks(path: Path, text: str) -> None:
-    """Put today's figures between the marks of a page."""
-    before, _, rest = path.read_text().partition(START)
-    _, mark, behind = rest.partition(END)
-    if not mark:
-        raise SystemExit(f"{path} lacks the marks {START.strip()} and {END}")
-    path.write_text(f"{before}{START}{text}\n{END}{behind}")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, out=False)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
@@ -55,8 +45,8 @@ def main() -> None:
         figure = draw(results)
         if figure is not None:
             figure.savefig(args.docs / name)
-    between_marks(args.readme, headline(results))
-    between_marks(args.docs / "kernels.md", kernels_on_gpus(results))
+    between_marks(args.readme, "performance", headline(results))
+    between_marks(args.docs / "kernels.md", "performance", kernels_on_gpus(results))
     if args.summary:
         print(summary(results))
     print(args.docs / PAGE)

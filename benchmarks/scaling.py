@@ -13,12 +13,8 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -26,10 +22,9 @@ from torch import nn
 import meansparse_fx as msfx
 from meansparse_fx.capture import capture
 
-from .architectures import MODELS, Unavailable
-from .architectures import build as build_model
-from .harness import device_name, print_rows, write
-from .wide_resnet import WideResNet
+from .contenders import MODELS, Unavailable, WideResNet
+from .contenders import build as build_model
+from .harness import Call, in_turns, options, place, report
 
 IMAGES = 1_000_000
 
@@ -39,15 +34,11 @@ class Scaling:
     """One measurement; the fields are the CSV's columns.
 
     Attributes:
-        what: ``transform``, ``calibration`` or ``plan``.
-        case: Of which model.
-        size: What grows: nodes of the graph; images; channels; devices.
-        unit: Its name.
+        what: ``transform``, ``calibration`` or ``plan``, ``case`` of which model.
+        size: What grows, in ``unit``: nodes of the graph; images; channels; devices.
         seconds: Of transform or of the pass, a median; of the plan, computed.
         beside: Seconds of the baseline: four forward passes on the example images; the plain pass over the same images.
         formula: What a plan was computed from.
-        repetitions: Of the measurement.
-        device, torch, threads: Where it ran.
     """
 
     what: str
@@ -70,29 +61,17 @@ class Bench:
     device: str
     repetitions: int
 
-    def seconds(self, *calls: Callable[[], object]) -> list[float]:
+    def seconds(self, *calls: Call) -> list[float]:
         """Return the median seconds of each call, taken in turns, after one of each that is not counted."""
-        times: list[list[float]] = [[] for _ in calls]
-        for turn in range(self.repetitions + 1):
-            for call, own in zip(calls, times, strict=True):
-                self._wait()
-                start = time.perf_counter()
-                call()
-                self._wait()
-                if turn:
-                    own.append(time.perf_counter() - start)
-        return [statistics.median(own) for own in times]
+        times = in_turns({str(i): call for i, call in enumerate(calls)}, self.device, self.repetitions, warm_up=1)
+        return [statistics.median(own) / 1e3 for own in times.values()]
 
     def row(
         self, what: str, case: str, size: int, unit: str, seconds: float, beside: float | None, formula: str = ""
     ) -> Scaling:
         """Return the row of one measurement."""
-        facts = (self.repetitions, device_name(self.device), torch.__version__, torch.get_num_threads())
-        return Scaling(what, case, size, unit, seconds, beside, formula, *facts)
-
-    def _wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        where = place(self.device)
+        return Scaling(what, case, size, unit, seconds, beside, formula, self.repetitions, **where)
 
 
 def transform_rows(bench: Bench, depths: list[int]) -> list[Scaling]:
@@ -104,10 +83,10 @@ def transform_rows(bench: Bench, depths: list[int]) -> list[Scaling]:
         model = WideResNet(depth, 1).eval().to(bench.device)
         nodes = len(capture(model, images).graph_module.graph.nodes)
 
+        @torch.no_grad()
         def forward(model: nn.Module = model) -> None:
-            with torch.no_grad():
-                for _ in range(4):
-                    model(images)
+            for _ in range(4):
+                model(images)
 
         transform, beside = bench.seconds(lambda model=model: msfx.transform(model, images), forward)
         rows.append(bench.row("transform", f"WRN-{depth}-1", nodes, "nodes", transform, beside))
@@ -128,14 +107,14 @@ def calibration_rows(bench: Bench, images: list[int], channels: list[int], batch
     return rows
 
 
-def passes(model: nn.Module, batches: list[torch.Tensor]) -> tuple[Callable[[], object], Callable[[], object]]:
+def passes(model: nn.Module, batches: list[torch.Tensor]) -> tuple[Call, Call]:
     """Return calibration over the batches, and the plain pass over the same."""
     sparse = msfx.transform(model, batches[0][:2])
 
+    @torch.inference_mode()
     def plain() -> None:
-        with torch.inference_mode():
-            for batch in batches:
-                model(batch)
+        for batch in batches:
+            model(batch)
 
     return lambda: msfx.calibrate(sparse, batches, progress=False), plain
 
@@ -160,17 +139,14 @@ def plan_rows(bench: Bench, name: str, batch: int, batches: int, devices: list[i
     (merging,) = bench.seconds(lambda: one.merge(other))
     for number in devices:
         seconds = once + IMAGES / number * each + (number - 1) * merging
-        formula = (
-            f"{once:.3g} s + {IMAGES:,} images / {number} * {1e3 * each:.3g} ms + {number - 1} merges * "
-            f"{1e3 * merging:.3g} ms"
-        )
+        formula = f"{once:.3g} s + {IMAGES:,} images / {number} * {1e3 * each:.3g} ms"
+        formula += f" + {number - 1} merges * {1e3 * merging:.3g} ms"
         rows.append(bench.row("plan", name, number, "devices", seconds, None, formula))
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = options(__doc__, repetitions=5)
     parser.add_argument("--depth", nargs="+", type=int, default=[16, 40, 94, 202, 286])
     parser.add_argument("--images", nargs="+", type=int, default=[128, 256, 512, 1024])
     parser.add_argument("--channels", nargs="+", type=int, default=[16, 64, 256])
@@ -178,8 +154,6 @@ def main() -> None:
     parser.add_argument("--devices", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--batches", type=int, default=1, help="of the plan's shorter pass")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     bench = Bench(args.device, args.repetitions)
     rows = transform_rows(bench, args.depth) + calibration_rows(bench, args.images, args.channels, args.batch)
@@ -189,9 +163,7 @@ def main() -> None:
         except Unavailable as reason:
             print(f"skipped the plan for {name}: {reason}")
     shown = ("what", "case", "size", "unit", "seconds", "beside", "formula")
-    print_rows(rows, shown, f"scaling on {device_name(args.device)}, {torch.get_num_threads()} threads")
-    if args.out is not None:
-        write(rows, args.out)
+    report(rows, args.out, f"scaling on {rows[0].device}, {rows[0].threads} threads", shown)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
     python -m benchmarks.train_robust --data /usr/share/datasets/fashion-mnist --out meansparse_fx/bundled
 
-The recipe is the default one of `benchmarks.training`. The calibration images come from the training
+The recipe is the default one of `benchmarks.paper.training`. The calibration images come from the training
 set; the selection and test images from the test set, which training never sees.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from meansparse_fx import bundled
 from meansparse_fx.data import load_idx
 
-from .training import Recipe, pgd, save, train
+from .harness import options
+from .paper.training import Recipe, pgd, save, train
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
@@ -29,12 +29,12 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)  # --out: the package's directory
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--subsets-only", action="store_true", help="write the images, keep the weights")
     args = parser.parse_args()
-
+    if args.out is None:
+        parser.error("the following arguments are required: --out")
     x, y = load_idx(args.data, "train")
     x_test, y_test = load_idx(args.data, "t10k")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -44,12 +44,8 @@ def main() -> None:
     recipe = Recipe()
     model = train(recipe, x, y)
     record = asdict(recipe) | {"torch": torch.__version__, "clean_t10k": accuracy(model, x_test, y_test)}
-    adv = torch.cat(
-        [
-            pgd(model, a, b, recipe.eps, 20, 0.02)
-            for a, b in zip(x_test[:1000].split(250), y_test[:1000].split(250), strict=True)
-        ]
-    )
+    batches = zip(x_test[:1000].split(250), y_test[:1000].split(250), strict=True)
+    adv = torch.cat([pgd(model, images, labels, recipe.eps, 20, 0.02) for images, labels in batches])
     record["pgd20_t10k_1000"] = accuracy(model, adv, y_test[:1000])
     print(json.dumps(record))
     save(model, args.out / "fashion_resnet.safetensors", record)

@@ -12,9 +12,7 @@ measured again unless --fresh. The page in docs/ is made from both CSVs.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import csv
 import gc
 import importlib
 import os
@@ -23,7 +21,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,11 +34,12 @@ from meansparse_fx.outputs import flatten
 from meansparse_fx.zoo import input_shape
 
 from . import harness
-from .harness import RESULTS, device_name
-from .zoo_extra import EXTRA, library
-from .zoo_models import MODELS, build
+from .harness import RESULTS, options, place
+from .page.markdown import table
+from .zoo_models import EXTRA, MODELS, build, library
 
 DOC = Path(__file__).parents[1] / "docs" / "zoo.md"
+PAGES = Path(__file__).parent / "page"  # its prose, zoo.md and zoo-extra.md
 SMALL = 96  # pixels; models that insist on a size of their own get it
 
 
@@ -49,20 +48,15 @@ class Row:
     """What became of one model; the fields are the CSV's columns.
 
     Attributes:
-        model: As `load_model` takes it.
-        image: Side of the images, in pixels.
+        model, image: As `load_model` takes it, and the side of the images, in pixels.
         route: How the graph was captured.
         checked: By what `transform` saw that it is the model: ``operations`` or ``numbers``.
         rewritten, skipped: Sites by kind, and by the first words of the reason.
-        nodes: Of the captured graph.
         equal: ``bitwise``, or the largest difference between transformed model and base at alpha 0 (eager lowering).
         gradient: The same of the gradients with respect to the images; ``none`` if the base has none.
         forward_cpu_s: One forward pass of the base on two images, as a measure for the next ones; the model's first.
-        capture_cpu_s: Capture with its checks.
-        find_cpu_s: Finding the sites.
-        transform_cpu_s: All of `transform`.
-        error: What went wrong.
-        device, torch, threads: Where it ran; of models of other libraries also with which.
+        capture_cpu_s, find_cpu_s, transform_cpu_s: Capture with its checks; finding the sites; all of `transform`.
+        torch: Of models of other libraries also their library.
     """
 
     model: str
@@ -86,12 +80,7 @@ class Row:
 
 def measure(name: str) -> Row:
     """Return the row of one model."""
-    known: dict[str, Any] = {
-        "model": name,
-        "device": device_name("cpu"),
-        "torch": " with ".join([torch.__version__, *library(name)]),
-        "threads": torch.get_num_threads(),
-    }
+    known = {"model": name} | place("cpu") | {"torch": " with ".join([torch.__version__, *library(name)])}
     try:
         model = build(name)
         images, expected, known["forward_cpu_s"] = _first_forward(model)
@@ -121,15 +110,15 @@ def _first_forward(model: nn.Module) -> tuple[Tensor, Any, float]:
     """Return images that the model takes, what it makes of them, and the seconds it takes for that."""
     own = input_shape(model)
     sizes = [own[-1]] if own[-1] < SMALL else [SMALL, own[-1]]
-    for size in sizes:
+    while True:
+        size = sizes.pop(0)
         images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
         try:
             start = time.process_time()
             return images, model(images), round(time.process_time() - start, 3)
         except Exception:
-            if size == sizes[-1]:
+            if not sizes:
                 raise
-    raise AssertionError("no size")
 
 
 @contextlib.contextmanager
@@ -186,13 +175,8 @@ def _difference(actual: Any, expected: Any) -> str:
 
 
 def read(path: Path) -> dict[str, Row]:
-    """Return the rows of a CSV by model; those of an older form are left out."""
-    if not path.is_file():
-        return {}
-    kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Row)}
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.keys() == kinds.keys()]
-    return {row["model"]: Row(**{name: kinds[name](value) for name, value in row.items()}) for row in rows}
+    """Return the rows of a CSV by model."""
+    return {row.model: row for row in harness.read(path, Row)}
 
 
 def write(rows: dict[str, Row], path: Path) -> None:
@@ -209,66 +193,42 @@ _COLUMNS += ("input gradient bitwise", "forward", "capture", "find", "transform"
 def page(rows: Sequence[Row], extra: Sequence[Row] = ()) -> str:
     """Return docs/zoo.md, of the list and of other libraries' models."""
     captured = [row for row in rows if row.route]
-    routes = Counter(row.route for row in captured)
-    checked = Counter(row.checked for row in captured)
-    equal = Counter("bitwise" if row.equal == "bitwise" else "within rounding" for row in captured)
-    gradient = Counter(row.gradient for row in captured)
-    where = "; ".join(sorted({f"{row.device}, torch {row.torch}, {row.threads} threads" for row in rows}))
-    lines = [
-        "# The zoo",
-        "",
-        "What `transform` makes of real models, random weights, RobustBench's deep networks cut short. Made by",
-        "`python -m benchmarks.zoo`; do not edit by hand.",
-        "",
-        f"- {len(captured)} of {len(rows)} models are transformed ({len(captured) / len(rows):.1%}).",
-        *(f"- {count} by {route}." for route, count in routes.most_common()),
-        f"- `transform` saw {checked['operations']} graphs to make the model's very operator calls, and compared "
-        f"{checked['numbers']} with it in numbers.",
-        f"- Transformed model at alpha 0 and base, both run here on two images, torch operators: {_spoken(equal)}.",
-        f"- Their gradients with respect to the images: {_spoken(gradient)}.",
-        f"- {_total(captured, 'rewritten')} sites are rewritten; {_total(captured, 'skipped')} are skipped.",
-        f"- Measured on {where}.",
-        "",
-    ]
-    failed = [row for row in rows if not row.route]
-    if failed:
-        lines += ["## What failed", "", "| model | why |", "|---|---|"]
-        lines += [f"| {row.model} | {_cell(row.error)} |" for row in failed]
-        lines += [""]
-    lines += [
-        "## All models",
-        "",
-        "`checked`: by what `transform` saw that the graph is the model. `forward`: one pass of the base on two",
-        "images, its first; `capture` and `find` are parts of `transform`. All in seconds of the processor; other work",
-        "shared it.",
-        "",
-        *_table(captured),
-    ]
+    failed = table(("model", "why"), [(row.model, _cell(row.error)) for row in rows if not row.route], left=2)
+    text = (PAGES / "zoo.md").read_text().format(
+        captured=len(captured),
+        all=len(rows),
+        share=len(captured) / len(rows),
+        routes="\n".join(f"- {n} by {route}." for route, n in Counter(r.route for r in captured).most_common()),
+        operations=sum(row.checked == "operations" for row in captured),
+        numbers=sum(row.checked == "numbers" for row in captured),
+        equal=_spoken(Counter("bitwise" if row.equal == "bitwise" else "within rounding" for row in captured)),
+        gradient=_spoken(Counter(row.gradient for row in captured)),
+        rewritten=_total(captured, "rewritten"),
+        skipped=_total(captured, "skipped"),
+        where="; ".join(sorted({f"{row.device}, torch {row.torch}, {row.threads} threads" for row in rows})),
+        failed=f"## What failed\n\n{failed}\n\n" if failed else "",
+        table=_table(captured),
+    )  # fmt: skip
     if extra:
-        bitwise = sum(row.equal == row.gradient == "bitwise" for row in extra)
-        lines += [
-            "",
-            "## Other libraries",
-            "",
-            "Made by `python -m benchmarks.zoo --extra`: random weights from small configurations, unwrapped, whatever",
-            f"they return. {sum(bool(r.route) for r in extra)} of {len(extra)} are transformed; {bitwise} have every",
-            "tensor of the base's result, in the same containers, and its input gradient bit for bit.",
-            f"Measured with {'; '.join(sorted({row.torch for row in extra}))}.",
-            "",
-            *_table([row for row in extra if row.route]),
-            *(f"\n{row.model} fails: {_cell(row.error)}" for row in extra if not row.route),
-        ]
-    return "\n".join(lines) + "\n"
+        text += (PAGES / "zoo-extra.md").read_text().format(
+            captured=sum(bool(row.route) for row in extra),
+            all=len(extra),
+            bitwise=sum(row.equal == row.gradient == "bitwise" for row in extra),
+            where="; ".join(sorted({row.torch for row in extra})),
+            table=_table([row for row in extra if row.route]),
+        )  # fmt: skip
+        text += "".join(f"\n{row.model} fails: {_cell(row.error)}\n" for row in extra if not row.route)
+    return text
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
-    head = [f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * len(_COLUMNS)}"]
-    return head + [
-        f"| {r.model} | {r.image} | {r.route} | {r.checked} | {r.rewritten} | {r.skipped} | {r.nodes} | {r.equal} "
-        f"| {'yes' if r.gradient == 'bitwise' else r.gradient} "
-        f"| {r.forward_cpu_s:.2f} | {r.capture_cpu_s:.2f} | {r.find_cpu_s:.2f} | {r.transform_cpu_s:.2f} |"
-        for r in rows
-    ]
+def _table(rows: Sequence[Row]) -> str:
+    lines = []
+    for r in rows:
+        gradient = "yes" if r.gradient == "bitwise" else r.gradient
+        seconds = (f"{s:.2f}" for s in (r.forward_cpu_s, r.capture_cpu_s, r.find_cpu_s, r.transform_cpu_s))
+        words = (r.model, str(r.image), r.route, r.checked, r.rewritten, r.skipped, str(r.nodes), r.equal)
+        lines.append((*words, gradient, *seconds))
+    return table(_COLUMNS, lines, left=len(_COLUMNS))
 
 
 def _spoken(counts: Counter) -> str:
@@ -291,11 +251,10 @@ def _cell(text: str) -> str:
 
 def main() -> None:
     """Measure what the CSV lacks, and write both files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)  # --out: zoo.csv or zoo-extra.csv in benchmarks/results by default
     parser.add_argument("--extra", action="store_true", help="models of other libraries")
     parser.add_argument("--only", default="", metavar="PATTERN", help="models whose name matches this expression")
     parser.add_argument("--fresh", action="store_true", help="measure also what the CSV holds")
-    parser.add_argument("--out", type=Path, help="[zoo.csv or zoo-extra.csv in benchmarks/results]")
     parser.add_argument("--doc", type=Path, default=DOC)
     args = parser.parse_args()
     os.environ["MEANSPARSE_FX_LOWERING"] = "eager"

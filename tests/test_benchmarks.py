@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 import meansparse_fx as msfx
-from benchmarks import architectures, attack, calibration, harness, kernels, models, performance, roofline, scaling
-from benchmarks.harness import RESULTS, Facts, Row, measure, on_gpu, read, write
+from benchmarks import attack, calibration, contenders, harness, kernels, models, performance, roofline, scaling
+from benchmarks.contenders import WideResNet
+from benchmarks.harness import RESULTS, Row, measure, on_gpu, read, write
 from benchmarks.models import CONTENDERS, Case
 from benchmarks.page import results as page_results
+from benchmarks.page.markdown import between_marks
 from benchmarks.page.sections import SECTIONS
 from benchmarks.page.targets import TARGETS, Figure, Target
-from benchmarks.wide_resnet import WideResNet
 from meansparse_fx import bundled
 
 ROOT = Path(performance.__file__).parents[1]
@@ -42,7 +43,7 @@ def _one_thread():
 @pytest.fixture
 def tiny(monkeypatch):
     """A model of benchmarks that costs nothing."""
-    monkeypatch.setitem(architectures.MODELS, "tiny", (lambda: WideResNet(10, 1), 8))
+    monkeypatch.setitem(contenders.MODELS, "tiny", (lambda: WideResNet(10, 1), 8))
     return "tiny"
 
 
@@ -61,7 +62,7 @@ def row(benchmark="models", case="WRN-16-4 8x3x32x32 forward", contender="ours",
 def test_measure_takes_turns_and_names_its_baseline():
     order = []
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    rows = measure("x", "y", calls, {"a": "a", "b": "a"}, "cpu", 4, {"b": Facts(graphs=3)}, warm_up=1)
+    rows = measure("x", "y", calls, {"a": "a", "b": "a"}, "cpu", 4, {"b": {"graphs": 3}}, warm_up=1)
     assert order == ["a", "b"] * 5
     assert [(r.contender, r.baseline, r.graphs, r.repetitions) for r in rows] == [("a", "a", None, 4), ("b", "a", 3, 4)]
     assert rows[0].ratio == 1
@@ -144,7 +145,7 @@ def test_compiled_models(monkeypatch):
         layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.GELU(), nn.Flatten()]
         return nn.Sequential(*layers, nn.Linear(4 * 4 * 4, 3))
 
-    monkeypatch.setitem(architectures.MODELS, "small", (two_sites, 8))
+    monkeypatch.setitem(contenders.MODELS, "small", (two_sites, 8))
     rows = {r.contender: r for r in models.run(Case("small", 2, 8, "images' gradient"), "cpu", 1, cold=True)}
     assert list(rows) == [name for name in CONTENDERS if "reduce" not in name]
     assert rows["ours compiled"].graphs == rows["base compiled"].graphs == 1
@@ -187,9 +188,9 @@ def test_a_wrong_contender_is_not_timed(tiny, monkeypatch):
 
 def test_models_that_are_not_there_are_skipped(tiny, monkeypatch, tmp_path, capsys):
     def missing():
-        raise architectures.Unavailable("robustbench is not installed")
+        raise contenders.Unavailable("robustbench is not installed")
 
-    monkeypatch.setitem(architectures.MODELS, "missing", (missing, 8))
+    monkeypatch.setitem(contenders.MODELS, "missing", (missing, 8))
     out = tmp_path / "models-cpu-1-thread.csv"
     write([row(case="other 1x3x8x8 forward"), row(case="tiny 2x3x8x8 forward", contender="old")], out)
     options = ("--mode", "forward", "--batch", 2, "--eager", "--repetitions", 2, "--device", "cpu")
@@ -203,12 +204,12 @@ def test_models_that_are_not_there_are_skipped(tiny, monkeypatch, tmp_path, caps
 
 
 def test_every_architecture_names_its_package(monkeypatch):
-    monkeypatch.setattr(architectures.importlib.util, "find_spec", lambda name: None)
-    for name in architectures.MODELS:
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None)
+    for name in contenders.MODELS:
         if name.startswith("WRN"):
             continue
-        with pytest.raises(architectures.Unavailable, match="is not installed"):
-            architectures.build(name)
+        with pytest.raises(contenders.Unavailable, match="is not installed"):
+            contenders.build(name)
 
 
 # Kernels, calibration.
@@ -329,7 +330,7 @@ def test_passes_are_counted():
         with torch.no_grad():
             model(images[:2])
     model(images)
-    assert (passes.forward, passes.backward) == (5, 3)
+    assert (passes.forward_images, passes.backward_images) == (5, 3)
 
 
 def test_attacks_ask_all_models_for_the_same(monkeypatch, tmp_path):
@@ -523,7 +524,7 @@ def test_shares_alone_make_a_table(tmp_path):
 def test_a_page_needs_its_marks(tmp_path):
     (tmp_path / "page.md").write_text("no marks")
     with pytest.raises(SystemExit, match="marks"):
-        performance.between_marks(tmp_path / "page.md", "text")
+        between_marks(tmp_path / "page.md", "performance", "text")
 
 
 def test_every_command_is_listed():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import meansparse_fx as msfx
-from benchmarks.wide_resnet import WideResNet
+from benchmarks.contenders import WideResNet
 from meansparse_fx.cost.tally import Tally, kept_bytes
 from meansparse_fx.kernels import operator
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import meansparse_fx as msfx
 from benchmarks import judge
+from benchmarks.page.markdown import between_marks
 from meansparse_fx.evaluate import plan
 from meansparse_fx.evaluate.attacks import AttackSettings
 from meansparse_fx.evaluate.compiled import Attacked
@@ -190,8 +191,8 @@ def test_the_courts_page_counts(tmp_path):
         a_row("A/A", "same against same", False, "Gain real in 1 of 200"),
     ]
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{judge.MARKS[0]}\nold\n{judge.MARKS[1]}\nbehind\n")
-    judge.write_page(rows, page)
+    page.write_text("before\n<!-- made by benchmarks.judge -->\nold\n<!-- end -->\nbehind\n")
+    between_marks(page, "judge", judge.table(rows))
     text = page.read_text()
     assert "Of 2 planted masks 1 are convicted, of 1 honest cases 0." in text
     assert "the base against itself: gain real in 1 of 200 resampled runs" in text

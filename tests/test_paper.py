@@ -19,8 +19,8 @@ from benchmarks.paper.measure import Row
 from benchmarks.paper.page import write_page
 from benchmarks.paper.published import PUBLISHED, change
 from benchmarks.paper.tables import NETWORKS, TABLES
+from benchmarks.paper.training import ACTIVATIONS, Recipe, pgd, train
 from benchmarks.train_robust import subsets
-from benchmarks.training import ACTIVATIONS, Recipe, pgd, train
 
 ROOT = Path(__file__).parents[1]
 COUNTS = {"selection_images": 10, "images": 10, "attacked": 10}
@@ -107,7 +107,7 @@ def test_the_page_says_what_no_attacker_who_knows_has_seen(tmp_path):
     page = (tmp_path / "paper.md").read_text()
     assert page.count("Not measured yet against attackers who know") == 1
     assert "know the operator: main path, after addition." in page
-    assert "| 11: Main path, and after the addition | 8 | 8 (8) | 0 (0) | | | 8 | 0 |" in page
+    assert "| 11: Main path, and after the addition | 8 | 8 (8) | 0 (0) |  |  | 8 | 0 |" in page
 
 
 def test_the_page_says_what_choosing_bought(tmp_path):

@@ -436,8 +436,6 @@ def test_the_table_resumes(tmp_path):
     assert "1 of 2 models are transformed (50.0%)" in text
     assert "0 graphs to make the model's very operator calls, and compared 1 with it in numbers" in text
     assert f"| {failed.model} | SiteError: a \\| b |" in text
-    path.write_text("model,old\nx,y\n")
-    assert table.read(path) == {}
 
 
 def test_a_row_of_the_table(monkeypatch):

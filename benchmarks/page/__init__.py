@@ -1,4 +1,3 @@
-"""How docs/performance.md is made: `results` reads files, `targets` judges, `sections` writes tables, `plots` draws.
-
-The prose is in `performance.md`, whose {{words}} become what the sections return.
+"""How pages are made: `markdown` has tables and marks, `results` reads files, `targets` judges, `sections` and `plots`
+write docs/performance.md, whose prose is in `performance.md`: its {{words}} become what the sections return.
 """

@@ -5,8 +5,8 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .results import Results, case_of
-from .sections import FORMS, extra_bytes
+from .results import Results
+from .sections import extras
 
 STYLES = {
     "published module": ("#9ba2ab", "s"),
@@ -45,24 +45,17 @@ def models_figure(results: Results) -> Figure | None:
 
 def roofline_figure(results: Results) -> Figure | None:
     """Return measured extra time over counted extra bytes, both as shares of the base's time; None without rows."""
+    points: dict[str, list[tuple[float, float]]] = {name: [] for name in STYLES}
+    for source in results.models:
+        for name, _, extra, longer in extras(results, source):
+            points[name].append((extra, longer))
+    if not any(points.values()):
+        return None
     figure = Figure(figsize=(8.6, 4.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    drawn = False
     for name, (colour, marker) in STYLES.items():
-        points = []
-        for source in results.models:
-            for found in source.cases.values():
-                if name not in found or "base" not in found or case_of(found["base"]).dtype != "float32":
-                    continue
-                case = case_of(found["base"])
-                extra = extra_bytes(results, case.model, FORMS[name], case.mode)
-                if extra is not None and found[name].milliseconds is not None:
-                    points.append((extra * case.batch / 2**20, (found[name].ratio - 1) * found["base"].milliseconds))
-        if points:
-            drawn = True
-            axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=6, label=name)
-    if not drawn:
-        return None
+        if points[name]:
+            axes.plot(*zip(*points[name], strict=True), marker, color=colour, markersize=6, label=name)
     _prepare(axes, "")
     axes.axhline(0, color="#1c1e21", linewidth=1)
     axes.axvline(0, color="#1c1e21", linewidth=1)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..calibration import Need
 from ..harness import Row, read
-from ..models import Case
 from ..roofline import Count
 from ..scaling import Scaling
 
@@ -31,12 +30,7 @@ def mark(row: Row) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file of results.
-
-    Attributes:
-        name: Of the file.
-        rows: In its order; never empty.
-    """
+    """One file of results: its name, and its rows, in its order; never empty."""
 
     name: str
     rows: Sequence[Any]
@@ -56,6 +50,11 @@ class Source:
         return f"{row.device}{threads}, torch {row.torch}{triton}{when}"
 
     @property
+    def contenders(self) -> list[str]:
+        """All that are in it, in its order."""
+        return list(dict.fromkeys(row.contender for row in self.rows))
+
+    @property
     def cases(self) -> dict[str, dict[str, Row]]:
         """The rows by case and contender."""
         found: dict[str, dict[str, Row]] = {}
@@ -69,13 +68,7 @@ MEASURED = ("models", "kernels", "calibration", "attack", "host")
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """All files that the page is made from.
-
-    Attributes:
-        models, kernels, calibration, attack, host, scaling: One source a file.
-        images: How many images calibration takes, if that was measured.
-        counts: Bytes and calls, counted.
-    """
+    """All files that the page is made from: sources by benchmark; what calibration needs; what was counted."""
 
     models: list[Source] = field(default_factory=list)
     kernels: list[Source] = field(default_factory=list)
@@ -94,22 +87,9 @@ class Results:
 def load(folder: Path) -> Results:
     """Return what lies in ``folder``; what is not there is empty."""
 
-    def sources(benchmark: str, kind: type[Any] = Row) -> Iterator[Source]:
-        for path in sorted(folder.glob(f"{benchmark}-*.csv")):
-            if path.name != "calibration-images.csv" and (rows := read(path, kind)):
-                yield Source(path.name, rows)
+    def sources(benchmark: str, kind: type[Any] = Row) -> list[Source]:
+        paths = (path for path in sorted(folder.glob(f"{benchmark}-*.csv")) if path.name != "calibration-images.csv")
+        return [Source(path.name, rows) for path in paths if (rows := read(path, kind))]
 
-    def single(name: str, kind: type[Any]) -> list[Any]:
-        return read(folder / name, kind) if (folder / name).exists() else []
-
-    return Results(
-        *(list(sources(benchmark)) for benchmark in MEASURED),
-        list(sources("scaling", Scaling)),
-        single("calibration-images.csv", Need),
-        single("roofline.csv", Count),
-    )
-
-
-def case_of(row: Row) -> Case:
-    """Return the case of a row of benchmarks.models."""
-    return Case.read(row.case)
+    single = (read(folder / f"{name}.csv", kind) for name, kind in (("calibration-images", Need), ("roofline", Count)))
+    return Results(*map(sources, MEASURED), sources("scaling", Scaling), *single)

@@ -1,13 +1,16 @@
-"""The tables of the page, each made from results; where there are none it says so."""
+"""The tables of docs/performance.md, each made from results; where there are none it says so."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields, replace
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 from ..harness import Row
-from ..models import CONTENDERS
-from .results import MEASURED, Results, Source, case_of, mark
+from ..models import CONTENDERS, Case
+from . import markdown
+from .results import MEASURED, Results, Source, mark
 from .targets import TARGETS, wins
 
 NOTHING = "Not measured: there is no file of this in `benchmarks/results/`."
@@ -19,15 +22,7 @@ FORMS = {
     "ours": "ours",
     "ours, fused": "ours, fused",
 }
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown, empty without rows; all columns but the first are numbers, and stand right."""
-    rows = list(rows)
-    if not rows:
-        return ""
-    lines = [list(heads), ["---", *["---:"] * (len(heads) - 1)], *map(list, rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+table = functools.partial(markdown.table, space=" ")
 
 
 def _each(sources: Sequence[Source], content: Callable[[Source], str]) -> str:
@@ -36,106 +31,102 @@ def _each(sources: Sequence[Source], content: Callable[[Source], str]) -> str:
     return "\n\n".join(f"**{s.where}** (`{s.name}`)\n\n{text}" for s, text in said if text) or NOTHING
 
 
+def of_each(benchmark: str) -> Callable[[Callable[[Source], str]], Callable[[Results], str]]:
+    """Return what makes a section of all files of a benchmark out of what makes it of one."""
+
+    def decorate(content: Callable[[Source], str]) -> Callable[[Results], str]:
+        return functools.wraps(content)(lambda results: _each(getattr(results, benchmark), content))
+
+    return decorate
+
+
+def _text(row: Any, field: str, form: str = "{:.2f}", marked: bool = False, scale: float = 1) -> str:
+    """Return a figure of a row, and its mark; empty where there is none."""
+    value = None if row is None else getattr(row, field)
+    return "" if value is None else form.format(scale * value) + (mark(row) if marked else "")
+
+
+def _ratio(row: Row | None, field: str = "ratio") -> str:
+    return _text(row, field, marked=True)
+
+
 def targets(results: Results) -> str:
     """Return the table of targets."""
-    lines = ["| target | limit | verdict | figures | file |", "|---|---|---|---|---|"]
-    return "\n".join([*lines, *(f"| {' | '.join(target.line(results))} |" for target in TARGETS)])
+    heads = ("target", "limit", "verdict", "figures", "file")
+    return markdown.table(heads, [target.line(results) for target in TARGETS], left=5)
 
 
 def rivals(results: Results) -> str:
     """Return how often each of ours is faster and slower than each rival."""
-    found = wins(results)
-    if not found:
-        return NOTHING
-    rows = [(f"{words} (`{file}`)", str(won), str(lost), f"{middle:.2f}") for file, words, won, lost, middle in found]
-    return table(("rows of one run", "ours faster", "ours slower", "median of the ratio"), rows)
+    rows = [
+        (f"{words} (`{file}`)", str(won), str(lost), f"{middle:.2f}")
+        for file, words, won, lost, middle in wins(results)
+    ]
+    return table(("rows of one run", "ours faster", "ours slower", "median of the ratio"), rows) or NOTHING
 
 
-def models(results: Results) -> str:
+@of_each("models")
+def models(source: Source) -> str:
     """Return the times of whole models."""
-    return _each(results.models, lambda source: "\n\n".join(_times(source)))
+    return "\n\n".join(_times(source))
 
 
 def _times(source: Source) -> Iterator[str]:
     """Yield a table for each baseline, and one of the time on the device alone."""
-    names = dict.fromkeys(row.contender for row in source.rows)
-    for base, field in ((b, f) for b in ("base", "base compiled", "base reduce-overhead") for f in ("", "device_")):
-        beside = [name for name in names if name != base and CONTENDERS.get(name, ("",))[0] == base]
-        rows = []
-        for case, found in source.cases.items():
-            cells = [_ratio(found.get(name), f"{field}ratio") for name in beside]
-            if base in found and any(cells):
-                rows.append(
-                    (case, _ms(getattr(found[base], f"{field or 'milli'}{'ms' if field else 'seconds'}")), *cells)
-                )
-        suffix = base.removeprefix("base")
-        if rows:
-            heads = ("case", base, *(name.removesuffix(suffix) for name in beside))
-            yield ("On the device alone:\n\n" if field else "") + table(heads, rows)
+    for base in ("base", "base compiled", "base reduce-overhead"):
+        beside = [n for n in source.contenders if n != base and CONTENDERS.get(n, ("",))[0] == base]
+        heads = ("case", base, *(name.removesuffix(base.removeprefix("base")) for name in beside))
+        for words, time, ratio in (
+            ("", "milliseconds", "ratio"),
+            ("On the device alone:\n\n", "device_ms", "device_ratio"),
+        ):
+            rows = []
+            for case, found in source.cases.items():
+                cells = [_ratio(found.get(name), ratio) for name in beside]
+                if base in found and any(cells):
+                    long = (getattr(found[base], time) or 0) >= 3
+                    rows.append((case, _text(found[base], time, "{:.1f} ms" if long else "{:.2f} ms"), *cells))
+            if rows:
+                yield words + table(heads, rows)
 
 
-def _ratio(row: Row | None, field: str = "ratio") -> str:
-    value = None if row is None else getattr(row, field)
-    return "" if row is None or value is None else f"{value:.2f}{mark(row)}"
-
-
-def _ms(value: float | None) -> str:
-    return "" if value is None else f"{value:.{1 if value >= 3 else 2}f} ms"
-
-
-def memory(results: Results) -> str:
+@of_each("models")
+def memory(source: Source) -> str:
     """Return bytes kept, peak, launches, graphs and compile seconds, where they were asked for."""
-    asked: tuple[tuple[str, Callable[[Row], str]], ...] = (
-        ("kept, MiB", lambda r: "" if not r.kept_bytes else f"{r.kept_bytes / MIB:.1f}"),
-        ("peak, MiB", lambda r: "" if r.peak_bytes is None else f"{r.peak_bytes / MIB:.1f}"),
-        ("launches", lambda r: "" if r.launches is None else str(r.launches)),
-        ("graphs", lambda r: "" if r.graphs is None else str(r.graphs)),
-        ("compile, s", lambda r: "" if r.compile_seconds is None else f"{r.compile_seconds:.1f}"),
-    )
-
-    def content(source: Source) -> str:
-        rows = [(row.case, row.contender, *(read(row) for _, read in asked)) for row in source.rows]
-        return table(("case", "contender", *(head for head, _ in asked)), [row for row in rows if any(row[2:])])
-
-    return _each(results.models, content)
+    heads = ("case", "contender", "kept, MiB", "peak, MiB", "launches", "graphs", "compile, s")
+    rows = []
+    for row in source.rows:
+        kept = _text(row, "kept_bytes", "{:.1f}", scale=1 / MIB) if row.kept_bytes else ""
+        peak = _text(row, "peak_bytes", "{:.1f}", scale=1 / MIB)
+        rest = [_text(row, name, "{}") for name in ("launches", "graphs")]
+        rows.append((row.case, row.contender, kept, peak, *rest, _text(row, "compile_seconds", "{:.1f}")))
+    return table(heads, [row for row in rows if any(row[2:])])
 
 
 def counts(results: Results) -> str:
     """Return the counted bytes and calls, by model."""
-    if not results.counts:
-        return NOTHING
     forms = list(dict.fromkeys(count.form for count in results.counts))
     rows = []
     for model in dict.fromkeys(count.model for count in results.counts):
-        own = {form: results.count(model, form) for form in forms}
-        base = own["base"]
-        for words, size, call in (
-            ("forward", "forward_bytes", "forward_calls"),
-            ("backward", "backward_bytes", "backward_calls"),
-        ):
-            cells = [f"{getattr(c, size) / MIB:.2f} ({getattr(c, call) / c.sites:.1f})" for c in own.values()]
-            rows.append((f"{model}, {base.sites} sites, {words}", *cells))
-    return table(("MiB an image (calls a site)", *forms), rows)
+        own = [results.count(model, form) for form in forms]
+        for way in ("forward", "backward"):
+            cells = [
+                f"{getattr(c, f'{way}_bytes') / MIB:.2f} ({getattr(c, f'{way}_calls') / c.sites:.1f})" for c in own
+            ]
+            rows.append((f"{model}, {own[0].sites} sites, {way}", *cells))
+    return table(("MiB an image (calls a site)", *forms), rows) or NOTHING
 
 
-def roofline(results: Results) -> str:
-    """Return the counted extra bytes of each measured form beside its measured extra time."""
-
-    def content(source: Source) -> str:
-        rows = []
-        for case, found in source.cases.items():
-            asked = case_of(found["base"]) if "base" in found else None
-            for contender, form in FORMS.items():
-                row = found.get(contender)
-                extra = asked and row and extra_bytes(results, asked.model, form, asked.mode)
-                if row is None or row.milliseconds is None or extra is None or asked.dtype != "float32":
-                    continue
-                time = (row.ratio - 1) * found["base"].milliseconds
-                cells = (f"{extra * asked.batch / MIB:+.1f}", f"{time:+.2f}")
-                rows.append((f"{case}, {contender}{mark(row)}", *cells, implied(extra * asked.batch, time)))
-        return table(("over the base", "counted, MiB", "measured, ms", "GB/s"), rows)
-
-    return _each(results.models, content) if results.counts else NOTHING
+def extras(results: Results, source: Source) -> Iterator[tuple[str, Row, float, float]]:
+    """Yield form, row, the MiB that it moves more than the base and the milliseconds that it takes longer, a call."""
+    for found in source.cases.values():
+        base = found.get("base")
+        case = Case.read(base.case) if base else None
+        for contender, form in FORMS.items():
+            row = found.get(contender)
+            extra = case and row and extra_bytes(results, case.model, form, case.mode)
+            if row and row.milliseconds is not None and extra is not None and case.dtype == "float32":
+                yield contender, row, extra * case.batch / MIB, (row.ratio - 1) * base.milliseconds
 
 
 def extra_bytes(results: Results, model: str, form: str, mode: str) -> int | None:
@@ -147,121 +138,93 @@ def extra_bytes(results: Results, model: str, form: str, mode: str) -> int | Non
     return forward if mode == "forward" else forward + own.backward_bytes - base.backward_bytes
 
 
-def implied(extra: float, milliseconds: float) -> str:
-    """Return the bandwidth at which the extra bytes would take the extra time; empty where either is none."""
-    return f"{extra / milliseconds / 1e6:.1f}" if extra * milliseconds > 0 else ""
-
-
-def kernels(results: Results) -> str:
-    """Return the operator alone, beside the activation and other ways to compute it."""
-    names = ("clone", "meansparse_fx", "meansparse_fx, compiled", "torch operators", "published form")
+def roofline(results: Results) -> str:
+    """Return the counted extra bytes of each measured form beside its measured extra time, and their quotient."""
 
     def content(source: Source) -> str:
         rows = []
-        if source.gpu:
-            beside = [name for name in dict.fromkeys(row.contender for row in source.rows) if name != "clone"]
-            for case, found in source.cases.items():
-                times = [_micro(found.get(name), field) for name, field in _TIMED]
-                rows.append((case, *(_ratio(found.get(name), "of_clone") for name in beside), *times))
-            heads = ("case", *beside, *(f"{name}, {field[:-3]}, µs" for name, field in _TIMED))
-            return "As shares of the clone's bandwidth:\n\n" + table(*_without_empty(heads, rows))
+        for name, row, extra, longer in extras(results, source):
+            bandwidth = f"{extra * MIB / longer / 1e6:.1f}" if extra * longer > 0 else ""
+            rows.append((f"{row.case}, {name}{mark(row)}", f"{extra:+.1f}", f"{longer:+.2f}", bandwidth))
+        return table(("over the base", "counted, MiB", "measured, ms", "GB/s"), rows)
+
+    return _each(results.models, content) if results.counts else NOTHING
+
+
+@of_each("kernels")
+def kernels(source: Source) -> str:
+    """Return the operator alone, beside the activation and other ways to compute it."""
+    names = ("clone", "meansparse_fx", "meansparse_fx, compiled", "torch operators", "published form")
+    if source.gpu:
+        beside = [name for name in source.contenders if name != "clone"]
+        timed = [(name, field) for field in ("device_ms", "host_ms") for name in ("torch activation", "meansparse_fx")]
+        lines = [("case", *beside, *(f"{name}, {field[:-3]}, µs" for name, field in timed))]
         for case, found in source.cases.items():
-            alone = found["torch activation"]
-            share = found["meansparse_fx"].of_clone
-            cells = [_ratio(found.get(name)) for name in names]
-            rows.append((case, f"{alone.milliseconds:.2f} ms", *cells, "" if share is None else f"{share:.0%}"))
-        return table(("case", "activation alone", *names, "of the clone's bandwidth"), rows)
-
-    return _each(results.kernels, content)
-
-
-_TIMED = [(name, field) for field in ("device_ms", "host_ms") for name in ("torch activation", "meansparse_fx")]
-
-
-def _micro(row: Row | None, field: str) -> str:
-    value = None if row is None else getattr(row, field)
-    return "" if row is None or value is None else f"{1e3 * value:.1f}{mark(row)}"
+            times = [_text(found.get(name), field, "{:.1f}", True, 1e3) for name, field in timed]
+            lines.append((case, *(_ratio(found.get(name), "of_clone") for name in beside), *times))
+        columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
+        heads, *rows = zip(*columns, strict=True)
+        return "As shares of the clone's bandwidth:\n\n" + table(heads, rows)
+    rows = []
+    for case, found in source.cases.items():
+        alone = _text(found["torch activation"], "milliseconds", "{:.2f} ms")
+        share = _text(found["meansparse_fx"], "of_clone", "{:.0%}")
+        rows.append((case, alone, *(_ratio(found.get(name)) for name in names), share))
+    return table(("case", "activation alone", *names, "of the clone's bandwidth"), rows)
 
 
-def _without_empty(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[Sequence[str], list[list[str]]]:
-    """Return a table without the columns that say nothing."""
-    full = [at for at in range(len(heads)) if any(row[at] for row in rows)]
-    return [heads[at] for at in full], [[row[at] for at in full] for row in rows]
+@of_each("host")
+def host(source: Source) -> str:
+    """Return what calls cost on the host."""
+    rows = []
+    for row in source.rows:
+        span = ["host_ms"] if row.host_ms is not None else ["low", "high"]
+        words = " to ".join(_text(row, end, "{:.3g}", scale=1e3) for end in span)
+        rows.append((f"{row.case}: {row.contender}", words + mark(row)))
+    return table(("call", "µs"), rows)
 
 
 def calibration(results: Results) -> str:
     """Return calibration beside the plain pass, and how many images it takes."""
 
     def content(source: Source) -> str:
-        rows = [
-            (
-                r.case,
-                r.contender,
-                f"{r.milliseconds:,.{0 if r.milliseconds >= 100 else 3}f}",
-                f"{r.ratio:.2f}",
-                r.baseline,
-            )
-            for r in source.rows
-        ]
+        rows = []
+        for row in source.rows:
+            time = f"{row.milliseconds:,.{0 if row.milliseconds >= 100 else 3}f}"
+            rows.append((row.case, row.contender, time, f"{row.ratio:.2f}", row.baseline))
         return table(("case", "contender", "ms", "ratio", "to"), rows)
 
     parts = [_each(results.calibration, content)]
     if results.images:
-        rows = [
-            (
-                f"{100 * need.tolerance:g} %" if need.tolerance else "all images",
-                f"{need.images:,}",
-                f"{100 * need.accuracy:.2f}",
-            )
-            for need in results.images
-        ]
+        rows = []
+        for need in results.images:
+            words = f"{100 * need.tolerance:g} %" if need.tolerance else "all images"
+            rows.append((words, f"{need.images:,}", f"{100 * need.accuracy:.2f}"))
         parts.append("How many images a tolerance takes (`calibration-images.csv`):")
         parts.append(table(("tolerance", "images", "accuracy at alpha 0.3, %"), rows))
     return "\n\n".join(parts)
 
 
-def attacks(results: Results) -> str:
+@of_each("attack")
+def attacks(source: Source) -> str:
     """Return the attacks' times over the base's."""
-
-    def content(source: Source) -> str:
-        rows = []
-        for row in source.rows:
-            passes = f"{row.forward_images or 0:,} / {row.backward_images or 0:,}"
-            per_pass = "" if row.ratio_per_pass is None else f"{row.ratio_per_pass:.2f}"
-            rows.append((row.case, row.contender, f"{row.milliseconds:,.0f}", _ratio(row), per_pass, passes))
-        heads = ("case", "contender", "ms", "over base", "per pass", "images forward / backward")
-        return table(heads, rows)
-
-    return _each(results.attack, content)
+    rows = []
+    for row in source.rows:
+        passes = f"{row.forward_images or 0:,} / {row.backward_images or 0:,}"
+        time, per_pass = f"{row.milliseconds:,.0f}", _text(row, "ratio_per_pass")
+        rows.append((row.case, row.contender, time, _ratio(row), per_pass, passes))
+    return table(("case", "contender", "ms", "over base", "per pass", "images forward / backward"), rows)
 
 
-def scaling(results: Results) -> str:
+@of_each("scaling")
+def scaling(source: Source) -> str:
     """Return what was measured of growth, and the plans with their formula."""
-
-    def content(source: Source) -> str:
-        rows = []
-        for row in source.rows:
-            each = f"{1e3 * row.seconds / row.size:.3g}" if row.what == "transform" else ""
-            beside = "" if row.beside is None else f"{row.beside:.3g}"
-            words = f"{row.what}, {row.case}"
-            rows.append((words, f"{row.size:,} {row.unit}", f"{row.seconds:,.3g}", beside, each, row.formula))
-        heads = ("what", "size", "seconds", "beside", "ms a node", "computed from")
-        return table(heads, rows)
-
-    return _each(results.scaling, content)
-
-
-def host(results: Results) -> str:
-    """Return what calls cost on the host."""
-
-    def content(source: Source) -> str:
-        rows = []
-        for row in source.rows:
-            span = [row.host_ms] if row.host_ms is not None else [row.low, row.high]
-            rows.append((f"{row.case}: {row.contender}", " to ".join(f"{1e3 * ms:.3g}" for ms in span) + mark(row)))
-        return table(("call", "µs"), rows)
-
-    return _each(results.host, content)
+    rows = []
+    for row in source.rows:
+        each = f"{1e3 * row.seconds / row.size:.3g}" if row.what == "transform" else ""
+        figures = (f"{row.size:,} {row.unit}", f"{row.seconds:,.3g}", _text(row, "beside", "{:.3g}"), each)
+        rows.append((f"{row.what}, {row.case}", *figures, row.formula))
+    return table(("what", "size", "seconds", "beside", "ms a node", "computed from"), rows)
 
 
 SECTIONS: dict[str, Callable[[Results], str]] = {
@@ -274,15 +237,15 @@ def kernels_on_gpus(results: Results) -> str:
     """Return by what is computed the shares of the clone's bandwidth that GPUs gave, for the page of the kernels."""
 
     def content(source: Source) -> str:
-        shares: dict[tuple[str, str, str], list[Row]] = {}
+        shares: dict[str, list[Row]] = {}
         for row in source.rows:
             if row.of_clone is not None and row.contender != "clone":
                 words = row.case.split()
-                shares.setdefault((row.contender, words[-1], words[1]), []).append(row)
+                shares.setdefault(f"{row.contender}, {words[-1]}, {words[1]}", []).append(row)
         rows = []
-        for (contender, mode, dtype), found in shares.items():
+        for what, found in shares.items():
             worst = min(found, key=lambda row: row.of_clone)
-            rows.append((f"{contender}, {mode}, {dtype}", str(len(found)), _span(found, "of_clone"), worst.case))
+            rows.append((what, str(len(found)), _span(found, "of_clone"), worst.case))
         return table(("what", "shapes", "share of the clone's bandwidth", "the worst"), rows)
 
     return _each([source for source in results.kernels if source.gpu], content)
@@ -290,37 +253,34 @@ def kernels_on_gpus(results: Results) -> str:
 
 def summary(results: Results) -> str:
     """Return what was measured on GPUs against each target, and the headline: for a terminal, 38 lines at most."""
-    sources = {f.name: [s for s in getattr(results, f.name) if s.gpu] for f in fields(Results) if f.name in MEASURED}
-    lines = [target.line(replace(results, **sources)) for target in TARGETS]
+    gpus = replace(results, **{name: [s for s in getattr(results, name) if s.gpu] for name in MEASURED})
+    lines = [target.line(gpus) for target in TARGETS]
     found = [f"{what}, {limit}: {verdict}; {figures}" for what, limit, verdict, figures, _ in lines if figures]
-    return "\n".join([*headline(replace(results, **sources)).splitlines(), *found][:38])
+    return "\n".join([*headline(gpus).splitlines(), *found][:38])
 
 
 def headline(results: Results) -> str:
     """Return a line a file of whole models, for the README."""
-    if not results.models:
-        return "Whole models have not been measured."
+    own = {"ours": "ours", "ours, fused": "fused"}
     lines = []
     for source in results.models:
-        eager = _spans(source, {"ours": "ours", "ours, fused": "fused", "published module": "the published module"})
+        eager = _spans(source, own | {"published module": "the published module"})
         compiled = _spans(source, {"ours compiled": "ours", "published module compiled": "the published module"})
-        device = _spans(source, {"ours": "ours", "ours, fused": "fused"}, "device_ratio")
-        models = ", ".join(dict.fromkeys(case_of(row).model for row in source.rows))
+        device = _spans(source, own, "device_ratio")
+        models = ", ".join(dict.fromkeys(Case.read(row.case).model for row in source.rows))
         behind = f"; compiled, over the base compiled: {compiled}" if compiled else ""
         behind += f"; on the device alone: {device}" if device else ""
         lines.append(f"- {source.where} ({models}), time over the base: {eager}{behind}.")
-    return "\n".join(lines)
+    return "\n".join(lines) or "Whole models have not been measured."
 
 
 def _spans(source: Source, names: dict[str, str], field: str = "ratio") -> str:
     """Return the least and the largest ratio of each contender, under the words it is called by."""
     found = {words: [row for row in source.rows if row.contender == name] for name, words in names.items()}
-    spans = {
-        words: _span([row for row in rows if getattr(row, field) is not None], field) for words, rows in found.items()
-    }
-    return ", ".join(f"{words} {span}" for words, span in spans.items() if span)
+    return ", ".join(f"{words} {span}" for words, rows in found.items() if (span := _span(rows, field)))
 
 
 def _span(rows: Sequence[Row], field: str) -> str:
+    rows = [row for row in rows if getattr(row, field) is not None]
     texts = [f"{value:.2f}" for value in sorted(getattr(row, field) for row in rows)]
     return " to ".join(dict.fromkeys((texts[0], texts[-1]))) + mark(rows[0]) if texts else ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,14 +20,7 @@ LINEAR = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure that a target is judged by.
-
-    Attributes:
-        value: The figure.
-        what: What it is of.
-        file: Where it stands.
-        mark: Behind it, see `results.mark`.
-    """
+    """One figure that a target is judged by: of what, in which file; the mark behind it is `results.mark`'s."""
 
     value: float
     what: str
@@ -38,11 +33,8 @@ class Target:
     """One target.
 
     Attributes:
-        what: In words.
-        limit: The figure allowed.
+        limit: The figure allowed, in ``unit``; with ``least`` it is a least figure, not a largest.
         figures: Returns those that the files have.
-        least: The limit is a least figure, not a largest.
-        unit: Written behind figures.
     """
 
     what: str
@@ -76,13 +68,10 @@ class Target:
 def rows_of(
     benchmark: str, gpu: bool | None, contender: str, field: str = "ratio", behind: str = ""
 ) -> Callable[[Results], Iterator[Figure]]:
-    """Return the figures of some rows.
+    """Return the figures of a ``field`` of rows of GPUs, of CPUs or, None, of both, where it is not empty.
 
     Args:
-        benchmark: Whose files.
-        gpu: Of GPUs, of CPUs, or, None, of both.
         contender: An expression that the contender's name matches.
-        field: Of the row; rows where it is empty are left out.
         behind: What the case ends with.
     """
 
@@ -122,11 +111,6 @@ def counted(value: Callable[[Count, Count], float]) -> Callable[[Results], Itera
     return figures
 
 
-def calls(own: Count, _: Count) -> float:
-    """Return calls a site, forward."""
-    return own.forward_calls / own.sites
-
-
 def moved(own: Count, base: Count) -> float:
     """Return the bytes moved over the base's."""
     return (own.forward_bytes + own.backward_bytes) / (base.forward_bytes + base.backward_bytes)
@@ -150,12 +134,8 @@ def linear(results: Results) -> Iterator[Figure]:
             yield Figure(ratio, f"{large.size} nodes over {small.size}", source.name)
 
 
-def shares(mode: str) -> Callable[[Results], Iterator[Figure]]:
-    """Return the figures of the kernel's share of the clone's bandwidth on GPUs."""
-    return rows_of("kernels", True, "meansparse_fx", "of_clone", f" {mode}")
-
-
 CALIBRATE = "meansparse_fx.calibrate|torch.compile, observe"
+shares = functools.partial(rows_of, "kernels", True, "meansparse_fx", "of_clone")
 TARGETS = (
     Target("eager, fused, over base, GPU", 1.00, rows_of("models", True, "ours, fused")),
     Target("the same, time on the device alone", 1.00, rows_of("models", True, "ours, fused", "device_ratio")),
@@ -168,12 +148,12 @@ TARGETS = (
     Target("bytes kept for backward over base", 1.00, kept("ours")),
     Target("the same, fused", 1.00, kept("ours, fused")),
     Target("the same, compiled over base compiled", 1.00, kept("ours compiled")),
-    Target("calls a site, fused, forward (counted)", 1, counted(calls)),
+    Target("calls a site, fused, forward (counted)", 1, counted(lambda own, base: own.forward_calls / own.sites)),
     Target("bytes moved at the sites, fused over base (counted)", 1.00, counted(moved)),
-    Target("kernel's share of the clone's bandwidth, forward, GPU", 0.90, shares("forward"), least=True),
-    Target("the same, backward", 0.90, shares("backward"), least=True),
-    Target("moments, share of a read at the clone's bandwidth, GPU", 0.90, shares("moments"), least=True),
-    Target("moments and activation, share of the clone's, GPU", 0.95, shares("moments+activation"), least=True),
+    Target("kernel's share of the clone's bandwidth, forward, GPU", 0.90, shares(" forward"), least=True),
+    Target("the same, backward", 0.90, shares(" backward"), least=True),
+    Target("moments, share of a read at the clone's bandwidth, GPU", 0.90, shares(" moments"), least=True),
+    Target("moments and activation, share of the clone's, GPU", 0.95, shares(" moments+activation"), least=True),
     Target("calibration over plain forward pass, GPU", 1.05, rows_of("calibration", True, CALIBRATE)),
     Target("calibration over plain forward pass, CPU", 1.15, rows_of("calibration", False, CALIBRATE)),
     Target("attack over attack on the base, GPU", 1.00, rows_of("attack", True, "ours.*")),
@@ -187,15 +167,13 @@ def wins(results: Results) -> list[tuple[str, str, int, int, float]]:
     found = []
     for source in results.models:
         for own in ("ours", "ours, fused", "ours compiled"):
-            names = dict.fromkeys(row.contender for row in source.rows)
-            for rival in (name for name in names if CONTENDERS.get(name, "")[:1] == CONTENDERS[own][:1]):
+            for rival in source.contenders:
                 pairs = [(rows[own], rows[rival]) for rows in source.cases.values() if own in rows and rival in rows]
-                if rival.startswith("ours") or not pairs:
+                same = CONTENDERS.get(rival, "")[:1] == CONTENDERS[own][:1]  # the baseline, in the same run
+                if rival.startswith("ours") or not same or not pairs:
                     continue
-                # Both ratios are to the same baseline in the same run.
-                ratios = sorted(a.ratio / b.ratio for a, b in pairs)
+                ratios = [a.ratio / b.ratio for a, b in pairs]
                 won = sum(ratio < 1 for ratio in ratios)
-                middle = (ratios[len(ratios) // 2] + ratios[(len(ratios) - 1) // 2]) / 2
-                marked = f"{own}{mark(pairs[0][0])} against {rival}"
-                found.append((source.name, marked, won, len(ratios) - won, middle))
+                words = f"{own}{mark(pairs[0][0])} against {rival}"
+                found.append((source.name, words, won, len(ratios) - won, statistics.median(ratios)))
     return found

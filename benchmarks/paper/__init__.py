@@ -1,5 +1,1 @@
-"""The paper's experiments in small, on Fashion-MNIST, each with the column the paper lacks: the identity backward.
-
-`tables` says what is measured, `measure` does it, `published` holds the paper's own numbers, `page` puts both side by
-side in docs/paper.md.
-"""
+"""The paper's tables in small: `tables` and `published` say what, `training`, `measure` and `page` do it."""

@@ -12,12 +12,11 @@ download in FashionMNIST/raw.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from meansparse_fx.progress import bar
 
-from ..harness import RESULTS, read, write
+from ..harness import RESULTS, options, read, write
 from .measure import Laboratory, Row
 from .page import print_table, write_page
 from .tables import TABLES
@@ -26,17 +25,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)  # --out: the directory of paper-TABLE.csv
+    parser.set_defaults(out=RESULTS)
     parser.add_argument("what", nargs="+", choices=(*map(str, TABLES), "all", "page"), metavar="TABLE")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument(
-        "--bundled", action="store_true", help="the bundled network and its selection images, GELU only"
-    )
+    parser.add_argument("--bundled", action="store_true", help="the bundled network and its selection images")
     parser.add_argument("--column", nargs="+", help="only these columns; the file keeps its others")
     parser.add_argument("--attacked", type=int, default=500, help="images to attack")
     parser.add_argument("--steps", type=int, help="of each attack, in place of the table's own")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache/paper", help="networks and results of attacks")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where paper-TABLE.csv goes")
     args = parser.parse_args()
     if args.what == ["page"]:
         write_page(args.out, ROOT / "docs")
@@ -52,7 +49,7 @@ def main() -> None:
             task = display.add_task(f"table {number}", total=len(table.cells), note=table.title)
             rows.extend(laboratory.rows(number, table, lambda task=task, display=display: display.advance(task)))
         path = args.out / f"paper-{number}.csv"
-        rows += [row for row in (read(path, Row) if path.exists() else []) if row.column not in table.columns]
+        rows += [row for row in read(path, Row) if row.column not in table.columns]
         rows.sort(key=lambda row: TABLES[row.table].columns.index(row.column))
         write(rows, path)
         print_table(number, rows)

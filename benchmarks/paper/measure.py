@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,11 +23,12 @@ from meansparse_fx.evaluate.plan import plan_runs
 from meansparse_fx.operators import operators
 
 from ..train_robust import subsets
-from ..training import trained
 from .tables import NETWORKS, Cell, Table
+from .training import trained
 
 BATCH = 250
 QUERIES = 1000
+Data = tuple[Tensor, Tensor]  # images and labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +37,10 @@ class Row:
 
     Attributes:
         table, row, column: Where it stands.
-        alpha, network, sites, centre, split, attacks, norm, eps, steps: What was measured; see `tables.Cell`.
+        alpha, ..., steps: What was measured; see `tables.Cell`.
         images, clean: How many images, and accuracy on them.
         attacked: How many of them were attacked.
-        own: Accuracy under attacks by the operator's own gradient, or by queries.
-        own_change, own_low, own_high: Against the base under the same attacks; 95 % interval.
-        worst, worst_change, worst_low, worst_high: The same after attacks by those who know the operator, on what was
-            left; None where no gradient is used.
-        torch: Version.
+        own, ..., worst_high: See `changes`.
     """
 
     table: int
@@ -70,6 +69,39 @@ class Row:
     torch: str
 
 
+def changes(base: ModelOutcome, own: ModelOutcome) -> dict[str, Any]:
+    """Return the columns of attacked accuracy.
+
+    ``own``: under attacks by the operator's own gradient, or by queries. ``worst``: after attacks by those who know the
+    operator, on what was left; None where no gradient is used. ``_change``: against the base under the same attacks,
+    ``_low`` and ``_high``: its 95 % interval.
+    """
+    gradients = any("/" in name for name in own.robust)
+    found: dict[str, Any] = {"attacked": len(own.worst), "torch": torch.__version__}
+    for which, ending in (("own", "/exact" if gradients else ""), ("worst", "" if gradients else None)):
+        before, after = (None if ending is None else o.worst_of(ending) if ending else o.worst for o in (base, own))
+        change = None if after is None or before is None else PairedDifference.of(before, after)
+        found[which] = None if after is None else mean(after)
+        for name, field in (("change", "estimate"), ("low", "low"), ("high", "high")):
+            found[f"{which}_{name}"] = None if change is None else getattr(change, field)
+    return found
+
+
+@contextmanager
+def on_images(
+    sparse: fx.GraphModule, data: Data, attacked: int, attacks: Sequence[str], settings: AttackSettings, path: Path
+) -> Iterator[Field]:
+    """Yield what attacks candidates on the first ``attacked`` images, by ``attacks`` that need no other model to start.
+
+    Their results are kept at ``path``, for these images, attacks and settings alone.
+    """
+    runs = [run for run in plan_runs(attacks, (), settings.seed) if not run.started]
+    identity = model_identity(sparse, alpha=False) | {"settings": f"{settings}", "attacks": [run.name for run in runs]}
+    batches = list(zip(*(part.split(BATCH) for part in data), strict=True))
+    with Ledger(path, identity) as ledger:
+        yield Field(sparse, batches, attacked, runs, settings, ledger)
+
+
 class Laboratory:
     """Networks, images and what was measured so far.
 
@@ -85,30 +117,17 @@ class Laboratory:
         self._cache = cache_dir if data is not None else cache_dir / "bundled"
         self._cache.mkdir(parents=True, exist_ok=True)
         self._sparse: Callable[[str], fx.GraphModule] = cache(self._make)
-        self._images: Callable[[str], tuple[Tensor, Tensor]] = cache(self._load)
+        self._images: Callable[[str], Data] = cache(self._load)
 
     def rows(self, number: int, table: Table, advance: Callable[[], object]) -> Iterator[Row]:
         """Yield the rows of a table in its order."""
         for cell in table.cells:
             base, own = self._outcome(cell, 0.0), self._outcome(cell, cell.alpha)
-            yield self._row(number, cell, base, own)
+            threat, sites = cell.threat, " ".join(map(str, cell.sites))
+            where = (number, cell.row, cell.column, cell.alpha, cell.network, sites, cell.centre, cell.split)
+            attacker = (" ".join(threat.attacks), threat.norm, threat.eps, self._steps or threat.steps)
+            yield Row(*where, *attacker, len(own.clean), mean(own.clean), **changes(base, own))
             advance()
-
-    def _row(self, number: int, cell: Cell, base: ModelOutcome, own: ModelOutcome) -> Row:
-        gradients = any("/" in name for name in own.robust)
-        before, after = ((o.worst_of("/exact") if gradients else o.worst) for o in (base, own))
-        change = PairedDifference.of(before, after)
-        worst = PairedDifference.of(base.worst, own.worst) if gradients else None
-        threat = cell.threat
-        return Row(
-            number, cell.row, cell.column, cell.alpha, cell.network, " ".join(map(str, cell.sites)), cell.centre,
-            cell.split, " ".join(threat.attacks), threat.norm, threat.eps, self._steps or threat.steps,
-            len(own.clean), mean(own.clean), len(own.worst),
-            mean(after), change.estimate, change.low, change.high,
-            mean(own.worst) if worst else None,
-            worst and worst.estimate, worst and worst.low, worst and worst.high,
-            torch.__version__,
-        )  # fmt: skip
 
     def _outcome(self, cell: Cell, alpha: float) -> ModelOutcome:
         sparse, threat = self._sparse(cell.network), cell.threat
@@ -116,17 +135,10 @@ class Laboratory:
         on = {names[i]: alpha for i in cell.sites}
         msfx.set_variant(sparse, "mean", centre=cell.centre)
         settings = AttackSettings(threat.eps, threat.norm, self._steps or threat.steps, QUERIES)
-        runs = plan_runs(threat.attacks, (), settings.seed)
-        identity = model_identity(sparse, alpha=False) | {
-            "settings": f"{settings}",
-            "attacks": [run.name for run in runs],
-        }
         attacks = (attack.replace("/", ".") for attack in threat.attacks)
         key = (cell.network, cell.split, cell.centre, *attacks, threat.norm, f"{threat.eps:g}", settings.steps)
-        images, labels = self._images(cell.split)
-        data = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
-        with Ledger(self._cache / f"{'-'.join(map(str, key))}.safetensors", identity) as ledger:
-            field = Field(sparse, data, self._attacked, runs, settings, ledger)
+        path = self._cache / f"{'-'.join(map(str, key))}.safetensors"
+        with on_images(sparse, self._images(cell.split), self._attacked, threat.attacks, settings, path) as field:
             # One number where it is the same everywhere: the base is one candidate, whichever sites a cell is about.
             setting = Candidate(alpha if len(on) == len(names) or not alpha else dict.fromkeys(names, 0.0) | on)
             return field.attack(setting, field.attacked, lambda: None)
@@ -148,7 +160,7 @@ class Laboratory:
             return bundled.load_model().requires_grad_(False), bundled.load_split("calibration")[0]
         return trained(NETWORKS[network], self._data, self._cache), load_idx(self._data, "train")[0]
 
-    def _load(self, split: str) -> tuple[Tensor, Tensor]:
+    def _load(self, split: str) -> Data:
         """Return 2,000 images, none of them in the bundled selection and test sets."""
         if self._data is None:
             return bundled.load_split({"train": "calibration", "test": "selection"}[split])

@@ -21,8 +21,6 @@ from meansparse_fx import register_activation
 from meansparse_fx.bundled.network import FashionResNet
 from meansparse_fx.data import load_idx
 
-METHODS = ("pgd", "trades", "standard")
-
 
 class PSiLU(nn.Module):
     """x * sigmoid(a * x), a learned (Dai et al., 2022)."""
@@ -51,13 +49,8 @@ register_activation(PSiLU, "psilu", weight="slope", fused=True)
 register_activation(PSSiLU, "pssilu", constants=lambda m: (m.shift.item(),), weight="slope", fused=True)
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "psilu": PSiLU,
-    "pssilu": PSSiLU,
-}
+    "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU, "psilu": PSiLU, "pssilu": PSSiLU
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +58,6 @@ class Recipe:
     """How a network is trained; the defaults made the bundled one.
 
     Attributes:
-        activation: Of `ACTIVATIONS`.
         method: ``pgd`` (Madry et al., 2018), ``trades`` (Zhang et al., 2019) or ``standard``.
         eps: Linf radius, for images in [0, 1].
         steps, step_size: Of the attack in training.
@@ -73,7 +65,6 @@ class Recipe:
         epochs, batch_size, lr, weight_decay: One-cycle SGD with Nesterov momentum 0.9.
         attack_in_train_mode: Attack through batch statistics, not the running ones.
         compile: Train through torch.compile: faster, other rounding.
-        seed: Of weights, order and random starts.
     """
 
     activation: str = "gelu"
@@ -97,14 +88,9 @@ class Recipe:
 
 
 def pgd(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    eps: float,
-    steps: int,
-    step_size: float,
+    model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, step_size: float,
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return adversarial images of ``x`` in its Linf ball of radius ``eps``, from a random start.
 
     Args:
@@ -129,9 +115,8 @@ def train(recipe: Recipe, x: Tensor, y: Tensor) -> nn.Module:
     torch.manual_seed(recipe.seed)
     model = FashionResNet(ACTIVATIONS[recipe.activation]).to(memory_format=torch.channels_last)
     run = torch.compile(model) if recipe.compile else model
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
-    )
+    descent = {"lr": recipe.lr, "momentum": 0.9, "nesterov": True, "weight_decay": recipe.weight_decay}
+    optimizer = torch.optim.SGD(model.parameters(), **descent)
     batches = len(x) // recipe.batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.epochs * batches)
     attack = (recipe.eps, recipe.steps, recipe.step_size)

@@ -1,0 +1,173 @@
+"""What benchmarks measure: models with random weights (time does not depend on them), and the operator as others
+write it, to stand beside ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from meansparse_fx.cost.forms import branch_free, published
+from meansparse_fx.kernels.reference import ACTIVATIONS
+from meansparse_fx.nn import MeanSparse
+
+
+class Block(nn.Module):
+    """Norm, ReLU and convolution, twice, beside a shortcut; where the width changes, both start from the activation."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.relu1 = nn.BatchNorm2d(width_in), nn.ReLU()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.bn2, self.relu2 = nn.BatchNorm2d(width), nn.ReLU()
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(width_in, width, 1, stride, bias=False) if width_in != width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu1(self.bn1(x))
+        if self.shortcut is not None:
+            x = self.shortcut(y)
+        return x + self.conv2(self.relu2(self.bn2(self.conv1(y))))
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-widen, pre-activation, as in Zagoruyko and Komodakis (2016): three groups of (depth - 4) / 6 blocks."""
+
+    def __init__(self, depth: int, widen: int, classes: int = 10) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        blocks, width = [], 16
+        for group in range(3):
+            for first in [True] + [False] * ((depth - 4) // 6 - 1):
+                blocks.append(Block(width, 16 * widen * 2**group, 2 if first and group else 1))
+                width = 16 * widen * 2**group
+        self.blocks = nn.Sequential(*blocks)
+        self.bn, self.relu = nn.BatchNorm2d(width), nn.ReLU()
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits ``[N, classes]`` of images ``[N, 3, H, W]``."""
+        x = self.relu(self.bn(self.blocks(self.conv(x))))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class Unavailable(Exception):
+    """The package that a model comes from is not installed here."""
+
+
+def _of(package: str, build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    def checked() -> nn.Module:
+        if importlib.util.find_spec(package) is None:
+            raise Unavailable(f"{package} is not installed")
+        return build()
+
+    return checked
+
+
+def _torchvision(name: str) -> Callable[[], nn.Module]:
+    return _of("torchvision", lambda: getattr(importlib.import_module("torchvision.models"), name)())
+
+
+def _robustbench(name: str) -> nn.Module:
+    return importlib.import_module(".zoo_models", __package__).build(f"robustbench:{name}")
+
+
+def _timm(name: str) -> nn.Module:
+    return importlib.import_module("timm").create_model(name)
+
+
+# Name -> how to build it, and the side of its images. The small RaWRN is RaWRN-70-16, its depth 2, 2, 2, its stages 32,
+# 64 and 128 channels wide.
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "WRN-16-4": (lambda: WideResNet(16, 4), 32),
+    "WRN-28-10": (lambda: WideResNet(28, 10), 32),
+    "WRN-70-16": (lambda: WideResNet(70, 16), 32),
+    "RaWRN-small": (_of("robustbench", lambda: _robustbench("Linf/cifar10/Peng2023Robust")), 32),
+    "ResNet-50": (_torchvision("resnet50"), 224),
+    "ConvNeXt-T": (_torchvision("convnext_tiny"), 224),
+    "Swin-T": (_torchvision("swin_t"), 224),
+    "Swin-L": (_of("timm", lambda: _timm("swin_large_patch4_window7_224")), 224),
+}
+
+
+@torch.no_grad()
+def build(name: str) -> nn.Module:
+    """Return a model of `MODELS` in eval mode.
+
+    What starts at 0 or 1, or next to it, is moved: a mistake made with it would not be seen in the logits.
+
+    Raises:
+        Unavailable: Its package is not installed.
+    """
+    model = MODELS[name][0]().eval()
+    for path, parameter in model.named_parameters():
+        if "layer_scale" in path:  # ConvNeXt's, which starts with 1e-6
+            parameter.fill_(0.3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            module.bias.normal_(std=0.1)
+    return model
+
+
+class PublishedForm(nn.Module):
+    """The operator as published checkpoints have it: a Python branch on a tensor, std from the variance each time."""
+
+    def __init__(self, centre: Tensor, std: Tensor, alpha: float, channel_dim: int = 1) -> None:
+        super().__init__()
+        self.channel_dim = channel_dim
+        self.register_buffer("running_mean", centre.clone())
+        self.register_buffer("running_var", std.square())
+        # Published: `<`. The next float, of the type they compute in, makes that the others' closed interval.
+        above = torch.nextafter(std.new_tensor(alpha), std.new_tensor(1.0))
+        self.register_buffer("threshold", above.to(centre.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return published(x, self.running_mean, self.running_var, self.threshold, self.channel_dim)
+
+
+class BranchFreeForm(nn.Module):
+    """The same without the branch, its band computed once: what a careful reader of the paper would write."""
+
+    def __init__(self, centre: Tensor, std: Tensor, alpha: float, channel_dim: int = 1) -> None:
+        super().__init__()
+        self.channel_dim = channel_dim
+        self.register_buffer("centre", centre.clone())
+        self.register_buffer("band", alpha * std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return branch_free(x, self.centre, self.band, self.channel_dim)
+
+
+class Activated(nn.Module):
+    """A form of the operator, then the site's activation, in place where the model has it in place."""
+
+    def __init__(self, form: nn.Module, operator: MeanSparse) -> None:
+        super().__init__()
+        self.form = form
+        call = operator.activation
+        row = ACTIVATIONS[call.name if call else "identity"]
+        self.act = row.overwrite if call and call.inplace and row.overwrite else row.forward
+        self.constants = call.constants if call else ()
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        return self.act(self.form(x), weight, *self.constants)
+
+
+def with_form(sparse: fx.GraphModule, form: type[PublishedForm] | type[BranchFreeForm]) -> nn.Module:
+    """Return a copy of a transformed model that has ``form``, in the model's dtype, and an activation at each site."""
+    rival = copy.deepcopy(sparse)
+    dtype = next((p.dtype for p in sparse.parameters() if p.is_floating_point()), None)
+    for path, operator in list(rival.named_modules()):
+        if isinstance(operator, MeanSparse):
+            inner = form(operator.mean, operator.std, float(operator.alpha), operator.channel_dim)
+            parent, _, name = path.rpartition(".")
+            setattr(rival.get_submodule(parent), name, Activated(inner.to(dtype=dtype), operator))
+    return rival

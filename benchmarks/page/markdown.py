@@ -1,0 +1,46 @@
+"""What all pages are made with: tables in Markdown, and what is written between two marks of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+END = "<!-- end -->"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, space: str = "") -> str:
+    """Return a table, empty without rows; the first columns stand left, all others are numbers and stand right.
+
+    Args:
+        heads: Of the columns.
+        rows: Of cells.
+        left: How many columns stand left.
+        space: Around the dashes of the second line.
+    """
+    rows = list(rows)
+    if not rows:
+        return ""
+    dashes = "|".join(f"{space}{'---' if at < left else '---:'}{space}" for at in range(len(heads)))
+    lines = [f"| {' | '.join(line)} |" for line in (heads, *rows)]
+    return "\n".join([lines[0], f"|{dashes}|", *lines[1:]])
+
+
+def between_marks(path: Path, maker: str, text: str) -> None:
+    """Put a text between the marks that a module has on a page.
+
+    Raises:
+        SystemExit: The page lacks them.
+    """
+    start = f"<!-- made by benchmarks.{maker} -->\n"
+    before, _, rest = path.read_text().partition(start)
+    _, mark, behind = rest.partition(END)
+    if not mark:
+        raise SystemExit(f"{path} lacks the marks {start.strip()} and {END}")
+    path.write_text(f"{before}{start}{text}\n{END}{behind}")
+
+
+def points(row: Any, which: str) -> str:
+    """Return a row's change of accuracy and its interval, fractions, in percentage points; empty if it has none."""
+    change, low, high = (getattr(row, f"{which}_{end}") for end in ("change", "low", "high"))
+    return "" if change is None else f"{100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
