@@ -48,20 +48,19 @@ def models(device: str) -> dict[str, tuple[nn.Module, list[Tensor]]]:
     return {name: (model.to(device), [b.to(device) for b in data]) for name, (model, data) in cases.items()}
 
 
-class PublishedPass:
-    """Calibration as published checkpoints were made: means over batches of batch mean and unbiased variance."""
+def published_pass(model: nn.Module) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """Hook calibration as published checkpoints were made, and return its sums of batch mean and unbiased variance."""
+    sums: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-    def __init__(self, model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
-        self.sums: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        for module in model.modules():
-            if isinstance(module, kinds):
-                module.register_forward_pre_hook(self._look)
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        mean, variance = inputs[0].mean((0, 2, 3)), inputs[0].var((0, 2, 3))
+        before = sums.get(module)
+        sums[module] = (mean, variance) if before is None else (before[0] + mean, before[1] + variance)
 
-    def _look(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
-        mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3))
-        before = self.sums.get(module)
-        self.sums[module] = (mean, variance) if before is None else (before[0] + mean, before[1] + variance)
+    for module in model.modules():
+        if isinstance(module, (nn.ReLU, nn.GELU)):
+            module.register_forward_pre_hook(look)
+    return sums
 
 
 def over(batches: list[Tensor], run: Callable[[Tensor], object]) -> Call:
@@ -79,10 +78,10 @@ def contenders(model: nn.Module, batches: list[Tensor]) -> dict[str, Call]:
     """Return the calls to time; the published pass is compared first, as far as it agrees."""
     sparse = msfx.transform(model, batches[0][:2])
     hooked = copy.deepcopy(model)  # the other contenders share the model's own modules
-    published = PublishedPass(hooked, (nn.ReLU, nn.GELU))
+    sums = published_pass(hooked)
     over(batches, hooked)()
     own = msfx.calibrate(sparse, batches, progress=False)
-    first, (mean, _) = next(iter(own.values())), next(iter(published.sums.values()))
+    first, (mean, _) = next(iter(own.values())), next(iter(sums.values()))
     # A short last batch weighs as much as a long one there.
     torch.testing.assert_close((mean / len(batches)).double(), first.mean, rtol=0.05, atol=0.05)
     return {
@@ -194,19 +193,16 @@ def _moved(sparse: nn.Module, one: Statistics, other: Statistics, images: Tensor
 
     def look(operator: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         nonlocal changed, total
-        shape = [1, -1, 1, 1]
-        sides = [
-            (inputs[0] - s.mean.float().view(shape)).abs() <= ALPHA * s.std.float().view(shape)
-            for s in (one[operator.name], other[operator.name])
-        ]
-        changed += int((sides[0] != sides[1]).sum())
+        inside = []
+        for site in (one[operator.name], other[operator.name]):
+            mean, std = (vector.float().view(1, -1, 1, 1) for vector in (site.mean, site.std))
+            inside.append((inputs[0] - mean).abs() <= ALPHA * std)
+        changed += int((inside[0] != inside[1]).sum())
         total += inputs[0].numel()
 
     msfx.set_alpha(sparse, 0.0)
     hooks = [operator.register_forward_pre_hook(look) for operator in msfx.operators(sparse).values()]
-    with torch.inference_mode():
-        for batch in images.split(BATCH):
-            sparse(batch)
+    over(list(images.split(BATCH)), sparse)()
     for hook in hooks:
         hook.remove()
     return changed / total

@@ -22,6 +22,7 @@ from torch import nn
 import meansparse_fx as msfx
 from meansparse_fx.capture import capture
 
+from .calibration import over
 from .contenders import MODELS, Unavailable, WideResNet
 from .contenders import build as build_model
 from .harness import Call, in_turns, options, place, report
@@ -82,13 +83,8 @@ def transform_rows(bench: Bench, depths: list[int]) -> list[Scaling]:
         torch.manual_seed(0)
         model = WideResNet(depth, 1).eval().to(bench.device)
         nodes = len(capture(model, images).graph_module.graph.nodes)
-
-        @torch.no_grad()
-        def forward(model: nn.Module = model) -> None:
-            for _ in range(4):
-                model(images)
-
-        transform, beside = bench.seconds(lambda model=model: msfx.transform(model, images), forward)
+        calls = (lambda model=model: msfx.transform(model, images), over([images] * 4, model))
+        transform, beside = bench.seconds(*calls)
         rows.append(bench.row("transform", f"WRN-{depth}-1", nodes, "nodes", transform, beside))
     return rows
 
@@ -110,13 +106,7 @@ def calibration_rows(bench: Bench, images: list[int], channels: list[int], batch
 def passes(model: nn.Module, batches: list[torch.Tensor]) -> tuple[Call, Call]:
     """Return calibration over the batches, and the plain pass over the same."""
     sparse = msfx.transform(model, batches[0][:2])
-
-    @torch.inference_mode()
-    def plain() -> None:
-        for batch in batches:
-            model(batch)
-
-    return lambda: msfx.calibrate(sparse, batches, progress=False), plain
+    return lambda: msfx.calibrate(sparse, batches, progress=False), over(batches, model)
 
 
 def plan_rows(bench: Bench, name: str, batch: int, batches: int, devices: list[int]) -> list[Scaling]:
