@@ -230,7 +230,7 @@ def line(code: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = options(__doc__, out=False)
+    parser = options(__doc__, out="")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
     parser.add_argument("--target", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--activation", nargs="*", default=list(ACTIVATIONS), choices=list(ACTIVATIONS))

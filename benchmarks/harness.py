@@ -78,11 +78,11 @@ class Row:
     date: str | None = None
 
 
-def options(doc: str | None, repetitions: int | None = None, out: bool = True) -> argparse.ArgumentParser:
-    """Return a parser that knows ``--out``; with repetitions also what all programs take that time something."""
+def options(doc: str | None, repetitions: int | None = None, out: str = "the CSV to write") -> argparse.ArgumentParser:
+    """Return a parser that knows ``--out``, whose help is ``out``; with repetitions, what all that time take, too."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if out:
-        parser.add_argument("--out", type=Path, help="the CSV to write")
+        parser.add_argument("--out", type=Path, help=out)
     if repetitions is not None:
         default = "cuda" if torch.cuda.is_available() else "cpu"
         parser.add_argument("--device", choices=("cpu", "cuda"), default=default)

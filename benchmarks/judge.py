@@ -59,21 +59,6 @@ class Row:
     torch: str
 
 
-class Masked(nn.Module):
-    """A network with a function of its input, of its logits, or of what its first activation gives."""
-
-    def __init__(self, where: str = "", function: Callable[[Tensor], Tensor] | None = None) -> None:
-        super().__init__()
-        self.network = bundled.load_model().requires_grad_(False)
-        self.where, self.function = where, function
-        if where == "inside":
-            self.network.stem = nn.Sequential(self.network.stem, Function(function))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.network(self.function(x) if self.where == "before" else x)
-        return self.function(x) if self.where == "behind" else x
-
-
 class Function(nn.Module):
     """A function as a layer."""
 
@@ -83,6 +68,15 @@ class Function(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
+
+
+def masked(where: str, function: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Return the network with a function of its input, of its logits, or of what its first activation gives."""
+    network, layer = bundled.load_model(), Function(function)
+    if where == "inside":
+        network.stem = nn.Sequential(network.stem, layer)
+        return network
+    return nn.Sequential(layer, network) if where == "before" else nn.Sequential(network, layer)
 
 
 def _reversed(x: Tensor) -> Tensor:
@@ -140,7 +134,7 @@ def cases(cache: Path) -> dict[str, Case]:
         return lambda: (captured(bundled.load_model(), *settings, **variant), None)
 
     for name, mask in MASKS.items():
-        add(name, "mask in the model", lambda mask=mask: (captured(Masked(*mask)), captured(Masked())))
+        add(name, "mask in the model", lambda mask=mask: (captured(masked(*mask)), captured(bundled.load_model())))
     add("two steps", "mask in the model", own(0.2), steps=2, queries=10)
     for name, (alpha, variant) in OPERATORS.items():
         add(name, "mask in the operator", own(alpha, **variant))

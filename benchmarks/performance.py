@@ -32,7 +32,7 @@ def page(results: Results) -> str:
 
 
 def main() -> None:
-    parser = options(__doc__, out=False)
+    parser = options(__doc__, out="")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")

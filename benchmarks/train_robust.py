@@ -29,7 +29,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def main() -> None:
-    parser = options(__doc__)  # --out: the package's directory
+    parser = options(__doc__, out="directory of the files")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--subsets-only", action="store_true", help="write the images, keep the weights")
     args = parser.parse_args()

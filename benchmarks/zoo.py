@@ -251,7 +251,7 @@ def _cell(text: str) -> str:
 
 def main() -> None:
     """Measure what the CSV lacks, and write both files."""
-    parser = options(__doc__)  # --out: zoo.csv or zoo-extra.csv in benchmarks/results by default
+    parser = options(__doc__, out="[zoo.csv or zoo-extra.csv in benchmarks/results]")
     parser.add_argument("--extra", action="store_true", help="models of other libraries")
     parser.add_argument("--only", default="", metavar="PATTERN", help="models whose name matches this expression")
     parser.add_argument("--fresh", action="store_true", help="measure also what the CSV holds")

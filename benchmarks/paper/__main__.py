@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def main() -> None:
-    parser = options(__doc__)  # --out: the directory of paper-TABLE.csv
+    parser = options(__doc__, out="directory of paper-TABLE.csv")
     parser.set_defaults(out=RESULTS)
     parser.add_argument("what", nargs="+", choices=(*map(str, TABLES), "all", "page"), metavar="TABLE")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
