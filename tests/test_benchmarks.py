@@ -521,6 +521,12 @@ def test_shares_alone_make_a_table(tmp_path):
     assert share[2:4] == ("**missed**", "0.50 (1x1x7x7 float32 channels_last relu forward)†")
 
 
+def test_moments_on_a_cpu_stand_beside_no_activation(tmp_path):
+    case = "1x1x7x7 float32 channels_last relu moments"
+    write([row("kernels", case, "meansparse_fx", of_clone=0.5)], tmp_path / "kernels-cpu-1-thread.csv")
+    assert f"| {case} |  |  | 1.00 |  |  |  | 50% |" in SECTIONS["kernels"](page_results.load(tmp_path))
+
+
 def test_a_page_needs_its_marks(tmp_path):
     (tmp_path / "page.md").write_text("no marks")
     with pytest.raises(SystemExit, match="marks"):

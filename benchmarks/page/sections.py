@@ -167,7 +167,7 @@ def kernels(source: Source) -> str:
         return "As shares of the clone's bandwidth:\n\n" + table(heads, rows)
     rows = []
     for case, found in source.cases.items():
-        alone = _text(found["torch activation"], "milliseconds", "{:.2f} ms")
+        alone = _text(found.get("torch activation"), "milliseconds", "{:.2f} ms")  # moments have none
         share = _text(found["meansparse_fx"], "of_clone", "{:.0%}")
         rows.append((case, alone, *(_ratio(found.get(name)) for name in names), share))
     return table(("case", "activation alone", *names, "of the clone's bandwidth"), rows)
