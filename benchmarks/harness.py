@@ -215,8 +215,8 @@ def measure(
 def report(rows: Sequence[Any], path: Path | None, title: str = "", columns: Collection[str] = ()) -> None:
     """Print the columns that say something, or those that are named, and write the rows as CSV if a path is given."""
     full = [f.name for f in fields(rows[0]) if any(getattr(row, f.name) is not None for row in rows)]
-    where = ("benchmark", "device", "torch", "threads", "triton", "commit", "date")
-    names = columns or [name for name in full if name not in where]
+    hidden = ("benchmark", "low", "high", "repetitions", "device", "torch", "threads", "triton", "commit", "date")
+    names = columns or [name for name in full if name not in hidden]
     values = [[getattr(row, name) for name in names] for row in rows]
     cells = [["" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in values]
     first = rows[0]
