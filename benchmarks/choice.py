@@ -135,7 +135,8 @@ def main() -> None:
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
     rows = measure(args.search, args.cache, args.attacked, args.selection)
-    report(rows, args.out, "accuracies and their changes, fractions")
+    shown = ("search", "setting", "chosen", "selection_change", "clean", "own", "own_change", "worst", "worst_change")
+    report(rows, args.out, "accuracies and their changes, fractions", shown)
 
 
 if __name__ == "__main__":
