@@ -53,13 +53,13 @@ KERNELS = {
 # code away.
 CASES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "forward": (1, 1, ()),
-    "forward+norm+residual": (2, 1, ("scale_ptr", "shift_ptr", "residual_ptr")),
-    "forward+norm+residual+sum": (2, 2, ("scale_ptr", "shift_ptr", "residual_ptr", "sum_ptr")),
-    "forward+residual+sum+norm": (2, 2, ("residual_ptr", "sum_ptr", "norm_scale_ptr", "norm_shift_ptr")),
+    "forward+norm+residual": (2, 1, ("input_scale_ptr", "input_shift_ptr", "residual_ptr")),
+    "forward+norm+residual+sum": (2, 2, ("input_scale_ptr", "input_shift_ptr", "residual_ptr", "sum_ptr")),
+    "forward+residual+sum+norm": (2, 2, ("residual_ptr", "sum_ptr", "sum_scale_ptr", "sum_shift_ptr")),
     "forward+layerscale+shortcut": (2, 1, ("layer_scale_ptr", "shortcut_ptr")),
     "backward": (2, 1, ()),
-    "backward+norm+residual": (3, 2, ("scale_ptr", "shift_ptr", "residual_ptr", "grad_v_ptr")),
-    "backward+sum+norm": (3, 1, ("grad_sum_ptr", "norm_scale_ptr", "norm_shift_ptr")),
+    "backward+norm+residual": (3, 2, ("input_scale_ptr", "input_shift_ptr", "residual_ptr", "grad_v_ptr")),
+    "backward+sum+norm": (3, 1, ("grad_sum_ptr", "sum_scale_ptr", "sum_shift_ptr")),
     "backward+layerscale": (2, 1, ("layer_scale_ptr",)),
     "moments": (1, 0, ()),
     "moments+activation": (1, 1, ("y_ptr",)),

@@ -82,7 +82,7 @@ def backward_runner(
     wanted: Wanted,
 ) -> Callable[..., Gradients]:
     """Return ``(vectors, grad, grad_sum, x, residual) -> gradients`` for tensors like these."""
-    scaled = vectors.scale is not None or vectors.layer_scale is not None
+    scaled = vectors.input_scale is not None or vectors.layer_scale is not None
     tensors = grad, grad_sum, x, residual
     # Without a scale on x its gradient is the residual's, and one tensor serves as both.
     run = _on_views(composition.backward, (from_sum, Wanted(wanted.v and scaled)), tensors, 2, vectors, options)

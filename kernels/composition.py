@@ -52,7 +52,7 @@ class Wanted(NamedTuple):
     weight: bool = False
 
 
-def gradient_from_result(options: Options) -> bool:
+def gradient_from_output(options: Options) -> bool:
     """Return whether the gradient of act(s(u)) follows from the result y as well as from u.
 
     Where the band becomes its centre: y is u outside the band where the slope is one; elsewhere y is the activation of
@@ -61,7 +61,7 @@ def gradient_from_result(options: Options) -> bool:
     centre's nearest neighbour in the dtype of u is.
     """
     row = ACTIVATIONS[options.activation]
-    return row.gradient_from_result and options.variant == "mean" and options.backward in ("exact", "identity")
+    return row.gradient_from_output and options.variant == "mean" and options.backward in ("exact", "identity")
 
 
 def _inside(distance: Tensor, threshold: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def forward(
     if options.want_sum:
         rounded = v.clone() if v is x else _in_dtype(v, x.dtype)
         v = widened(rounded)  # y is the function of exactly what others see
-    u = affine(v, vectors.norm_scale, vectors.norm_shift, dim)
+    u = affine(v, vectors.sum_scale, vectors.sum_shift, dim)
     centre, threshold, weight = (shaped(vector, u, dim) for vector in vectors[:3])
     s, _ = _sparsify(u, centre, threshold, options)
     row = ACTIVATIONS[options.activation]
@@ -140,15 +140,15 @@ def backward(
     """
     dim = options.channel_dim
     v = widened(x) if from_sum else residual_sum(x, residual, vectors, dim)
-    u = affine(v, vectors.norm_scale, vectors.norm_shift, dim)
+    u = affine(v, vectors.sum_scale, vectors.sum_shift, dim)
     grad_u, grad_weight = _activation_gradient(widened(grad), u, vectors, options, wanted.weight)
-    grad_v = affine(grad_u, vectors.norm_scale, None, dim)
+    grad_v = affine(grad_u, vectors.sum_scale, None, dim)
     if grad_sum is not None:
         grad_v = grad_v + grad_sum
-    grad_x = affine(affine(grad_v, vectors.layer_scale, None, dim), vectors.scale, None, dim).to(x.dtype)
+    grad_x = affine(affine(grad_v, vectors.layer_scale, None, dim), vectors.input_scale, None, dim).to(x.dtype)
     if not wanted.v:
         return Gradients(grad_x, None, grad_weight)
-    scaled = vectors.layer_scale is not None or vectors.scale is not None
+    scaled = vectors.layer_scale is not None or vectors.input_scale is not None
     return Gradients(grad_x, grad_v.to(x.dtype) if scaled else grad_x, grad_weight)
 
 

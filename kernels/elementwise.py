@@ -1,6 +1,7 @@
 """The operator's two kernels, forward and backward, for every activation, layout, variant and fusion.
 
-    v = (x * scale[c] + shift[c]) * layer_scale[c] + residual,   u = v * norm_scale[c] + norm_shift[c]
+    v = (x * input_scale[c] + input_shift[c]) * layer_scale[c] + residual
+    u = v * sum_scale[c] + sum_shift[c]
     y = act(s(u)) + shortcut
 
 Each factor is off unless given (a None pointer is a compile-time constant). The backward kernel recomputes u and s from
@@ -37,7 +38,8 @@ _SIZES = [
 @triton.jit(do_not_specialize=_SIZES)
 def forward_kernel(
     x_ptr, y_ptr, sum_ptr, residual_ptr, shortcut_ptr,  # n elements, x perhaps in slabs
-    centre_ptr, threshold_ptr, weight_ptr, scale_ptr, shift_ptr, layer_scale_ptr, norm_scale_ptr, norm_shift_ptr,  # [C]
+    centre_ptr, threshold_ptr, weight_ptr,  # [C], as what follows
+    input_scale_ptr, input_shift_ptr, layer_scale_ptr, sum_scale_ptr, sum_shift_ptr,
     vectors, tail, period, period_multiplier, period_shift, inner, inner_multiplier, inner_shift,
     slab, slab_multiplier, slab_shift, outer_stride, steepness,
     VALUE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, VARIANT: tl.constexpr, WEIGHT_STRIDE: tl.constexpr,
@@ -59,13 +61,15 @@ def forward_kernel(
         weight = None
         if weight_ptr is not None:
             weight = load_channel(weight_ptr, channel, CHANNELS, WEIGHT_STRIDE)
-        v = residual_sum(x, residual_ptr, scale_ptr, shift_ptr, layer_scale_ptr, channel, offsets, mask, CHANNELS)
+        v = residual_sum(
+            x, residual_ptr, input_scale_ptr, input_shift_ptr, layer_scale_ptr, channel, offsets, mask, CHANNELS
+        )
         if sum_ptr is not None:
             # The caller sees v in its own dtype, so y is the function of exactly that.
             rounded = v.to(sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + offsets, rounded, mask=mask)
             v = rounded.to(tl.float32)
-        u = affine(v, norm_scale_ptr, norm_shift_ptr, channel, CHANNELS)
+        u = affine(v, sum_scale_ptr, sum_shift_ptr, channel, CHANNELS)
         y = VALUE(sparsify(u, centre, threshold, steepness, VARIANT), weight, A, B)
         if shortcut_ptr is not None:
             y += tl.load(shortcut_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -75,7 +79,8 @@ def forward_kernel(
 @triton.jit(do_not_specialize=_SIZES)
 def backward_kernel(
     x_ptr, grad_ptr, grad_sum_ptr, residual_ptr, grad_x_ptr, grad_v_ptr,  # n elements, x perhaps in slabs
-    centre_ptr, threshold_ptr, weight_ptr, scale_ptr, shift_ptr, layer_scale_ptr, norm_scale_ptr, norm_shift_ptr,  # [C]
+    centre_ptr, threshold_ptr, weight_ptr,  # [C], as what follows
+    input_scale_ptr, input_shift_ptr, layer_scale_ptr, sum_scale_ptr, sum_shift_ptr,
     vectors, tail, period, period_multiplier, period_shift, inner, inner_multiplier, inner_shift,
     slab, slab_multiplier, slab_shift, outer_stride, steepness, gate_steepness,
     GRADIENT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, VARIANT: tl.constexpr, BACKWARD: tl.constexpr,
@@ -83,7 +88,7 @@ def backward_kernel(
     CHANNELS: tl.constexpr, STRIDED: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr,
     V: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """grad_v = grad_y * act'(s(u)) * s'(u) * norm_scale + grad_sum,   grad_x = grad_v * layer_scale * scale."""
+    """grad_v = grad_y * act'(s(u)) * s'(u) * sum_scale + grad_sum,   grad_x = grad_v * layer_scale * input_scale."""
     for part in tl.static_range(2 if TAIL else 1):
         vec, lane, mask = part_of_tensor(vectors, tail, part, V, VECTORS)
         channel = channel_index(
@@ -101,18 +106,22 @@ def backward_kernel(
             weight = load_channel(weight_ptr, channel, CHANNELS, WEIGHT_STRIDE)
         v = x.to(tl.float32)
         if not FROM_SUM:
-            v = residual_sum(x, residual_ptr, scale_ptr, shift_ptr, layer_scale_ptr, channel, offsets, mask, CHANNELS)
-        u = affine(v, norm_scale_ptr, norm_shift_ptr, channel, CHANNELS)
+            v = residual_sum(
+                x, residual_ptr, input_scale_ptr, input_shift_ptr, layer_scale_ptr, channel, offsets, mask, CHANNELS
+            )
+        u = affine(v, sum_scale_ptr, sum_shift_ptr, channel, CHANNELS)
         s = u  # exact, and not the smooth variant: s differs from u only where the gradient is zero
         if BACKWARD != "exact" or VARIANT == "smooth":
             s = sparsify(u, centre, threshold, steepness, VARIANT)
         grad_u = sparsify_gradient(
             GRADIENT(grad, s, weight, A, B), u, centre, threshold, gate_steepness, VARIANT, BACKWARD
         )
-        grad_v = affine(grad_u, norm_scale_ptr, None, channel, CHANNELS)
+        grad_v = affine(grad_u, sum_scale_ptr, None, channel, CHANNELS)
         if grad_sum_ptr is not None:
             grad_v += tl.load(grad_sum_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if grad_v_ptr is not None:
             tl.store(grad_v_ptr + offsets, grad_v.to(grad_v_ptr.dtype.element_ty), mask=mask)
-        grad_x = affine(affine(grad_v, layer_scale_ptr, None, channel, CHANNELS), scale_ptr, None, channel, CHANNELS)
+        grad_x = affine(
+            affine(grad_v, layer_scale_ptr, None, channel, CHANNELS), input_scale_ptr, None, channel, CHANNELS
+        )
         tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)

@@ -81,7 +81,7 @@ def backward_runner(
         "FROM_SUM": from_sum,
     }  # fmt: skip
     numbers = float(options.steepness), float(options.gate_steepness or 0.0)
-    scaled, gathers = vectors.scale is not None or vectors.layer_scale is not None, _gathers(vectors)
+    scaled, gathers = vectors.input_scale is not None or vectors.layer_scale is not None, _gathers(vectors)
     given = _places(x, grad, grad_sum, residual, x, x if wanted.v and scaled else None, *vectors)
     launch = Launch(backward_kernel, given, layout, numbers, constexprs, x.device)
     rearranges = any(t is not None and not is_laid_out_like(t, dense) for t in (grad, grad_sum, residual))

@@ -156,7 +156,7 @@ class Operator:
         # other side of the band's edge, unless x itself is u.
         x_is_u = not has_residual and all(vector is None for vector in vectors.before)
         unrounded = x_is_u or dtype in (torch.float32, torch.float64)
-        plain = vectors.norm_scale is None and composition.gradient_from_result(options)
+        plain = vectors.sum_scale is None and composition.gradient_from_output(options)
         return "result" if plain and unrounded else "input"
 
     def for_backward(self, source: str) -> tuple[Options, bool]:
@@ -447,7 +447,9 @@ def _differentiate(
         grad_v, *grad_weight = torch.autograd.grad(y, leaves, grad.to(y.dtype), create_graph=again)
         if grad_sum is not None:
             grad_v = grad_v + grad_sum
-        grad_x = reference.affine(reference.affine(grad_v, vectors.layer_scale, None, dim), vectors.scale, None, dim)
+        grad_x = reference.affine(
+            reference.affine(grad_v, vectors.layer_scale, None, dim), vectors.input_scale, None, dim
+        )
     return grad_x.to(x.dtype), grad_v.to(x.dtype), grad_weight[0] if wanted.weight else None
 
 

@@ -16,19 +16,19 @@ class Vectors(NamedTuple):
     Attributes:
         centre, threshold: The band, in the units of u.
         weight: The activation's learned slope, ``[C]`` or ``[1]``.
-        scale, shift: Of a frozen norm of x: weight / sqrt(variance + eps), and bias - mean * scale.
+        input_scale, input_shift: Of a frozen norm of x: weight / sqrt(variance + eps), and bias - mean * scale.
         layer_scale: Of a LayerScale after it.
-        norm_scale, norm_shift: Of a frozen norm of v.
+        sum_scale, sum_shift: Of a frozen norm of v.
     """
 
     centre: Tensor
     threshold: Tensor
     weight: Tensor | None = None
-    scale: Tensor | None = None
-    shift: Tensor | None = None
+    input_scale: Tensor | None = None
+    input_shift: Tensor | None = None
     layer_scale: Tensor | None = None
-    norm_scale: Tensor | None = None
-    norm_shift: Tensor | None = None
+    sum_scale: Tensor | None = None
+    sum_shift: Tensor | None = None
 
     @property
     def before(self) -> tuple[Tensor | None, ...]:

@@ -1,6 +1,6 @@
 """The one definition of the operator, in plain torch operators, differentiable in every mode and to any order.
 
-    y = act(s(u)) + shortcut,   u = sum_norm(v),   v = norm(x) * layer_scale + residual
+    y = act(s(u)) + shortcut,   u = sum_norm(v),   v = input_norm(x) * layer_scale + residual
     s(u) = centre if |u - centre| <= threshold else u                         (paper, section 3.2)
 
 Every factor is optional; the operator by itself is act(s(x)). A channel with a negative threshold passes u through,
@@ -40,7 +40,7 @@ class Activation:
         overwrite: `forward` in place of s, for callers that own s; None where torch has no such form.
         constants: Names of the scalar arguments, in order, with their defaults.
         weight_backward: ``(grad_y, s, weight, *constants) -> grad_weight`` per element, where there is a learned slope.
-        gradient_from_result: Its derivative is zero at zero, and it is s itself wherever its derivative is not zero,
+        gradient_from_output: Its derivative is zero at zero, and it is s itself wherever its derivative is not zero,
             so that the derivative follows from the result as well as from the input.
         result_is_kept: torch's own activation keeps its result for backward and not its input.
     """
@@ -50,7 +50,7 @@ class Activation:
     overwrite: Callable[..., Tensor] | None = None
     constants: tuple[tuple[str, float], ...] = ()
     weight_backward: Callable[..., Tensor] | None = None
-    gradient_from_result: bool = False
+    gradient_from_output: bool = False
     result_is_kept: bool = False
 
 
@@ -79,14 +79,14 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda s, w: F.relu(s),
         lambda g, s, w: aten.threshold_backward(g, s, 0.0),
         lambda s, w: aten.relu_(s),
-        gradient_from_result=True,
+        gradient_from_output=True,
         result_is_kept=True,
     ),
     "relu6": Activation(
         lambda s, w: F.relu6(s),
         lambda g, s, w: aten.hardtanh_backward(g, s, 0.0, 6.0),
         lambda s, w: aten.hardtanh_(s, 0.0, 6.0),
-        gradient_from_result=True,
+        gradient_from_output=True,
     ),
     "leaky_relu": Activation(
         lambda s, w, slope: F.leaky_relu(s, slope),
@@ -183,8 +183,8 @@ def affine(v: Tensor, scale: Tensor | None, shift: Tensor | None, channel_dim: i
 
 
 def residual_sum(x: Tensor, residual: Tensor | None, vectors: Vectors, channel_dim: int) -> Tensor:
-    """Return v = norm(x) * layer_scale + residual in the computing dtype."""
-    v = affine(widened(x), vectors.scale, vectors.shift, channel_dim)
+    """Return v = input_norm(x) * layer_scale + residual in the computing dtype."""
+    v = affine(widened(x), vectors.input_scale, vectors.input_shift, channel_dim)
     v = affine(v, vectors.layer_scale, None, channel_dim)
     return v if residual is None else v + widened(residual)
 
@@ -247,7 +247,7 @@ def smooth_gate_derivative(x: Tensor, centre: Tensor, threshold: Tensor, steepne
 def activated(v: Tensor, vectors: Vectors, options: Options) -> Tensor:
     """Return act(s(sum_norm(v))) of a v in its computing dtype."""
     dim = options.channel_dim
-    u = affine(v, vectors.norm_scale, vectors.norm_shift, dim)
+    u = affine(v, vectors.sum_scale, vectors.sum_shift, dim)
     centre, threshold, weight = (shaped(vector, u, dim) for vector in vectors[:3])
     s = sparsify(u, centre, threshold, options.variant, options.backward, options.steepness, options.backward_steepness)
     return ACTIVATIONS[options.activation].forward(s, weight, *options.constants)

@@ -159,7 +159,7 @@ def test_a_real_model_calls_as_many_operators_as_counted(form, monkeypatch):
         return y, v[0] if v else None
 
     def backward(self, vectors, grad, grad_sum, x, residual, wanted):
-        scaled = vectors.scale is not None or vectors.layer_scale is not None
+        scaled = vectors.input_scale is not None or vectors.layer_scale is not None
         tensors = [t for t in (x, residual, grad, grad_sum) if t is not None]
         found = call(tensors, 1 + (wanted.v and scaled))
         return found[0], found[-1], None

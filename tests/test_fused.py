@@ -15,15 +15,15 @@ from meansparse_fx.kernels.operator import Operator
 from meansparse_fx.kernels.records import Options, Vectors
 
 PROLOGUES = [
-    ("scale", "shift"),
+    ("input_scale", "input_shift"),
     ("residual",),
-    ("scale", "shift", "residual"),
+    ("input_scale", "input_shift", "residual"),
     ("layer_scale", "residual"),
-    ("residual", "norm_scale", "norm_shift"),
-    ("scale", "shift", "residual", "norm_scale", "norm_shift"),
+    ("residual", "sum_scale", "sum_shift"),
+    ("input_scale", "input_shift", "residual", "sum_scale", "sum_shift"),
     ("shortcut",),
     ("layer_scale", "shortcut"),
-    ("scale", "shift", "layer_scale", "residual", "norm_scale", "norm_shift", "shortcut"),
+    ("input_scale", "input_shift", "layer_scale", "residual", "sum_scale", "sum_shift", "shortcut"),
 ]
 STREAMS = ("residual", "shortcut")
 LAYOUTS = {
@@ -47,9 +47,9 @@ def case(names, shape, dtype):
         vectors["layer_scale"] = vectors["layer_scale"].to(dtype)
     wide = {n: v.double().view(1, -1, 1, 1) for n, v in vectors.items()}
     leaves = [t if t is None else t.double().clone().requires_grad_() for t in (x, residual, shortcut)]
-    v = leaves[0] * wide.get("scale", 1) + wide.get("shift", 0)
+    v = leaves[0] * wide.get("input_scale", 1) + wide.get("input_shift", 0)
     v = v * wide.get("layer_scale", 1) + (0 if residual is None else leaves[1])
-    u = v * wide.get("norm_scale", 1) + wide.get("norm_shift", 0)
+    u = v * wide.get("sum_scale", 1) + wide.get("sum_shift", 0)
     centre = normal(9, channels).float() / 2
     distance = (u.detach() - centre.double().view(1, -1, 1, 1)).abs().transpose(0, 1).flatten(1).sort(1).values
     middle = distance[:, distance.shape[1] // 4 : 3 * distance.shape[1] // 4]
@@ -114,7 +114,9 @@ def test_what_is_kept_for_backward(want_sum):
 
 
 @pytest.mark.parametrize("backward", ["exact", "identity"])
-@pytest.mark.parametrize("names", [("scale", "shift"), ("residual",), ("scale", "shift", "residual")], ids="+".join)
+@pytest.mark.parametrize(
+    "names", [("input_scale", "input_shift"), ("residual",), ("input_scale", "input_shift", "residual")], ids="+".join
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_a_relus_gradient_is_told_from_its_result(names, backward, dtype):
     """The result alone is kept, which the next layer keeps anyway; in half precision, where it is rounded, more."""
@@ -221,8 +223,8 @@ def test_what_broadcasts_is_added_to_every_image(name):
 
 def test_what_belongs_together_is_checked_once_and_by_name():
     (x, residual, _, vectors), *_ = case(("residual",), (3, 4, 5, 2), torch.float32)
-    with pytest.raises(ValueError, match="scale has 3 elements for 4 channels"):
-        Operator(vectors._replace(scale=torch.ones(3)), Options(1))
+    with pytest.raises(ValueError, match="input_scale has 3 elements for 4 channels"):
+        Operator(vectors._replace(input_scale=torch.ones(3)), Options(1))
     with pytest.raises(ValueError, match="variant must be one of mean, edge, smooth, got 'none'"):
         Operator(vectors, Options(1, variant="none"))
     operator_ = Operator(vectors, Options(1))

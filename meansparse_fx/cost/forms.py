@@ -43,14 +43,14 @@ def branch_free(x: Tensor, mean: Tensor, band: Tensor, channel_dim: int) -> Tens
 class Region:
     """A site and what `fuse` takes in around it.
 
-    y = act(s(u)) + shortcut,   u = sum_norm(v),   v = norm(x) * layer_scale + residual
+    y = act(s(u)) + shortcut,   u = sum_norm(v),   v = input_norm(x) * layer_scale + residual
 
     Attributes:
         shape: Of x, and of all the others.
         dtype: Of the same.
         channel_dim: Dimension of x that holds the channels.
         activation: None for a bare operator.
-        norm, sum_norm: There is a norm of x; of the sum.
+        input_norm, sum_norm: There is a norm of x; of the sum.
         layer_scale: There is a LayerScale.
         residual, shortcut: There is a sum before the operator; after it.
         want_sum: Others read v, too.
@@ -60,7 +60,7 @@ class Region:
     dtype: torch.dtype
     channel_dim: int
     activation: ActivationCall | None
-    norm: bool
+    input_norm: bool
     layer_scale: bool
     residual: bool
     sum_norm: bool
@@ -79,7 +79,7 @@ class Region:
     def taken_in(self) -> str:
         """Return in words what is taken in."""
         words = (
-            ("norm", self.norm),
+            ("norm", self.input_norm),
             ("scale", self.layer_scale),
             ("sum", self.residual),
             ("norm", self.sum_norm),
@@ -94,7 +94,7 @@ Form = Callable[[Region, list[Tensor]], Results]
 
 def _before(region: Region, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return v and u, as torch computes them call by call."""
-    v = _normed(inputs[0], region) if region.norm else inputs[0]
+    v = _normed(inputs[0], region) if region.input_norm else inputs[0]
     v = v * per_channel(region.vector(), v.dim(), region.channel_dim) if region.layer_scale else v
     v = v + inputs[1] if region.residual else v
     return v, _normed(v, region) if region.sum_norm else v
@@ -176,7 +176,7 @@ class _OneCall(torch.autograd.Function):
         _, _, has_residual, has_shortcut = ctx.needs_input_grad
         vectors = ctx.operator.vectors
         # Without a scale on x its gradient is the residual's, and one tensor serves as both.
-        scaled = vectors.scale is not None or vectors.layer_scale is not None
+        scaled = vectors.input_scale is not None or vectors.layer_scale is not None
         reads = [*ctx.saved_tensors, *[g for g in grads if g is not None]]
         found = torch.ops.meansparse_fx_cost.call(reads, 2 if has_residual and scaled else 1)
         return None, found[0], found[-1] if has_residual else None, grads[0] if has_shortcut else None
@@ -190,11 +190,11 @@ def _ours(region: Region, inputs: list[Tensor]) -> Results:
 
 
 def _fused(region: Region, inputs: list[Tensor]) -> Results:
-    norm, sum_norm = (
-        (region.vector(), region.vector()) if there else (None, None) for there in (region.norm, region.sum_norm)
+    input_norm, sum_norm = (
+        (region.vector(), region.vector()) if there else (None, None) for there in (region.input_norm, region.sum_norm)
     )
     scale = region.vector() if region.layer_scale else None
-    vectors = Vectors(region.vector(), region.vector(), _slope(region), *norm, scale, *sum_norm)
+    vectors = Vectors(region.vector(), region.vector(), _slope(region), *input_norm, scale, *sum_norm)
     residual, shortcut = inputs[1] if region.residual else None, inputs[-1] if region.shortcut else None
     results = _OneCall.apply(Operator(vectors, _options(region, region.want_sum)), inputs[0], residual, shortcut)
     return results if isinstance(results, tuple) else (results,)

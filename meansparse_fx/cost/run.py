@@ -189,7 +189,7 @@ def _region(node: fx.Node, operator: MeanSparse, shape: tuple[int, ...], dtype: 
     around = {name: name in node.kwargs for name in ("layer_scale", "residual", "shortcut")}
     return Region(
         shape, dtype, operator.channel_dim, operator.activation,
-        norm=prologue.input_norm is not None, sum_norm=prologue.sum_norm is not None, want_sum=prologue.want_sum,
+        input_norm=prologue.input_norm is not None, sum_norm=prologue.sum_norm is not None, want_sum=prologue.want_sum,
         **around,
     )  # fmt: skip
 

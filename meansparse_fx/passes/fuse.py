@@ -47,7 +47,7 @@ def _fuse(node: fx.Node, operator: MeanSparse, finder: Finder) -> str:
         return str(found)
     branch, total, sum_norm = found.branch, found.total, found.sum_norm
     operator.prologue = Prologue(
-        branch.norm.frozen if branch.norm else None, sum_norm.frozen if sum_norm else None, found.want_sum
+        branch.input_norm.frozen if branch.input_norm else None, sum_norm.frozen if sum_norm else None, found.want_sum
     )
     if branch.scale:
         branch.scale.node.replace_all_uses_with(branch.scale.x)  # what only moves values goes on with the unscaled
@@ -63,7 +63,7 @@ def _fuse(node: fx.Node, operator: MeanSparse, finder: Finder) -> str:
         finder.record(v, total.node)
         total.node.replace_all_uses_with(v)
     _erase(found.epilogue, node, *(n for n in node.args[1:] if isinstance(n, fx.Node)))
-    _erase(*(part.node for part in (sum_norm, total, branch.scale, branch.norm) if part is not None))
+    _erase(*(part.node for part in (sum_norm, total, branch.scale, branch.input_norm) if part is not None))
     _erase(*(branch.scale.views if branch.scale else ()))
     return str(found)
 

@@ -67,7 +67,7 @@ class Branch:
     """A value that an operator reads or a sum adds: ``x`` after its own norm and LayerScale, where it has them."""
 
     x: fx.Node
-    norm: Norm | None
+    input_norm: Norm | None
     scale: Scale | None
 
 
@@ -104,12 +104,12 @@ class Surroundings:
 
     def __bool__(self) -> bool:
         """Whether there is anything."""
-        return any((self.branch.norm, self.branch.scale, self.total, self.epilogue))
+        return any((self.branch.input_norm, self.branch.scale, self.total, self.epilogue))
 
     def __str__(self) -> str:
         """Say what is taken in, and why something is not."""
         before = (
-            (self.branch.norm, "norm"),
+            (self.branch.input_norm, "norm"),
             (self.branch.scale, "LayerScale"),
             (self.total, "sum"),
             (self.sum_norm, "norm"),
@@ -152,7 +152,9 @@ class Finder:
         reader = sum_norm.node if sum_norm else node
         want_sum = total is not None and any(user is not reader for user in total.node.users)
         epilogue = reasons.keep(self._epilogue(node, branch, want_sum))
-        moved = [part.node for part in (branch.norm, branch.scale, total, sum_norm) if part] + list(epilogue or ())[:1]
+        moved = [part.node for part in (branch.input_norm, branch.scale, total, sum_norm) if part] + list(
+            epilogue or ()
+        )[:1]
         if any(self._modes[n] != self._modes[node] for n in moved):
             return Surroundings(Branch(source, None, None), None, None, False, None, None, (_OTHER_MODE,))
         end, shortcut = epilogue or (None, None)
@@ -232,7 +234,7 @@ class Finder:
             return None
         for x, residual in (operands, operands[::-1]):
             branch = self._branch(x, operator, reasons)
-            if branch.norm or branch.scale:
+            if branch.input_norm or branch.scale:
                 return Sum(node, branch, residual)
         return Sum(node, Branch(operands[0], None, None), operands[1])
 

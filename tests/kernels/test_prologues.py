@@ -32,12 +32,12 @@ def assert_close(got: Tensor, expected: Tensor, rtol: float) -> None:
 
 
 PROLOGUES = [
-    "scale shift",
-    "scale shift residual",
+    "input_scale input_shift",
+    "input_scale input_shift residual",
     "layer_scale residual",
     "residual",
-    "residual norm_scale norm_shift",
-    "scale shift residual norm_scale norm_shift",
+    "residual sum_scale sum_shift",
+    "input_scale input_shift residual sum_scale sum_shift",
 ]
 
 
@@ -58,12 +58,12 @@ def case(request, names, memory_format, device) -> SimpleNamespace:
     x = random(0, 2, 5, 3, 4).to(device, dtype).contiguous(memory_format=memory_format)
     prologue = {n: random(2, *x.shape).to(x) if n == "residual" else random(3, 5).to(device) + 1 for n in names}
     wide = {n: v.double() if n == "residual" else v.double().view(1, -1, 1, 1) for n, v in prologue.items()}
-    factor = wide.get("scale", torch.ones((), device=device)) * wide.get("layer_scale", 1)
+    factor = wide.get("input_scale", torch.ones((), device=device)) * wide.get("layer_scale", 1)
     leaf = x.double().requires_grad_()
-    v = leaf * wide.get("scale", 1) + wide.get("shift", 0)
+    v = leaf * wide.get("input_scale", 1) + wide.get("input_shift", 0)
     v = v * wide.get("layer_scale", 1) + wide.get("residual", 0)
     v.retain_grad()
-    u = v * wide.get("norm_scale", 1) + wide.get("norm_shift", 0)
+    u = v * wide.get("sum_scale", 1) + wide.get("sum_shift", 0)
     centre = random(1, 5).to(device) / 2
     # The middle of the widest gap among the inner half of the distances, so that about half the samples are inside.
     distance = (u.detach() - centre.view(1, -1, 1, 1)).abs().transpose(0, 1).flatten(1).sort(1).values[:, 6:18]
@@ -99,7 +99,7 @@ def test_the_sum_as_a_second_output(case) -> None:
     assert_close(v, case.v.detach(), case.rtol)
     # y is the operator of the sum as returned, bit for bit.
     centre, threshold, *_, scale, shift = case.vectors
-    norm = Vectors(centre, threshold, scale=scale, shift=shift)
+    norm = Vectors(centre, threshold, input_scale=scale, input_shift=shift)
     assert torch.equal(y, calls.forward(v, norm, SILU))
     both = calls.forward(case.x, case.vectors, BOTH, case.residual, case.grad_y)
     assert torch.equal(both[1], v)
@@ -109,7 +109,7 @@ def test_the_sum_as_a_second_output(case) -> None:
 def test_gradients_through_both_outputs(case) -> None:
     _, v = calls.forward(case.x, case.vectors, BOTH, case.residual)
     grads = calls.backward(case.grad_y, v, case.vectors, BOTH, case.residual, case.grad_y, want_grad_sum=True)
-    outer = case.vectors._replace(scale=None, shift=None, layer_scale=None)
+    outer = case.vectors._replace(input_scale=None, input_shift=None, layer_scale=None)
     plain = calls.backward(case.grad_y, v, outer, BOTH).x.double()
     both = case.grad_y.double() + plain
     rounding = case.rtol * (plain.abs() + both.abs()) + 1e-6  # each is rounded apart
