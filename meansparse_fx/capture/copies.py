@@ -70,18 +70,18 @@ def unwrapped(module: nn.Module) -> nn.Module:
     """
     # By name, because looking OptimizedModule up imports the compiler.
     while type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith("torch."):
-        inner = module.get_submodule("_orig_mod")
-        refuse_hooks(module, inner)
-        module = inner
+        wrapped = module.get_submodule("_orig_mod")
+        refuse_hooks(module, wrapped)
+        module = wrapped
     return module
 
 
-def refuse_hooks(wrapper: nn.Module, inner: nn.Module) -> None:
+def refuse_hooks(wrapper: nn.Module, wrapped: nn.Module) -> None:
     """Raise CaptureError if a wrapper that is taken off has hooks."""
     if has_hooks(wrapper):
         raise CaptureError(
-            f"{type(wrapper).__name__} has hooks, and is taken off the {type(inner).__name__} in it: register them on "
-            "that module"
+            f"{type(wrapper).__name__} has hooks, and is taken off the {type(wrapped).__name__} in it: register them "
+            "on that module"
         )
 
 
@@ -111,8 +111,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 def _copied_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     kind = type(module)
-    if (inner := unwrapped(module)) is not module:
-        memo[id(module)] = own = _copied(inner, memo)
+    if (wrapped := unwrapped(module)) is not module:
+        memo[id(module)] = own = _copied(wrapped, memo)
         return own
     if isinstance(module, fx.GraphModule):
         memo[id(module)] = own = kind.__new__(kind)  # of a new class, which gets the graph's code
@@ -219,13 +219,13 @@ def _compare(module: nn.Module, own: nn.Module, path: str, seen: set[int], doubt
     plain = _is_plain(type(module))  # type: ignore[arg-type]
     doubted = doubted or not (plain or isinstance(module, fx.GraphModule))
     if doubted:
-        _mend(module, own, f"{path or 'the model'} ({type(module).__name__})")
+        _restore_state(module, own, f"{path or 'the model'} ({type(module).__name__})")
     for name, child in module._modules.items():
         if child is not None and (own_child := own._modules[name]) is not None:
             _compare(child, own_child, f"{path}.{name}" if path else name, seen, doubted)
 
 
-def _mend(module: nn.Module, own: nn.Module, where: str) -> None:
+def _restore_state(module: nn.Module, own: nn.Module, where: str) -> None:
     if own is module:
         raise CaptureError(
             f"{where} returns itself when it is copied, and a transformed copy would change it: remove its __deepcopy__"

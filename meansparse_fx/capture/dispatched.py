@@ -54,7 +54,7 @@ def functional_name(func: Any) -> str:
 
 
 def change_shape(func: Any, args: tuple, kwargs: dict) -> None:
-    """Let a call change the shape of a ghost itself, as it has changed its stand-in's."""
+    """Let a call change the shape of a symbolic tensor itself, as it has changed its stand-in's."""
     before = torch._C._meta_in_tls_dispatch_include()
     torch._C._set_meta_in_tls_dispatch_include(True)
     try:
@@ -70,8 +70,8 @@ def laid_out(result: Tensor, func: Any, args: tuple, kwargs: dict) -> Tensor:
     The meta kernel does not know the device. As `torch._subclasses.fake_impls.conv` does it for fake tensors.
     """
     named = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
-    images, weight = hollow(named["input"]), hollow(named["weight"])
-    bias = None if named["bias"] is None else hollow(named["bias"])
+    images, weight = allocated_like(named["input"]), allocated_like(named["weight"])
+    bias = None if named["bias"] is None else allocated_like(named["bias"])
     names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
     options = {name: named[name] for name in names}
     backend = torch._C._select_conv_backend(images, weight, bias, **options, bias_sizes=None)
@@ -83,7 +83,7 @@ def laid_out(result: Tensor, func: Any, args: tuple, kwargs: dict) -> Tensor:
     return result.squeeze(2) if flat else result
 
 
-def hollow(tensor: Tensor) -> Tensor:
+def allocated_like(tensor: Tensor) -> Tensor:
     """Return a tensor of the same form, its memory never touched."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 

@@ -35,8 +35,8 @@ class Histories:
             leaf = getattr(node, "variable", None)
             name = self._names.get(storage(leaf)) if isinstance(leaf, Tensor) else None
             sources = [None if n is None else (self._digest(n), index) for n, index in node.next_functions]
-            told = f"{type(node).__module__}.{type(node).__qualname__}", node.name(), name, sources
-            self._known[id(node)] = hashlib.sha256(repr(told).encode()).digest(), node
+            description = f"{type(node).__module__}.{type(node).__qualname__}", node.name(), name, sources
+            self._known[id(node)] = hashlib.sha256(repr(description).encode()).digest(), node
         return self._known[id(node)][0]
 
 

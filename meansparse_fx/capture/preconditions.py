@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 
@@ -21,7 +22,7 @@ _PARTS = {"sigmoid", "hardsigmoid", "exp", "erf", "clamp", "clamp_min", "clamp_m
 _QUANTISED = re.compile(r"torch\.ao\.nn\.(intrinsic\.)?quantized\.(?!dynamic)")
 
 
-def taken_off(model: nn.Module) -> nn.Module:
+def without_wrappers(model: nn.Module) -> nn.Module:
     """Return a model without the wrappers around it: DataParallel, DistributedDataParallel, torch.compile.
 
     Raises:
@@ -30,13 +31,13 @@ def taken_off(model: nn.Module) -> nn.Module:
     while True:
         if not isinstance(model, nn.Module):  # an ExportedProgram, a function
             raise CaptureError(f"{type(model).__name__} is no torch.nn.Module: {_ORIGINAL}")
-        inner = unwrapped(model)
-        if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            refuse_hooks(inner, inner.module)
-            inner = inner.module
-        if inner is model:
+        wrapped = unwrapped(model)
+        if isinstance(wrapped, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            refuse_hooks(wrapped, wrapped.module)
+            wrapped = wrapped.module
+        if wrapped is model:
             return model
-        model = inner
+        model = wrapped
 
 
 def check_model(model: nn.Module) -> None:
@@ -58,6 +59,19 @@ def check_model(model: nn.Module) -> None:
     if training:
         more = f" and {len(training) - 1} more" if len(training) > 1 else ""
         raise StateError(f"{type(model).__name__} is in train mode ({training[0]}{more}): call model.eval() first")
+
+
+def input_name(model: nn.Module) -> str:
+    """Return the name of forward's tensor argument."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    first = [p.name for p in named if p.kind is not p.KEYWORD_ONLY][:1]
+    required = [p.name for p in named if p.default is p.empty]
+    if required not in ([], first):
+        raise CaptureError(
+            f"its forward needs the arguments {', '.join(required)}; sites are found in one tensor's flow"
+        )
+    return first[0] if first else "images"
 
 
 def _in_train_mode(model: nn.Module) -> list[str]:

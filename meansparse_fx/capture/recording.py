@@ -24,11 +24,11 @@ from .derivatives import applied_by, without_checkpoints
 from .dispatched import (
     CONVOLUTIONS,
     Unrecordable,
+    allocated_like,
     change_shape,
     digest,
     drawn,
     functional_name,
-    hollow,
     laid_out,
     layout_of,
     mapped,
@@ -97,13 +97,13 @@ def record(
         (['aten.abs.default', 'aten.add.Tensor'], False)
     """
     recorder = _Recorder(state, forms, halt)
-    ghost: Any = recorder.haunt(torch.empty_like(images, device="meta"), images.device, 0)
+    symbolic: Any = recorder.new_value(torch.empty_like(images, device="meta"), images.device, 0)
     with without_checkpoints(), applied_by(recorder.apply, lambda value: isinstance(value, Tensor)), recorder:
         if images.is_floating_point() and torch.is_grad_enabled():
-            ghost = ghost.requires_grad_().clone()  # no leaf, which nobody may write to
+            symbolic = symbolic.requires_grad_().clone()  # no leaf, which nobody may write to
             recorder.calls.clear()
-            ghost.value = 0, 0
-        output = model(ghost)
+            symbolic.value = 0, 0
+        output = model(symbolic)
     leaves, form = flatten(output)
     return Recording(recorder.calls, (form, [recorder.term(leaf) for leaf in leaves]))
 
@@ -114,7 +114,7 @@ def state_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, 
     return state if names is None else {name: state[name] for name in names if name in state}
 
 
-class _Ghost(Tensor):
+class _Symbolic(Tensor):
     """A tensor computed from images, that holds nothing.
 
     Attributes:
@@ -129,8 +129,8 @@ class _Ghost(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, meta: Tensor, device: torch.device, value: tuple, recorder: _Recorder) -> _Ghost:
-        ghost = Tensor._make_wrapper_subclass(
+    def __new__(cls, meta: Tensor, device: torch.device, value: tuple, recorder: _Recorder) -> _Symbolic:
+        symbolic = Tensor._make_wrapper_subclass(
             cls,
             meta.shape,
             strides=meta.stride(),
@@ -138,8 +138,8 @@ class _Ghost(Tensor):
             dtype=meta.dtype,
             device=device,
         )
-        ghost.meta, ghost.value, ghost.recorder = meta, value, recorder
-        return ghost
+        symbolic.meta, symbolic.value, symbolic.recorder = meta, value, recorder
+        return symbolic
 
     @property
     def data(self) -> Tensor:
@@ -170,7 +170,7 @@ class _Recorder(TorchDispatchMode):
         # By id, with the tensor, or another one would get its id.
         self._digests: dict[int, tuple[tuple, bytes, Tensor]] = {}
         self._metas: dict[int, tuple[tuple, Tensor, Tensor]] = {}
-        self._sharing: dict[int, list[weakref.ref[_Ghost]]] = defaultdict(list)  # storage -> ghosts in it
+        self._sharing: dict[int, list[weakref.ref[_Symbolic]]] = defaultdict(list)  # storage -> symbolic tensors in it
         self._histories = Histories({key: name for key, (name, _) in self._state.items()})
 
     def note(self, *call: Any) -> None:
@@ -184,43 +184,43 @@ class _Recorder(TorchDispatchMode):
         self.note(function, self.term(args), self.term(tuple(kwargs.items())))
         return run()
 
-    def haunt(self, meta: Tensor, device: torch.device, position: int) -> _Ghost:
-        """Return a new ghost, a result of the last call."""
+    def new_value(self, meta: Tensor, device: torch.device, position: int) -> _Symbolic:
+        """Return a new symbolic tensor, a result of the last call."""
         if meta.is_conj() or meta.is_neg():
             raise Unrecordable("a lazy conjugate")
-        ghost = _Ghost(meta, device, (len(self.calls), position), self)
-        self._sharing[storage(meta)].append(weakref.ref(ghost))
-        return ghost
+        symbolic = _Symbolic(meta, device, (len(self.calls), position), self)
+        self._sharing[storage(meta)].append(weakref.ref(symbolic))
+        return symbolic
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         operands = list(tensors((args, kwargs)))
-        ghosts = [t for t in operands if type(t) is _Ghost]
-        if not all(g.recorder is self for g in ghosts):
+        symbolic = [t for t in operands if type(t) is _Symbolic]
+        if not all(g.recorder is self for g in symbolic):
             raise Unrecordable(f"{func}: the model kept a tensor of an earlier call")
         written: list[Any] = list(tensors(written_by(func, args, kwargs)))
-        if not all(type(t) is _Ghost or storage(t) in self._own for t in written):
+        if not all(type(t) is _Symbolic or storage(t) in self._own for t in written):
             raise Unrecordable(f"{func} writes into what was there before: a parameter, a buffer, a constant")
         random = torch.Tag.nondeterministic_seeded in func.tags
-        if not ghosts:
+        if not symbolic:
             if random:  # the numbers are the same only if they are drawn in the same order
                 self.note(str(func), self.term(args), self.term(tuple(kwargs.items())), drawn(args, kwargs))
             result = func(*args, **kwargs)
             self._own |= {storage(t) for t in tensors(result)} - {storage(t) for t in operands}
             return result
-        if not all(type(t) is _Ghost for t in written):
+        if not all(type(t) is _Symbolic for t in written):
             raise Unrecordable(f"{func} writes images into a constant")
         if func is aten.alias.default:  # the same tensor; autograd takes one of a view that was written to
-            result = self.haunt(func(ghosts[0].meta), ghosts[0].device, 0)
-            result.value = ghosts[0].value
+            result = self.new_value(func(symbolic[0].meta), symbolic[0].device, 0)
+            result.value = symbolic[0].value
             return result
-        same_type = same_types(func, operands, ghosts[0].device)
+        same_type = same_types(func, operands, symbolic[0].device)
         terms: tuple = self.term(args), self.term(tuple(kwargs.items()))
         if random:
             terms = *terms, drawn(args, kwargs)
         if func is aten._fused_sdp_choice.default:
             # What it chooses depends on the device. It never touches the memory.
-            args, kwargs = mapped((args, kwargs), lambda v: hollow(v) if isinstance(v, Tensor) else v)
+            args, kwargs = mapped((args, kwargs), lambda v: allocated_like(v) if isinstance(v, Tensor) else v)
             return func(*args, **kwargs)
         container, parts = self._result(func, args, kwargs)
         # `x += y` and `x = x + y` compute the same, unless another type is cast back.
@@ -229,11 +229,11 @@ class _Recorder(TorchDispatchMode):
         differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
         self.note(name, *terms, [layout_of(p) for p in parts], differentiated)
         self._write(written)
-        device = torch.device(kwargs.get("device") or ghosts[0].device)
-        own = {id(g.meta): g for g in ghosts}  # what an in-place call returns is its operand
+        device = torch.device(kwargs.get("device") or symbolic[0].device)
+        own = {id(g.meta): g for g in symbolic}  # what an in-place call returns is its operand
         fresh = iter(range(len(written), len(written) + len(parts)))
         seen = [
-            p if not isinstance(p, Tensor) else own[id(p)] if id(p) in own else self.haunt(p, device, next(fresh))
+            p if not isinstance(p, Tensor) else own[id(p)] if id(p) in own else self.new_value(p, device, next(fresh))
             for p in parts
         ]
         return seen[0] if container is None else container(seen)
@@ -261,18 +261,18 @@ class _Recorder(TorchDispatchMode):
             self._forms[key] = container, [layout_of(p) if isinstance(p, Tensor) else p for p in parts]
         return container, parts
 
-    def _write(self, written: list[_Ghost]) -> None:
+    def _write(self, written: list[_Symbolic]) -> None:
         """Number anew what the last call wrote, and what else lies in that memory."""
-        for position, ghost in enumerate(written):
-            for other in self._sharing[storage(ghost.meta)]:
+        for position, symbolic in enumerate(written):
+            for other in self._sharing[storage(symbolic.meta)]:
                 if (alias := other()) is not None:
                     alias.value = (len(self.calls), "through", alias.value)
-            ghost.value = (len(self.calls), position)
+            symbolic.value = (len(self.calls), position)
 
     def term(self, value: Any) -> Any:
         """Return what stands for an operand: equal terms are equal operands."""
         if isinstance(value, Tensor):
-            return (value.value, value.requires_grad) if type(value) is _Ghost else self._named(value)
+            return (value.value, value.requires_grad) if type(value) is _Symbolic else self._named(value)
         if isinstance(value, tuple | list):
             return (type(value), *map(self.term, value))
         if isinstance(value, int | float | complex):
@@ -294,7 +294,7 @@ class _Recorder(TorchDispatchMode):
     def _stand_in(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        if type(value) is _Ghost:
+        if type(value) is _Symbolic:
             return value.meta
         form = value.shape, value.stride(), value.dtype
         known = self._metas.get(id(value))

@@ -19,7 +19,7 @@ from ..hooks import drop_own_hooks
 from ..rewrite import adopt
 from .copies import copied
 from .examples import trace_by_example
-from .preconditions import check_model, taken_off
+from .preconditions import check_model, without_wrappers
 from .tracing import Traced, trace
 from .uncompiled import as_python
 from .verify import Reference
@@ -72,7 +72,7 @@ def capture(model: nn.Module, images: Tensor | None = None) -> Capture:
         >>> captured.route, [node.name for node in captured.graph_module.graph.nodes]
         ('symbolic trace', ['input_1', '_0', '_1', 'output'])
     """
-    model = taken_off(model)
+    model = without_wrappers(model)
     check_model(model)
     reference = None if images is None else Reference.of(model, images)
     failures: list[CaptureError] = []

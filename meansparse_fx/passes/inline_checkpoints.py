@@ -17,23 +17,23 @@ def inline_checkpoints(graph_module: fx.GraphModule) -> bool:
     """Inline every call of `torch.utils.checkpoint`, nested ones too, in place; return whether there were any."""
     graph, wrapped, found = graph_module.graph, torch.ops.higher_order.tag_activation_checkpoint, False
     while call := next((n for n in graph.nodes if n.target is wrapped), None):
-        body, *inputs = call.args
-        assert isinstance(body, fx.Node)
-        inner = graph_module.get_submodule(str(body.target))
-        assert isinstance(inner, fx.GraphModule)
-        given: dict[fx.Node, Any] = dict(zip(inner.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        attribute, *inputs = call.args
+        assert isinstance(attribute, fx.Node)
+        body = graph_module.get_submodule(str(attribute.target))
+        assert isinstance(body, fx.GraphModule)
+        given: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
         with graph.inserting_before(call):
-            for node in inner.graph.find_nodes(op="get_attr"):  # bodies of checkpoints inside, and constants
-                name = f"{body.target}_{node.target}"
-                setattr(graph_module, name, getattr(inner, str(node.target)))
+            for node in body.graph.find_nodes(op="get_attr"):  # bodies of checkpoints inside, and constants
+                name = f"{attribute.target}_{node.target}"
+                setattr(graph_module, name, getattr(body, str(node.target)))
                 given[node] = graph.get_attr(name)
-            results: Any = graph.graph_copy(inner.graph, given)
+            results: Any = graph.graph_copy(body.graph, given)
         for taken in list(call.users):
             if taken.target is operator.getitem:
                 taken.replace_all_uses_with(results[taken.args[1]])
                 graph.erase_node(taken)
         graph.erase_node(call)
-        if not body.users:
-            graph.erase_node(body)
+        if not attribute.users:
+            graph.erase_node(attribute)
         found = True
     return found

@@ -17,7 +17,7 @@ from ..rewrite import edited_copy
 NAME = "meansparse_logits"
 
 
-class Taken(nn.Module):
+class TakeLogits(nn.Module):
     """Takes the logits out of what a model returns; see `logits_in`."""
 
     def __init__(self, logits: Logits) -> None:
@@ -50,7 +50,7 @@ def returning_logits(model: fx.GraphModule, logits: Logits = None) -> fx.GraphMo
 
     def take(clone: fx.GraphModule) -> None:
         (output,) = clone.graph.find_nodes(op="output")
-        clone.add_submodule(NAME, Taken(logits))
+        clone.add_submodule(NAME, TakeLogits(logits))
         with clone.graph.inserting_before(output):
             output.args = (clone.graph.call_module(NAME, (output.args[0],)),)
 

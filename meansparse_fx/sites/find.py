@@ -100,8 +100,8 @@ def plan_sites(
     for candidate in candidates:
         name, node, source = names[candidate], candidate.node, candidate.source
         shape = tuple(flow.shape(source))
-        told = (known[n] for n in ((node, source) if candidate.kind == "residual_branch" else (source,)))
-        axis = next((a for a in told if a is not None), expected[node if candidate.call else source])
+        known_axes = (known[n] for n in ((node, source) if candidate.kind == "residual_branch" else (source,)))
+        axis = next((a for a in known_axes if a is not None), expected[node if candidate.call else source])
         if name in placement.channel_dims:
             axis = _given(placement, name, shape)
         site = Site(
