@@ -21,7 +21,7 @@ from torch import fx
 import meansparse_fx as msfx
 from meansparse_fx import bundled
 from meansparse_fx.alpha import AlphaSearch
-from meansparse_fx.alpha.race import Alpha, Candidate
+from meansparse_fx.alpha.halving import Alpha, Candidate
 from meansparse_fx.demo import ALPHAS
 from meansparse_fx.evaluate import AttackSettings, ModelOutcome, PairedDifference
 from meansparse_fx.evaluate.outcome import mean
@@ -110,12 +110,12 @@ def measure(searches: Sequence[str], cache: Path, attacked: int, selection: int)
     rows: list[Row] = []
     path, test = cache / "choice-test.safetensors", bundled.load_split("test")
     with (
-        on_images(sparse, test, attacked, ("adaptive",), settings, path) as field,
+        on_images(sparse, test, attacked, ("adaptive",), settings, path) as trials,
         bar() as shown,
     ):
-        task = shown.add_task("test images", total=field.pieces(0, field.attacked) * len(contenders), note="")
+        task = shown.add_task("test images", total=trials.pieces(0, trials.attacked) * len(contenders), note="")
         outcomes = {
-            name: field.attack(candidate, field.attacked, lambda: shown.advance(task))
+            name: trials.attack(candidate, trials.attacked, lambda: shown.advance(task))
             for name, (candidate, _, _) in contenders.items()
         }
     for name, (candidate, selected, chosen) in contenders.items():

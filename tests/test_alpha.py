@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 import meansparse_fx as msfx
-from meansparse_fx.alpha.race import Candidate, doubling, heats
+from meansparse_fx.alpha.halving import Candidate, candidates_per_rung, rung_sizes
 from meansparse_fx.alpha.result import choose
 from meansparse_fx.alpha.run import _proposals
 from meansparse_fx.bundled import load_model, load_split
@@ -47,7 +47,7 @@ def rig(monkeypatch, breaks):
         return hit
 
     monkeypatch.setattr(plan, "attack", rigged)
-    monkeypatch.setattr("meansparse_fx.alpha.race.correct", lambda model, x, y: x.amin((1, 2, 3)) >= 0)
+    monkeypatch.setattr("meansparse_fx.alpha.halving.correct", lambda model, x, y: x.amin((1, 2, 3)) >= 0)
 
 
 def outcome(clean: int, robust: int, n: int = 1000, attacked: int = 1000) -> ModelOutcome:
@@ -143,10 +143,10 @@ def test_the_hopeless_are_given_up(sparse, held_out, monkeypatch):
 
 
 def test_images_double():
-    assert doubling(400, 3) == [100, 200, 400]
-    assert doubling(1, 3) == [1]
-    assert doubling(7, 1) == [7]
-    assert heats(2, [1, 2, 4]) == [2, 2, 2]
+    assert rung_sizes(400, 3) == [100, 200, 400]
+    assert rung_sizes(1, 3) == [1]
+    assert rung_sizes(7, 1) == [7]
+    assert candidates_per_rung(2, [1, 2, 4]) == [2, 2, 2]
 
 
 def test_interrupted_it_ends_the_same(sparse, held_out, tmp_path, monkeypatch):
@@ -176,7 +176,7 @@ def test_interrupted_it_ends_the_same(sparse, held_out, tmp_path, monkeypatch):
     assert set(more.outcomes) == {0.0, 0.2, 0.3, 0.4, 0.6}
 
 
-def test_variants_share_one_race(sparse, held_out):
+def test_variants_share_one_search(sparse, held_out):
     msfx.set_variant(sparse, "smooth", steepness=4.0)
     options = {"alphas": (0.2, 0.3), "clean_budget": 1.0, "significance": 0.99, "rungs": 1, **QUICK}
     search = msfx.select_alpha(sparse, held_out, variants=("mean", "edge"), **options)
@@ -223,7 +223,7 @@ def test_site_by_site_takes_what_is_better_and_keeps_to_the_budget(sparse, held_
     named = msfx.select_alpha(sparse, (images, labels), per_site=True, site_alphas=(0.0, 0.4, 0.9), **options)
     assert {move.alpha for move in named.refinement.moves} == {0.0, 0.9}, "the start itself is no move"
     assert named.alpha == pytest.approx(wanted)
-    monkeypatch.setattr("meansparse_fx.alpha.race.correct", lambda model, x, y: _spoiled(model, x))
+    monkeypatch.setattr("meansparse_fx.alpha.halving.correct", lambda model, x, y: _spoiled(model, x))
     tight = msfx.select_alpha(sparse, (images, labels), per_site=True, **options)
     assert tight.alpha == 0.4, "the move to 0 at relu costs more clean accuracy than allowed"
     assert [m.change for m in tight.refinement.moves if (m.group, m.alpha) == ("relu", 0.0)] == [None]

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 import meansparse_fx as msfx
 from meansparse_fx import bundled
-from meansparse_fx.alpha.race import Candidate, Field
+from meansparse_fx.alpha.halving import Candidate, Trials
 from meansparse_fx.data import load_idx
 from meansparse_fx.evaluate import AttackSettings, ModelOutcome, PairedDifference
 from meansparse_fx.evaluate.ledger import Ledger, model_identity
@@ -90,7 +90,7 @@ def changes(base: ModelOutcome, own: ModelOutcome) -> dict[str, Any]:
 @contextmanager
 def on_images(
     sparse: fx.GraphModule, data: Data, attacked: int, attacks: Sequence[str], settings: AttackSettings, path: Path
-) -> Iterator[Field]:
+) -> Iterator[Trials]:
     """Yield what attacks candidates on the first ``attacked`` images, by ``attacks`` that need no other model to start.
 
     Their results are kept at ``path``, for these images, attacks and settings alone.
@@ -99,7 +99,7 @@ def on_images(
     identity = model_identity(sparse, alpha=False) | {"settings": f"{settings}", "attacks": [run.name for run in runs]}
     batches = list(zip(*(part.split(BATCH) for part in data), strict=True))
     with Ledger(path, identity) as ledger:
-        yield Field(sparse, batches, attacked, runs, settings, ledger)
+        yield Trials(sparse, batches, attacked, runs, settings, ledger)
 
 
 class Laboratory:
@@ -138,10 +138,10 @@ class Laboratory:
         attacks = (attack.replace("/", ".") for attack in threat.attacks)
         key = (cell.network, cell.split, cell.centre, *attacks, threat.norm, f"{threat.eps:g}", settings.steps)
         path = self._cache / f"{'-'.join(map(str, key))}.safetensors"
-        with on_images(sparse, self._images(cell.split), self._attacked, threat.attacks, settings, path) as field:
+        with on_images(sparse, self._images(cell.split), self._attacked, threat.attacks, settings, path) as trials:
             # One number where it is the same everywhere: the base is one candidate, whichever sites a cell is about.
             setting = Candidate(alpha if len(on) == len(names) or not alpha else dict.fromkeys(names, 0.0) | on)
-            return field.attack(setting, field.attacked, lambda: None)
+            return trials.attack(setting, trials.attacked, lambda: None)
 
     def _make(self, network: str) -> fx.GraphModule:
         model, images = self._network(network)

@@ -1,6 +1,6 @@
 """Floor 5: choose alpha on held-out data, against the worst of several attacks.
 
-`run` is the verb; `race` attacks the candidates, `result` is what came of it and the rule of choice.
+`run` is the verb; `halving` attacks the candidates, `result` is what came of it and the rule of choice.
 """
 
 from ..names import ALPHAS, CLEAN_BUDGET, SEARCH_ATTACKS

@@ -1,4 +1,4 @@
-"""Floor 5: the verb. Race the candidates, choose among those that came through, and refine site by site."""
+"""Floor 5: the verb. Attack the candidates in rungs, choose among those that came through, and refine site by site."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..operators import added, operators, require_transformed, switched
 from ..outputs import Logits
 from ..passes import returning_logits
 from ..progress import bar
-from .race import Candidate, Field, doubling, heats, race
+from .halving import Candidate, Trials, candidates_per_rung, rung_sizes, successive_halving
 from .result import AlphaSearch, Move, Refinement, better, choose, within_budget
 
 RUNGS = 3
@@ -75,7 +75,7 @@ def select_alpha(
         attacked: Attack only the first so many images. Clean accuracy, which costs one pass, is measured on all of
             them: a budget of 0.3 points is three images in a thousand.
         clean_budget: Clean accuracy that may be lost, as a fraction of the images.
-        variants: Of the operator, all in one race: see `set_variant`.
+        variants: Of the operator, all in one search: see `set_variant`.
         per_site: Go on from the choice site by site: each site's alpha one step down, up, to 0, or to the best single
             alpha, wherever that is better beyond noise; the choice may then be a mapping. ``"stage"`` moves the sites
             of one resolution together (`SitePlan.stages`), and a function of a site's name returns the name of the
@@ -116,10 +116,10 @@ def select_alpha(
         calibration = check_calibration(sparse, held_out, data[0][0])
         if calibration is not None and not calibration.passed:
             warnings.warn(f"select_alpha: {calibration.finding}", stacklevel=2)
-        field = Field(model, data, attacked, runs, settings, ledger, full_rows, compile, amp)
-        stops = doubling(field.attacked, rungs)
-        _race(field, list(candidates.values()), stops, clean_budget, display)
-        outcomes = {key: field.outcome(candidate) for key, candidate in candidates.items()}
+        trials = Trials(model, data, attacked, runs, settings, ledger, full_rows, compile, amp)
+        stops = rung_sizes(trials.attacked, rungs)
+        _attack_in_rungs(trials, list(candidates.values()), stops, clean_budget, display)
+        outcomes = {key: trials.outcome(candidate) for key, candidate in candidates.items()}
         alpha, variant = choose(outcomes, clean_budget, significance)
         table = {v: {a: o for (a, w), o in outcomes.items() if w == v or not a} for v in variants}
         seen = tuple(mark for images, _ in data for mark in image_digests(images))
@@ -127,7 +127,7 @@ def select_alpha(
         if not per_site:
             return search
         group = added(sparse).plan.stages().__getitem__ if per_site == "stage" else per_site
-        walk = _Walk(field, list(operators(sparse)), group, variant, clean_budget, significance)
+        walk = _Walk(trials, list(operators(sparse)), group, variant, clean_budget, significance)
         tried = _proposals(grid, alpha, search.leader)
         if site_alphas is not None:
             tried = sorted({number(a, "each of site_alphas") for a in items(site_alphas)} - {alpha})
@@ -136,14 +136,14 @@ def select_alpha(
         return replace(search, alpha=by_site if taken else alpha, refinement=refinement)
 
 
-def _race(
-    field: Field, candidates: Sequence[Candidate], stops: list[int], clean_budget: float, display: Progress
+def _attack_in_rungs(
+    trials: Trials, candidates: Sequence[Candidate], stops: list[int], clean_budget: float, display: Progress
 ) -> None:
-    steps = zip(heats(len(candidates), stops), [0, *stops], stops, strict=False)
-    total = sum(count * field.pieces(start, stop) for count, start, stop in steps)
+    steps = zip(candidates_per_rung(len(candidates), stops), [0, *stops], stops, strict=False)
+    total = sum(count * trials.pieces(start, stop) for count, start, stop in steps)
     task = display.add_task("select alpha", total=total, note="")
-    race(field, candidates, stops, clean_budget, lambda: display.advance(task))
-    base = field.outcome(candidates[0])
+    successive_halving(trials, candidates, stops, clean_budget, lambda: display.advance(task))
+    base = trials.outcome(candidates[0])
     display.update(task, completed=total, note=f"base: worst case {mean(base.worst):.1%}")
 
 
@@ -152,14 +152,14 @@ class _Walk:
 
     def __init__(
         self,
-        field: Field,
+        trials: Trials,
         sites: Sequence[str],
         per_site: bool | str | Callable[[str], str],
         variant: str,
         clean_budget: float,
         significance: float,
     ) -> None:
-        self._field, self._variant, self._budget, self._significance = field, variant, clean_budget, significance
+        self._trials, self._variant, self._budget, self._significance = trials, variant, clean_budget, significance
         self._groups: dict[str, list[str]] = {}
         for site in sites:
             self._groups.setdefault(per_site(site) if callable(per_site) else site, []).append(site)
@@ -171,8 +171,8 @@ class _Walk:
         tests = len(proposals) * len(self._groups)
         task = display.add_task("site by site", total=tests, note="")
         alphas = {site: start for sites in self._groups.values() for site in sites}
-        base = self._field.outcome(Candidate(0.0, self._variant))
-        standing, moves = self._field.attack(Candidate(start, self._variant), stops[-1], lambda: None), []
+        base = self._trials.outcome(Candidate(0.0, self._variant))
+        standing, moves = self._trials.attack(Candidate(start, self._variant), stops[-1], lambda: None), []
         for group, sites in self._groups.items():
             for alpha in proposals:
                 trial = alphas | dict.fromkeys(sites, alpha)
@@ -194,11 +194,11 @@ class _Walk:
         significance: float,
     ) -> tuple[Move, ModelOutcome]:
         candidate = Candidate(trial, self._variant)
-        outcome = self._field.outcome(candidate)
+        outcome = self._trials.outcome(candidate)
         if not within_budget(base, outcome, self._budget):
             return Move(group, alpha, mean(outcome.clean), 0, None, False), outcome
         for stop in stops:
-            outcome = self._field.attack(candidate, stop, lambda: None)
+            outcome = self._trials.attack(candidate, stop, lambda: None)
             change = PairedDifference.of(standing.worst[:stop], outcome.worst)
             if change.estimate <= 0:
                 break

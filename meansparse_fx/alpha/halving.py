@@ -1,4 +1,4 @@
-"""Floor 5: candidates under attack on the same held-out images, the hopeless ones on few of them.
+"""Floor 5: successive halving: candidates under attack on the same held-out images, the hopeless ones on few of them.
 
 Attacks and keeps what was found; what is chosen is decided elsewhere.
 """
@@ -50,7 +50,7 @@ class Candidate:
         set_alpha(sparse, self.alpha)
 
 
-class Field:
+class Trials:
     """A model, the images it is tried on, and what its settings did so far.
 
     Args:
@@ -61,7 +61,7 @@ class Field:
         settings: Of the attacks.
         ledger: Keeps the results.
         full_rows: Every run attacks all images, also those broken before it.
-        compile, amp: How attacks meet the model; see `evaluate.compiled`.
+        compile, amp: How attacks run the model; see `evaluate.compiled`.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Field:
         return ModelOutcome(self._clean[name], self._robust.get(name, {}))
 
     def attack(self, candidate: Candidate, stop: int, advance: Callable[[], object]) -> ModelOutcome:
-        """Attack a candidate on the images up to ``stop`` that it has not met, and return what it did so far."""
+        """Attack a candidate on the images up to ``stop`` that it has not seen, and return what it did so far."""
         name = str(candidate)
         clean = self.outcome(candidate).clean
         robust = self._robust.setdefault(name, {run.name: torch.zeros(0, dtype=torch.bool) for run in self._runs})
@@ -137,20 +137,20 @@ class Field:
         return self._ledger.recall(f"{candidate}, {low} to {high}, {run.name}", work)["survived"]
 
 
-def doubling(attacked: int, count: int) -> list[int]:
+def rung_sizes(attacked: int, count: int) -> list[int]:
     """Return numbers of images that double up to ``attacked``.
 
     Example:
-        >>> doubling(400, 3)
+        >>> rung_sizes(400, 3)
         [100, 200, 400]
     """
     return sorted({max(1, attacked // 2**k) for k in range(count)})
 
 
-def race(
-    field: Field,
+def successive_halving(
+    trials: Trials,
     candidates: Sequence[Candidate],
-    stops: Sequence[int],
+    rungs: Sequence[int],
     clean_budget: float,
     advance: Callable[[], object],
 ) -> None:
@@ -160,26 +160,26 @@ def race(
     budget are attacked on the first images only, which shows what became of them.
     """
     base, *standing = candidates
-    for stop in stops:
+    for stop in rungs:
         for candidate in (base, *standing):
-            field.attack(candidate, stop, advance)
-        reference = field.outcome(base)
-        allowed = [c for c in standing if within_budget(reference, field.outcome(c), clean_budget)]
+            trials.attack(candidate, stop, advance)
+        reference = trials.outcome(base)
+        allowed = [c for c in standing if within_budget(reference, trials.outcome(c), clean_budget)]
         # sorted() is stable: of equals the earlier one stays, which is the smaller alpha.
-        ranked = sorted(allowed, key=lambda c: -int(field.outcome(c).worst.sum()))
+        ranked = sorted(allowed, key=lambda c: -int(trials.outcome(c).worst.sum()))
         kept = ranked[: math.ceil(len(ranked) / 2)]
         standing = [c for c in standing if c in kept]
 
 
-def heats(candidates: int, stops: Sequence[int]) -> list[int]:
-    """Return how many candidates meet each rung's new images, at the most.
+def candidates_per_rung(candidates: int, rungs: Sequence[int]) -> list[int]:
+    """Return how many candidates are attacked on each rung's new images, at the most.
 
     Example:
-        >>> heats(7, [100, 200, 400])
+        >>> candidates_per_rung(7, [100, 200, 400])
         [7, 4, 3]
     """
     found, standing = [], candidates - 1
-    for _ in stops:
+    for _ in rungs:
         found.append(1 + standing)
         standing = math.ceil(standing / 2)
     return found
