@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import BackwardHook
@@ -197,6 +198,19 @@ def leave(result: Any, module: nn.Module, given: tuple[tuple, dict], backward: B
         for hook in legacy:
             function.register_hook(functools.partial(hook, module))
     return result
+
+
+def parts_like(whole: Any, like: Any) -> Any:
+    """Return ``like`` with the tensors of ``whole``, a value of the same structure, in the place of its own."""
+    if isinstance(like, fx.Proxy):
+        return whole
+    if isinstance(like, dict):
+        return {key: parts_like(whole[key], value) for key, value in like.items()}
+    if type(like) in (tuple, list):
+        return type(like)(parts_like(whole[i], value) for i, value in enumerate(like))
+    if not isinstance(like, (type(None), bool, int, float, str, torch.dtype, torch.device)):
+        raise CaptureError(f"a module with hooks takes or returns {type(like).__name__}: remove the hooks")
+    return like
 
 
 def entering(module: nn.Module, images: Tensor) -> Tensor:

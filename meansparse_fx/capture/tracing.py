@@ -6,7 +6,6 @@ timm is only looked up, never imported.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
@@ -28,6 +27,7 @@ from ..hooks import (
     hint_of_hooks,
     leave,
     only_own_hooks,
+    parts_like,
 )
 from ..outputs import flatten, parts
 from ..published import published_operator
@@ -35,19 +35,18 @@ from .derivatives import (
     ModelProxy,
     applied_by,
     check_hook,
-    modes_as_calls,
     register_hook,
-    settle_modes,
     without_checkpoints,
 )
 from .functions import as_single_calls
+from .modes import modes_as_calls, settle_modes
+from .preconditions import input_name
 from .verify import kept_parameters, plain_attention, shadow, source_line
 
 _CALL = nn.Module.__call__  # taken before a tracer patches it
 _MAX_LEAVES = 16
 _CONTAINERS = {tuple, list, dict, torch.Size}
 _CURE = "return tensors in tuples, lists, dicts, OrderedDicts, named tuples or dataclasses"
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 # Their fused inference path shows no activation to anyone, so they are traced through or refused, never leaves.
 _HIDING = (nn.Transformer, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -185,11 +184,11 @@ class ModelTracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         # Its hooks run when the graph does: they are called, and the forward between them is traced.
         entered = self.create_proxy("call_function", enter, ((args, kwargs), m), {})
-        given = tuple(_parts(entered[i], of) for i, of in enumerate((args, kwargs)))
+        given = tuple(parts_like(entered[i], of) for i, of in enumerate((args, kwargs)))
         with only_own_hooks(m):
             result = super().call_module(m, forward, *given)
         left = self.create_proxy("call_function", leave, (result, m, given, entered[2]), {})
-        return _parts(left, result)
+        return parts_like(left, result)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, target, *args, **kwargs)
@@ -222,7 +221,7 @@ class ModelTracer(fx.Tracer):
         """Return a call with one placeholder: optional arguments keep their defaults and the root's hooks run."""
         state: dict[str, Tensor] = {**dict(self.root.named_parameters()), **dict(self.root.named_buffers())}
         self._state_names = {id(tensor): name for name, tensor in state.items()}
-        images = self.create_proxy("placeholder", _input_name(self.root), (), {})
+        images = self.create_proxy("placeholder", input_name(self.root), (), {})
 
         def call(root: nn.Module, x: Any) -> Any:
             with only_own_hooks(root):  # the others are those of the GraphModule
@@ -244,19 +243,6 @@ class ModelTracer(fx.Tracer):
         return next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
 
 
-def _parts(whole: Any, like: Any) -> Any:
-    """Return ``like`` with the tensors of ``whole``, a value of the same structure, in the place of its own."""
-    if isinstance(like, fx.Proxy):
-        return whole
-    if isinstance(like, dict):
-        return {key: _parts(whole[key], value) for key, value in like.items()}
-    if type(like) in (tuple, list):
-        return type(like)(_parts(whole[i], value) for i, value in enumerate(like))
-    if not isinstance(like, _PLAIN):
-        raise CaptureError(f"a module with hooks takes or returns {type(like).__name__}: remove the hooks")
-    return like
-
-
 def _asks_for_types(module: nn.Module) -> bool:
     """Return whether a module is of `torchvision.transforms`, of which some leave everything but tensors alone."""
     return any(kind.__module__.startswith("torchvision.transforms.") for kind in type(module).__mro__)
@@ -264,19 +250,6 @@ def _asks_for_types(module: nn.Module) -> bool:
 
 def _hides_activations(module: nn.Module) -> bool:
     return any(match_module(m) is not None or isinstance(m, _HIDING) for m in module.modules())
-
-
-def _input_name(model: nn.Module) -> str:
-    """Return the name of forward's tensor argument."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    first = [p.name for p in named if p.kind is not p.KEYWORD_ONLY][:1]
-    required = [p.name for p in named if p.default is p.empty]
-    if required not in ([], first):
-        raise CaptureError(
-            f"its forward needs the arguments {', '.join(required)}; sites are found in one tensor's flow"
-        )
-    return first[0] if first else "images"
 
 
 def trace(model: nn.Module, make_tracer: Callable[[frozenset[type]], ModelTracer] = ModelTracer) -> Traced:

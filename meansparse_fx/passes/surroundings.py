@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..capture.derivatives import MODE_CALLS
+from ..capture.modes import MODE_CALLS
 from ..frozen import FrozenNorm
 from ..hooks import enter, has_hooks, has_own_forward, leave
 from ..nn import MeanSparse
