@@ -11,6 +11,7 @@ from collections.abc import Callable
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from ..sites.aliases import Aliases
 from ..sites.ops import Operators
 from ..sites.shapes import Flow
 
@@ -20,43 +21,32 @@ _IN_PLACE = (
 )
 
 
-class Overwrites:
+class Overwrites(Aliases):
     """The calls of a graph that write into tensors they are given, by the memory they write into."""
 
     def __init__(self, graph: fx.Graph, operators: Operators, flow: Flow) -> None:
+        super().__init__(graph, operators, flow)
         self._operators = operators
-        self._order = {node: position for position, node in enumerate(graph.nodes)}
-        self._memory: dict[fx.Node, frozenset[int]] = {}
-        self._holders: dict[int, list[fx.Node]] = defaultdict(list)
         self._writers: dict[int, list[fx.Node]] = defaultdict(list)
         for node in graph.nodes:
-            memory = flow.memory.get(node, frozenset())
-            if operators.op(node).may_alias:  # a copy for these images, perhaps a view for others
-                memory |= frozenset().union(*(self._memory[n] for n in node.all_input_nodes[:1]))
-            self._hold(node, memory)
-            for key in frozenset().union(*(self._memory[n] for n in self._written(node))):
+            for key in frozenset().union(*(self.memory[n] for n in self._written(node))):
                 self._writers[key].append(node)
 
     def record(self, new: fx.Node, old: fx.Node) -> None:
         """Note that a new node yields what an old one did, as far as its readers can tell."""
-        self._order[new] = self._order[old]
-        self._hold(new, self._memory[old])
+        self.order[new] = self.order[old]
+        self.hold(new, self.memory[old])
 
     def changed(self, node: fx.Node, but: fx.Node | None = None) -> bool:
         """Return whether somebody else overwrites a node's value, so that it must not be read at another time."""
-        writers = (writer for key in self._memory[node] for writer in self._writers[key])
-        return any(writer is not but and self._order[writer] > self._order[node] for writer in writers)
+        writers = (writer for key in self.memory[node] for writer in self._writers[key])
+        return any(writer is not but and self.order[writer] > self.order[node] for writer in writers)
 
     def read_again(self, node: fx.Node) -> bool:
         """Return whether a call overwrites what others read later under an older name: they mean its result."""
-        at = self._order[node]
-        older = (h for n in self._written(node) for key in self._memory[n] for h in self._holders[key])
-        return any(self._order[reader] > at for h in older if self._order[h] < at for reader in h.users)
-
-    def _hold(self, node: fx.Node, memory: frozenset[int]) -> None:
-        self._memory[node] = memory
-        for key in memory:
-            self._holders[key].append(node)
+        at = self.order[node]
+        older = (h for n in self._written(node) for key in self.memory[n] for h in self.holders[key])
+        return any(self.order[reader] > at for h in older if self.order[h] < at for reader in h.users)
 
     def _written(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes whose tensors a call writes into, as far as its name and its arguments tell."""

@@ -1,4 +1,4 @@
-"""Floor 2: whether an in-place activation may become one that returns a new tensor.
+"""Floor 2: which nodes lie in one memory, and whether an in-place activation may become one that returns a new tensor.
 
 In place, it changes its input for everyone who holds it. Readers of the input node itself are no problem: a pass
 lets them read the result. A view made before, and read after, would keep the old values: that is an error.
@@ -7,6 +7,7 @@ Imports `ops`, `plan`, `shapes` and floor 1 only.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 from torch import fx
@@ -17,26 +18,45 @@ from .plan import Site
 from .shapes import Flow
 
 
+class Aliases:
+    """Which nodes of a graph may lie in one memory.
+
+    Attributes:
+        order: By node, its position in the graph.
+        memory: By node, keys of the memory it may lie in.
+        holders: By key, the nodes that may lie there, in order.
+    """
+
+    def __init__(self, graph: fx.Graph, operators: Operators, flow: Flow) -> None:
+        self.order = {node: position for position, node in enumerate(graph.nodes)}
+        self.memory: dict[fx.Node, frozenset[int]] = {}
+        self.holders: dict[int, list[fx.Node]] = defaultdict(list)
+        for node in graph.nodes:
+            memory = flow.memory.get(node, frozenset())
+            if operators.op(node).may_alias:
+                # What was a copy for these images may be a view for others, or in another memory format.
+                memory |= frozenset().union(*(self.memory[n] for n in node.all_input_nodes[:1]))
+            self.hold(node, memory)
+
+    def hold(self, node: fx.Node, memory: frozenset[int]) -> None:
+        """Note in which memory a node may lie."""
+        self.memory[node] = memory
+        for key in memory:
+            self.holders[key].append(node)
+
+
 def check_inplace(graph: fx.Graph, operators: Operators, flow: Flow, sites: Iterable[Site]) -> None:
     """Raise SiteError if a site's in-place activation changes a tensor that is read later under another name.
 
     Args:
         sites: The in-place activations.
     """
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    holders: dict[int, list[fx.Node]] = {}
-    memory: dict[fx.Node, frozenset[int]] = {}
-    for node in graph.nodes:
-        memory[node] = flow.memory.get(node, frozenset())
-        if operators.op(node).may_alias:
-            # What was a copy for these images may be a view for others, or in another memory format.
-            memory[node] |= frozenset().union(*(memory[n] for n in node.all_input_nodes[:1]))
-        for key in memory[node]:
-            holders.setdefault(key, []).append(node)
+    aliases = Aliases(graph, operators, flow)
+    order = aliases.order
     nodes = {node.name: node for node in order}
     for site in sites:
         name, node, source = site.name, nodes[site.node], nodes[site.source]
-        for holder in dict.fromkeys(h for key in memory[source] for h in holders[key]):
+        for holder in dict.fromkeys(h for key in aliases.memory[source] for h in aliases.holders[key]):
             if holder is source or order[holder] >= order[node]:
                 continue
             reader = next((r for r in holder.users if order[r] > order[node] and _reads(r, flow)), None)
