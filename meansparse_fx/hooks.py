@@ -46,6 +46,11 @@ def has_hooks(module: nn.Module) -> bool:
     return any(held.get(kind) for kind in _RUNNING)
 
 
+def may_keep(module: nn.Module) -> bool:
+    """Return whether a module that a graph calls may keep what it is given: a library's own, or one with hooks."""
+    return has_hooks(module) or not type(module).__module__.startswith("torch.nn.")
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Return whether a module computes something else than its class, as its author wrote it.
 

@@ -1,7 +1,7 @@
 """Floor 2: a symbolic trace that asks the example images where plain proxies have no answer.
 
 The graph holds for images of the example's size and for any batch size. Examples are computed without data where every
-operator allows it. Imports torch, `tracing`, `proxies`, `sites.shapes` and floor 1.
+operator allows it. Imports torch, `tracing`, `proxies`, `sites.ops`, `sites.shapes` and floor 1.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..activations import match_module
 from ..errors import CaptureError
 from ..hooks import has_hooks
+from ..sites.ops import is_in_place
 from ..sites.shapes import cheap_fake, keeps_shape
 from .derivatives import check_question
 from .proxies import (
     FACTORIES,
-    IN_PLACE,
     SIZES,
     Conditions,
     ExampleProxy,
@@ -219,7 +219,7 @@ class ExampleTracer(ModelTracer):
             raise TraceError(f"{spelled}() asks for values that are computed from the images")
         if count > 1 and target is getattr:
             check_question(args[1])
-        if _changes_input(spelled) and args and isinstance(args[0], ExampleProxy) and len(args[0].examples) == 1:
+        if is_in_place(spelled) and args and isinstance(args[0], ExampleProxy) and len(args[0].examples) == 1:
             # Parameters are the model's own: change a copy. From here on it depends on what it was changed by.
             args[0].examples = tuple(args[0].examples[0].clone() for _ in range(count))
         with _SizeWatch() if count > 1 and self._fake is None else contextlib.nullcontext() as watch:
@@ -293,7 +293,3 @@ def _like_input(function: Any, args: tuple) -> bool:
 
 def _unknown_to_torch(function: Any) -> bool:
     return function is not getattr and str(function.__module__).partition(".")[0] not in _SEEN_BY_FX
-
-
-def _changes_input(name: str) -> bool:
-    return name in IN_PLACE or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))

@@ -137,8 +137,7 @@ class TensorProxy(ExampleProxy):
 
 
 # As methods, because a generated `x += y` would bind x anew when it is traced again.
-IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__")
-for _name in IN_PLACE:
+for _name in ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"):
     setattr(
         TensorProxy, _name, lambda self, other, _n=_name: self.tracer.create_proxy("call_method", _n, (self, other), {})
     )

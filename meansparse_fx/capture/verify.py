@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import CaptureError
-from ..hooks import has_hooks, hint_of_hooks
+from ..hooks import hint_of_hooks, may_keep
 from ..outputs import flatten, kind
 from .copies import copied
 from .counting import ActivationCounter, count_activations, hides_an_activation
@@ -250,16 +250,13 @@ def source_line(error: BaseException) -> traceback.FrameSummary:
 
 @contextmanager
 def _copied_leaves(graph_module: fx.GraphModule) -> Iterator[None]:
-    """Put copies in the place of modules that the graph calls and that may keep what they are given.
-
-    Those of libraries, and those with hooks.
-    """
+    """Put copies in the place of modules that the graph calls and that may keep what they are given."""
     replaced = []
     for target in dict.fromkeys(node.target for node in graph_module.graph.find_nodes(op="call_module")):
         path, _, name = target.rpartition(".")
         owner = graph_module.get_submodule(path)
         module = owner.get_submodule(name)
-        if has_hooks(module) or not type(module).__module__.startswith("torch.nn."):
+        if may_keep(module):
             replaced.append((owner, name, module))
     try:
         for owner, name, module in replaced:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import operator as python
 from collections import defaultdict
-from collections.abc import Callable
 
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -14,11 +10,6 @@ from torch.utils import _pytree as pytree
 from ..sites.aliases import Aliases
 from ..sites.ops import Operators
 from ..sites.shapes import Flow
-
-_IN_PLACE = (
-    *(python.iadd, python.isub, python.imul, python.itruediv, python.setitem),
-    *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"),
-)
 
 
 class Overwrites(Aliases):
@@ -53,44 +44,6 @@ class Overwrites(Aliases):
         given = [node.kwargs.get("out")]
         if node.target == "apply":  # a torch.autograd.Function may write into what it is given
             given.append(node.args)
-        if self._in_place(node):
+        if self._operators.writes(node):
             given.append(node.args[0] if node.args else node.all_input_nodes)
         return [n for n in pytree.tree_leaves(given) if isinstance(n, fx.Node)]
-
-    def _in_place(self, node: fx.Node) -> bool:
-        """Return whether a call writes into its first argument."""
-        if node.op not in ("call_module", "call_function", "call_method"):
-            return False
-        idle = self._operators.op(node).passes  # in eval mode: dropout writes nothing then
-        activation, module = self._operators.activation(node), self._operators.module(node)
-        if module is not None:
-            asked = getattr(module, "inplace", False) if activation is None else activation.inplace
-            return bool(asked) and (module.training or not idle)
-        given = _arguments(node)
-        if activation is not None and activation.inplace:
-            return True
-        if given.get("inplace") and not (idle and given.get("training") is False):
-            return True
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        return node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-
-
-def _arguments(node: fx.Node) -> dict:
-    """Return a call's arguments by name, with defaults, as far as the function tells their names."""
-    signature = _signature(node.target) if node.op == "call_function" else None
-    if signature is None:
-        return node.kwargs
-    try:
-        bound = signature.bind(*node.args, **node.kwargs)
-    except TypeError:
-        return node.kwargs
-    bound.apply_defaults()
-    return bound.arguments | node.kwargs
-
-
-@functools.cache
-def _signature(target: Callable) -> inspect.Signature | None:
-    try:
-        return inspect.signature(target)
-    except (TypeError, ValueError):  # written in C: such functions name what works in place with an underscore
-        return None

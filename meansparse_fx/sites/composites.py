@@ -15,8 +15,8 @@ from torch import Tensor, fx
 
 from ..activations import ActivationCall
 from ..formulas import FEATURES, POINTS, WEIGHTS, formula_of, is_affine, is_even
-from .ops import Operators
-from .pointwise import CASTS, Pieces, is_constant, name_of
+from .ops import Operators, name_of
+from .pointwise import CASTS, Pieces, is_constant
 from .shapes import Flow
 
 _FARTHEST = 12  # ancestors that a piece is tried from
@@ -175,7 +175,7 @@ class _Finder:
             shared = next(n for n in piece if not inside.issuperset(self.pieces.readers[n]))
             reason = _SHARED.format(self._operators.word(shared))
         memory, result = (self._flow.memory.get(n, frozenset()) for n in (root, piece[-1]))
-        written = any(self.pieces.writes(n) and self._flow.memory.get(n, frozenset()) & memory for n in piece)
+        written = any(self._operators.writes(n) and self._flow.memory.get(n, frozenset()) & memory for n in piece)
         if written and not memory & result:
             reason = _INPLACE
         path = self._path(piece[-1], call.name)

@@ -2,7 +2,7 @@
 
 Where Dynamo leaves only the sigmoid and the product of a Swish, a call that returns its argument marks the place where
 the module's input enters. That call then is the activation, under the module's name, and what the module does inside
-is none. Imports torch, `rewrite` and floor 1.
+is none. Imports torch, `ops`, `rewrite` and floor 1.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 
 from ..activations import ActivationCall, match_function, match_module
 from ..rewrite import bypass
+from .ops import CALLS
 
-_CALLS = ("call_function", "call_method", "call_module")
 _BROKEN = "graph break: this graph has only a part of what the activation does; move the break out of its forward"
 _INPLACE = "in place: the activation overwrites its input in several steps; give it inplace=False"
 _SEVERAL = "several inputs: {} tensors enter the activation, and which of them it is applied to is not known"
@@ -70,7 +70,7 @@ def mark_entrances(graph: fx.Graph, owners: Mapping[fx.Node, ModuleCall], state:
     """
     calls: dict[ModuleCall, list[fx.Node]] = {}
     for node in graph.nodes:
-        if node in owners and node.op in _CALLS:
+        if node in owners and node.op in CALLS:
             calls.setdefault(owners[node], []).append(node)
     found = Entrances()
     for owner, nodes in calls.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,11 @@ from .op_table import ACTIVATION, ELEMENTWISE, FUNCTIONS, LIBRARY_FUNCTIONS, MET
 
 if TYPE_CHECKING:
     from .composites import Composite
+
+CALLS = ("call_function", "call_method", "call_module")
+
+# Without underscores, for Python's functions and for a tensor's methods.
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +113,22 @@ class Operators:
             inplace = any(a is True for a in (*node.args, node.kwargs.get("inplace")))
             return call and replace(call, constants=(), inplace=call.inplace or inplace, fused=False)
 
+    def writes(self, node: fx.Node) -> bool:
+        """Return whether a call writes into its first argument, as far as its name and its arguments tell."""
+        if node.op not in CALLS:
+            return False
+        idle = self.op(node).passes  # in eval mode: dropout writes nothing then
+        activation, module = self.activation(node), self.module(node)
+        if module is not None:
+            asked = getattr(module, "inplace", False) if activation is None else activation.inplace
+            return bool(asked) and (module.training or not idle)
+        given = _arguments(node)
+        if activation is not None and activation.inplace:
+            return True
+        if given.get("inplace") and not (idle and given.get("training") is False):
+            return True
+        return is_in_place(name_of(node))
+
     def source(self, node: fx.Node) -> Any:
         """Return the tensor that an activation's node reads, or what it is the last call of."""
         if node in self.composites:
@@ -149,7 +172,7 @@ class Operators:
         if node.op == "placeholder":
             return "input"
         module = self.module(node)
-        own = type(module).__name__.lower() if module is not None else _name(node)
+        own = type(module).__name__.lower() if module is not None else name_of(node)
         return self.op(node).word or own
 
     def enclosing(self, node: fx.Node) -> str:
@@ -174,9 +197,36 @@ class Operators:
         return f"{path}.{self.word(node)}" if path else self.word(node)
 
 
-def _name(node: fx.Node) -> str:
+def name_of(node: fx.Node) -> str:
+    """Return the bare name of what a node calls."""
     return getattr(node.target, "__name__", str(node.target))
+
+
+def is_in_place(name: str) -> bool:
+    """Return whether a function or a method, by its name, writes into its first argument."""
+    return name.strip("_") in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def _qualified(node: fx.Node) -> str:
     return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__qualname__', '')}"
+
+
+def _arguments(node: fx.Node) -> dict:
+    """Return a call's arguments by name, with defaults, as far as the function tells their names."""
+    signature = _signature(node.target) if node.op == "call_function" else None
+    if signature is None:
+        return node.kwargs
+    try:
+        bound = signature.bind(*node.args, **node.kwargs)
+    except TypeError:
+        return node.kwargs
+    bound.apply_defaults()
+    return bound.arguments | node.kwargs
+
+
+@functools.cache
+def _signature(target: Callable) -> inspect.Signature | None:
+    try:
+        return inspect.signature(target)
+    except (TypeError, ValueError):  # written in C: such functions name what works in place with an underscore
+        return None

@@ -7,7 +7,6 @@ which running it on a few numbers tells. Imports `ops`, `shapes` and `formulas`.
 
 from __future__ import annotations
 
-import operator as python
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -18,10 +17,9 @@ from torch.fx.node import map_arg
 
 from ..formulas import POINTS
 from . import axis
-from .ops import Operators
+from .ops import CALLS, Operators, name_of
 from .shapes import Flow
 
-_CALLS = ("call_function", "call_method", "call_module")
 # They return x, of another type: the numbers here stay as precise as they are.
 CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double", "clone", "contiguous", "detach"}
 _CONSTANTS = {
@@ -29,10 +27,6 @@ _CONSTANTS = {
     **dict.fromkeys(("ones", "ones_like", "new_ones"), 1.0),
 }
 _FILLED = {"full": 1, "full_like": 1, "new_full": 2, "tensor": 0, "scalar_tensor": 0, "as_tensor": 0}
-_IN_PLACE = (
-    *(python.iadd, python.isub, python.imul, python.itruediv, python.setitem),
-    *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"),
-)
 _SOME_NUMBER = 0.7  # stands for a constant that is not known
 _LARGEST = 60  # nodes of a piece; a written-out GELU has 9
 
@@ -64,12 +58,12 @@ class Pieces:
             values = [latest.get(first.get(n, n), n) for n in given]
             if values != given:
                 self.renamed[node] = dict(zip(given, values, strict=True))
-            if node.op == "output" or flow.is_tensor(node) or self.writes(node):
+            if node.op == "output" or flow.is_tensor(node) or operators.writes(node):
                 for value in values:
                     self.readers[value].append(node)
             if values and node in data and not is_constant(node) and self._is_pointwise(node, values):
                 self._plant(node, tuple(dict.fromkeys(values)))
-            if self.writes(node) and node.args and isinstance(node.args[0], fx.Node):
+            if operators.writes(node) and node.args and isinstance(node.args[0], fx.Node):
                 first[node] = first.get(node.args[0], node.args[0])
                 latest[first[node]] = node
 
@@ -99,19 +93,8 @@ class Pieces:
                 self._known[key] = None
         return self._known[key]
 
-    def writes(self, node: fx.Node) -> bool:
-        """Return whether a call overwrites its first argument, as its name and its arguments tell."""
-        if node.op not in _CALLS:
-            return False
-        activation = self._operators.activation(node)
-        if activation is not None or node.op == "call_module":
-            return activation is not None and activation.inplace
-        name = name_of(node)
-        underscored = name.endswith("_") and not name.endswith("__")
-        return underscored or node.target in _IN_PLACE or node.kwargs.get("inplace") is True
-
     def _is_pointwise(self, node: fx.Node, values: list[fx.Node]) -> bool:
-        if node.op not in _CALLS or node in self._operators.known:
+        if node.op not in CALLS or node in self._operators.known:
             return False
         shape = self._flow.shape(node)
         if not shape or any(self._flow.shape(value) != shape for value in values):
@@ -189,7 +172,7 @@ class Pieces:
         if name in _FILLED:
             value = node.kwargs.get("fill_value", node.args[_FILLED[name]] if len(node.args) > _FILLED[name] else None)
             return _tensor(float(value) if isinstance(value, int | float) else _SOME_NUMBER)
-        if node.op not in _CALLS or depth > 8 or not node.all_input_nodes or not self._flow.is_tensor(node):
+        if node.op not in CALLS or depth > 8 or not node.all_input_nodes or not self._flow.is_tensor(node):
             return _tensor(_SOME_NUMBER)
         if self._operators.moves_only(node) or name in ("getitem", *CASTS):
             return self._constant(node.all_input_nodes[0], depth + 1)
@@ -210,14 +193,9 @@ class Pieces:
         return node.op, target, repr(given)
 
 
-def name_of(node: fx.Node) -> str:
-    """Return the bare name of what a node calls."""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
 def is_constant(node: fx.Node) -> bool:
     """Return whether a call gives the same numbers whatever its tensor is: zeros like it, for example."""
-    return node.op in _CALLS and (name_of(node) in _CONSTANTS or name_of(node) in _FILLED)
+    return node.op in CALLS and (name_of(node) in _CONSTANTS or name_of(node) in _FILLED)
 
 
 def _tensor(value: float) -> Tensor:

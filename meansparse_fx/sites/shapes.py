@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from ..hooks import entering, has_hooks, has_own_forward
+from ..hooks import entering, has_hooks, has_own_forward, may_keep
 from ..published import published_operator
 
 # They keep their input's shape; so do published operators, which look at values. Asking for a fake batch norm took 8 ms
@@ -98,8 +98,7 @@ class _Recorder(fx.Interpreter):
         self._copies = {
             target: copy.deepcopy(module, {id(p): p for p in module.parameters()})
             for target in {node.target for node in graph_module.graph.nodes if node.op == "call_module"}
-            if has_hooks(module := graph_module.get_submodule(target))
-            or not type(module).__module__.startswith("torch.nn.")
+            if may_keep(module := graph_module.get_submodule(target))
         }
 
     def record(self, images: Tensor) -> Flow:
