@@ -8,6 +8,7 @@ Floor 0: torch and, lazily where a kernel is launched, triton.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +32,12 @@ def mean_sparse(
     backward: str = "exact",
     steepness: float = 10.0,
     backward_steepness: float = 10.0,
+    choice: str | None = None,
 ) -> Tensor:
     """Return act(s(x)); arguments, shapes and semantics as in `reference.mean_sparse`.
 
     Only x, or the result of a ReLU, the per-channel vectors and the weight are kept for backward. Compilers get
-    `composed`.
+    `composed`, unless ``choice`` says otherwise; see `Operator`.
     """
     # Read the numbers here. With dynamic=True they are symbols that Dynamo makes where one is first used: in torch 2.14
     # that would be inside the backward of one call, out of reach of the next call's.
@@ -43,26 +45,13 @@ def mean_sparse(
     options = Options(
         channel_dim, activation, constants, variant, backward, float(steepness), float(backward_steepness)
     )
-    choice = "composition" if torch.compiler.is_compiling() else None
+    choice = choice or ("composition" if torch.compiler.is_compiling() else None)
     return Operator(Vectors(centre, threshold, weight), options, choice)(x)
 
 
-def composed(
-    x: Tensor,
-    centre: Tensor,
-    threshold: Tensor,
-    channel_dim: int,
-    activation: str = "identity",
-    constants: Sequence[float] = (),
-    weight: Tensor | None = None,
-    variant: str = "mean",
-    backward: str = "exact",
-    steepness: float = 10.0,
-    backward_steepness: float = 10.0,
-) -> Tensor:
-    """Return the same as torch operators whose forward and backward suit compilers, whoever calls."""
-    options = Options(channel_dim, activation, tuple(constants), variant, backward, steepness, backward_steepness)
-    return Operator(Vectors(centre, threshold, weight), options, "composition")(x)
+def composed(*arguments: Any, **options: Any) -> Tensor:
+    """Return `mean_sparse` of the same arguments as torch operators that suit compilers, whoever calls."""
+    return mean_sparse(*arguments, **options, choice="composition")
 
 
 def channel_moments(x: Tensor, channel_dim: int) -> tuple[int, Tensor, Tensor]:
