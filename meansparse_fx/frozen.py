@@ -85,3 +85,13 @@ class Prologue:
                 raise StateError(f"{site}: fused with a batch norm in eval mode, which is in train mode: call eval()")
             found += (None, None) if norm is None else norm.affine()
         return tuple(found)
+
+
+def fused_parts(
+    input_norm: object, layer_scale: object, residual: object, sum_norm: object, shortcut: object, want_sum: object
+) -> str:
+    """Return in words what a fused call takes in, of those that are there."""
+    before = (input_norm, "norm"), (layer_scale, "LayerScale"), (residual, "sum"), (sum_norm, "norm")
+    words = [" + ".join(word for there, word in before if there)]
+    words += ["both results read"] * bool(want_sum) + ["sum after it"] * bool(shortcut)
+    return ", ".join(filter(None, words))

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
-
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-T = TypeVar("T")
 
 
 def bar(enabled: bool = True) -> Progress:
@@ -28,12 +23,3 @@ def say_resumed(display: Progress, what: str, place: int, total: int | None) -> 
     """Say where a run goes on that an earlier process began: ``goes on from batch 3 of 12``."""
     if not display.disable and (total is None or place <= total):
         display.console.print(f"goes on from {what} {place}" + (f" of {total}" if total else ""), highlight=False)
-
-
-def track(items: Iterable[T], description: str, total: int | None = None, enabled: bool = True) -> Iterator[T]:
-    """Yield ``items`` under a progress bar."""
-    with bar(enabled) as progress:
-        task = progress.add_task(description, total=total, note="")
-        for item in items:
-            yield item
-            progress.advance(task)

@@ -108,7 +108,7 @@ def test_layer_scale_and_the_sum_behind_by_hand(images):
     model = Functional(run, stem=nn.Conv2d(1, 4, 3), conv=nn.Conv2d(4, 4, 1), act=nn.GELU())
     model.scale = nn.Parameter(torch.full((4, 1, 1), 0.5))
     found = msfx.cost(model.eval(), images, msfx.Placement(kinds=("residual_branch",)))
-    assert [site.before for site in found] == ["scale + sum after"]
+    assert [site.before for site in found] == ["LayerScale, sum after it"]
     cost = moved(found.total)
     # Forward: scale 1:1, sum 2:1; ours puts the operator between them. Backward: scale 1:1, the operator 2:1.
     assert cost["base"] == ((2, 3, 2), (1, 1, 1), 1)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import ActivationCall
+from ..frozen import fused_parts
 from ..kernels.operator import Operator
 from ..kernels.records import Options, Vectors
 from ..kernels.reference import ACTIVATIONS, per_channel
@@ -78,14 +79,9 @@ class Region:
 
     def taken_in(self) -> str:
         """Return in words what is taken in."""
-        words = (
-            ("norm", self.input_norm),
-            ("scale", self.layer_scale),
-            ("sum", self.residual),
-            ("norm", self.sum_norm),
-            ("sum after", self.shortcut),
+        return fused_parts(
+            self.input_norm, self.layer_scale, self.residual, self.sum_norm, self.shortcut, self.want_sum
         )
-        return " + ".join(word for word, there in words if there)
 
 
 Results = tuple[Tensor, ...]  # y, and v where others read it

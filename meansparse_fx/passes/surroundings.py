@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..capture.modes import MODE_CALLS
-from ..frozen import FrozenNorm
+from ..frozen import FrozenNorm, fused_parts
 from ..hooks import enter, has_hooks, has_own_forward, leave
 from ..nn import MeanSparse
 from ..rewrite import operand
@@ -108,15 +108,8 @@ class Surroundings:
 
     def __str__(self) -> str:
         """Say what is taken in, and why something is not."""
-        before = (
-            (self.branch.input_norm, "norm"),
-            (self.branch.scale, "LayerScale"),
-            (self.total, "sum"),
-            (self.sum_norm, "norm"),
-        )
-        parts = [" + ".join(word for found, word in before if found)]
-        parts += ["both results read"] * self.want_sum + ["sum after it"] * bool(self.epilogue)
-        taken = ", ".join(part for part in parts if part)
+        branch = self.branch
+        taken = fused_parts(branch.input_norm, branch.scale, self.total, self.sum_norm, self.epilogue, self.want_sum)
         return "; ".join(part for part in (taken, *self.reasons) if part) or "nothing beside it to take in"
 
 
