@@ -6,9 +6,9 @@ By data flow: frozen batch norms, LayerScales (a multiplication by one frozen nu
 from __future__ import annotations
 
 import operator as python
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -132,7 +132,9 @@ class Finder:
         self._operators = Operators.of(graph_module)
         self._flow = flow
         self._overwrites = Overwrites(graph_module.graph, self._operators, flow)
-        self._modes = _modes(graph_module.graph)
+        nodes = graph_module.graph.nodes
+        # How often a mode was set before each call.
+        self._modes = dict(zip(nodes, accumulate(n.target in MODE_CALLS for n in nodes), strict=True))
         self._changed, self._read_again = self._overwrites.changed, self._overwrites.read_again
 
     def around(self, node: fx.Node, operator: MeanSparse) -> Surroundings:
@@ -166,7 +168,7 @@ class Finder:
         """Return the frozen norm that ``node`` calls for a single reader; why it cannot be taken; or None."""
         if self._is_hooked(node):
             return _HOOKS
-        found = next((f for f in map(lambda read: read(self, node), _READERS) if f is not None), None)
+        found = self._module_norm(node) or self._function_norm(node)
         if found is None or operator.channel_dim != 1 or len(node.users) != 1:
             return None
         module = found.module
@@ -276,13 +278,13 @@ class Finder:
 
     # The two forms of a batch norm.
 
-    def read_module(self, node: fx.Node) -> FrozenNorm | None:
+    def _module_norm(self, node: fx.Node) -> FrozenNorm | None:
         module = self._operators.module(node)
         if not isinstance(module, _NORMS) or type(module) not in _NORMS or len(node.args) != 1:
             return None
         return None if module.training or has_own_forward(module) else FrozenNorm(module, module.eps)
 
-    def read_function(self, node: fx.Node) -> FrozenNorm | None:
+    def _function_norm(self, node: fx.Node) -> FrozenNorm | None:
         """Of F.batch_norm with all that it reads from one module, as classes that extend torch's norms call it."""
         if node.target is not F.batch_norm:
             return None
@@ -296,15 +298,3 @@ class Finder:
         if len(owners) != 1 or tuple(name for _, _, name in paths) != names[1:5]:
             return None
         return FrozenNorm(self._graph_module.get_submodule(owners.pop()), given.get("eps", 1e-5))
-
-
-def _modes(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Return how often the gradient mode was set before each call."""
-    modes, count = {}, 0
-    for node in graph.nodes:
-        count += node.target in MODE_CALLS
-        modes[node] = count
-    return modes
-
-
-_READERS: tuple[Callable[[Finder, fx.Node], FrozenNorm | None], ...] = (Finder.read_module, Finder.read_function)

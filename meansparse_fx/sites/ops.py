@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CALLS = ("call_function", "call_method", "call_module")
 
 # Without underscores, for Python's functions and for a tensor's methods.
-_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"}
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "setitem"}
 
 
 @dataclass(frozen=True, slots=True)
