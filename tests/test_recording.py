@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meansparse_fx.capture import capture
+from meansparse_fx.capture.copies import state_of
 from meansparse_fx.capture.dispatched import tensors
-from meansparse_fx.capture.recording import Unrecordable, record, state_of
+from meansparse_fx.capture.recording import Unrecordable, record
 from meansparse_fx.errors import CaptureError
 from tests.models import Functional
 

@@ -11,7 +11,7 @@ import copy
 import functools
 import types
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -60,6 +60,12 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
             "besides modules, tensors and plain data, such as open files, locks or generators"
         ) from error
     return own
+
+
+def state_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Return the parameters and buffers of ``model`` by name, all or those called so."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return state if names is None else {name: state[name] for name in names if name in state}
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

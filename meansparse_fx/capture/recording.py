@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..outputs import flatten
@@ -106,12 +106,6 @@ def record(
         output = model(symbolic)
     leaves, form = flatten(output)
     return Recording(recorder.calls, (form, [recorder.term(leaf) for leaf in leaves]))
-
-
-def state_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Return the parameters and buffers of ``model`` by name, all or those called so."""
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return state if names is None else {name: state[name] for name in names if name in state}
 
 
 class _Symbolic(Tensor):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.proxy import TraceError
 
 from ..activations import match_module, registered_functions
@@ -31,6 +31,7 @@ from ..hooks import (
 )
 from ..outputs import flatten, parts
 from ..published import published_operator
+from .copies import state_of
 from .derivatives import (
     ModelProxy,
     applied_by,
@@ -219,8 +220,7 @@ class ModelTracer(fx.Tracer):
         self, root_fn: Callable, is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable, list[Any]]:
         """Return a call with one placeholder: optional arguments keep their defaults and the root's hooks run."""
-        state: dict[str, Tensor] = {**dict(self.root.named_parameters()), **dict(self.root.named_buffers())}
-        self._state_names = {id(tensor): name for name, tensor in state.items()}
+        self._state_names = {id(tensor): name for name, tensor in state_of(self.root).items()}
         images = self.create_proxy("placeholder", input_name(self.root), (), {})
 
         def call(root: nn.Module, x: Any) -> Any:

@@ -20,10 +20,10 @@ from torch import Tensor, fx, nn
 from ..errors import CaptureError
 from ..hooks import hint_of_hooks, may_keep
 from ..outputs import flatten, kind
-from .copies import copied
+from .copies import copied, state_of
 from .counting import ActivationCounter, count_activations, hides_an_activation
 from .derivatives import applied_functions, without_checkpoints
-from .recording import Forms, Halted, Recording, record, state_of
+from .recording import Forms, Halted, Recording, record
 
 _HERE, _TORCH, _FX = (f"{Path(file).parent}/" for file in (__file__, torch.__file__, fx.__file__))
 
