@@ -34,7 +34,7 @@ def mean_sparse(
     backward_steepness: float = 10.0,
     choice: str | None = None,
 ) -> Tensor:
-    """Return act(s(x)); arguments, shapes and semantics as in `reference.mean_sparse`.
+    """Return act(s(x)); arguments as in `Vectors` and `Options`, semantics as in `reference.operator`.
 
     Only x, or the result of a ReLU, the per-channel vectors and the weight are kept for backward. Compilers get
     `composed`, unless ``choice`` says otherwise; see `Operator`.

@@ -12,7 +12,7 @@ Floor 0: torch and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 
@@ -273,21 +273,3 @@ def operator(
     if shortcut is not None:
         y, dtype = y + shortcut, torch.promote_types(dtype, shortcut.dtype)
     return y.to(dtype), rounded
-
-
-def mean_sparse(
-    x: Tensor,
-    centre: Tensor,
-    threshold: Tensor,
-    channel_dim: int,
-    activation: str = "identity",
-    constants: Sequence[float] = (),
-    weight: Tensor | None = None,
-    variant: str = "mean",
-    backward: str = "exact",
-    steepness: float = 10.0,
-    backward_steepness: float = 10.0,
-) -> Tensor:
-    """Return act(s(x)), the operator by itself; arguments as in `operator`, `Vectors` and `Options`."""
-    options = Options(channel_dim, activation, tuple(constants), variant, backward, steepness, backward_steepness)
-    return operator(x, None, None, Vectors(centre, threshold, weight), options)[0]

@@ -20,9 +20,9 @@ from meansparse_fx.activations import match_function, match_module, register_act
 from meansparse_fx.capture import capture
 from meansparse_fx.errors import SiteError
 from meansparse_fx.export import to_exported_program
-from meansparse_fx.kernels.reference import ACTIVATIONS, mean_sparse
+from meansparse_fx.kernels.reference import ACTIVATIONS
 from meansparse_fx.zoo.robustbench_mend import library
-from tests.models import Functional
+from tests.models import Functional, mean_sparse
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 

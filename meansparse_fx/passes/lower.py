@@ -25,7 +25,7 @@ def lower(graph_module: fx.GraphModule, shared: Mapping[str, MeanSparse], call: 
 
     Args:
         shared: By site name, the operator whose centre and threshold to read.
-        call: What to call, with the arguments of `reference.mean_sparse`.
+        call: What to call, with the arguments of `ops.mean_sparse`.
     """
     graph = graph_module.graph
     for node in graph.find_nodes(op="call_module"):
