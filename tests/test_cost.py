@@ -82,7 +82,7 @@ def test_norm_and_relu_by_hand(norm_and_relu, images):
 
 def test_preactivation_by_hand(preactivation, images):
     found = msfx.cost(preactivation, images)
-    assert [(site.name, site.before) for site in found] == [("relu", "norm + sum + norm")]
+    assert [(site.name, site.before) for site in found] == [("relu", "norm + sum + norm, both results read")]
     cost = moved(found.total)
     # Forward: norm 1:1, sum 2:1, norm 1:1, ReLU 1:1. Backward: ReLU 2:1, norm 1:1, sum 2:1, norm 1:1.
     assert cost["base"] == ((4, 5, 4), (4, 6, 4), 3)

@@ -67,7 +67,7 @@ class SiteCost:
 
     Attributes:
         name: The site's.
-        before: What the fused form takes in besides the activation: norm, sum; empty if nothing.
+        before: What the fused form takes in besides the activation, as the plan says it; empty if nothing.
         forms: By form, in the order of `FORMS`.
     """
 
