@@ -1,10 +1,12 @@
-"""Do the fast tests notice a fault? Plants one at a time and runs the tests of its room until the first fails.
+"""Do the fast tests notice a fault? Plants one at a time and runs the tests that reach its line until one fails.
 
     make mutants MODULE=meansparse_fx/sites/gates.py              # all faults
     make mutants MODULE=meansparse_fx/sites/axis.py SAMPLE=40     # some, drawn by a fixed seed
 
-Prints the survivors; those known to change nothing are in tests/mutants.md. A mutant runs in a fork of a process that
-has torch loaded and nothing of this package, so that it costs its tests and not the imports.
+Prints the survivors; what is known of them is in tests/mutants.md. One process imports torch, the package and the tests
+of its room and notes which test runs which lines, and how long it takes. A mutant is a fork of it in which functions
+have the code of the mutated source, so that it costs its tests alone, the quickest first. What is not inside a function
+(a table, a default) takes effect on import: such a mutant is a fork of a process with nothing of this package.
 """
 
 from __future__ import annotations
@@ -12,21 +14,31 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import gc
 import importlib.abc
 import importlib.util
 import os
+import pickle
 import random
 import re
+import resource
 import signal
 import sys
+import tempfile
+import threading
 import time
-import traceback
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from _pytest.runner import runtestprotocol
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 300  # of a mutant's tests; one that hangs is killed, in both senses
+SECONDS = 60  # of processor time for one mutant's tests, as long as they take without a fault; one that hangs is killed
 
 # Where a file's name begins so: the test files, the quickest to notice first.
 TESTS = {
@@ -93,32 +105,52 @@ def faults(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
             yield "without its if", ast.comprehension(node.target, node.iter, [], node.is_async)
 
 
-def mutants(source: str) -> list[tuple[int, str, str]]:
-    """Return (line, what, mutated source) of every fault; annotations, docstrings and decorators are left alone."""
-    tree = ast.parse(source)
-    left = {
-        inner
-        for node in ast.walk(tree)
-        for outer in (
-            *(getattr(node, "decorator_list", ())),
-            *(a for a in (getattr(node, "annotation", None), getattr(node, "returns", None)) if a is not None),
-            *([node] if isinstance(node, ast.JoinedStr | ast.Assert) else []),
-        )
-        for inner in ast.walk(outer)
-    }
+class Mutant(NamedTuple):
+    """A fault: where, what, and the code of the whole module with it. ``late`` if it lies inside a function."""
+
+    path: Path
+    line: int
+    what: str
+    late: bool
+    code: types.CodeType
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(ROOT)}:{self.line}: {self.what}"
+
+
+def mutants(path: Path) -> list[Mutant]:
+    """Return every fault of a file; annotations, docstrings, decorators and the words of errors are left alone."""
+    tree = ast.parse(path.read_text())
+    left, late = set(), set()
+    for node in ast.walk(tree):
+        outer = [
+            *getattr(node, "decorator_list", ()),
+            getattr(node, "annotation", None),
+            getattr(node, "returns", None),
+        ]
+        outer += [node.exc] if isinstance(node, ast.Raise) else []
+        outer += [node] if isinstance(node, ast.JoinedStr | ast.Assert) else []
+        left |= {inner for part in outer if part is not None for inner in ast.walk(part)}
+        if isinstance(node, ast.FunctionDef | ast.Lambda):
+            body = node.body if isinstance(node.body, list) else [node.body]
+            late |= {inner for part in body for inner in ast.walk(part)}
     found = []
     for parent in ast.walk(tree):
         for name, value in ast.iter_fields(parent):
             for position, node in enumerate(value if isinstance(value, list) else [value]):
                 if not isinstance(node, ast.AST) or node in left:
                     continue
+                place = node.target if isinstance(node, ast.comprehension) else node
                 for what, new in faults(node):
+                    for inner in ast.walk(new):
+                        if hasattr(place, "lineno") and "lineno" in inner._attributes and not hasattr(inner, "lineno"):
+                            ast.copy_location(inner, place)
                     if isinstance(value, list):
                         value[position] = new
                     else:
                         setattr(parent, name, new)
-                    line = getattr(node, "lineno", None) or node.target.lineno  # type: ignore[attr-defined]
-                    found.append((line, what, ast.unparse(ast.fix_missing_locations(tree))))
+                    code = compile(tree, str(path), "exec", dont_inherit=True)
+                    found.append(Mutant(path, place.lineno, what, node in late, code))
                     if isinstance(value, list):
                         value[position] = node
                     else:
@@ -126,53 +158,163 @@ def mutants(source: str) -> list[tuple[int, str, str]]:
     return found
 
 
-class Planted(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
-    """Imports one module from a source of its own."""
+def functions(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Yield the codes inside a code, and their codes."""
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield constant
+            yield from functions(constant)
 
-    def __init__(self, name: str, path: Path, source: str) -> None:
-        self.name, self.path, self.source = name, path, source
+
+def place(code: types.CodeType) -> tuple[str, str, int]:
+    return code.co_filename, code.co_name, code.co_firstlineno
+
+
+class Planted(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from a code of its own."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        name = ".".join(mutant.path.relative_to(ROOT).with_suffix("").parts)
+        self.name, self.mutant = re.sub(r"^kernels", "meansparse_fx.kernels", name), mutant
 
     def find_spec(self, name, path, target=None):
-        return importlib.util.spec_from_file_location(name, self.path, loader=self) if name == self.name else None
+        if name == self.name:
+            return importlib.util.spec_from_file_location(name, self.mutant.path, loader=self)
+        return None
 
-    def get_data(self, path):
-        return self.source.encode()
-
-    def get_filename(self, name):
-        return str(self.path)
+    def exec_module(self, module):
+        exec(self.mutant.code, module.__dict__)
 
 
-def noticed(path: Path, source: str, tests: list[str], quiet: bool = True) -> bool:
-    """Return whether the tests fail, in a fork of this process, with ``source`` as the module at ``path``."""
-    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    name = re.sub(r"^kernels", "meansparse_fx.kernels", name)
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        if quiet:
+def forked(jobs: Iterable[Callable[[], int]], workers: int) -> Iterator[tuple[int, bool]]:
+    """Run each job in a fork, ``workers`` at once; yield its position and whether it returns 0."""
+    running: dict[int, int] = {}
+
+    def finished() -> tuple[int, bool]:
+        pid, status = os.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        return running.pop(pid), status == 0
+
+    for position, job in enumerate(jobs):
+        if len(running) == workers:
+            yield finished()
+        if pid := os.fork():
+            running[pid] = position
+            continue
+        try:
+            os.setsid()
             silence = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silence, 1), os.dup2(silence, 2)
-        sys.dont_write_bytecode = True
-        sys.meta_path.insert(0, Planted(name, path, source))
-        import pytest
-
-        flags = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "-m", "not slow"]
-        try:
-            failed = int(pytest.main([*flags, *tests])) != 0
+            sys.dont_write_bytecode = True
+            code = job()
         except BaseException:
-            traceback.print_exc()
-            failed = True
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(failed)
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return status != 0
-        time.sleep(0.05)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return True
+            code = 1
+        os._exit(code)
+    while running:
+        yield finished()
+
+
+def limited() -> None:
+    """Have the system kill this process if it hangs or takes all memory."""
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS * 4, SECONDS * 4))
+    resource.setrlimit(resource.RLIMIT_DATA, (12 << 30, 12 << 30))
+    signal.alarm(SECONDS * 10)
+
+
+FLAGS = [
+    "-q",
+    "-s",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:xdist",
+    "-m",
+    "not slow",
+    "-o",
+    "tmp_path_retention_policy=none",
+]
+
+
+def imported(mutant: Mutant, tests: list[str]) -> int:
+    """Run tests, in a process that has not imported the package, with the mutant in place of its module."""
+    limited()
+    sys.meta_path.insert(0, Planted(mutant))
+    return int(pytest.main([*FLAGS, "-x", *tests]))
+
+
+class Run:
+    """A plug-in that runs, once the tests are collected, each mutant's in a fork."""
+
+    def __init__(self, planted: list[Mutant], workers: int) -> None:
+        self.planted, self.workers, self.survivors = planted, workers, []
+        self.files = {str(m.path) for m in planted}
+        self.reached: dict[tuple[str, int], list[pytest.Item]] = defaultdict(list)
+        self.seconds: dict[pytest.Item, float] = {}
+
+    def passes(self, item: pytest.Item) -> bool:
+        return not any(r.failed for r in runtestprotocol(item, nextitem=None, log=False))
+
+    def trace(self, items: list[pytest.Item], path: Path) -> int:
+        """Run tests without a fault; write, for each, its position, the seconds it takes and the lines it reaches."""
+        lines: set[tuple[str, int]] = set()
+        found = []
+
+        def inside(frame, event, argument):
+            lines.add((frame.f_code.co_filename, frame.f_lineno))
+            return inside
+
+        def enter(frame, event, argument):
+            return inside(frame, event, argument) if frame.f_code.co_filename in self.files else None
+
+        for position, item in enumerate(items):
+            lines.clear()
+            began = time.monotonic()
+            sys.settrace(enter), threading.settrace(enter)
+            passed = self.passes(item)
+            sys.settrace(None), threading.settrace(None)
+            found.append((position, time.monotonic() - began, passed, set(lines)))
+        path.write_bytes(pickle.dumps(found))
+        return 0
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            parts = [(session.items[k :: self.workers], Path(folder, str(k))) for k in range(self.workers)]
+            list(forked((lambda part=part: self.trace(*part) for part in parts), self.workers))
+            for items, path in parts:
+                for position, seconds, passed, lines in pickle.loads(path.read_bytes()):
+                    self.seconds[items[position]] = seconds
+                    for line in lines if passed else ():
+                        self.reached[line].append(items[position])
+                    if not passed:
+                        print(f"{items[position].nodeid}: fails without a fault", flush=True)
+        print(f"{len(session.items)} tests reach their lines in {time.monotonic() - began:.0f} s", flush=True)
+        named = defaultdict(list)
+        for f in gc.get_objects():
+            if type(f) is types.FunctionType and f.__code__.co_filename in self.files:
+                named[place(f.__code__)].append(f)
+        gc.freeze()
+
+        def noticed(mutant: Mutant) -> int:
+            limited()
+            for code in functions(mutant.code):
+                for f in named.get(place(code), ()):
+                    f.__code__ = code
+            spent = 0.0
+            for item in sorted(self.reached[str(mutant.path), mutant.line], key=self.seconds.__getitem__):
+                spent += self.seconds[item]
+                if spent > SECONDS:
+                    return 0
+                if not self.passes(item):
+                    return 1
+            return 0
+
+        for position, survived in forked((lambda m=m: noticed(m) for m in self.planted), self.workers):
+            if survived:
+                self.survivors.append(self.planted[position])
+                print(f"{self.planted[position]}: survives", flush=True)
+        return True
 
 
 def main() -> None:
@@ -184,28 +326,29 @@ def main() -> None:
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HYPOTHESIS_MAX_EXAMPLES": "20"}
     os.chdir(ROOT)
-    import pytest  # noqa: F401
     import safetensors.torch  # noqa: F401
     import torch.fx  # noqa: F401
     import torchvision  # noqa: F401
 
+    planted, names = [], []
     for module in args.modules:
-        path = (ROOT / module).resolve()
-        planted = mutants(path.read_text())
-        if 0 < args.sample < len(planted):
-            planted = sorted(random.Random(str(module)).sample(planted, args.sample))
-        row = next(names for start, names in TESTS.items() if str(module).startswith(start))
-        tests = [f"tests/test_{name}.py" for name in (args.tests or row).split()]
-        assert not noticed(path, path.read_text(), tests, quiet=False), f"{module}: the tests fail without a fault"
-        began, killed = time.monotonic(), 0
-        with ThreadPoolExecutor(args.workers) as pool:
-            results = pool.map(lambda m, path=path, tests=tests: noticed(path, m[2], tests), planted)
-            for (line, what, _), found in zip(planted, results, strict=True):
-                killed += found
-                if not found:
-                    print(f"{module}:{line}: {what}: survives", flush=True)
-        spent = time.monotonic() - began
-        print(f"{module}: {killed} of {len(planted)} noticed in {spent:.0f} s", flush=True)
+        found = mutants((ROOT / module).resolve())
+        if 0 < args.sample < len(found):
+            found = random.Random(str(module)).sample(found, args.sample)
+        planted += found
+        names += (args.tests or next(row for start, row in TESTS.items() if str(module).startswith(start))).split()
+    tests = [f"tests/test_{name}.py" for name in dict.fromkeys(names)]
+    late, early = ([m for m in planted if m.late is flag] for flag in (True, False))
+    survivors = []
+    for position, survived in forked((lambda m=m: imported(m, tests) for m in early), args.workers):
+        if survived:
+            survivors.append(early[position])
+            print(f"{early[position]}: survives", flush=True)
+    run = Run(late, args.workers)
+    pytest.main([*FLAGS, *tests], plugins=[run])
+    for module in args.modules:
+        own = [[m for m in ms if m.path == (ROOT / module).resolve()] for ms in (planted, survivors + run.survivors)]
+        print(f"{module}: {len(own[0]) - len(own[1])} of {len(own[0])} noticed")
 
 
 if __name__ == "__main__":
