@@ -17,6 +17,7 @@ import copy
 import gc
 import importlib.abc
 import importlib.util
+import mmap
 import os
 import pickle
 import random
@@ -38,7 +39,7 @@ import pytest
 from _pytest.runner import runtestprotocol
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 60  # of processor time for one mutant's tests, as long as they take without a fault; one that hangs is killed
+SECONDS = 20  # of a mutant's tests, as long as they take without a fault; one that takes four times that is killed
 
 # Where a file's name begins so: the test files, the quickest to notice first.
 TESTS = {
@@ -186,15 +187,15 @@ class Planted(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(self.mutant.code, module.__dict__)
 
 
-def forked(jobs: Iterable[Callable[[], int]], workers: int) -> Iterator[tuple[int, bool]]:
-    """Run each job in a fork, ``workers`` at once; yield its position and whether it returns 0."""
+def forked(jobs: Iterable[Callable[[], int]], workers: int) -> Iterator[tuple[int, int]]:
+    """Run each job in a fork, ``workers`` at once; yield its position and what it returns, -9 or so if it is killed."""
     running: dict[int, int] = {}
 
-    def finished() -> tuple[int, bool]:
+    def finished() -> tuple[int, int]:
         pid, status = os.wait()
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-        return running.pop(pid), status == 0
+        return running.pop(pid), os.waitstatus_to_exitcode(status)
 
     for position, job in enumerate(jobs):
         if len(running) == workers:
@@ -222,6 +223,7 @@ def limited() -> None:
     signal.alarm(SECONDS * 10)
 
 
+UNPLANTED = 77
 FLAGS = [
     "-q",
     "-s",
@@ -247,10 +249,17 @@ class Run:
     """A plug-in that runs, once the tests are collected, each mutant's in a fork."""
 
     def __init__(self, planted: list[Mutant], workers: int) -> None:
-        self.planted, self.workers, self.survivors = planted, workers, []
+        self.planted, self.workers = planted, workers
+        self.outcomes: list[tuple[Mutant, str]] = []
         self.files = {str(m.path) for m in planted}
         self.reached: dict[tuple[str, int], list[pytest.Item]] = defaultdict(list)
         self.seconds: dict[pytest.Item, float] = {}
+
+    def report(self, mutant: Mutant, code: int) -> None:
+        outcome = {0: "survives", UNPLANTED: "is not planted"}.get(code, "")
+        self.outcomes.append((mutant, outcome))
+        if outcome:
+            print(f"{mutant}: {outcome}", flush=True)
 
     def passes(self, item: pytest.Item) -> bool:
         return not any(r.failed for r in runtestprotocol(item, nextitem=None, log=False))
@@ -294,26 +303,31 @@ class Run:
         for f in gc.get_objects():
             if type(f) is types.FunctionType and f.__code__.co_filename in self.files:
                 named[place(f.__code__)].append(f)
+        notices = mmap.mmap(-1, len(session.items))  # of each test, how many mutants it noticed; forks write it
+        number = {item: k for k, item in enumerate(session.items)}
         gc.freeze()
 
         def noticed(mutant: Mutant) -> int:
             limited()
             for code in functions(mutant.code):
                 for f in named.get(place(code), ()):
-                    f.__code__ = code
+                    try:
+                        f.__code__ = code
+                    except ValueError:  # it reads other variables from around it
+                        return UNPLANTED
             spent = 0.0
-            for item in sorted(self.reached[str(mutant.path), mutant.line], key=self.seconds.__getitem__):
+            reached = self.reached[str(mutant.path), mutant.line]
+            for item in sorted(reached, key=lambda i: self.seconds[i] / (1 + 9 * notices[number[i]])):
                 spent += self.seconds[item]
                 if spent > SECONDS:
                     return 0
                 if not self.passes(item):
+                    notices[number[item]] = min(notices[number[item]] + 1, 255)
                     return 1
             return 0
 
-        for position, survived in forked((lambda m=m: noticed(m) for m in self.planted), self.workers):
-            if survived:
-                self.survivors.append(self.planted[position])
-                print(f"{self.planted[position]}: survives", flush=True)
+        for position, code in forked((lambda m=m: noticed(m) for m in self.planted), self.workers):
+            self.report(self.planted[position], code)
         return True
 
 
@@ -339,16 +353,14 @@ def main() -> None:
         names += (args.tests or next(row for start, row in TESTS.items() if str(module).startswith(start))).split()
     tests = [f"tests/test_{name}.py" for name in dict.fromkeys(names)]
     late, early = ([m for m in planted if m.late is flag] for flag in (True, False))
-    survivors = []
-    for position, survived in forked((lambda m=m: imported(m, tests) for m in early), args.workers):
-        if survived:
-            survivors.append(early[position])
-            print(f"{early[position]}: survives", flush=True)
     run = Run(late, args.workers)
+    for position, code in forked((lambda m=m: imported(m, tests) for m in early), args.workers):
+        run.report(early[position], code)
     pytest.main([*FLAGS, *tests], plugins=[run])
     for module in args.modules:
-        own = [[m for m in ms if m.path == (ROOT / module).resolve()] for ms in (planted, survivors + run.survivors)]
-        print(f"{module}: {len(own[0]) - len(own[1])} of {len(own[0])} noticed")
+        own = [outcome for m, outcome in run.outcomes if m.path == (ROOT / module).resolve()]
+        missing = f", {own.count('is not planted')} not planted" if "is not planted" in own else ""
+        print(f"{module}: {own.count('')} of {len(own)} noticed{missing}")
 
 
 if __name__ == "__main__":

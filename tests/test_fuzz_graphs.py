@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import meansparse_fx as msfx
+from meansparse_fx.errors import CaptureError
 from meansparse_fx.export import to_exported_program
 from meansparse_fx.operators import set_statistics
 from meansparse_fx.statistics import ChannelStatistics, Statistics
@@ -157,11 +158,23 @@ class Rows(torch.nn.Module):
         return torch.cat([torch.clamp(row, 0, 6) for row in x.chunk(2, 2)], 2)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a part that symbolic tracing cannot follow is called as it is if it calls none of the table's activations; "
-    "one that is written out inside of it is no site and no row of the plan",
-)
 def test_what_is_written_out_in_a_part_that_is_not_traced_is_found():
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), Rows(), torch.nn.Conv2d(4, 4, 1), torch.nn.ReLU())
     assert [s.activation.name for s in msfx.inspect(net.eval(), torch.rand(2, 3, 6, 6))] == ["relu6", "relu6", "relu"]
+
+
+class Halves(torch.nn.Module):
+    """Leaves an image alone or not, as its values are: no trace can follow."""
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        y = x + 3
+        y[y < 0] = 0
+        return x * torch.clamp(y, max=6).div(6)
+
+
+def test_what_is_written_out_where_no_trace_can_follow_is_named():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), Halves(), torch.nn.ReLU())
+    with pytest.raises(CaptureError, match=r"written out in there: .*a hardswish in 1 \(Halves\)"):
+        msfx.inspect(net.eval(), torch.rand(2, 3, 6, 6))

@@ -291,6 +291,42 @@ def test_home_made_gates_are_skipped(pool, back, size):
     assert (main.name, main.producer, main.skipped) == ("gelu", "mul", None)
 
 
+def test_a_gate_of_one_token_is_skipped():
+    def forward(self, x):
+        x = self.stem(x)
+        return F.gelu(x * torch.sigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool1d(x, 1))))))
+
+    layers = {"stem": nn.Conv1d(3, 4, 1), "down": nn.Conv1d(4, 2, 1), "up": nn.Conv1d(2, 4, 1)}
+    gate, main = sites_of(forward, torch.rand(2, 3, 1), **layers)
+    assert gate.skipped == "gate: squeeze-and-excitation, pooled then multiplied onto stem"
+    assert main.skipped is None
+
+
+def test_the_larger_of_two_features_is_not_pooled():
+    """`torch.max` pools, too; of vectors there is no space to pool over."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x * F.relu(self.own(torch.max(self.left(x), self.right(x)))))
+
+    (site,) = sites_of(
+        forward,
+        torch.rand(2, 3),
+        **{n: nn.Linear(4, 4) for n in ("own", "left", "right", "head")},
+        stem=nn.Linear(3, 4),
+    )
+    assert site.skipped is None
+
+
+def test_a_pooled_context_that_is_subtracted_is_no_gate():
+    def forward(self, x):
+        x = self.stem(x)
+        return x - self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1))))
+
+    (site,) = sites_of(forward, stem=nn.Conv2d(3, 4, 3), down=nn.Conv2d(4, 2, 1), up=nn.Conv2d(2, 4, 1))
+    assert site.skipped is None
+
+
 def test_a_pooled_context_that_is_added_is_a_gate():
     def forward(self, x):
         x = self.stem(x)

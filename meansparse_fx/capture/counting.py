@@ -1,19 +1,26 @@
-"""Floor 2: how many activations a model calls, and how many a graph shows. Imports torch, `derivatives` and floor 1."""
+"""Floor 2: how many activations a model calls, how many a graph shows, and which its leaves write out.
+
+Imports torch, `derivatives` and floor 1.
+"""
 
 from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from ..activations import match_function, match_module
 from ..formulas import FEATURES, POINTS, formula_of
+from ..published import published_operator
 from .derivatives import applied_by
+
+_STEPS = 12  # of calls that an activation is written out of, at most
 
 
 def count_activations(graph_module: fx.GraphModule) -> int:
@@ -95,3 +102,72 @@ class ActivationCounter(TorchFunctionMode):
         if self._depth == 0 and _is_activation(target):
             self._count += 1
         return func(*args, **kwargs)
+
+
+class WrittenOut(TorchFunctionMode):
+    """Finds activations that a graph's leaves write out: what tensors are as functions of earlier ones, at `POINTS`.
+
+    Attributes:
+        leaves: The modules looked into, by path: neither torch.nn's, nor TorchScript, nor in a table.
+        found: What they compute of `formulas.FEATURES`, in words.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__()
+        called = {
+            n.target: graph_module.get_submodule(n.target) for n in graph_module.graph.find_nodes(op="call_module")
+        }
+        self.leaves = {path: module for path, module in called.items() if _is_python(module)}
+        self.found: dict[str, None] = {}
+        self._inside = ""
+        self._known: dict[int, tuple[Tensor, dict[object, Tensor]]] = {}  # a tensor's values, by the one it starts from
+        self._hooks = ExitStack()
+        for path, module in self.leaves.items():
+            inside = f"{path} ({type(module).__name__})"
+            self._hooks.enter_context(module.register_forward_pre_hook(lambda *_, inside=inside: self._look(inside)))
+            self._hooks.enter_context(module.register_forward_hook(lambda *_: self._look(""), prepend=True))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._hooks.close()
+
+    def _look(self, inside: str) -> None:
+        self._inside = inside
+        self._known.clear()
+
+    def __torch_function__(self, func: Callable, types_: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        written = args[0] if result is None and args else result  # x[mask] = 0 returns nothing
+        if self._inside and isinstance(written, Tensor) and written.numel() > 1:
+            functions = self._functions(func, args, kwargs or {}, written.shape)
+            for values in functions.values():
+                if values.is_floating_point() and (name := formula_of(values.double(), FEATURES)):
+                    self.found[f"a {name} in {self._inside}"] = None
+            self._known[id(written)] = written, {**functions, object(): POINTS}
+        return result
+
+    def _functions(self, func: Callable, args: tuple, kwargs: dict, shape: torch.Size) -> dict[object, Tensor]:
+        """Return the values of a call's result by where they start, if it computes number by number."""
+        operands = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.numel() > 1]
+        known = {id(t): self._known.setdefault(id(t), (t, {object(): POINTS}))[1] for t in operands}
+        functions: dict[object, Tensor] = {}
+        if not known or any(t.shape != shape for t in operands):
+            return functions
+        for start in list(next(iter(known.values())))[-_STEPS:]:
+            with suppress(Exception):  # not of the same start, or no function of a number
+                given = {key: values[start].clone() for key, values in known.items()}
+                own = pytree.tree_map(lambda v, given=given: given.get(id(v), v), (args, kwargs))
+                values = func(*own[0], **own[1])
+                values = own[0][0] if values is None else values
+                if values.shape == POINTS.shape:
+                    functions[start] = values
+        return functions
+
+
+def _is_python(module: nn.Module) -> bool:
+    known = match_module(module) is not None or published_operator(module) is not None
+    return (
+        not known
+        and not isinstance(module, torch.jit.ScriptModule)
+        and not type(module).__module__.startswith("torch.nn.")
+    )

@@ -21,7 +21,7 @@ from ..errors import CaptureError
 from ..hooks import hint_of_hooks, may_keep
 from ..outputs import flatten, kind
 from .copies import copied, state_of
-from .counting import ActivationCounter, count_activations, hides_an_activation
+from .counting import ActivationCounter, WrittenOut, count_activations, hides_an_activation
 from .derivatives import applied_functions, without_checkpoints
 from .recording import Forms, Halted, Recording, record
 
@@ -108,10 +108,15 @@ class Reference:
         for node, function in applied.items():
             if node in own_backwards or (self.recordings and hides_an_activation(function, node.args[2:])):
                 node.meta["skipped"] = _OWN_BACKWARD.format(function.__qualname__)
-        if self.recordings and self._records_the_same(graph_module):
-            return "operations"
-        self._check_numbers(graph_module)
-        return "numbers"
+        same = bool(self.recordings) and self._records_the_same(graph_module)
+        if not same:
+            self._check_numbers(graph_module)
+        with _copied_leaves(graph_module), WrittenOut(graph_module) as mode:
+            if mode.leaves:
+                _run(graph_module, self.batches[0])
+        if mode.found:
+            raise CaptureError(f"not traced into, and written out in there: {', '.join(mode.found)}")
+        return "operations" if same else "numbers"
 
     def _record(self) -> None:
         own, state = shadow(self.model), state_of(self.model)
