@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import meansparse_fx as msfx
-from meansparse_fx.calibrate.convergence import Groups, precision
+from meansparse_fx.calibrate.convergence import Groups, Precision, precision
 from meansparse_fx.calibrate.source import Source
 from meansparse_fx.calibrate.totals import Totals, merge_all
 from meansparse_fx.errors import ArtifactError, CalibrationError, StateError, StatisticsError
@@ -390,3 +390,41 @@ def test_a_loader_that_drops_its_last_batch(net, images, tmp_path):
     assert (Source(loader, sparse).images, Source(loader, sparse).batches) == (10, 2)
     whole = torch.utils.data.DataLoader(dataset, batch_size=5)
     assert (Source(whole, sparse).images, Source(whole, sparse).batches) == (12, 3)
+
+
+@pytest.mark.parametrize("quantity", ["mean", "std"])
+def test_the_least_known_channel_is_named(quantity):
+    """Of sites with 1, 2 and 3 channels, some of which never change; groups of 10 and of 30 values."""
+    rng = np.random.default_rng(0)
+    values = [rng.standard_normal((n, 6)) for n in [10, 30] * 10]
+    for k, own in enumerate(values):
+        own[:, 4] = own[:, 4] + k % 2 * 3 if quantity == "mean" else own[:, 4] * (1 + k % 2 * 3)
+        own[:, [0, 5]] = 2
+    sizes = torch.tensor([1, 2, 3])
+    groups = [
+        Totals((len(v),) * 3, torch.tensor(v.mean(0)), torch.tensor(((v - v.mean(0)) ** 2).sum(0)), sizes)
+        for v in values
+    ]
+    found = precision(
+        [*groups, Totals((0, 0, 0), torch.zeros(6).double(), torch.zeros(6).double(), sizes)], list("abc")
+    )
+    assert (found.site, found.channel, found.quantity, found.groups) == ("c", 1, quantity, 20)
+    every = np.concatenate(values)
+    mean, variance = every.mean(0), every.var(0)
+    weights = np.array([len(v) for v in values])[:, None] / (19 * len(every))
+    of_mean = np.sqrt((weights * [(v.mean(0) - mean) ** 2 for v in values]).sum(0))[1:5] / np.sqrt(variance[1:5])
+    squares = [(((v - mean) ** 2).mean(0) - variance) ** 2 for v in values]
+    of_std = np.sqrt((weights * squares).sum(0))[1:5] / (2 * variance[1:5])
+    assert found.error == pytest.approx((of_mean if quantity == "mean" else of_std)[3], rel=1e-9)
+    assert found.mean_error == pytest.approx(np.sqrt((of_mean**2).mean()), rel=1e-9)
+    assert found.std_error == pytest.approx(np.sqrt((of_std**2).mean()), rel=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 2.0])
+def test_the_share_on_the_wrong_side_is_what_draws_give(alpha):
+    """Each edge lies where mean and deviation put it; the share between there and where it belongs, in many draws."""
+    g = torch.Generator().manual_seed(0)
+    mean, std = 0.003 * torch.randn(400_000, generator=g).double(), 0.002 * torch.randn(400_000, generator=g).double()
+    edges = ((side * alpha, side * alpha * (1 + std) + mean) for side in (-1, 1))
+    wrong = sum((torch.special.ndtr(torch.tensor(own)) - torch.special.ndtr(put)).abs().mean() for own, put in edges)
+    assert Precision(1, "a", 0, "mean", 0.003, 0.002, 16).moved(alpha) == pytest.approx(float(wrong), rel=0.01)

@@ -230,3 +230,87 @@ def test_fingerprint_sees_types_shapes_and_names(net):
             found.add(fingerprint(net))
         del net._buffers[name]
     assert len(found) == 1 + 2 * len(zeros)
+
+
+def test_merge_adds_up_whatever_one_of_them_lacks():
+    one, two = replace(some(0), table={"b": {"activation": "relu"}}, graph="g"), some(1)
+    two = replace(two, metadata={"data": "noise", "seed": "1"})
+    assert (one.merge(two).metadata, two.merge(one).metadata) == ({"data": "noise", "seed": "1"},) * 2
+    assert one.merge(replace(two, metadata={"data": "more"})).metadata == {"data": "noise + more"}
+    assert one.merge(two).table == two.merge(one).table == one.table
+    assert one.merge(two).graph == "g"
+
+
+def test_merge_names_the_sites_that_differ():
+    def named(names):
+        return Statistics({n: ChannelStatistics(1, torch.zeros(1), torch.zeros(1)) for n in names}, "f", 1)
+
+    with pytest.raises(StatisticsError, match=r"sites differ \(c, d\)$"):
+        named("ac").merge(named("ad"))
+    with pytest.raises(StatisticsError, match=r"sites differ \(b, c, d\)$"):
+        named("a").merge(named("abcd"))
+    with pytest.raises(StatisticsError, match=r"sites differ \(b, c, d, \.\.\.\)$"):
+        named("a").merge(named("abcde"))
+
+
+@pytest.mark.parametrize("changed", [{"count": 21}, {"mean": 1.0}, {"m2": 1.0}])
+@pytest.mark.parametrize("name", ["a.act", "b"])
+def test_what_differs_in_anything_is_of_other_images(name, changed):
+    own = some()
+    ((what, by),) = changed.items()
+    site = replace(own[name], **{what: by if what == "count" else getattr(own[name], what) + by})
+    assert own.merge(replace(own, sites={**own.sites, name: site})).images == 40
+
+
+def test_moments_of_nothing_merge():
+    empty = ChannelStatistics(0, torch.zeros(2).double(), torch.zeros(2).double())
+    one = ChannelStatistics(1, torch.ones(2).double(), torch.zeros(2).double())
+    assert (empty.merge(empty).count, empty.merge(empty).std.tolist()) == (0, [0, 0])
+    assert (empty.merge(one).count, empty.merge(one).mean.tolist(), one.merge(empty).mean.tolist()) == (
+        1,
+        [1, 1],
+        [1, 1],
+    )
+    with pytest.raises(StatisticsError, match="cannot merge 2 channels with 3"):
+        one.merge(ChannelStatistics(1, torch.ones(3).double(), torch.zeros(3).double()))
+
+
+def test_histograms_merge_with_the_moments():
+    def site(count):
+        histogram = ChannelHistogram(torch.zeros(1).double(), torch.ones(1).double(), torch.tensor([[count, 0]]))
+        return ChannelStatistics(count, torch.zeros(1).double(), torch.zeros(1).double(), histogram)
+
+    assert site(2).merge(site(3)).histogram.counts.tolist() == [[5, 0]]
+    assert site(2).merge(replace(site(3), histogram=None)).histogram is None
+    assert replace(site(2), histogram=None).merge(site(3)).histogram is None
+
+
+def test_a_share_counts_what_lies_inside_of_each_bin():
+    low, width = torch.tensor([0.0, -1.0]).double(), torch.tensor([1.0, 0.5]).double()
+    histogram = ChannelHistogram(low, width, torch.tensor([[2, 4, 2], [0, 0, 0]]))
+    for centre, half, share in (
+        (1.5, 0.5, 0.5),
+        (1.0, 0.5, 0.375),
+        (1.5, 9.0, 1.0),
+        (0.0, 0.5, 0.125),
+        (3.0, 0.5, 0.125),
+    ):
+        got = histogram.share_inside(torch.full((2,), centre).double(), torch.full((2,), half).double())
+        assert got.tolist() == [share, 0]
+
+
+def test_other_activations_are_refused():
+    stats = replace(some(), table={"b": {"activation": "relu"}, "a.act": {}})
+    channels = {"a.act": 3, "b": 4}
+    for fits in ({"b": "relu"}, {"b": None}, {"a.act": "gelu"}, {"other": "gelu"}, None):
+        stats.check(channels, activations=fits)
+    with pytest.raises(StatisticsError, match="b: measured before relu, the model has gelu there"):
+        stats.check(channels, activations={"b": "gelu"})
+
+
+@pytest.mark.parametrize("what", ["mean", "m2"])
+def test_what_is_not_finite_is_refused(what):
+    stats = some()
+    getattr(stats["a.act"], what)[2] = float("inf")
+    with pytest.raises(StatisticsError, match=r"a\.act: statistics hold NaN or inf"):
+        stats.check({"a.act": 3, "b": 4})

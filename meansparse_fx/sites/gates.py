@@ -41,7 +41,7 @@ def gated(graph: fx.Graph, operators: Operators, flow: Flow, data: set[fx.Node])
             continue
         if len(inside) == len(inputs) or (op.pools and _pools_space(op.word, flow, node, inputs)):
             pooled.add(node)
-        elif len(inputs) == 2 and len(inside) == 1 and _meets(op.word, flow, node, inside[0]):
+        elif inside and _meets(op.word, flow, node, inside[0]):
             gate, other = inside[0], next(n for n in inputs if n not in pooled)
             reason = _REASONS[op.word].format(operators.label(other))
             _mark(gate, pooled, reasons, reason)
