@@ -73,6 +73,8 @@ ARITHMETIC = {
     **{ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.Pow: ast.Mult, ast.Mod: ast.FloorDiv},
 }
 
+SYMMETRIC = {"max", "min", "equal", "hypot", "maximum", "minimum"}  # functions of which swapped arguments are no fault
+
 
 def faults(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
     """Yield what could be in a node's place, with a word for it."""
@@ -95,6 +97,8 @@ def faults(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
             yield "other arithmetic", ast.BinOp(node.left, ARITHMETIC[type(node.op)](), node.right)
         case ast.Raise() | ast.AugAssign() | ast.Continue() | ast.Break() | ast.Expr(value=ast.Call()):
             yield "dropped", ast.Pass()
+        case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in SYMMETRIC:
+            return
         case ast.Call(args=[a, b, *rest]) if not any(isinstance(x, ast.Starred) for x in (a, b)):
             yield "arguments swapped", ast.Call(node.func, [b, a, *rest], node.keywords)
         case ast.If() | ast.IfExp() | ast.While():
@@ -171,12 +175,16 @@ def place(code: types.CodeType) -> tuple[str, str, int]:
     return code.co_filename, code.co_name, code.co_firstlineno
 
 
+def module_name(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return re.sub(r"^kernels", "meansparse_fx.kernels", name)
+
+
 class Planted(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Imports one module from a code of its own."""
 
     def __init__(self, mutant: Mutant) -> None:
-        name = ".".join(mutant.path.relative_to(ROOT).with_suffix("").parts)
-        self.name, self.mutant = re.sub(r"^kernels", "meansparse_fx.kernels", name), mutant
+        self.name, self.mutant = module_name(mutant.path), mutant
 
     def find_spec(self, name, path, target=None):
         if name == self.name:
@@ -299,6 +307,8 @@ class Run:
                     if not passed:
                         print(f"{items[position].nodeid}: fails without a fault", flush=True)
         print(f"{len(session.items)} tests reach their lines in {time.monotonic() - began:.0f} s", flush=True)
+        for file in self.files:  # what the package imports only when it is used
+            importlib.import_module(module_name(Path(file)))
         named = defaultdict(list)
         for f in gc.get_objects():
             if type(f) is types.FunctionType and f.__code__.co_filename in self.files:
@@ -309,12 +319,14 @@ class Run:
 
         def noticed(mutant: Mutant) -> int:
             limited()
-            for code in functions(mutant.code):
-                for f in named.get(place(code), ()):
-                    try:
-                        f.__code__ = code
-                    except ValueError:  # it reads other variables from around it
-                        return UNPLANTED
+            pairs = [(f, code) for code in functions(mutant.code) for f in named.get(place(code), ())]
+            if all(f.__code__ == code for f, code in pairs):
+                return UNPLANTED
+            try:
+                for f, code in pairs:
+                    f.__code__ = code
+            except ValueError:  # it reads other variables from around it
+                return UNPLANTED
             spent = 0.0
             reached = self.reached[str(mutant.path), mutant.line]
             for item in sorted(reached, key=lambda i: self.seconds[i] / (1 + 9 * notices[number[i]])):
