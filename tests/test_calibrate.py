@@ -362,6 +362,9 @@ def test_histograms_count_every_value(net, images, tmp_path):
         stats.figure("relu", 8)
     shares = torch.cat([s.histogram.share_inside(s.mean, 0.3 * s.std) for s in stats.values()])
     own = stats.histogram()
+    assert (stats.histogram("slope").site, stats.histogram(channel=1).channel) == ("slope", 1)
+    alone = stats["slope"].histogram.share_inside(stats["slope"].mean, 0.3 * stats["slope"].std)
+    assert alone[stats.histogram("slope").channel] == alone.median()
     site = stats[own.site]
     of_all = float(site.histogram.share_inside(site.mean, 0.3 * site.std)[own.channel])
     assert of_all == float(shares.median()), "by default neither the fullest nor a dead channel"
@@ -378,7 +381,7 @@ def test_a_standard_error_is_that_of_the_groups_means():
     squares = ((values.numpy() - values.numpy().mean()) ** 2).mean(1)
     of_std = squares.std(ddof=1) / np.sqrt(16) / (2 * std) / std
     assert (found.mean_error, found.std_error) == pytest.approx((of_mean, of_std), rel=1e-9)
-    assert found.groups == 16
+    assert (found.groups, found.site, found.channel) == (16, "a", 0)
     assert precision(groups[:15], ["a"]) is None
 
 
@@ -428,3 +431,20 @@ def test_the_share_on_the_wrong_side_is_what_draws_give(alpha):
     edges = ((side * alpha, side * alpha * (1 + std) + mean) for side in (-1, 1))
     wrong = sum((torch.special.ndtr(torch.tensor(own)) - torch.special.ndtr(put)).abs().mean() for own, put in edges)
     assert Precision(1, "a", 0, "mean", 0.003, 0.002, 16).moved(alpha) == pytest.approx(float(wrong), rel=0.01)
+
+
+def test_groups_are_of_equal_length_and_count_batches_that_others_have():
+    def part(count):
+        return Totals((count,), torch.zeros(1).double(), torch.zeros(1).double(), torch.tensor([1]))
+
+    groups = Groups(part(0))
+    assert [groups.add(part(1)) for _ in range(63)] == [True] * 63
+    assert len(groups.closed) == 63
+    assert [groups.add(batch) for batch in (part(1), part(1), None, part(1), part(1))] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert [group.counts for group in groups.closed] == [(2,)] * 32 + [(1,), (2,)]

@@ -454,3 +454,66 @@ def test_a_norm_of_the_batchs_own_statistics_stays_outside():
     fused = msfx.transform(model, IMAGES, fuse="all")
     assert [s.fused for s in fused.meta["plan"]] == ["the norm has no running statistics"]
     assert torch.equal(fused(IMAGES), model(IMAGES))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda m, x: F.batch_norm(x, m.bn.running_mean, m.bn.running_var),
+        lambda m, x: F.batch_norm(x, m.bn.running_mean, m.bn.running_var, m.bn.weight * 2, m.bn.bias),
+        lambda m, x: F.batch_norm(x, m.bn.running_mean, m.bn.running_var, m.bn.bias, m.bn.weight),
+        lambda m, x: F.batch_norm(x, m.bn.running_mean, m.other.running_var, m.bn.weight, m.bn.bias),
+        lambda m, x: F.batch_norm(x, m.bn.running_mean, m.bn.running_var, m.bn.weight, m.bn.bias, training=True),
+    ],
+)
+def test_a_functional_norm_of_other_parameters_stays(norm):
+    layers = {"conv": nn.Conv2d(3, 6, 3), "bn": nn.BatchNorm2d(6), "other": nn.BatchNorm2d(6)}
+    net = Functional(lambda m, x: F.relu(norm(m, m.conv(x))), **layers).eval().requires_grad_(False)
+    for buffer in net.other.buffers():
+        buffer += 1
+    state = copy.deepcopy(net.state_dict())
+    fused = msfx.transform(net, IMAGES, fuse="all")
+    assert F.batch_norm in [node.target for node in fused.graph.nodes]
+    net.load_state_dict(state)
+    expected = net(IMAGES)
+    net.load_state_dict(state)
+    torch.testing.assert_close(fused(IMAGES), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_functional_norm_of_one_module_is_taken(by_name):
+    def forward(m, x):
+        state = {"running_mean": m.bn.running_mean, "running_var": m.bn.running_var, "weight": m.bn.weight}
+        x = m.conv(x)
+        if by_name:
+            return F.relu(F.batch_norm(x, bias=m.bn.bias, eps=0.5, **state))
+        return F.relu(F.batch_norm(x, *state.values(), m.bn.bias, False, 0.1, 0.5))
+
+    net = Functional(forward, conv=nn.Conv2d(3, 6, 3), bn=nn.BatchNorm2d(6)).eval().requires_grad_(False)
+    for tensor in (net.bn.running_mean, net.bn.running_var, net.bn.weight, net.bn.bias):
+        nn.init.uniform_(tensor, 0.5, 2)
+    fused = msfx.transform(net, IMAGES, fuse="all")
+    assert F.batch_norm not in [node.target for node in fused.graph.nodes]
+    torch.testing.assert_close(fused(IMAGES), net(IMAGES))
+
+
+def test_a_norm_in_another_gradient_mode_stays():
+    def forward(m, x):
+        x = m.conv(x)
+        with torch.no_grad():
+            y = m.bn(x)
+        return F.relu(y) + x
+
+    net = Functional(forward, conv=nn.Conv2d(3, 6, 3), bn=nn.BatchNorm2d(6)).eval().requires_grad_(False)
+    fused = msfx.transform(net, IMAGES, fuse="all")
+    assert "bn" in [node.target for node in fused.graph.nodes]
+    torch.testing.assert_close(fused(IMAGES), net(IMAGES), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("add", [lambda x, y: x + y, lambda x, y: y + x])
+def test_the_norm_of_either_operand_of_a_sum_is_taken(add):
+    layers = {"stem": nn.Conv2d(3, 6, 3), "conv": nn.Conv2d(6, 6, 3, padding=1), "bn": nn.BatchNorm2d(6)}
+    net = Functional(lambda m, x: F.relu(add(x := m.stem(x), m.bn(m.conv(x)))), **layers).eval().requires_grad_(False)
+    fused = msfx.transform(net, IMAGES, fuse="all")
+    assert not {"bn", operator.add} & {node.target for node in fused.graph.nodes}
+    torch.testing.assert_close(fused(IMAGES), net(IMAGES))

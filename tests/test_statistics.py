@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from meansparse_fx import artifacts
 from meansparse_fx.errors import ArtifactError, StatisticsError
 from meansparse_fx.observer import ChannelMoments
 from meansparse_fx.statistics import FORMAT, ChannelHistogram, ChannelStatistics, Statistics, fingerprint
@@ -314,3 +315,20 @@ def test_what_is_not_finite_is_refused(what):
     getattr(stats["a.act"], what)[2] = float("inf")
     with pytest.raises(StatisticsError, match=r"a\.act: statistics hold NaN or inf"):
         stats.check({"a.act": 3, "b": 4})
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(2), torch.zeros(2, 1).double(), torch.zeros(3).double()])
+@pytest.mark.parametrize("what", ["mean", "m2"])
+def test_moments_of_another_form_are_no_statistics(tmp_path, what, bad):
+    site = replace(ChannelStatistics(1, torch.zeros(2).double(), torch.zeros(2).double()), **{what: bad})
+    facts = {"fingerprint": "f", "images": 1, "metadata": {}, "graph": "", "table": {}, "counts": {"a": 1}}
+    artifacts.write(tmp_path / "s", FORMAT, "2", facts, {"a:mean": site.mean, "a:m2": site.m2})
+    with pytest.raises(ArtifactError, match="moments of another form"):
+        Statistics.load(tmp_path / "s")
+
+
+def test_statistics_without_histograms_say_so():
+    with pytest.raises(StatisticsError, match=r"^no histograms"):
+        some().histogram()
+    with pytest.raises(StatisticsError, match=r"^b: no histograms"):
+        some().histogram("b", 0)
