@@ -416,6 +416,14 @@ def test_what_must_not_be_moved(name):
     assert [s.fused for s in fused.meta["plan"] if s.skipped is None] == [expected]
 
 
+@pytest.mark.parametrize("overwrite", [lambda m, a: F.relu_(a), lambda m, a: F.silu(a, inplace=True)])
+def test_an_activation_that_is_left_in_place_overwrites(overwrite):
+    model = hazardous(norms_input(overwrite))
+    fused = msfx.transform(model, IMAGES, fuse="all", placement=msfx.Placement(exclude=("relu_1", "silu")))
+    torch.testing.assert_close(fused(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
+    assert [s.fused for s in fused.meta["plan"] if s.skipped is None] == ["sum after it"]
+
+
 def test_a_published_operator_does_not_only_move_values():
     graph_module = torch.fx.symbolic_trace(nn.Sequential(nn.Dropout()).eval())
     graph_module.add_module("0", Published(8))
