@@ -319,6 +319,8 @@ def residual_sites(function, **children):
 def test_a_skip_may_be_projected_and_reordered():
     found = residual_sites(lambda m, x: m.down(x) + m.conv(m.act(m.conv(x))), down=nn.Conv2d(3, 3, 1))
     assert found == {"residual_branch": ("act",), "residual_sum": ("act",)}
+    found = residual_sites(lambda m, x: m.conv(x) + m.act(x))  # an activation is no skip, however short
+    assert found == {"residual_branch": ("act",), "residual_sum": ("act",)}
     found = residual_sites(lambda m, x: m.conv(x) + m.act(x).roll(1, 2) * 2)
     assert found == {"residual_branch": ("act",), "residual_sum": ("act",)}
 
@@ -326,6 +328,7 @@ def test_a_skip_may_be_projected_and_reordered():
 def test_sums_that_close_no_residual_connection():
     parallel = residual_sites(lambda m, x: m.a(m.act(x)) + m.b(m.act(x)), a=nn.Conv2d(3, 3, 1), b=nn.Conv2d(3, 3, 1))
     assert parallel == {}
+    assert residual_sites(lambda m, x: x * m.act(m.conv(x))) == {}
     bias = residual_sites(lambda m, x: m.act(x) + torch.ones_like(m.conv.weight[0, :, :1, :1]))
     assert bias == {}
     gate = residual_sites(lambda m, x: x + m.act(m.conv(x.mean((2, 3), keepdim=True))))
