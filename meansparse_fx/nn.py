@@ -218,8 +218,11 @@ class MeanSparse(nn.Module):
         return torch.frombuffer(bytearray(written, "utf-8"), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        switches = json.loads(bytes(state.tolist()))
-        self._given_alpha = switches.pop("alpha")
+        try:
+            switches = json.loads(bytes(state.tolist()))
+            self._given_alpha = float(switches.pop("alpha"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StateError(f"{self.name}: the state_dict's _extra_state is damaged: {error}") from error
         self.set_switches(switches)
 
     def set_backward(self, mode: str, steepness: float) -> None:

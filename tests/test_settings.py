@@ -114,6 +114,15 @@ def test_state_dicts_of_before_say_what_they_lack(net, images, sparse):
         other.load_state_dict(net.state_dict(), strict=False)  # the base's alone
 
 
+@pytest.mark.parametrize("damaged", [b"", b"\xff", b"[]", b"{}", b'{"alpha": "x"}'])
+def test_damaged_switches_are_refused(net, images, sparse, damaged):
+    state = sparse.state_dict()
+    key = next(key for key in state if key.endswith("_extra_state"))
+    state[key] = torch.tensor(list(damaged), dtype=torch.uint8)
+    with pytest.raises(StateError, match="_extra_state is damaged"):
+        fresh(net, images).load_state_dict(state)
+
+
 def test_state_dicts_of_later_releases_are_refused(net, images, sparse):
     state, key = sparse.state_dict(), "meansparse.relu._extra_state"
     written = json.loads(bytes(state[key].tolist())) | {"soft": 1}
