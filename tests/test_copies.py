@@ -338,3 +338,17 @@ def test_an_operator_of_a_library_is_no_part_of_the_copy():
     model[1].op = rounded
     assert copied(model)[1].op is rounded
     assert_transforms_to(model, ["1", "3"])
+
+
+def test_a_model_made_under_inference_mode():
+    """Its parameters are tensors that never meet autograd; the copy's do."""
+    images = torch.rand(3, 3, 8, 8)
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+        expected = model(images).clone()
+        sparse = msfx.transform(model, images)
+        msfx.calibrate(sparse, [images], progress=False)
+    assert torch.equal(sparse(images), expected)
+    msfx.set_alpha(sparse, 0.2)
+    (gradient,) = torch.autograd.grad(sparse(images.requires_grad_()).sum(), images)
+    assert gradient.abs().sum() > 0

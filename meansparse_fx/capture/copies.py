@@ -254,4 +254,4 @@ def _same(tensor: Tensor, own: Tensor) -> bool:
     if tensor is own:
         return True
     form, other = ((t.shape, t.dtype, t.device, t.is_leaf and t.requires_grad) for t in (tensor, own))
-    return form == other and (tensor.is_meta or torch.equal(tensor.nan_to_num(), own.nan_to_num()))
+    return form == other and (tensor.is_meta or torch.equal(tensor.detach().nan_to_num(), own.detach().nan_to_num()))
