@@ -121,10 +121,12 @@ def more_images(rows: list[Row], images: int) -> list[Row]:
     ]
 
 
-def time_all(device: str, repetitions: int, compiled: bool) -> list[Row]:
-    """Return the rows of all cases."""
+def time_all(device: str, repetitions: int, compiled: bool, only: str = "") -> list[Row]:
+    """Return the rows of all cases, or of those in whose name ``only`` is found."""
     rows: list[Row] = []
     for case, (model, batches) in models(device).items():
+        if only not in case:
+            continue
         short, long = (contenders(model, batches * times) for times in (1, 2))
         calls = short | {f"{name}, twice": call for name, call in long.items()}
         own = measure("calibration", case, calls, "plain forward", device, repetitions)
@@ -221,9 +223,10 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=("time", "images"), default="time")
     parser.add_argument("--data", type=Path, help="directory of Fashion-MNIST's IDX files, for images")
     parser.add_argument("--compiled", action="store_true", help="time torch.compile too")
+    parser.add_argument("--case", default="", help="only models in whose name this is found")
     args = parser.parse_args()
     if args.what == "time":
-        report(time_all(args.device, args.repetitions, args.compiled), args.out)
+        report(time_all(args.device, args.repetitions, args.compiled, args.case), args.out)
     elif args.data is None:
         parser.error("images needs --data")
     else:

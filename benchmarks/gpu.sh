@@ -91,7 +91,7 @@ dry)
     cuda kernels --activation relu --mode forward moments moments+activation --shape 2x4x4x4 2x3x4 --dtype bfloat16 --repetitions 2
     cuda models --append --eager --model WRN-16-4 --batch 1 --mode forward --repetitions 2
     cuda attack --images 2 --pool 8 --steps 2 --queries 2 --repetitions 1
-    cuda calibration --repetitions 2
+    cuda calibration --repetitions 1 --case bundled
     cuda scaling --depth 10 16 --images 2 --channels 2 --plan WRN-16-4 --batch 2 --repetitions 1
     ;;
 *)

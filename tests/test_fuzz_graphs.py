@@ -148,7 +148,7 @@ def test_compiled(seed):
 
 
 @seeds(EXPORTED, 1)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:exported for inference")
 def test_exported(seed):
     check_exported(seed)
 
