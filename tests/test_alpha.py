@@ -133,6 +133,7 @@ def test_the_hopeless_are_given_up(sparse, held_out, monkeypatch):
     assert attacked[0.0] == 24
     assert attacked[3.0] == 6, "over the clean budget: it shows what became of it, and no more"
     assert sorted(attacked.values()) == [6, 6, 6, 12, 24, 24]
+    assert "of fewer attacked, only the change against base is comparable" in search.to_latex()
     # Each kind of attack meets the images that are right to begin with, once.
     for alpha, found in search.outcomes.items():
         met = sum(n for a, n in made if a == pytest.approx(alpha))
@@ -288,8 +289,9 @@ def test_switches_are_put_back_whatever_happens(sparse, held_out, monkeypatch):
     assert msfx.get_alpha(sparse) == pytest.approx(0.3)
 
 
-def test_an_uncalibrated_model_is_refused(net, images, held_out):
-    with pytest.raises(StateError, match="calibrate"):
+def test_an_uncalibrated_model_is_refused_before_it_is_attacked(net, images, held_out, monkeypatch):
+    monkeypatch.setattr(plan, "attack", None)
+    with pytest.raises(StateError, match="no statistics: calibrate before select_alpha"):
         msfx.select_alpha(msfx.transform(net, images), held_out, **QUICK)
 
 

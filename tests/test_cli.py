@@ -105,6 +105,9 @@ def test_help_says_what_a_command_is_for(command):
     done = run(command, "--help")
     assert done.exit_code == 0
     assert "Usage" in done.stdout
+    shown = " ".join(done.stdout.replace("│", " ").split())  # brackets are markup: what stood there would be missing
+    assert "or 224." in shown or "--image-size" not in shown
+    assert "Else that of --settings." in shown or "looked best to select" not in shown
 
 
 def test_inspect(model):

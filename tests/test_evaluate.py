@@ -195,7 +195,11 @@ def test_few_images_are_called_that(sparse, test_set):
     result = msfx.evaluate(sparse, (images, labels), **QUICK)
     assert result.gain.estimate == 0
     assert result.gain.high == pytest.approx(0.7076, abs=1e-4)
-    assert result.verdict.startswith("Too few images to tell: on 3, worst-case accuracy +0.0 [-70.8, +70.8] points")
+    assert result.verdict.startswith("Nothing compared: alpha is 0, so the model is its base.")
+    assert replace(result, alpha={"a": 0.0, "b": 0.1}).verdict == replace(result, alpha=0.1).verdict
+    assert replace(result, alpha=0.1).verdict.startswith(
+        "Too few images to tell: on 3, worst-case accuracy +0.0 [-70.8, +70.8] points"
+    )
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,8 @@ def test_headline_admits_that_the_evaluation_is_in_doubt():
 
 
 def test_headline_admits_that_nothing_was_won():
-    assert headline(evaluation(outcome(90, 60, 61), alpha=0.0)).startswith("No difference shown")
+    assert headline(evaluation(outcome(90, 60, 61), alpha=0.1)).startswith("No difference shown")
+    assert headline(evaluation(outcome(90, 60, 61), alpha=0.0)).startswith("Nothing compared: alpha is 0")
 
 
 def test_histogram_is_of_the_operators_input_and_output(calibrated, images):

@@ -227,9 +227,11 @@ class AlphaSearch(Tabled):
     def table(self) -> Table:
         """Return the search as a rich table, in percent."""
         base = self.base
+        early = any(len(outcome.worst) < len(base.worst) for _, _, outcome in self.rows())
         title = (
             f"{len(base.clean)} held-out images, {len(base.worst)} of them attacked{self.threat_in_words()}; "
             f"at most {100 * self.clean_budget:.1f} points of clean loss"
+            f"{'; of fewer attacked, only the change against base is comparable' if early else ''}"
         )
         columns = ("alpha", "clean", "attacked", *base.robust, "worst case", "against base", "")
         optional = ("attacked", *list(base.robust)[1:])

@@ -34,7 +34,7 @@ LogitsName = Annotated[
         "--logits",
         parser=parsing.name_or_position,
         metavar="NAME",
-        help="Where the logits are in what MODEL returns, if that is no tensor: a key, or a position. [logits, out]",
+        help="Where logits are in what MODEL returns, if that is no tensor: a key, or a position; else logits or out.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Of the attacks.")]
@@ -50,7 +50,7 @@ Alpha = Annotated[
     typer.Option(
         metavar="ALPHA|FILE|leader",
         help='Half width of the band; a JSON file {"alpha": ALPHA or {SITE or REGEX: ALPHA, ...}, "variant": NAME}; or '
-        "what looked best to select, whatever it chose. [that of --settings]",
+        "what looked best to select, whatever it chose. Else that of --settings.",
     ),
 ]
 
@@ -148,7 +148,7 @@ class DataOptions:
     image_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Side images of a folder are resized and cropped to [their own if all have one, else 224]."
+            min=1, help="Side images of a folder are resized and cropped to; else their own if all have one, or 224."
         ),
     ] = None
     limit: Annotated[

@@ -101,6 +101,8 @@ class Evaluation(Tabled):
         return self._conclusion() + doubt
 
     def _conclusion(self) -> str:
+        if not any(self.alpha.values() if isinstance(self.alpha, dict) else [self.alpha]):
+            return "Nothing compared: alpha is 0, so the model is its base."
         gain, exact, masked = self.gain, self.exact_gain, self.masked
         if not any("/" in name and not name.endswith("/exact") for name in self.sparse.robust):
             return (
