@@ -295,6 +295,12 @@ def test_an_uncalibrated_model_is_refused_before_it_is_attacked(net, images, hel
         msfx.select_alpha(msfx.transform(net, images), held_out, **QUICK)
 
 
+def test_labels_that_the_base_does_not_know_are_remarked_on(sparse, held_out):
+    images, labels = held_out
+    with pytest.warns(UserWarning, match="select_alpha: 0 of 24 images right; .*: shifted labels"):
+        msfx.select_alpha(sparse, (images, (labels + 1) % (labels.max() + 1)), alphas=(0.1,), **QUICK)
+
+
 def test_the_commands_pass_a_choice_on(tmp_path):
     """select --out writes what evaluate --alpha reads, variant and alphas by site included."""
     data = ("--data", "meansparse_fx/bundled/fashion_mnist_subset.npz")

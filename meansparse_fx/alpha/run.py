@@ -21,6 +21,7 @@ from ..evaluate.ledger import Ledger, image_digests, model_identity
 from ..evaluate.outcome import ModelOutcome, PairedDifference, mean
 from ..evaluate.plan import fitting, plan_runs
 from ..evaluate.provenance import check_calibration
+from ..evaluate.sanity import checks_of_labels
 from ..names import ALPHAS, CLEAN_BUDGET, SEARCH_ATTACKS
 from ..operators import added, operators, require_transformed, switched
 from ..outputs import Logits
@@ -116,9 +117,11 @@ def select_alpha(
     with bar(progress) as display, _put_back(sparse), ledger:
         data = [first, *batches]
         calibration = check_calibration(sparse, held_out, data[0][0])
-        if calibration is not None and not calibration.passed:
-            warnings.warn(f"select_alpha: {calibration.finding}", stacklevel=2)
         trials = Trials(model, data, attacked, runs, settings, ledger, full_rows, compile, amp)
+        right, labels = trials.outcome(candidates[keys[0]]).clean, torch.cat([labels for _, labels in data])
+        for check in (calibration, next(checks_of_labels(labels, len(labels), right))):
+            if check is not None and not check.passed:
+                warnings.warn(f"select_alpha: {check.finding}", stacklevel=2)
         stops = rung_sizes(trials.attacked, rungs)
         _attack_in_rungs(trials, list(candidates.values()), stops, clean_budget, display)
         outcomes = {key: trials.outcome(candidate) for key, candidate in candidates.items()}
