@@ -10,6 +10,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING
 
+import torch
 from rich.table import Table
 
 from ..artifacts import read_json, write_json
@@ -101,7 +102,9 @@ class Evaluation(Tabled):
         return self._conclusion() + doubt
 
     def _conclusion(self) -> str:
-        if not any(self.alpha.values() if isinstance(self.alpha, dict) else [self.alpha]):
+        # With a base of its own alpha 0 is a comparison, too.
+        same = all(torch.equal(getattr(self.base, name), getattr(self.sparse, name)) for name in ("clean", "worst"))
+        if same and not any(self.alpha.values() if isinstance(self.alpha, dict) else [self.alpha]):
             return "Nothing compared: alpha is 0, so the model is its base."
         gain, exact, masked = self.gain, self.exact_gain, self.masked
         if not any("/" in name and not name.endswith("/exact") for name in self.sparse.robust):
