@@ -395,7 +395,8 @@ class _MeanSparseForCompilers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, grad_sum=None):
-        operator, (x, *saved) = ctx.operator, ctx.saved_tensors
+        operator, saved = ctx.operator, list(ctx.saved_tensors)  # `x, *saved =` is a tuple to Dynamo of torch 2.11
+        x = saved.pop(0)
         options, from_sum = operator.for_backward(ctx.source)
         residual = saved.pop(0) if ctx.keeps_residual else None
         vectors = Vectors(*[None if v is None else saved.pop(0) for v in operator.vectors])
