@@ -124,7 +124,13 @@ class WrittenOut(TorchFunctionMode):
         self._hooks = ExitStack()
         for path, module in self.leaves.items():
             inside = f"{path} ({type(module).__name__})"
-            self._hooks.enter_context(module.register_forward_pre_hook(lambda *_, inside=inside: self._look(inside)))
+            # What is given no tensor computes nothing of the images: a table of positions.
+            self._hooks.enter_context(
+                module.register_forward_pre_hook(
+                    lambda _, args, kwargs, inside=inside: self._look(inside if _has_tensor((args, kwargs)) else ""),
+                    with_kwargs=True,
+                )
+            )
             self._hooks.enter_context(module.register_forward_hook(lambda *_: self._look(""), prepend=True))
 
     def __exit__(self, *error: Any) -> None:
@@ -162,6 +168,10 @@ class WrittenOut(TorchFunctionMode):
                 if values.shape == POINTS.shape:
                     functions[start] = values
         return functions
+
+
+def _has_tensor(values: Any) -> bool:
+    return any(isinstance(value, Tensor) for value in pytree.tree_leaves(values))
 
 
 def _is_python(module: nn.Module) -> bool:
