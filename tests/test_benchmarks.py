@@ -286,6 +286,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("DRY_RUN" not in os.environ, reason="takes minutes: DRY_RUN=1 runs it")
 def test_the_gpu_script_runs_dry(tmp_path):
     """Every step of it that a CPU can do at a tiny size, from a wheel of this checkout."""
     environment = os.environ | {"RESULTS": str(tmp_path), "BUDGET": "600"}
