@@ -96,10 +96,12 @@ class Settings:
             if held["version"] != VERSION:
                 raise ArtifactError(f"{path}: settings of version {held['version']}; this release reads {VERSION}")
             taken = {row["name"]: row["taken"] for row in held["sites"]}
+            # Published operators that a model brings along are its placement, beside which there is no other.
+            brought = any(row.get("published") for row in held["sites"])
             placement = Placement(
                 **{name: tuple(held["placement"][name]) for name in _CHOOSING[:3]},
                 channel_dims=held["placement"]["channel_dims"],
-                predicate=lambda site: taken.get(site.name, True),
+                predicate=None if brought else lambda site: taken.get(site.name, True),
             )
             rest = (held[name] for name in ("fuse", "weights", "choice"))
             return cls(Path(path), statistics, tuple(row for row in held["sites"] if row["taken"]), placement, *rest)
@@ -160,6 +162,7 @@ _COMPARED = ("kind", "activation", "channel_dim", "channels", "fused")
 
 def _row(site: Site, operator: MeanSparse | None) -> dict[str, Any]:
     row = {"name": site.name, **site.facts(), "fused": site.fused, "taken": site.skipped is None}
+    row["published"] = site.published is not None
     return row if operator is None else {**row, "alpha": operator.get_alpha(), "switches": operator.switches()}
 
 

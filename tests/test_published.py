@@ -220,6 +220,16 @@ def test_both_ways_give_the_same_model(family):
     assert torch.equal(placed(IMAGES), taken(IMAGES))
 
 
+def test_a_model_with_published_operators_is_saved_and_loaded(family, tmp_path):
+    architecture, _, _ = family
+    published = build(architecture, Published)
+    sparse = msfx.transform(published, IMAGES)
+    msfx.save(sparse, tmp_path / "saved")
+    loaded = msfx.load(tmp_path / "saved", published, IMAGES)
+    assert torch.equal(loaded(IMAGES), sparse(IMAGES))
+    assert str(msfx.inspect(loaded)) == str(msfx.inspect(sparse))
+
+
 def test_gradients_are_the_published_ones(family):
     architecture, _, _ = family
     published = build(architecture, Published)
