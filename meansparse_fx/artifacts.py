@@ -1,6 +1,6 @@
 """Floor 1: files written whole or not at all, and kept elsewhere where there is no place for them.
 
-Also files of tensors with a JSON header, as safetensors, never unpickled.
+Also files of tensors with a JSON header, as safetensors, never unpickled, and hashes of tensors.
 
 Knows nothing of what is in them. Imports errors only.
 """
@@ -8,6 +8,7 @@ Knows nothing of what is in them. Imports errors only.
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -19,11 +20,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import ArtifactError, WriteError
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor's values in their order, wherever and however it lies."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def digest(*tensors: Tensor) -> str:
+    """Return what stands for the values, types and shapes of tensors."""
+    state = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        state.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor_bytes(tensor))
+    return state.hexdigest()
 
 
 def write(

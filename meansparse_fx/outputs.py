@@ -95,6 +95,11 @@ def logits_in(output: Any, logits: Logits = None) -> Tensor:
     return found
 
 
+def in_words(logits: Logits) -> str | None:
+    """Return where logits are, as files keep it; None if nobody said."""
+    return None if logits is None else str(getattr(logits, "__qualname__", logits))
+
+
 def logits_of(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> Tensor:
     """Return the model's logits ``[N, K]``, or ``[N, K, H, W]`` if labels are maps, refusing anything else."""
     logits = model(images)

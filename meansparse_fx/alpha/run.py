@@ -24,7 +24,7 @@ from ..evaluate.provenance import check_calibration
 from ..evaluate.sanity import checks_of_labels
 from ..names import ALPHAS, CLEAN_BUDGET, SEARCH_ATTACKS
 from ..operators import added, operators, require_transformed, switched
-from ..outputs import Logits
+from ..outputs import Logits, in_words
 from ..passes import returning_logits
 from ..progress import bar
 from .halving import Candidate, Trials, candidates_per_rung, rung_sizes, successive_halving
@@ -111,7 +111,7 @@ def select_alpha(
     identity = model_identity(sparse, alpha=False) | {
         "attack settings": asdict(settings) | {"full_rows": full_rows, "compile": compile, "amp": str(amp)},
         "attacks or backwards": [run.name for run in runs],
-        "logits": None if logits is None else str(getattr(logits, "__qualname__", logits)),
+        "logits": in_words(logits),
     }
     ledger = Ledger(checkpoint, identity)
     with bar(progress) as display, _put_back(sparse), ledger:

@@ -16,7 +16,6 @@ from .. import artifacts
 from ..errors import CalibrationError
 from ..shards import own_file
 from .bins import BINS, Bins
-from .source import digest
 from .tally import Tally
 from .totals import Totals
 
@@ -92,8 +91,8 @@ class Checkpoint:
     def compare(self, index: int, images: Tensor) -> None:
         """Raise CalibrationError if a batch that an earlier process saw is not what it was; remember the first."""
         if index == 0:
-            self._first = digest(images)
-        if (expected := self._digests.pop(index, None)) is not None and digest(images) != expected:
+            self._first = artifacts.digest(images)
+        if (expected := self._digests.pop(index, None)) is not None and artifacts.digest(images) != expected:
             raise CalibrationError(
                 f"{self.path}: a checkpoint of another data set or of another order of images: batch {index} differs. "
                 "Use the same data, batch size and order, or remove it to start from the beginning"
@@ -133,7 +132,7 @@ class Checkpoint:
             "images": tally.images,
             "counts": {name: list(t.counts) for name, t in totals.items()},
             "groups": groups,
-            "digests": {"0": self._first, str(tally.batches - 1): digest(images)},
+            "digests": {"0": self._first, str(tally.batches - 1): artifacts.digest(images)},
         }
         artifacts.write(self.path, FORMAT, VERSION, header, tensors)
         self._last_write = time.monotonic()

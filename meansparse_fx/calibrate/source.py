@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -89,10 +88,3 @@ class Source:
             batches = ((i, batch) for i, batch in enumerate(batched(loader)) if i >= start or i in again)
         for index, batch in batches:
             yield index, self._intake.images(batch)
-
-
-def digest(images: Tensor) -> str:
-    """Return a hash of a batch: values, shape and type."""
-    state = hashlib.blake2b(f"{images.dtype} {tuple(images.shape)}".encode(), digest_size=16)
-    state.update(images.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return state.hexdigest()

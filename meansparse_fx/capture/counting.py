@@ -8,6 +8,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..activations import match_function, match_module
 from ..formulas import FEATURES, POINTS, formula_of
 from ..published import published_operator
 from .derivatives import applied_by
+from .dispatched import tensors
 
 _STEPS = 12  # of calls that an activation is written out of, at most
 
@@ -123,19 +125,17 @@ class WrittenOut(TorchFunctionMode):
         self._known: dict[int, tuple[Tensor, dict[object, Tensor]]] = {}  # a tensor's values, by the one it starts from
         self._hooks = ExitStack()
         for path, module in self.leaves.items():
-            inside = f"{path} ({type(module).__name__})"
-            # What is given no tensor computes nothing of the images: a table of positions.
-            self._hooks.enter_context(
-                module.register_forward_pre_hook(
-                    lambda _, args, kwargs, inside=inside: self._look(inside if _has_tensor((args, kwargs)) else ""),
-                    with_kwargs=True,
-                )
-            )
+            enter = partial(self._enter, f"{path} ({type(module).__name__})")
+            self._hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
             self._hooks.enter_context(module.register_forward_hook(lambda *_: self._look(""), prepend=True))
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._hooks.close()
+
+    def _enter(self, inside: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        # What is given no tensor computes nothing of the images: a table of positions.
+        self._look("" if next(tensors((args, kwargs)), None) is None else inside)
 
     def _look(self, inside: str) -> None:
         self._inside = inside
@@ -154,7 +154,7 @@ class WrittenOut(TorchFunctionMode):
 
     def _functions(self, func: Callable, args: tuple, kwargs: dict, shape: torch.Size) -> dict[object, Tensor]:
         """Return the values of a call's result by where they start, if it computes number by number."""
-        operands = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.numel() > 1]
+        operands = [t for t in tensors((args, kwargs)) if t.numel() > 1]
         known = {id(t): self._known.setdefault(id(t), (t, {object(): POINTS}))[1] for t in operands}
         functions: dict[object, Tensor] = {}
         if not known or any(t.shape != shape for t in operands):
@@ -168,10 +168,6 @@ class WrittenOut(TorchFunctionMode):
                 if values.shape == POINTS.shape:
                     functions[start] = values
         return functions
-
-
-def _has_tensor(values: Any) -> bool:
-    return any(isinstance(value, Tensor) for value in pytree.tree_leaves(values))
 
 
 def _is_python(module: nn.Module) -> bool:

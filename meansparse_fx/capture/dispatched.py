@@ -1,4 +1,4 @@
-"""Floor 2: what a dispatched call and its tensors tell of themselves. Imports torch only."""
+"""Floor 2: what a dispatched call and its tensors tell of themselves. Imports torch and floor 1."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
+
+from ..artifacts import tensor_bytes
 
 aten = torch.ops.aten
 
@@ -35,8 +37,7 @@ def version(tensor: Tensor) -> int:
 
 def digest(tensor: Tensor) -> bytes:
     """Return what only tensors of the same values share."""
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).digest()
+    return hashlib.sha256(tensor_bytes(tensor.detach().resolve_conj().resolve_neg())).digest()
 
 
 def written_by(func: Any, args: tuple, kwargs: dict) -> list[Any]:

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import typer
 
+from ..arguments import number
 from ..names import ATTACK_NAMES, IMAGENET, SOURCES, SPECS, SURROGATES
 
 
 def fraction(text: str) -> float:
     """Return a number written as ``0.1`` or as ``8/255``."""
-    numerator, _, denominator = text.partition("/")
     try:
-        value = float(numerator) / float(denominator or 1)
-    except (ValueError, ZeroDivisionError):
+        value = number(text, "it")
+    except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value >= 0):
         raise typer.BadParameter(f"{text!r} is not a number from 0, such as 0.1 or 8/255")

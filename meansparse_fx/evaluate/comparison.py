@@ -165,10 +165,13 @@ class Comparison:
         labels = torch.cat([part["labels"] for part in data])
         found = list(checks_of_labels(labels, int(data[0]["classes"]), outcomes["base"].clean))
         for which, words in IN_WORDS.items():
-            looked = [masks[which] for _, masks in sorted(self.sanity.items())]
-            joined = {name: torch.cat([m[name] for m in looked if name in m]) for m in looked for name in m}
-            found += checks_of(words, joined, outcomes[which], self._runs)
+            found += checks_of(words, self.examined(which), outcomes[which], self._runs)
         return found
+
+    def examined(self, which: str) -> Masks:
+        """Return the masks of `probes` of one model, over all batches that were looked at."""
+        looked = [masks[which] for _, masks in sorted(self.sanity.items())]
+        return {name: torch.cat([m[name] for m in looked if name in m]) for m in looked for name in m}
 
 
 class _Side:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import artifacts
@@ -79,7 +78,7 @@ class Ledger:
             what: Names the batch.
             images, labels: It.
         """
-        found = digest(images, labels)
+        found = artifacts.digest(images, labels)
         if self._digests.setdefault(what, found) != found:
             raise EvaluationError(
                 f"{self._path}: a checkpoint of other images, or of another order or batch size: {what} differs. Give "
@@ -155,13 +154,13 @@ def model_identity(sparse: nn.Module, alpha: bool) -> dict[str, Any]:
         sparse: The model.
         alpha: Alpha and variant count as well: they do not where they are what is looked for.
     """
-    digest, found = hashlib.blake2b(digest_size=16), operators(sparse)
+    state, found = hashlib.blake2b(digest_size=16), operators(sparse)
     for name, m in found.items():
         options = (m.channels, m.channel_dim, m.centre_mode, m.strict, m.steepness, m.backward_steepness)
-        digest.update(f"{name} {options}".encode())
+        state.update(f"{name} {options}".encode())
         for vector in (m.get_buffer("mean"), m.get_buffer("std")):
-            digest.update(vector.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    own: Any = digest.hexdigest()
+            state.update(artifacts.tensor_bytes(vector))
+    own: Any = state.hexdigest()
     if alpha:
         variants = {name: m.variant for name, m in found.items()}
         own = {"statistics": own, "alpha": get_alpha(sparse), "variant": variants}
@@ -170,14 +169,5 @@ def model_identity(sparse: nn.Module, alpha: bool) -> dict[str, Any]:
 
 def image_digests(images: Tensor) -> list[str]:
     """Return what stands for the values of each of the images ``[N, ...]``."""
-    rows = images.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy()
-    return [hashlib.blake2b(row.data, digest_size=8).hexdigest() for row in rows]
-
-
-def digest(*tensors: Tensor) -> str:
-    """Return what stands for the values, types and shapes of tensors."""
-    state = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        state.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return state.hexdigest()
+    held = images.detach().cpu()
+    return [hashlib.blake2b(artifacts.tensor_bytes(image), digest_size=8).hexdigest() for image in held]

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..arguments import items
+from ..artifacts import digest
 from ..batches import as_batches, labelled, length
 from ..errors import EvaluationError
 from ..names import DEFAULT_ATTACKS
 from ..operators import added, get_alpha, operators, require_transformed
-from ..outputs import Logits
+from ..outputs import Logits, in_words
 from ..passes import restore, returning_logits
 from ..progress import bar, say_resumed
 from ..shards import gather, own_file, place
@@ -25,7 +26,7 @@ from ..statistics import fingerprint
 from .attacks import AttackSettings
 from .comparison import Comparison
 from .evidence import Evidence
-from .ledger import Ledger, digest, image_digests, model_identity
+from .ledger import Ledger, image_digests, model_identity
 from .pixels import DEFAULT_RUNS
 from .plan import fitting, plan_runs
 from .provenance import check_calibration
@@ -129,7 +130,7 @@ def evaluate(
         "attack settings": asdict(settings) | {"full_rows": full_rows, "compile": compile, "amp": str(amp)},
         "sanity_images or save_adversarial": [sanity_images, save_adversarial is not None],
         "attacks or backwards": [run.name for run in runs],
-        "logits": None if logits is None else str(getattr(logits, "__qualname__", logits)),
+        "logits": in_words(logits),
     }
     choice = added(sparse).choice
     rank, world = place(group)

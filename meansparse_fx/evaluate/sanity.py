@@ -22,6 +22,7 @@ MOST_MORE, IMAGES_MORE = 0.002, 3
 LEAST_POWER = 0.9  # share of the planted examples that all attacks together must find
 MOST_FLAT = 0.05  # share of images without a gradient, or whose logits do not follow a tiny change
 LEAST_RISES = 0.8  # share of images of which a small step along the gradient raises the loss
+_INCOMPLETE = "optimisation was not complete; run more steps before believing any gain"
 FEW = 50  # images that say too little about labels to convict them, unless the base is shown to be below chance
 
 
@@ -135,12 +136,9 @@ def checks_of_labels(labels: Tensor, classes: int, clean: Tensor) -> Iterator[Ch
     """
     n, counts = len(labels), labels.flatten().unique(return_counts=True)[1]
     chance, right = int(counts.max()) / int(counts.sum()), int(clean.sum())
-    low, high = share_interval(right, n)
-    passed = (high if n < FEW else low) > chance or len(counts) == 1
+    low, high = share_interval(right, n) if len(counts) > 1 else (math.inf, math.inf)  # one class is its own chance
     finding = f"{right} of {n} images right; their commonest label alone would get {100 * chance:.1f} %"
-    if not passed:
-        finding += ": shifted labels, another order of classes, or images not normalised as in training? Look at a few"
-    yield Check("base above chance", passed, finding)
+    yield check_chance(low - chance, high - chance, n, finding)
     # As many of these as n images of equally frequent classes would show; half of them will do.
     passed = n < FEW or len(counts) >= max(2, classes * (1 - (1 - 1 / classes) ** n) / 2)
     finding = f"{len(counts)} of {classes} classes among {n} images"
@@ -168,6 +166,20 @@ def checks_of_choice(choice: Mapping[str, Any] | None, norm: str, eps: float, im
     seen = len(set(images) & set(choice.get("images", ())))
     finding = f"{seen} of {len(images)} images were used to choose alpha"
     yield Check("unseen images", not seen, finding + (": too good a gain on them; evaluate on others" if seen else ""))
+
+
+def check_chance(low: float, high: float, n: int, finding: str) -> Check:
+    """Judge whether the base knows anything of the labels.
+
+    Args:
+        low, high: Interval of its accuracy above what the commonest label alone would get.
+        n: Images. Of few the interval must leave out everything above chance, of many all that is not.
+        finding: In words.
+    """
+    passed = (high if n < FEW else low) > 0
+    if not passed:
+        finding += ": shifted labels, another order of classes, or images not normalised as in training? Look at a few"
+    return Check("base above chance", passed, finding)
 
 
 def check_unbounded(which: str, left: Tensor) -> Check:
@@ -217,8 +229,16 @@ def check_steps(which: str, survived: Tensor) -> Check:
     passed = count < IMAGES_MORE or count / len(survived) <= MOST_MORE
     finding = f"{count} of {len(survived)} images that survived everything fall to one more run of twice the steps"
     if not passed:
-        finding += ": optimisation was not complete; run more steps before believing any gain"
+        finding += f": {_INCOMPLETE}"
     return Check(f"more steps, {which}", passed, finding)
+
+
+def check_steps_on_pixels(which: str, lower: float) -> Check:
+    """Judge the same by the share of the pixels that one more run of twice the steps gets wrong."""
+    finding = f"one more run of twice the steps gets {100 * lower:.2f} % more of the pixels wrong"
+    if lower > MOST_MORE:
+        finding += f": {_INCOMPLETE}"
+    return Check(f"more steps, {which}", lower <= MOST_MORE, finding)
 
 
 def check_square(which: str, outcome: ModelOutcome, backwards: Mapping[str, str | None]) -> Check | None:

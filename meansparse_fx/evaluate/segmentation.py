@@ -20,7 +20,7 @@ from .outcome import ModelOutcome, PairedDifference, mean
 from .pixels import accuracy, counts, lowest, mean_iou
 from .plan import Run, perturbed
 from .probes import Probed, outputs
-from .sanity import FEW, MOST_MORE, Check, checks_of
+from .sanity import Check, check_chance, check_steps_on_pixels, checks_of
 
 
 class PixelComparison(Comparison):
@@ -105,25 +105,17 @@ class PixelComparison(Comparison):
         """Return what the evaluation says about itself."""
         labelled = torch.cat([rows["base"]["clean"][:, 2] for _, rows in sorted(self.found.items())]).double()
         chance = labelled[:, labelled.sum(0).argmax()] / labelled.sum(1)
-        clean, n = outcomes["base"].clean, len(labelled)
+        clean = outcomes["base"].clean
         above = PairedDifference.of(chance, clean)
-        passed = (above.high if n < FEW else above.low) > 0
         finding = (
             f"{100 * mean(clean):.1f} % of the pixels right; the commonest label alone gets {100 * mean(chance):.1f} %"
         )
-        if not passed:
-            finding += ": another order of classes, or images not normalised as in training? Look at a few"
-        found = [Check("base above chance", passed, finding)]
+        found = [check_chance(above.low, above.high, len(labelled), finding)]
         for which, words in IN_WORDS.items():
-            looked = [masks[which] for _, masks in sorted(self.sanity.items())]
-            joined = {name: torch.cat([m[name] for m in looked]) for m in looked for name in m}
-            found += checks_of(words, joined, outcomes[which], self._runs)
-            if "lower" in joined:
-                lower = mean(joined["lower"])
-                finding = f"one more run of twice the steps gets {100 * lower:.2f} % more of the pixels wrong"
-                if lower > MOST_MORE:
-                    finding += ": optimisation was not complete; run more steps before believing any gain"
-                found.append(Check(f"more steps, {words}", lower <= MOST_MORE, finding))
+            examined = self.examined(which)
+            found += checks_of(words, examined, outcomes[which], self._runs)
+            if "lower" in examined:
+                found.append(check_steps_on_pixels(words, mean(examined["lower"])))
         return found
 
 

@@ -265,7 +265,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, value in _base_state(model):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().data)
+        digest.update(artifacts.tensor_bytes(value))
     return digest.hexdigest()
 
 
@@ -273,7 +273,7 @@ def weight_digests(model: nn.Module) -> dict[str, str]:
     """Return a hash of each of the tensors that `fingerprint` hashes together, by name: to say which differs."""
     return {
         name: hashlib.blake2b(
-            f"{value.dtype} {tuple(value.shape)} ".encode() + value.flatten().view(torch.uint8).numpy().tobytes(),
+            f"{value.dtype} {tuple(value.shape)} ".encode() + bytes(artifacts.tensor_bytes(value)),
             digest_size=8,
         ).hexdigest()
         for name, value in _base_state(model)
@@ -281,11 +281,11 @@ def weight_digests(model: nn.Module) -> dict[str, str]:
 
 
 def _base_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in the base model's part of a state_dict, on the CPU."""
+    """Yield the tensors in the base model's part of a state_dict."""
     state = model.state_dict()
     for name in sorted(state):
         if name.split(".")[0] != PREFIX and isinstance(state[name], Tensor):
-            yield name, state[name].detach().cpu().contiguous()
+            yield name, state[name]
 
 
 def graph_fingerprint(graph_module: fx.GraphModule) -> str:
