@@ -89,7 +89,7 @@ def measure(name: str) -> Row:
             start = time.process_time()
             sparse = meansparse_fx.transform(model, images)
             known["transform_cpu_s"] = round(time.process_time() - start, 3)
-        plan = sparse.meta["plan"]
+        plan = meansparse_fx.inspect(sparse)
         known |= {
             "route": plan.route,
             "checked": results["capture"].checked,

@@ -17,7 +17,7 @@ from .evaluate import evaluate
 from .histogram import band_shares, feature_histogram
 from .operators import set_alpha
 from .report import write_report
-from .transform import transform
+from .transform import inspect, transform
 
 # Sizes that fit two CPU cores in five minutes. One step on one image is a forward and a backward pass.
 CALIBRATION_IMAGES = 2000  # all there are; a second's work
@@ -61,7 +61,7 @@ def run(
 
     console.rule("[bold]1. Find the sites", align="left")
     sparse = transform(model, calibration[:2])
-    plan = sparse.meta["plan"]
+    plan = inspect(sparse)
     console.print(plan.table())
 
     console.rule(f"[bold]2. Calibrate on {len(calibration)} training images", align="left")

@@ -140,8 +140,8 @@ def transform(
         plan = plan.with_fusion(fuse_all(sparse, images))
     refuse_hooks(sparse)
     own = added(sparse)
-    own.plan, own.placement, own.fuse, own.frozen = plan.without_nodes(), placement, fuse, captured.frozen
-    sparse.meta["plan"] = plan
+    own.plan = sparse.meta["plan"] = plan.without_nodes()
+    own.placement, own.fuse, own.frozen = placement, fuse, captured.frozen
     if kept is not None:
         kept.put_into(sparse)
     own.placement = replace(placement, predicate=None)
