@@ -174,7 +174,7 @@ def judge(name: str, case: Case, images: int) -> Row:
     """Return what `evaluate` makes of a case."""
     sparse, base = case.make()
     test = tuple(part[:images] for part in bundled.load_split("test"))
-    found = msfx.evaluate(sparse, test, base=base, progress=False, **THREAT | case.options)
+    found = msfx.evaluate(sparse, test, base=base or msfx.restore(sparse), progress=False, **THREAT | case.options)
     words = found.verdict.split(":")[0]
     failed = [check.name for check in found.checks if not check.passed]
     convicted = bool(failed) or words in ("Loss", "Gain masked")
@@ -188,7 +188,7 @@ def same_against_same(images: int) -> Row:
     sparse = captured(bundled.load_model())
     test = tuple(part[:images] for part in bundled.load_split("test"))
     given: dict[str, Any] = THREAT | {"progress": False, "sanity_images": 0}
-    pair = [msfx.evaluate(sparse, test, seed=seed, **given).base for seed in (0, 1000)]
+    pair = [msfx.evaluate(sparse, test, base=msfx.restore(sparse), seed=seed, **given).base for seed in (0, 1000)]
 
     def compared(sides: list[ModelOutcome]) -> Evaluation:
         return Evaluation(*sides, 0.0, bundled.EPS, "Linf", THREAT["steps"], THREAT["queries"], 0, 0.0)

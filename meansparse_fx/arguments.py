@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
 def items(given: Any) -> tuple[Any, ...]:
@@ -23,11 +29,50 @@ def number(given: Any, what: str) -> float:
         ValueError: It is none; ``what`` it should be is said.
 
     Example:
-        >>> number("8/255", "eps") == 8 / 255
-        True
+        >>> import numpy as np
+        >>> number("8/255", "eps") == 8 / 255, number(np.float32(0.1), "alpha")
+        (True, 0.1)
     """
     try:
+        if isinstance(given, bool):
+            raise TypeError
         numerator, _, denominator = given.partition("/") if isinstance(given, str) else (given, "", "")
-        return float(numerator) / float(denominator or 1)
-    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        found = float(numerator) / float(denominator or 1)
+        if str(getattr(given, "dtype", "")).endswith("float32"):  # six digits are what float32 keeps of any decimal
+            short = float(f"{found:.6g}")
+            return short if struct.pack("f", short) == struct.pack("f", found) else found
+        return found
+    except (TypeError, ValueError, ZeroDivisionError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{what} must be a number, got {given!r}") from error
+
+
+def whole(given: Any, what: str, least: int | None = None) -> int:
+    """Return a whole number, as Python, NumPy or torch have it, or written as one.
+
+    Raises:
+        ValueError: It is none, or below ``least``; ``what`` it should be is said.
+
+    Example:
+        >>> whole("20", "steps"), whole(20.0, "steps", least=1)
+        (20, 20)
+    """
+    found = number(given, what)
+    if not found.is_integer() or (least is not None and found < least):
+        from_ = "" if least is None else f" from {least}"
+        raise ValueError(f"{what} must be a whole number{from_}, got {given!r}")
+    return int(given) if isinstance(given, int | str) else int(found)
+
+
+def autocast_dtype(given: Any) -> torch.dtype | None:
+    """Return the dtype to autocast to: torch's own, or its name.
+
+    Raises:
+        ValueError: It is none of float16 and bfloat16.
+    """
+    import torch  # the command line reads the other arguments without it
+
+    name = str(given).removeprefix("torch.")
+    found = None if given is None else getattr(torch, _SHORT_DTYPES.get(name, name), None)
+    if given is not None and found not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"amp must be torch.bfloat16 or torch.float16, or None, got {given!r}")
+    return found

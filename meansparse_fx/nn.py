@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import ActivationCall
+from .arguments import number
 from .errors import SiteError, StateError
 from .frozen import Prologue
 from .kernels.operator import Operator
@@ -230,8 +231,8 @@ class MeanSparse(nn.Module):
         if mode not in BACKWARDS:
             raise ValueError(f"backward must be one of {', '.join(BACKWARDS)}, got {mode!r}")
         if (mode, steepness) != (self.backward, self.backward_steepness):  # attacks switch at every step
-            self.backward, self.backward_steepness = mode, float(_positive("steepness", steepness))
-            self.gate_steepness.fill_(steepness)
+            self.backward, self.backward_steepness = mode, _positive("steepness", steepness)
+            self.gate_steepness.fill_(self.backward_steepness)
 
     def set_variant(self, variant: str, centre: str, steepness: float) -> None:
         """Choose what the band becomes (``mean``, ``edge``, ``smooth``) and its centre (paper, Table 8)."""
@@ -295,6 +296,7 @@ class MeanSparse(nn.Module):
 
 
 def _positive(name: str, value: float) -> float:
+    value = number(value, name)
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be finite and positive, got {value}")
     return value

@@ -5,6 +5,7 @@ Changes buffers and attributes of `MeanSparse` modules, never a graph.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Container, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ def require_transformed(model: nn.Module, verb: str) -> None:
         raise StateError(f"{verb} needs the GraphModule that transform returned, not a wrapper around it")
     if model.training:
         raise StateError(f"the model is in train mode: call .eval() before {verb}")
+    if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
+        raise StateError(f"the model is on the meta device, without weights: load them before {verb}")
 
 
 def added(model: nn.Module) -> Added:
@@ -54,11 +57,16 @@ def added(model: nn.Module) -> Added:
     return found
 
 
-def get_alpha(model: nn.Module) -> float | dict[str, float]:
-    """Return alpha: one number if all sites share it, otherwise a mapping from site name."""
+def get_alpha(model: nn.Module, by_site: bool = False) -> float | dict[str, float]:
+    """Return alpha as `set_alpha` takes it: one number if all sites share it, otherwise a mapping from site name.
+
+    Args:
+        model: A transformed model.
+        by_site: Always the mapping, in graph order, for code that goes through the sites.
+    """
     alphas = {name: m.get_alpha() for name, m in operators(model).items()}
     values = set(alphas.values())
-    return values.pop() if len(values) == 1 else alphas
+    return values.pop() if len(values) == 1 and not by_site else alphas
 
 
 def set_alpha(model: nn.Module, alpha: float | Mapping[str, float]) -> None:
@@ -81,7 +89,7 @@ def set_alpha(model: nn.Module, alpha: float | Mapping[str, float]) -> None:
     if not isinstance(alpha, Mapping):
         several = "alpha for all sites (for each its own: a mapping from site name)"
         alpha = dict.fromkeys(found, number(alpha, several))
-    alpha = {key: number(value, f"{key}: alpha") for key, value in alpha.items()}
+    alpha = {str(key): number(value, f"{key}: alpha") for key, value in alpha.items()}
     if unknown := unknown_sites(alpha, found):
         raise StateError(f"no such site: {', '.join(unknown[:3])}; sites are {', '.join(list(found)[:3])}, ...")
     for name, operator in found.items():

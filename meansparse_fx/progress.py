@@ -9,7 +9,7 @@ def bar(enabled: bool = True) -> Progress:
     """Return a progress display; use it as a context manager."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=6),  # notes and times beside it fit 80 columns
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),

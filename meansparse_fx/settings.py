@@ -7,7 +7,7 @@ Changes buffers and attributes of operators, never a graph.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
@@ -192,7 +192,7 @@ def _statistics(sparse: fx.GraphModule) -> Statistics:
     table = {site.name: site.facts() for site in own.plan.active}
     if known is None or not all(known.get(name) is measured for name, measured in sites.items()):
         return Statistics(sites, fingerprint(sparse), 0, {}, "", table)
-    return Statistics(sites, fingerprint(sparse), known.images, known.metadata, known.graph, table, known.seen)
+    return replace(known, sites=sites, fingerprint=fingerprint(sparse), table=table)
 
 
 def _holds(operator: MeanSparse, statistics: ChannelStatistics) -> bool:

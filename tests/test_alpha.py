@@ -196,6 +196,7 @@ def test_variants_share_one_search(sparse, held_out):
     assert {m.steepness for m in msfx.operators(sparse).values()} == {4.0}
 
 
+@pytest.mark.filterwarnings("ignore:.*equal another of them")
 def test_site_by_site_takes_what_is_better_and_keeps_to_the_budget(sparse, held_out, monkeypatch):
     """With an attack that breaks an image for each site that is not at 0.4, but for the first, best at 0."""
     wanted = dict.fromkeys(msfx.operators(sparse), 0.4) | {"relu": 0.0}

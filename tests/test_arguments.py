@@ -28,7 +28,7 @@ def test_a_string_is_one_name(net, images, labels):
     assert plan_runs("apgd-ce/annealed", (), 0) == plan_runs(("apgd-ce/annealed",), (), 0)
     assert expand("standard") == expand(["standard"])
     sparse = msfx.transform(net, images)
-    msfx.calibrate(sparse, images, progress=False)
+    msfx.calibrate(sparse, images.flip(3), progress=False)
     options = {"attacks": "pgd", "backwards": "identity", "steps": 1, "progress": False}
     found = msfx.select_alpha(sparse, (images, labels), alphas=0.2, variants="edge", **options)
     assert (found.variant, set(found.outcomes)) == ("edge", {0.0, 0.2})

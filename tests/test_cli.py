@@ -357,7 +357,9 @@ def test_settings_are_enough(tmp_path, model, data, chosen):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["alpha"] == 0.2
     checks = {check["name"]: check["finding"] for check in report["checks"]}
-    assert checks["threat of the choice"].startswith("alpha was chosen under Linf eps 0.05, and this is Linf eps 0.1")
+    assert checks["threat of the choice"].startswith(
+        "alpha was looked for under Linf eps 0.05, and this is Linf eps 0.1"
+    )
     assert re.match(r"[1-9]\d* of 20 images were used to choose alpha:", checks["unseen images"])
     done = run("export", model, "--input-shape", "1,8,8", "--settings", chosen, "--out", tmp_path / "a.pt2")
     assert done.exit_code == 0, done.output

@@ -44,7 +44,7 @@ QUICK: dict = {"steps": 5, "progress": False, "eps": 0.05, "attacks": ("apgd-ce"
 @pytest.fixture
 def sparse(net, images):
     sparse = msfx.transform(net, images)
-    msfx.calibrate(sparse, [images], progress=False)
+    msfx.calibrate(sparse, [images.flip(3)], progress=False)
     msfx.set_alpha(sparse, 0.3)
     return sparse
 
@@ -95,7 +95,9 @@ def test_same_seed_same_result(sparse, test_set):
 
 
 def test_unbounded_attack_leaves_nothing(sparse, test_set):
-    result = msfx.evaluate(sparse, test_set, eps=1.0, steps=20, attacks=("apgd-ce",), progress=False)
+    with pytest.warns(UserWarning, match=r"eps 1 lets every value .* did you mean 1/255\?"):
+        result = msfx.evaluate(sparse, test_set, eps=1.0, steps=20, attacks=("apgd-ce",), progress=False)
+    assert [c.finding for c in result.checks if c.name == "threat" and "too strong" in c.finding and not c.passed]
     assert float(result.sparse.worst.double().mean()) == 0
 
 
@@ -192,7 +194,7 @@ def test_shares_have_the_interval_of_clopper_and_pearson():
 def test_few_images_are_called_that(sparse, test_set):
     images, labels = (part[:3] for part in test_set)
     msfx.set_alpha(sparse, 0.0)
-    result = msfx.evaluate(sparse, (images, labels), **QUICK)
+    result = msfx.evaluate(sparse, (images, labels), base=msfx.restore(sparse), **QUICK)
     assert result.gain.estimate == 0
     assert result.gain.high == pytest.approx(0.7076, abs=1e-4)
     assert result.verdict.startswith("Nothing compared: alpha is 0, so the model is its base.")
@@ -471,11 +473,10 @@ class Masked(nn.Module):
 def test_checks_fail_on_a_masked_model():
     images = torch.linspace(0.48, 0.52, 40).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()
     sparse = msfx.transform(Masked().eval(), images)
-    msfx.calibrate(sparse, [images], progress=False)
+    msfx.calibrate(sparse, [images.flip(0) * 0.999], progress=False)
     labels = torch.zeros(40, dtype=torch.long)
-    result = msfx.evaluate(
-        sparse, (images, labels), eps=0.08, steps=10, queries=100, attacks=("apgd-ce", "square"), progress=False
-    )
+    options = {"eps": 0.08, "steps": 10, "queries": 100, "attacks": ("apgd-ce", "square"), "progress": False}
+    result = msfx.evaluate(sparse, (images, labels), base=msfx.restore(sparse), **options)
     failed = {check.name.partition(",")[0] for check in result.checks if not check.passed}
     assert failed == {
         "continuous outputs",
@@ -509,9 +510,9 @@ def test_checks_pass_on_a_sound_model(sparse, test_set):
     msfx.set_alpha(sparse, 0.01)
     result = msfx.evaluate(sparse, test_set, **options)
     names = [check.name for check in result.checks]
-    assert names[:2] == ["base above chance", "classes seen"]
-    assert names[2:-1] == [f"{name}, {which}" for which in ("base", "with MeanSparse") for name in CHECKS]
-    assert names[-1] == "calibration data"
+    assert names[:3] == ["base above chance", "classes seen", "threat"]
+    assert names[3:-2] == [f"{name}, {which}" for which in ("base", "with MeanSparse") for name in CHECKS]
+    assert names[-2:] == ["distinct images", "calibration data"]
     assert result.warnings == []
     assert "In doubt" not in result.verdict
 
@@ -520,7 +521,8 @@ def test_checks_can_be_left_out(sparse, test_set, monkeypatch):
     made = count_attacks(monkeypatch)
     result = msfx.evaluate(sparse, test_set, sanity_images=0, **QUICK)
     assert len(made) == 4
-    assert [check.name for check in result.checks] == ["base above chance", "classes seen", "calibration data"]
+    names = ["base above chance", "classes seen", "threat", "distinct images", "calibration data"]
+    assert [check.name for check in result.checks] == names
 
 
 @pytest.mark.parametrize(
@@ -856,13 +858,13 @@ def calibration_check(sparse, test):
 
 def test_images_are_compared_with_those_of_calibration(net, images, labels):
     sparse = msfx.transform(net, images)
-    msfx.calibrate(sparse, images, progress=False)
+    msfx.calibrate(sparse, images.flip(3), progress=False)
     assert calibration_check(sparse, (images, labels)).passed
     larger = torch.nn.functional.interpolate(images, 12)
     found = calibration_check(sparse, (larger, labels))
     assert not found.passed
     assert "3x9x9, and these are 3x12x12" in found.finding
-    msfx.calibrate(sparse, images / 255, progress=False)
+    msfx.calibrate(sparse, images.flip(3) / 255, progress=False)
     assert "divided twice" in calibration_check(sparse, (images, labels)).finding
     with pytest.warns(UserWarning, match="divided twice"):
         msfx.select_alpha(sparse, (images, labels), alphas=(), attacks="pgd", steps=1, progress=False)
@@ -940,7 +942,7 @@ def test_inputs_that_are_no_images(first, features, shape, norm):
     inputs = torch.rand(12, *shape, generator=torch.Generator().manual_seed(0))
     test = inputs, model(inputs).argmax(1)
     sparse = msfx.transform(model, inputs)
-    msfx.calibrate(sparse, [inputs], progress=False)
+    msfx.calibrate(sparse, [inputs.flip(1)], progress=False)
     msfx.set_alpha(sparse, 0.2)
     options = {"norm": norm, "eps": 0.4 if norm == "Linf" else 1.5, "steps": 4, "progress": False}
     result = msfx.evaluate(sparse, test, **options)
@@ -956,7 +958,8 @@ def test_inputs_that_are_no_images(first, features, shape, norm):
 def test_lists_leave_out_what_needs_more_classes(images):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 49, 2)).eval()
     sparse = msfx.transform(model, images)
-    result = msfx.evaluate(sparse, (images, model(images).argmax(1)), steps=2, queries=5, progress=False)
+    test, options = (images, model(images).argmax(1)), {"steps": 2, "queries": 5, "progress": False}
+    result = msfx.evaluate(sparse, test, base=msfx.restore(sparse), **options)
     assert set(result.base.robust) == {*VERSIONS["adaptive"], "transfer"} - {"apgd-t/annealed"}
 
 

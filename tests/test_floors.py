@@ -30,6 +30,7 @@ FLOORS = {
     "data": 1,
     "plots": 1,
     "progress": 1,
+    "seen": 1,
     "shards": 1,
     "tables": 1,
     "bundled": 1,

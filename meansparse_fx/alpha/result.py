@@ -73,7 +73,7 @@ class AlphaSearch(Tabled):
         others: The same as ``outcomes`` for the variants not chosen.
         refinement: Of the search site by site, if there was one.
         threat: What the attacker might do.
-        images: A hash of each held-out image, for `evaluate` to notice that it is given the same.
+        images: Marks of the held-out images (`seen.image_marks`), for `evaluate` to notice that it is given the same.
     """
 
     alpha: float | dict[str, float]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,20 +14,21 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, fx
 
-from ..arguments import items, number
+from ..arguments import autocast_dtype, items, number, whole
 from ..batches import labelled
 from ..errors import EvaluationError, StateError
 from ..evaluate.attacks import AttackSettings
-from ..evaluate.ledger import Ledger, image_digests, model_identity
+from ..evaluate.ledger import Ledger, model_identity
 from ..evaluate.outcome import ModelOutcome, PairedDifference, mean
-from ..evaluate.plan import fitting, plan_runs
-from ..evaluate.provenance import check_calibration
+from ..evaluate.plan import fitting, plan_runs, warn_if_wide
+from ..evaluate.provenance import check_calibration, check_distinct, hexadecimal, require_units
 from ..evaluate.sanity import checks_of_labels
-from ..names import ALPHAS, CLEAN_BUDGET, SEARCH_ATTACKS
+from ..names import ALPHAS, CLEAN_BUDGET, SEARCH_ATTACKS, VARIANTS
 from ..operators import added, operators, require_transformed, switched
 from ..outputs import Logits, in_words
 from ..passes import returning_logits
-from ..progress import bar
+from ..progress import bar, say_resumed
+from ..seen import image_marks
 from .halving import Candidate, Trials, candidates_per_rung, rung_sizes, successive_halving
 from .result import AlphaSearch, Move, Refinement, better, choose, within_budget
 
@@ -56,7 +58,7 @@ def select_alpha(
     seed: int = 0,
     full_rows: bool = False,
     compile: bool | str | None = False,
-    amp: torch.dtype | None = None,
+    amp: torch.dtype | str | None = None,
     logits: Logits = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
@@ -67,7 +69,8 @@ def select_alpha(
     operator's own gradient and with surrogates of it. The candidates are attacked on a quarter of the images,
     the better half of them on twice as many, the better half of these on all (successive halving). Among those that
     come through, from the smallest up, an alpha takes the place of a smaller one only if it is better beyond noise.
-    The model's alpha and variant are left as they were.
+    The model's alpha and variant are left as they were; it remembers the search, so that `evaluate` notices the same
+    images.
 
     Args:
         sparse: A transformed and calibrated model in eval mode.
@@ -94,19 +97,31 @@ def select_alpha(
         EvaluationError: As in `evaluate`.
     """
     require_transformed(sparse, "select_alpha")
-    if isinstance(per_site, str) and per_site != "stage":
+    if not (isinstance(per_site, bool | None) or per_site == "stage" or callable(per_site)):
         raise EvaluationError(f'per_site is True, False, "stage" or a function of a site\'s name, not {per_site!r}')
     if missing := [name for name, operator in operators(sparse).items() if not operator.calibrated]:
         raise StateError(f"{missing[0]}: the site has no statistics: calibrate before select_alpha")
     variants = items(variants)
-    grid = sorted({0.0, *(number(alpha, "each of alphas") for alpha in items(alphas))})
+    if unknown := [variant for variant in variants or [None] if variant not in VARIANTS]:
+        raise EvaluationError(f"variants must be of {', '.join(VARIANTS)}, got {unknown[0]!r}")
+    grid = sorted({0.0, *_alphas(alphas, "each of alphas")})
+    own_grid = None if site_alphas is None else _alphas(site_alphas, "each of site_alphas")
+    clean_budget, significance = number(clean_budget, "clean_budget"), number(significance, "significance")
+    if not (0 <= clean_budget <= 1 and 0 < significance < 1):
+        raise EvaluationError(
+            f"clean_budget must be a fraction of the images from 0 to 1 and significance above 0 and below 1, got "
+            f"{clean_budget:g} and {significance:g}"
+        )
+    attacked = None if attacked is None else whole(attacked, "attacked", 1)
+    rungs, batch_size, amp = whole(rungs, "rungs", 1), whole(batch_size, "batch_size", 1), autocast_dtype(amp)
     keys = [(0.0, variants[0]), *((alpha, variant) for alpha in grid[1:] for variant in variants)]
     candidates = {key: Candidate(*key) for key in keys}
     settings = AttackSettings(eps=eps, norm=norm, steps=steps, queries=queries, seed=seed)
-    planned = [run for run in plan_runs(attacks, backwards, seed) if not run.started]
+    planned = [run for run in plan_runs(attacks, backwards, settings.seed) if not run.started]
     model = returning_logits(sparse, logits)
     batches = labelled(held_out, batch_size, model)
     first = next(batches)
+    require_units(sparse, first[0])
     runs = fitting(planned, attacks, model, first[0])
     identity = model_identity(sparse, alpha=False) | {
         "attack settings": asdict(settings) | {"full_rows": full_rows, "compile": compile, "amp": str(amp)},
@@ -116,36 +131,58 @@ def select_alpha(
     ledger = Ledger(checkpoint, identity)
     with bar(progress) as display, _put_back(sparse), ledger:
         data = [first, *batches]
-        calibration = check_calibration(sparse, held_out, data[0][0])
+        warn_if_wide(settings, first[0])
+        marks = torch.cat([image_marks(images).cpu() for images, _ in data])
+        checks = [*check_calibration(sparse, held_out, first[0], marks), check_distinct(marks)]
         trials = Trials(model, data, attacked, runs, settings, ledger, full_rows, compile, amp)
         right, labels = trials.outcome(candidates[keys[0]]).clean, torch.cat([labels for _, labels in data])
-        for check in (calibration, next(checks_of_labels(labels, len(labels), right))):
-            if check is not None and not check.passed:
+        for check in (*checks, next(checks_of_labels(labels, len(labels), right))):
+            if not check.passed:
                 warnings.warn(f"select_alpha: {check.finding}", stacklevel=2)
         stops = rung_sizes(trials.attacked, rungs)
-        _attack_in_rungs(trials, list(candidates.values()), stops, clean_budget, display)
+        _attack_in_rungs(trials, list(candidates.values()), stops, clean_budget, display, ledger.attacks)
         outcomes = {key: trials.outcome(candidate) for key, candidate in candidates.items()}
         alpha, variant = choose(outcomes, clean_budget, significance)
         table = {v: {a: o for (a, w), o in outcomes.items() if w == v or not a} for v in variants}
-        seen = tuple(mark for images, _ in data for mark in image_digests(images))
+        seen = tuple(hexadecimal(marks))
         search = AlphaSearch(alpha, table.pop(variant), clean_budget, variant, table, threat=settings, images=seen)
         if not per_site:
-            return search
+            return _remembered(sparse, search)
         group = added(sparse).plan.stages().__getitem__ if per_site == "stage" else per_site
         walk = _Walk(trials, list(operators(sparse)), group, variant, clean_budget, significance)
         tried = _proposals(grid, alpha, search.leader)
-        if site_alphas is not None:
-            tried = sorted({number(a, "each of site_alphas") for a in items(site_alphas)} - {alpha})
+        if own_grid is not None:
+            tried = sorted({*own_grid} - {alpha})
         refinement, by_site = walk.from_alpha(alpha, tried, stops, display)
         taken = any(move.taken for move in refinement.moves)
-        return replace(search, alpha=by_site if taken else alpha, refinement=refinement)
+        return _remembered(sparse, replace(search, alpha=by_site if taken else alpha, refinement=refinement))
+
+
+def _alphas(given: Any, what: str) -> list[float]:
+    found = [number(alpha, what) for alpha in items(given)]
+    if wrong := [alpha for alpha in found if not (math.isfinite(alpha) and alpha >= 0)]:
+        raise EvaluationError(f"{what} must be finite and not negative, got {wrong[0]}")
+    return found
+
+
+def _remembered(sparse: fx.GraphModule, search: AlphaSearch) -> AlphaSearch:
+    """Return the search, which the model remembers: whichever alpha is set now, these images were looked at."""
+    added(sparse).choice = search.to_dict()
+    return search
 
 
 def _attack_in_rungs(
-    trials: Trials, candidates: Sequence[Candidate], stops: list[int], clean_budget: float, display: Progress
+    trials: Trials,
+    candidates: Sequence[Candidate],
+    stops: list[int],
+    clean_budget: float,
+    display: Progress,
+    done: int,
 ) -> None:
     steps = zip(candidates_per_rung(len(candidates), stops), [0, *stops], stops, strict=False)
     total = sum(count * trials.pieces(start, stop) for count, start, stop in steps)
+    if done:
+        say_resumed(display, "attack", done + 1, total)
     task = display.add_task("select alpha", total=total, note="")
     successive_halving(trials, candidates, stops, clean_budget, lambda: display.advance(task))
     base = trials.outcome(candidates[0])

@@ -15,6 +15,7 @@ from .labels import class_numbers, out_of_range
 from .loaders import as_batches, batched, collate, is_sample, nothing_in, parts
 from .tensors import as_tensor, is_array
 
+_CHANNELS = (1, 3, 4)
 _MOST_OF_NORMALISED = 16.0  # no usual normalisation makes values as large, and images of bytes all have larger ones
 
 
@@ -62,6 +63,22 @@ def examples(images: Any, model: Any) -> Any:
     return Intake(model).cast(images) if images.is_floating_point() else images
 
 
+def misfit(images: Tensor, error: RuntimeError) -> RuntimeError | DataError:
+    """Return what to raise where a model cannot run images: the error itself if it is not of their shape."""
+    shape, problem = list(images.shape), str(error).partition("\n")[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return error
+    if images.dim() == 4 and shape[3] in _CHANNELS and shape[1] not in _CHANNELS:
+        return DataError(f"images {shape} have their channels last: images.permute(0, 3, 1, 2)")
+    if images.dim() == 3:
+        cure = "images.unsqueeze(1) gives them an axis of one channel"
+    elif "channels" in problem and images.dim() == 4 and shape[1] in _CHANNELS:
+        cure = "images.mean(1, keepdim=True) has one channel, images.expand(-1, 3, -1, -1) three of one"
+    else:
+        cure = "give images such as the model was trained on"
+    return DataError(f"the model cannot run images {shape} ({problem}): {cure}")
+
+
 class Intake:
     """Takes the batches of one loader, one after the other.
 
@@ -96,7 +113,7 @@ class Intake:
         if raw_labels is None:
             raise DataError("the loader must yield (images, labels) batches, and there are no labels in this one")
         images = self._floats(raw)
-        if images.dim() < 2 or not images.is_floating_point():
+        if images.dim() < 2 or not images.is_floating_point() or (len(images) and not images.numel()):
             raise DataError(f"images {list(images.shape)} of {images.dtype}: expected floats [N, C, H, W] in [0, 1]")
         if len(images):
             low, high = (float(value) for value in images.aminmax())
@@ -148,11 +165,7 @@ class Intake:
                 try:
                     logits = self._model(images[:2].to(place))
                 except RuntimeError as error:
-                    if images.dim() == 4 and images.shape[3] in (1, 3, 4) and images.shape[1] not in (1, 3, 4):
-                        raise DataError(
-                            f"images {list(images.shape)} have their channels last: images.permute(0, 3, 1, 2)"
-                        ) from error
-                    raise
+                    raise misfit(images, error) from error
             if not isinstance(logits, Tensor) or logits.dim() != (4 if labels.dim() == 3 else 2):
                 return  # what runs the model says what it needs
             self._classes = logits.shape[1]

@@ -23,6 +23,9 @@ def as_tensor(value: Any, what: str) -> Tensor:
         DataError: It is something else; ``what`` it should be is said.
     """
     if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            kind = "the meta device" if value.is_meta else value.dtype if value.is_quantized else value.layout
+            raise DataError(f"{what} of {kind} hold no plain values: give dense tensors (.to_dense(), .dequantize())")
         return value if type(value) is Tensor else value.detach().as_subclass(Tensor)
     try:
         array = np.asarray(value) if isinstance(value, (list, tuple, int, float, np.generic)) else value

@@ -19,7 +19,7 @@ from .bins import BINS, Bins
 from .tally import Tally
 from .totals import Totals
 
-FORMAT, VERSION = "meansparse_fx.checkpoint", "1"
+FORMAT, VERSION = "meansparse_fx.checkpoint", "2"
 
 
 class Checkpoint:
@@ -75,6 +75,9 @@ class Checkpoint:
             tally.totals, tally.input_range = totals("totals"), tensors["input_range"]
             if (tally.input_range.dtype, tally.input_range.shape) != (torch.float64, (2,)):
                 raise ValueError("input range of another form")
+            if ((marks := tensors["marks"]).dtype, marks.dim()) != (torch.int64, 1):
+                raise ValueError("marks of images of another form")
+            tally.marks = marks
             tally.batches, tally.images = (artifacts.whole_number(header[name]) for name in ("batches", "images"))
             if tally.groups is not None:
                 kept = {name: artifacts.whole_number(value) for name, value in header["groups"].items()}
@@ -122,7 +125,7 @@ class Checkpoint:
                 "length": tally.groups.length,
             }
         tensors = {name: torch.stack([t.mean, t.m2]) for name, t in totals.items()}
-        tensors["input_range"] = tally.input_range
+        tensors |= {"input_range": tally.input_range, "marks": tally.marks}
         if tally.bins is not None:
             tensors["edges"] = torch.stack([tally.bins.low, tally.bins.width])
             tensors["histograms"] = tally.bins.counts

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
+from ..seen import least_marks
 from .totals import Totals
 
+_NO_MARK = 2**63 - 1  # of no image
 LOOK_SECONDS = 1.0  # between two looks at the others
 _calls = itertools.count()  # calibrations so far, the same number on every rank: each gets keys of its own
 
@@ -94,6 +96,13 @@ class Ranks:
         counts = self.gather(torch.tensor(own.counts), f"{point}, counts")
         values = self.gather(torch.stack([own.mean, own.m2]), point)
         return [Totals(tuple(c.tolist()), v[0], v[1], own.sizes) for c, v in zip(counts, values, strict=True)]
+
+    def gather_marks(self, own: Tensor) -> Tensor:
+        """Return the least of the marks of all ranks' images: see `Statistics.marks`."""
+        longest = max(int(n) for n in self.gather(torch.tensor(len(own)), "number of marks"))
+        filled = torch.cat([own, own.new_full((longest - len(own),), _NO_MARK)])
+        found = least_marks(self.gather(filled, "marks"))
+        return found[found < _NO_MARK]
 
     def _look(self, sign: str) -> bool:
         """Leave ``sign``, look at the others, and return whether all of them show the same one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,8 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, fx
 
+from ..arguments import autocast_dtype, number
+from ..batches import misfit
 from ..data import part_of
 from ..errors import CalibrationError, DataError, WriteError
 from ..kernels import ops
@@ -41,7 +43,7 @@ def calibrate(
     metadata: dict[str, str] | None = None,
     tolerance: float | None = None,
     histograms: bool = False,
-    amp: torch.dtype | None = None,
+    amp: torch.dtype | str | None = None,
     channels_last: bool = False,
     checkpoint: str | Path | None = None,
     every: float = 60.0,
@@ -63,7 +65,8 @@ def calibrate(
         tolerance: Stop when the standard errors of every channel's mean and deviation are estimated below this
             share of the deviation (0.01: one per cent); the images must come in shuffled order.
         histograms: Count each channel's values in bins too, for `plot` and `show`.
-        amp: Run the model under autocast to this type; moments are measured in float32 or better all the same.
+        amp: Run the model under autocast to bfloat16 or float16 (torch's dtype, or its name); moments are measured in
+            float32 or better all the same.
         channels_last: Give images to the model in that layout, which its convolutions then keep.
         checkpoint: File to write now and then; if it exists, go on from it. It stays: remove it when the result
             is saved. The loader must yield the same images in the same order each time.
@@ -87,6 +90,10 @@ def calibrate(
         (64, 2304, torch.Size([4]))
     """
     require_transformed(sparse, "calibrate")
+    tolerance = None if tolerance is None else number(tolerance, "tolerance")
+    every, timeout, amp = number(every, "every"), number(timeout, "timeout"), autocast_dtype(amp)
+    if not isinstance(metadata, Mapping | None):
+        raise CalibrationError(f"metadata must be a mapping of facts by name, got {metadata!r}")
     if tolerance is not None and not (math.isfinite(tolerance) and tolerance > 0):
         raise CalibrationError(f"tolerance must be positive, such as 0.01 for one per cent, got {tolerance}")
     with Ranks(group, timeout) as ranks, torch.inference_mode():
@@ -97,7 +104,7 @@ def calibrate(
             one_pass.keep(checkpoint, every)
         with bar(progress and ranks.rank == 0) as display:
             one_pass.run(display)
-        statistics = one_pass.result(metadata or {})
+        statistics = one_pass.result({str(name): str(fact) for name, fact in (metadata or {}).items()})
     set_statistics(sparse, statistics, check_weights=False)
     return statistics
 
@@ -228,7 +235,8 @@ class _Pass:
         by_name = dict(zip(self._names, sites, strict=True))
         part = part_of(self._source.data, None if ranks.world > 1 else tally.images)
         seen = () if part is None else (part,)
-        return Statistics(by_name, self._weights, sum(images), facts | metadata, self._graph, table, seen)
+        marks = ranks.gather_marks(tally.marks)
+        return Statistics(by_name, self._weights, sum(images), facts | metadata, self._graph, table, seen, marks)
 
     @property
     def _settled(self) -> bool:
@@ -240,7 +248,10 @@ class _Pass:
         images = images.to(self._device, non_blocking=True)
         if self._channels_last and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
-        self._forward(images)
+        try:
+            self._forward(images)
+        except RuntimeError as error:
+            raise (error if self._tally.batches else misfit(images, error)) from error
         batch = self._tally.add(images)
         if self._histograms and self._tally.bins is None:
             self._make_bins(batch)

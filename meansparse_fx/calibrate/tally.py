@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from ..observer import ChannelMoments
+from ..seen import image_marks, least_marks
 from .bins import Bins
 from .convergence import Groups
 from .totals import Totals
@@ -36,6 +37,7 @@ class Tally:
         self.input_range = torch.tensor([torch.inf, -torch.inf], dtype=torch.float64, device=device)
         self.groups = Groups(self.totals) if grouped else None
         self.bins: Bins | None = None
+        self._marks: list[Tensor] = []
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
     def add(self, images: Tensor) -> Totals:
@@ -48,9 +50,20 @@ class Tally:
             self.input_range = torch.stack([least, greatest])
         bad = ~(batch.mean.isfinite() & batch.m2.isfinite()).all() & (self._first_bad < 0)
         self._first_bad = torch.where(bad, self.batches, self._first_bad)
+        self._marks.append(image_marks(images))
         self.batches += 1
         self.images += len(images)
         return batch
+
+    @property
+    def marks(self) -> Tensor:
+        """Those of the images so far: see `Statistics.marks`."""
+        self._marks = [least_marks(self._marks)]
+        return self._marks[0]
+
+    @marks.setter
+    def marks(self, known: Tensor) -> None:
+        self._marks = [known]
 
     def refuse_non_finite(self) -> None:
         """Raise CalibrationError if any site has seen NaN or inf, with the first batch that brought it."""

@@ -207,15 +207,7 @@ class PaceOptions:
 
     def as_arguments(self) -> dict[str, Any]:
         """Return the arguments of `select_alpha` and `evaluate`."""
-        arguments = {field.name: getattr(self, field.name) for field in fields(self)}
-        return arguments | {"amp": dtype_of(self.amp)}
-
-
-def dtype_of(name: str | None) -> Any:
-    """Return torch's dtype of that name."""
-    import torch
-
-    return None if name is None else getattr(torch, name)
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

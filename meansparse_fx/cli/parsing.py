@@ -71,12 +71,12 @@ def names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
 
 
 def name(known: Iterable[str]) -> Callable[[str], str]:
-    """Return a parser of one name out of ``known``."""
+    """Return a parser of one name out of ``known``, in any case."""
 
     def parse(text: str) -> str:
-        if text not in known:
+        if (found := {one.lower(): one for one in known}.get(text.lower())) is None:
             raise typer.BadParameter(f"{text!r} is none of {', '.join(known)}")
-        return text
+        return found
 
     return parse
 

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import StatisticsError
 from . import parsing
-from .options import Amp, DataOptions, DryRun, ModelOptions, dtype_of
+from .options import Amp, DataOptions, DryRun, ModelOptions
 
 
 def calibrate(
@@ -56,7 +56,7 @@ def calibrate(
     images = open_images(data)
     sparse = open_sparse(model, images)
     if dry_run:
-        options = {"amp": dtype_of(amp), "channels_last": channels_last, "histograms": histograms, "progress": False}
+        options = {"amp": amp, "channels_last": channels_last, "histograms": histograms, "progress": False}
         estimate(images, data.batch_size, lambda batches: calibrate(sparse, batches, **options), warm=True)
         leave_processes(group)
         return
@@ -68,7 +68,7 @@ def calibrate(
         histograms=histograms,
         checkpoint=checkpoint,
         every=every,
-        amp=dtype_of(amp),
+        amp=amp,
         channels_last=channels_last,
         group=group,
         timeout=timeout,

@@ -16,8 +16,9 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from ..arguments import items, number
+from ..arguments import items, number, whole
 from ..errors import EvaluationError
+from ..names import NORMS
 from ..outputs import logits_of
 from .descent import PGD, Adaptive, Margin
 from .pixels import LOSSES, PixelPGD
@@ -32,7 +33,7 @@ class AttackSettings:
 
     Attributes:
         eps: Radius of the ball, in the units of images in [0, 1].
-        norm: ``Linf`` or ``L2``.
+        norm: ``Linf`` or ``L2``, in any case.
         steps: Iterations of a gradient attack.
         queries: Queries of the Square attack.
         target_classes: Classes a targeted attack tries at most.
@@ -47,13 +48,17 @@ class AttackSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eps", number(self.eps, "eps"))
+        norm = {known.lower(): known for known in NORMS}.get(str(self.norm).strip().lower())
+        if norm is None:
+            raise EvaluationError(f"norm must be Linf or L2, got {self.norm!r}")
+        read = {"eps": number(self.eps, "eps"), "norm": norm, "seed": whole(self.seed, "seed")}
+        read |= {name: whole(getattr(self, name), name, least=1) for name in ("steps", "queries")}
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
         if not self.eps > 0:
             raise EvaluationError(f"eps must be positive, got {self.eps}")
-        if self.norm == "Linf" and self.eps > 1:
+        if norm == "Linf" and self.eps > 1:
             raise EvaluationError(f"eps {self.eps:g} is more than all of [0, 1]: did you mean {self.eps:g}/255?")
-        if self.norm not in ("Linf", "L2"):
-            raise EvaluationError(f"norm must be Linf or L2, got {self.norm!r}")
 
 
 class Perturber(Protocol):
@@ -223,7 +228,7 @@ def expand(names: Sequence[str]) -> list[str]:
         >>> expand(["standard", "pgd", "square"])
         ['apgd-ce', 'apgd-t', 'fab-t', 'square', 'pgd']
     """
-    return list(dict.fromkeys(attack for name in items(names) for attack in VERSIONS.get(name, (name,))))
+    return list(dict.fromkeys(attack for name in map(str, items(names)) for attack in VERSIONS.get(name, (name,))))
 
 
 def attack(

@@ -15,7 +15,7 @@ from .ledger import Ledger, Masks
 from .outcome import ModelOutcome
 from .plan import Run, correct, device_of, perturbed, spread
 from .probes import Probed, examine, search_planted
-from .sanity import Check, checks_of, checks_of_labels
+from .sanity import Check, check_threat, checks_of, checks_of_labels
 
 Advance = Callable[[], object]  # called after each attack
 OTHER = {"base": "sparse", "sparse": "base"}
@@ -153,7 +153,7 @@ class Comparison:
     def so_far(self) -> str:
         """Return the worst-case accuracies so far, for the progress bar."""
         shares = {which: float(o.worst.double().mean()) for which, o in self.outcomes().items()}
-        return f"worst case so far: base {shares['base']:.1%}, with MeanSparse {shares['sparse']:.1%}"
+        return f"worst: base {shares['base']:.1%}, sparse {shares['sparse']:.1%}"
 
     def outcomes(self) -> dict[str, ModelOutcome]:
         """Return what both models did."""
@@ -164,6 +164,7 @@ class Comparison:
         data = [masks["data"] for _, masks in sorted(self.found.items())]
         labels = torch.cat([part["labels"] for part in data])
         found = list(checks_of_labels(labels, int(data[0]["classes"]), outcomes["base"].clean))
+        found += check_threat(*(outcomes[which] for which in OTHER))
         for which, words in IN_WORDS.items():
             found += checks_of(words, self.examined(which), outcomes[which], self._runs)
         return found

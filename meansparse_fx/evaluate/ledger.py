@@ -71,6 +71,11 @@ class Ledger:
         """How many batches have been met, the last of them perhaps not by every attack."""
         return len(self._digests)
 
+    @property
+    def attacks(self) -> int:
+        """How many pieces of work other than looks at clean images are known."""
+        return sum(not piece.endswith(", clean") for piece in self._masks)
+
     def require_same(self, what: str, images: Tensor, labels: Tensor) -> None:
         """Raise EvaluationError if a batch is not what it was when its results were found.
 
@@ -165,9 +170,3 @@ def model_identity(sparse: nn.Module, alpha: bool) -> dict[str, Any]:
         variants = {name: m.variant for name, m in found.items()}
         own = {"statistics": own, "alpha": get_alpha(sparse), "variant": variants}
     return {"weights": fingerprint(sparse), "statistics, alphas or variants": own}
-
-
-def image_digests(images: Tensor) -> list[str]:
-    """Return what stands for the values of each of the images ``[N, ...]``."""
-    held = images.detach().cpu()
-    return [hashlib.blake2b(artifacts.tensor_bytes(image), digest_size=8).hexdigest() for image in held]

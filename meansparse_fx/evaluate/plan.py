@@ -6,6 +6,8 @@ Knows attacks and the switches on operators; keeps no results.
 from __future__ import annotations
 
 import itertools
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +20,10 @@ from ..operators import operators, switched
 from ..outputs import logits_of
 from .attacks import AttackSettings, attack, expand, kind
 from .surrogates import surrogate
+
+# Change of all values at once, of [0, 1], that turns any image into plain gray (Linf), or most of them (L2, where the
+# usual eps of 2 on MNIST allows 0.07).
+WIDE = {"Linf": 0.5, "L2": 0.25}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,7 @@ def plan_runs(attacks: Sequence[str], backwards: Sequence[str], seed: int) -> li
     """
     found: dict[tuple[str, str | None], None] = {}
     named = [name.partition("/") for name in expand(attacks)]
-    for mode in items(backwards):
+    for mode in map(str, items(backwards)):
         surrogate(mode)
         found |= {(name, mode): None for name, slash, _ in named if not slash and kind(name).gradient}
     for name, slash, own in named:
@@ -89,7 +95,7 @@ def fitting(
     Raises:
         EvaluationError: A named one cannot, or none can.
     """
-    named = {name.partition("/")[0] for name in attacks}
+    named = {name.partition("/")[0] for name in map(str, items(attacks))}
     images = images[:2].to(next(itertools.chain(model.parameters(), model.buffers()), images).device)
     with torch.no_grad():
         logits = logits_of(model, images, None if labels is None else labels[:2])
@@ -98,6 +104,17 @@ def fitting(
         if misfit is not None and (run.attack in named or all(misfits.values())):
             raise EvaluationError(f"{run.attack} {misfit}")
     return [run for run in runs if misfits[run] is None]
+
+
+def warn_if_wide(settings: AttackSettings, images: Tensor) -> None:
+    """Warn, before attacks cost anything, where each value of ``images`` may change by more than `WIDE`."""
+    each = settings.eps if settings.norm == "Linf" else settings.eps / math.sqrt(images[0].numel())
+    if each > WIDE[settings.norm]:
+        warnings.warn(
+            f"{settings.norm} eps {settings.eps:g} lets every value of an image change by {each:.2g} of [0, 1]: did "
+            f"you mean {settings.eps:g}/255?",
+            stacklevel=3,
+        )
 
 
 def perturbed(

@@ -1,7 +1,9 @@
-"""Floor 5: were the statistics measured on images such as these, and not on these themselves? Runs no model."""
+"""Floor 5: were the statistics measured on images such as these, and on none of these? Runs no model."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, fx
@@ -9,44 +11,96 @@ from torch import Tensor, fx
 from ..data import part_of
 from ..errors import EvaluationError
 from ..operators import added
-from ..statistics import overlap
+from ..seen import SHARED, known_share, overlap
+from .attacks import AttackSettings
 from .sanity import Check
 
 _SLACK = 1e-3  # beyond [0, 1], of resizing and rounding
 _NARROWER = 4  # times, a range that no other sample of the same images has
 
 
-def check_calibration(sparse: fx.GraphModule, data: Any, images: Tensor) -> Check | None:
-    """Return how the images that calibration saw differ from these; None where nothing is known of them.
-
-    Args:
-        sparse: The model, with its statistics.
-        data: What the verb was given.
-        images: Its first batch, in [0, 1].
-
-    Raises:
-        EvaluationError: They were in other units, so that the statistics fit no image here.
-    """
-    calibrated = added(sparse).statistics
-    if calibrated is None:
-        return None
-    differences = []
-    for shape in calibrated.metadata.get("image_shape", "").split(" + "):
-        if shape and shape != (own := "x".join(map(str, images.shape[1:]))):
-            differences.append(f"calibrated on images {shape}, and these are {own}")
-    for written in calibrated.metadata.get("input_range", "").split(" + "):
-        low, _, high = written.partition(" to ")
-        if not high:
-            continue
+def require_units(sparse: fx.GraphModule, images: Tensor) -> None:
+    """Raise EvaluationError if calibration saw images in other units than ``images`` in [0, 1]: statistics fit none."""
+    for low, high in _ranges(sparse):
         if float(low) < -_SLACK or float(high) > 1 + _SLACK:
             raise EvaluationError(
                 f"the statistics were measured on images from {low} to {high}, and attacks need [0, 1]: calibrate on "
                 "images in [0, 1], with the normalisation in the model"
             )
+
+
+def check_calibration(sparse: fx.GraphModule, data: Any, images: Tensor, marks: Tensor) -> Iterator[Check]:
+    """Yield how the images that calibration saw differ from these, and how many are these; nothing if it is unknown.
+
+    Args:
+        sparse: The model, with its statistics.
+        data: What the verb was given.
+        images: Its first batch, in [0, 1].
+        marks: ``[N]``, of all its images: see `seen.image_marks`.
+    """
+    calibrated = added(sparse).statistics
+    if calibrated is None:
+        return
+    differences = []
+    for shape in calibrated.metadata.get("image_shape", "").split(" + "):
+        if shape and shape != (own := "x".join(map(str, images.shape[1:]))):
+            differences.append(f"calibrated on images {shape}, and these are {own}")
+    for _, high in _ranges(sparse):
         if float(high) * _NARROWER < (greatest := float(images.max())):
             differences.append(f"calibrated on images up to {high}, and these go up to {greatest:g}: divided twice?")
+    finding, share = "calibrated on images of the same size and range", known_share(calibrated.marks, marks)
     part = part_of(data)
-    if part is not None and (shared := overlap(calibrated.seen, [part])) is not None:
-        differences.append(f"{len(shared)} of these images were calibrated on: use others (--skip)")
-    finding = "; ".join(differences) or "calibrated on images of the same size and range"
-    return Check("calibration data", not differences, finding)
+    shared = overlap(calibrated.seen, [part]) if part is not None else None
+    if count := max(round(len(marks) * share), len(shared or ())):
+        words = f"{count} of these images were calibrated on"
+        if shared or share > SHARED:
+            differences.append(f"{words}: use others (--skip)")
+        finding += f"; {words}"
+    yield Check("calibration data", not differences, "; ".join(differences) or finding)
+
+
+def check_distinct(marks: Tensor) -> Check:
+    """Return whether each image is there once, by their marks ``[N]``; a share of `SHARED` may be repeated."""
+    repeated = len(marks) - len(marks.unique())
+    finding = f"{repeated} of {len(marks)} images equal another of them"
+    if repeated > SHARED * len(marks):
+        finding += ": what counts twice makes intervals too narrow; leave repetitions out"
+    return Check("distinct images", repeated <= SHARED * len(marks), finding)
+
+
+def checks_of_choice(choice: Mapping[str, Any] | None, settings: AttackSettings, marks: Tensor) -> Iterator[Check]:
+    """Yield whether the search that looked for alpha, if it is known, faced the same threat, on other images.
+
+    Args:
+        choice: As `select_alpha` leaves it in the model, whichever alpha is set.
+        settings: Of this evaluation.
+        marks: ``[N]``, of its images; a share of `SHARED` may be the same.
+    """
+    if choice is None or not choice["threat"]:
+        return
+    threat = choice["threat"]
+    same = threat["norm"] == settings.norm and math.isclose(threat["eps"], settings.eps)
+    finding = f"alpha was looked for under {threat['norm']} eps {threat['eps']:.4g}"
+    if not same:
+        finding += (
+            f", and this is {settings.norm} eps {settings.eps:.4g}: what is best under one need not be under the other"
+        )
+    yield Check("threat of the choice", same, finding)
+    known = {*choice.get("images", ())}
+    count = sum(mark in known for mark in hexadecimal(marks))
+    finding, passed = f"{count} of {len(marks)} images were used to choose alpha", count <= SHARED * len(marks)
+    yield Check("unseen images", passed, finding + ("" if passed else ": too good a gain on them; evaluate on others"))
+
+
+def hexadecimal(marks: Tensor) -> list[str]:
+    """Return marks of images as JSON keeps them, without loss."""
+    return [f"{mark % 2**64:016x}" for mark in marks.tolist()]
+
+
+def _ranges(sparse: fx.GraphModule) -> Iterator[tuple[str, str]]:
+    """Yield least and greatest value of the images that were calibrated on, as written, for each part of them."""
+    calibrated = added(sparse).statistics
+    for written in [] if calibrated is None else calibrated.metadata.get("input_range", "").split(" + "):
+        low, between, high = written.partition(" to ")
+        if between:
+            yield low, high

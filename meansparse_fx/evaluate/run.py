@@ -12,25 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..arguments import items
+from ..arguments import autocast_dtype, items, whole
 from ..artifacts import digest
 from ..batches import as_batches, labelled, length
-from ..errors import EvaluationError
+from ..errors import EvaluationError, StateError
 from ..names import DEFAULT_ATTACKS
 from ..operators import added, get_alpha, operators, require_transformed
 from ..outputs import Logits, in_words
 from ..passes import restore, returning_logits
 from ..progress import bar, say_resumed
+from ..seen import image_marks
 from ..shards import gather, own_file, place
 from ..statistics import fingerprint
 from .attacks import AttackSettings
 from .comparison import Comparison
 from .evidence import Evidence
-from .ledger import Ledger, image_digests, model_identity
+from .ledger import Ledger, model_identity
 from .pixels import DEFAULT_RUNS
-from .plan import fitting, plan_runs
-from .provenance import check_calibration
-from .sanity import Check, checks_of_choice
+from .plan import fitting, plan_runs, warn_if_wide
+from .provenance import check_calibration, check_distinct, checks_of_choice, require_units
 from .segmentation import PixelComparison
 from .verdict import Evaluation
 
@@ -52,7 +52,7 @@ def evaluate(
     full_rows: bool = False,
     sanity_images: int = SANITY_IMAGES,
     compile: bool | str | None = False,
-    amp: torch.dtype | None = None,
+    amp: torch.dtype | str | None = None,
     logits: Logits = None,
     ignore_index: int = 255,
     base: fx.GraphModule | None = None,
@@ -93,7 +93,8 @@ def evaluate(
         compile: Attack through torch.compile, in a mode of its: True is ``default``; ``reduce-overhead`` replays CUDA
             graphs. What an attack found counts only if the model itself, not compiled and in its own precision, is
             wrong on it; so this may only cost the attacker a little.
-        amp: Autocast the attacked model to bfloat16 or float16, with the same check of what was found.
+        amp: Autocast the attacked model to bfloat16 or float16 (torch's dtype, or its name), with the same check of
+            what was found.
         logits: Where the logits are in what the model returns, if that is no tensor: a name, a position, or a function
             of it. By default ``logits``, ``out``, or the only tensor there is.
         ignore_index: Label of the pixels of label maps that are left out, of attacks as well.
@@ -114,17 +115,26 @@ def evaluate(
     """
     require_transformed(sparse, "evaluate")
     settings = AttackSettings(eps=eps, norm=norm, steps=steps, queries=queries, seed=seed)
-    planned = plan_runs(attacks, backwards, seed)
+    sanity_images, batch_size = whole(sanity_images, "sanity_images", 0), whole(batch_size, "batch_size", 1)
+    amp = autocast_dtype(amp)
+    if base is not None and not isinstance(base, fx.GraphModule):
+        raise StateError("base must be a graph: msfx.restore(msfx.transform(model, images)) makes one of a model")
+    planned = plan_runs(attacks, backwards, settings.seed)
     own = {"base": restore(sparse) if base is None else base, "sparse": sparse}
     models: dict[str, nn.Module] = {which: returning_logits(model, logits) for which, model in own.items()}
     data = labelled(test, batch_size, models["sparse"], ignore_index)
     first = next(data)
+    require_units(sparse, first[0])
     if maps := first[1].dim() == 3:
         if save_adversarial is not None:
             raise EvaluationError("save_adversarial keeps what makes an image wrong: it cannot be used with label maps")
         if tuple(items(attacks)) == DEFAULT_ATTACKS:
-            planned = plan_runs(DEFAULT_RUNS, backwards, seed)
+            planned = plan_runs(DEFAULT_RUNS, backwards, settings.seed)
     runs = fitting(planned, attacks, models["sparse"], *first)
+    if base is None and get_alpha(sparse) == 0:
+        runs = []  # nothing to compare
+    else:
+        warn_if_wide(settings, first[0])
     identity = model_identity(sparse, alpha=True) | {
         "base": None if base is None else fingerprint(base),
         "attack settings": asdict(settings) | {"full_rows": full_rows, "compile": compile, "amp": str(amp)},
@@ -132,7 +142,6 @@ def evaluate(
         "attacks or backwards": [run.name for run in runs],
         "logits": in_words(logits),
     }
-    choice = added(sparse).choice
     rank, world = place(group)
     ledger = Ledger(None if checkpoint is None else own_file(Path(checkpoint), rank, world), identity)
     keep = save_adversarial is not None
@@ -143,22 +152,18 @@ def evaluate(
             say_resumed(display, "batch", ledger.batches, length(as_batches(test, batch_size, pair=True)))
         task = display.add_task("attack", total=_count(test, batch_size, 2 * len(runs), world), note="")
         seen: list[str] = []
-        met: list[str] = []
-        calibration: Check | None = None
+        marks: list[Tensor] = []
         for index, (images, labels) in enumerate(itertools.chain([first], data)):
-            if index == 0:
-                calibration = check_calibration(sparse, test, images)
             if index % world == rank:
                 comparison.meet(index, images, labels, sanity_images, lambda: display.advance(task))
                 display.update(task, note=comparison.so_far())
             sanity_images = max(0, sanity_images - len(images))
-            if choice is not None:
-                met += image_digests(images)
+            marks.append(image_marks(images).cpu())
             if world > 1:
                 seen.append(digest(images, labels))
         ledger.require_whole(comparison.met)
     seconds = _unite(comparison, identity, seen, ledger.seconds, group)
-    outcomes = comparison.outcomes()
+    outcomes, seen_marks = comparison.outcomes(), torch.cat(marks)
     if save_adversarial is not None and rank == 0:
         _evidence(comparison, sparse, models, settings).save(save_adversarial)
     return Evaluation(
@@ -166,16 +171,17 @@ def evaluate(
         sparse=outcomes["sparse"],
         alpha=get_alpha(sparse),
         eps=settings.eps,
-        norm=norm,
-        steps=steps,
-        queries=queries,
-        seed=seed,
+        norm=settings.norm,
+        steps=settings.steps,
+        queries=settings.queries,
+        seed=settings.seed,
         seconds=seconds,
         cumulative=not (full_rows or maps),
         checks=(
             *comparison.checks(outcomes),
-            *checks_of_choice(choice, norm, eps, met),
-            *([] if calibration is None else [calibration]),
+            check_distinct(seen_marks),
+            *checks_of_choice(added(sparse).choice, settings, seen_marks),
+            *check_calibration(sparse, test, first[0], seen_marks),
         ),
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -23,6 +22,7 @@ LEAST_POWER = 0.9  # share of the planted examples that all attacks together mus
 MOST_FLAT = 0.05  # share of images without a gradient, or whose logits do not follow a tiny change
 LEAST_RISES = 0.8  # share of images of which a small step along the gradient raises the loss
 _INCOMPLETE = "optimisation was not complete; run more steps before believing any gain"
+MOST_EXTREME = 0.01  # share of the right images that must fall, and that must stand, of one of the models
 FEW = 50  # images that say too little about labels to convict them, unless the base is shown to be below chance
 
 
@@ -147,25 +147,20 @@ def checks_of_labels(labels: Tensor, classes: int, clean: Tensor) -> Iterator[Ch
     yield Check("classes seen", passed, finding)
 
 
-def checks_of_choice(choice: Mapping[str, Any] | None, norm: str, eps: float, images: Sequence[str]) -> Iterator[Check]:
-    """Yield whether the search that chose alpha, if it is known, faced the same threat, on other images.
-
-    Args:
-        choice: As `AlphaSearch.apply` leaves it in the model.
-        norm, eps: Of this evaluation.
-        images: Hashes of its images.
-    """
-    if choice is None or not choice["threat"]:
+def check_threat(base: ModelOutcome, sparse: ModelOutcome) -> Iterator[Check]:
+    """Yield whether the threat can tell two models apart: one that nearly all or no images withstand tells nothing."""
+    sides = {"base": base, "with MeanSparse": sparse}
+    if not base.robust or not all(mean(side.clean) for side in sides.values()):
         return
-    threat = choice["threat"]
-    same = threat["norm"] == norm and math.isclose(threat["eps"], eps)
-    finding = f"alpha was chosen under {threat['norm']} eps {threat['eps']:.4g}"
-    if not same:
-        finding += f", and this is {norm} eps {eps:.4g}: what is best under one need not be under the other"
-    yield Check("threat of the choice", same, finding)
-    seen = len(set(images) & set(choice.get("images", ())))
-    finding = f"{seen} of {len(images)} images were used to choose alpha"
-    yield Check("unseen images", not seen, finding + (": too good a gain on them; evaluate on others" if seen else ""))
+    left = [mean(side.worst) / mean(side.clean) for side in sides.values()]
+    shares = ", ".join(f"{100 * share:.1f} % {which}" for which, share in zip(sides, left, strict=True))
+    finding = f"of what is right without an attack, the worst case leaves {shares}"
+    strong, weak = max(left) < MOST_EXTREME, min(left) > 1 - MOST_EXTREME
+    if strong:
+        finding += ": too strong a threat to tell the two apart; give a smaller eps (8/255, not 8)"
+    elif weak:
+        finding += ": too weak a threat to tell; give a larger eps, or stronger attacks"
+    yield Check("threat", not (strong or weak), finding)
 
 
 def check_chance(low: float, high: float, n: int, finding: str) -> Check:

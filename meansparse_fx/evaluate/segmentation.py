@@ -20,7 +20,7 @@ from .outcome import ModelOutcome, PairedDifference, mean
 from .pixels import accuracy, counts, lowest, mean_iou
 from .plan import Run, perturbed
 from .probes import Probed, outputs
-from .sanity import Check, check_chance, check_steps_on_pixels, checks_of
+from .sanity import Check, check_chance, check_steps_on_pixels, check_threat, checks_of
 
 
 class PixelComparison(Comparison):
@@ -111,6 +111,7 @@ class PixelComparison(Comparison):
             f"{100 * mean(clean):.1f} % of the pixels right; the commonest label alone gets {100 * mean(chance):.1f} %"
         )
         found = [check_chance(above.low, above.high, len(labelled), finding)]
+        found += check_threat(*(outcomes[which] for which in OTHER))
         for which, words in IN_WORDS.items():
             examined = self.examined(which)
             found += checks_of(words, examined, outcomes[which], self._runs)

@@ -4,7 +4,7 @@
 values before and after an operator.
 """
 
-from .artifact import FORMAT, Statistics, fingerprint, graph_fingerprint, overlap, weight_digests
+from .artifact import FORMAT, Statistics, fingerprint, graph_fingerprint, weight_digests
 from .histogram import FeatureHistogram, typical
 from .moments import ChannelHistogram, ChannelStatistics
 
@@ -16,7 +16,6 @@ __all__ = [
     "Statistics",
     "fingerprint",
     "graph_fingerprint",
-    "overlap",
     "typical",
     "weight_digests",
 ]

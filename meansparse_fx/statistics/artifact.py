@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from .. import artifacts
 from ..errors import StatisticsError
 from ..rewrite import PREFIX
+from ..seen import SHARED, Part, known_share, least_marks, overlap
 from ..tables import as_text
 from .histogram import FeatureHistogram, stored_histogram, typical
 from .moments import ChannelHistogram, ChannelStatistics
@@ -29,8 +30,7 @@ if TYPE_CHECKING:
 
 FORMAT = "meansparse_fx.statistics"
 FORMAT_VERSION = "2"
-
-Part = tuple[str, int, int]  # of an image set: its identity, the first position, the one after the last
+_MARKS = ":marks"  # no site's: those have a name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +44,8 @@ class Statistics(Mapping[str, ChannelStatistics]):
         metadata: Further facts as strings: package versions, data description.
         graph: Of the captured graph, from `graph_fingerprint`: a record, since each capture route has its own graph.
         table: By site name what the site was: kind, activation, channel_dim, channels, after.
-        seen: Which images, where that is known: parts of image sets, see `overlap`.
+        seen: Which images, where that is known: parts of image sets, see `seen.overlap`.
+        marks: ``[K]`` int64, sorted: `seen.image_marks` of the images, of more than `MOST_MARKS` the least.
     """
 
     sites: dict[str, ChannelStatistics]
@@ -54,6 +55,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
     graph: str = ""
     table: dict[str, dict[str, Any]] = field(default_factory=dict)
     seen: tuple[Part, ...] = ()
+    marks: Tensor = field(default_factory=lambda: least_marks([]))
 
     def __getitem__(self, name: str) -> ChannelStatistics:
         return self.sites[name]
@@ -117,6 +119,12 @@ class Statistics(Mapping[str, ChannelStatistics]):
                 f"cannot merge: {len(shared)} images ({shared[0]} to {shared[-1]}) are in both and would count twice; "
                 "measure disjoint parts (--skip, --limit)"
             )
+        twice = max(known_share(self.marks, other.marks), known_share(other.marks, self.marks))
+        if twice > SHARED:
+            raise StatisticsError(
+                f"cannot merge: {100 * twice:.0f} % of the images of one are in the other and would count twice; "
+                "measure disjoint parts"
+            )
         sites = {name: own.merge(other[name]) for name, own in self.sites.items()}
         metadata = {
             key: " + ".join(dict.fromkeys(m[key] for m in (self.metadata, other.metadata) if key in m))
@@ -124,7 +132,8 @@ class Statistics(Mapping[str, ChannelStatistics]):
         }
         table = self.table or other.table
         seen = (*self.seen, *other.seen)
-        return Statistics(sites, self.fingerprint, self.images + other.images, metadata, self.graph, table, seen)
+        marks = least_marks([self.marks, other.marks])
+        return Statistics(sites, self.fingerprint, self.images + other.images, metadata, self.graph, table, seen, marks)
 
     def without(self, left: Collection[str], kinds: Collection[str]) -> Statistics:
         """Return the statistics of fewer sites: without those that are ``left``, and of ``kinds`` alone."""
@@ -182,7 +191,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
         Raises:
             WriteError: It cannot be written there; it is in the temporary folder instead, at the place named.
         """
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {_MARKS: self.marks}
         for name, s in self.sites.items():
             tensors |= {f"{name}:mean": s.mean, f"{name}:m2": s.m2, f"{name}:std": s.std}
             if s.histogram is not None:
@@ -226,25 +235,10 @@ class Statistics(Mapping[str, ChannelStatistics]):
                     raise TypeError(f"{fact!r} where {kind.__name__} belongs")
             if not all(isinstance(row, dict) for row in facts[-1].values()):
                 raise TypeError("rows of its table are no tables")
-            return cls(sites, *facts, seen), header.get("settings")
-
-
-def overlap(own: Iterable[Part], others: Iterable[Part]) -> range | None:
-    """Return the first positions that are in two collections of parts of image sets; None if there are none.
-
-    Args:
-        own, others: Each part the identity of an image set, its first position and the one after its last.
-
-    Example:
-        >>> overlap([("a", 0, 10), ("b", 0, 5)], [("b", 5, 9), ("a", 7, 20)])
-        range(7, 10)
-    """
-    theirs = list(others)
-    for name, first, end in own:
-        for other, start, stop in theirs:
-            if name == other and (shared := range(max(first, start), min(end, stop))):
-                return shared
-    return None
+            marks = tensors.get(_MARKS, least_marks([]))
+            if (marks.dtype, marks.dim()) != (torch.int64, 1):
+                raise ValueError("marks of images of another form")
+            return cls(sites, *facts, seen, marks), header.get("settings")
 
 
 def _site(tensors: Mapping[str, Tensor], name: str, count: int) -> ChannelStatistics:
