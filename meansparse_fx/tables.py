@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -43,15 +44,21 @@ class FittingTable(Table):
         dropped: list[str] = []
         shown.columns = list(self.columns)
         for name in reversed(self.optional):
-            if shown.__rich_measure__(console, options.update(max_width=10_000)).minimum <= options.max_width:
+            if shown._narrowest(console, options.update(max_width=10_000)) <= options.max_width:
                 break
-            shown.columns = [column for column in shown.columns if column.header != name]
+            kept = [column for column in shown.columns if column.header != name]
+            shown.columns = [replace(column, _index=i) for i, column in enumerate(kept)]  # the last has no padding
             dropped.insert(0, name.replace("/\n", "/"))
         if dropped:
             shown.caption = "\n".join(
                 [*([str(self.caption)] if self.caption else []), f"too wide: {', '.join(dropped)}"]
             )
         yield from Table.__rich_console__(shown, console, options)
+
+    def _narrowest(self, console: Console, options: ConsoleOptions) -> int:
+        """Return the width without a broken word, nor a broken line where a column has whole ones."""
+        whole = (self._measure_column(console, options, column) for column in self.columns if column.no_wrap)
+        return self.__rich_measure__(console, options).minimum + sum(w.maximum - w.minimum for w in whole)
 
 
 def new_table(
@@ -94,7 +101,7 @@ def terminal_width() -> int:
 def as_latex(table: Table) -> str:
     """Return ``table`` as a tabular of the LaTeX package booktabs, title and caption in comments."""
     words = [*(table.title or "").splitlines(), *(table.caption or "").splitlines()]  # type: ignore[union-attr]
-    heads = [str(column.header).replace("/\n", "/") for column in table.columns]
+    heads = [str(column.header).replace("/\n", "/").replace("\n", " ") for column in table.columns]
     rows = [" & ".join(map(_in_latex, row)) for row in zip(*(map(str, c.cells) for c in table.columns), strict=True)]
     sides = "".join((column.justify or "left")[0] for column in table.columns)
     return "\n".join(

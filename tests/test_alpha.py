@@ -341,3 +341,38 @@ def run(*command):
     done = CliRunner().invoke(app, [str(part) for part in command])
     assert done.exit_code == 0, done.output
     return done
+
+
+def test_a_resumed_search_says_where_it_goes_on(sparse, held_out, tmp_path, monkeypatch, capsys):
+    made, own = [], plan.attack
+    options = QUICK | {"alphas": (0.1, 0.2), "checkpoint": tmp_path / "c", "progress": True, "attacks": "pgd/exact"}
+
+    def attack_or_die(*given):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(1)
+        return own(*given)
+
+    monkeypatch.setattr(plan, "attack", attack_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        msfx.select_alpha(sparse, held_out, **options)
+    monkeypatch.setattr(plan, "attack", own)
+    assert "goes on" not in capsys.readouterr().out
+    msfx.select_alpha(sparse, held_out, **options)
+    assert "goes on from attack 3 of 7\n" in capsys.readouterr().out
+
+
+def test_shares_of_fewer_images_are_marked(monkeypatch):
+    names = ("apgd-ce/exact", "apgd-ce/identity")
+    outcomes = {
+        alpha: ModelOutcome(torch.ones(200).bool(), {name: torch.arange(n) < n * 0.9 for name in names})
+        for alpha, n in ((0.0, 200), (0.1, 50), (0.2, 200))
+    }
+    for width in (60, 80, 120):
+        monkeypatch.setenv("COLUMNS", str(width))
+        text = str(msfx.AlphaSearch(0.0, outcomes, 0.003))
+        assert "in parentheses: given up early, of fewer" in " ".join(text.split())
+        rows = {line.split()[0]: line for line in text.splitlines() if "\N{BOX DRAWINGS LIGHT VERTICAL}" in line}
+        assert "(90.0)" in rows["0.1"]
+        assert "(" not in rows["0"] + rows["0.2"]
+        assert max(map(len, text.splitlines())) <= width

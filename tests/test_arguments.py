@@ -7,7 +7,16 @@ import pytest
 import torch
 
 import meansparse_fx as msfx
-from meansparse_fx.errors import DataError, EvaluationError, SiteError
+from meansparse_fx.arguments import autocast_dtype, number
+from meansparse_fx.errors import (
+    CalibrationError,
+    DataError,
+    EvaluationError,
+    MeanSparseError,
+    SiteError,
+    StateError,
+)
+from meansparse_fx.evaluate import plan
 from meansparse_fx.evaluate.attacks import AttackSettings, expand
 from meansparse_fx.evaluate.plan import plan_runs
 
@@ -79,3 +88,100 @@ def test_numbers_of_other_kinds(net, images, number):
     assert AttackSettings(eps=number).eps == 0.25
     with pytest.raises((ValueError, EvaluationError)):
         AttackSettings(eps="8/0")
+
+
+def test_precisions_and_norms_by_name(net, images, labels):
+    assert [autocast_dtype(name) for name in (None, "bfloat16", "bf16", "torch.float16", torch.float16)] == [
+        *(None, torch.bfloat16, torch.bfloat16, torch.float16, torch.float16)
+    ]
+    for wrong in ("float17", "float32", torch.float32, True, 16):
+        with pytest.raises(ValueError, match=r"amp must be torch\.bfloat16"):
+            autocast_dtype(wrong)
+    assert {AttackSettings(0.1, norm).norm for norm in ("linf", "Linf", "LINF ")} == {"Linf"}
+    assert AttackSettings(0.1, "l2").norm == "L2"
+    sparse = msfx.transform(net, images)
+    msfx.calibrate(sparse, images.flip(3), progress=False, amp="bfloat16")
+    msfx.set_alpha(sparse, 0.2)
+    options = {"norm": "l2", "amp": "bf16", "attacks": "pgd", "steps": "1", "progress": False, "batch_size": 12.0}
+    result = msfx.evaluate(sparse, (images, labels), sanity_images=np.int64(0), **options)
+    assert (result.norm, result.steps) == ("L2", 1)
+    assert msfx.select_alpha(sparse, (images, labels), alphas="0.2", clean_budget="1/2", **options).threat.norm == "L2"
+
+
+@pytest.mark.parametrize(
+    ("verb", "wrong"),
+    [
+        *(
+            (msfx.evaluate, {name: value})
+            for name in ("steps", "queries", "batch_size")
+            for value in (0, 2.5, "x", None)
+        ),
+        *((msfx.evaluate, {name: value}) for name in ("seed", "sanity_images") for value in (2.5, "x", None)),
+        *((msfx.evaluate, {name: value}) for name in ("attacks", "backwards") for value in (None, 5, [])),
+        (msfx.evaluate, {"sanity_images": -1}),
+        (msfx.evaluate, {"base": torch.nn.ReLU()}),
+        *((msfx.select_alpha, {name: value}) for name in ("attacked", "rungs") for value in (0, 2.5, "x")),
+        *((msfx.select_alpha, {name: [value]}) for name in ("alphas", "site_alphas") for value in (-1, "x", np.nan)),
+        *((msfx.select_alpha, {"clean_budget": value}) for value in (-0.1, 3, "x", None)),
+        *((msfx.select_alpha, {"significance": value}) for value in (0, 1, "x")),
+        *((msfx.select_alpha, {"variants": value}) for value in ((), "sharp", None)),
+        (msfx.select_alpha, {"per_site": 5}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else value.__name__,
+)
+def test_what_means_nothing_is_refused_before_the_work(net, images, labels, verb, wrong, monkeypatch):
+    sparse = msfx.transform(net, images)
+    msfx.calibrate(sparse, images, progress=False)
+    msfx.set_alpha(sparse, 0.2)
+    monkeypatch.setattr(plan, "attack", None)
+    with pytest.raises((ValueError, MeanSparseError)):
+        verb(sparse, (images, labels), **{"attacks": "pgd", "progress": False} | wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"tolerance": "x"}, {"every": None}, {"timeout": "x"}, {"metadata": "x"}])
+def test_calibrations_that_mean_nothing_are_refused(net, images, wrong):
+    with pytest.raises((ValueError, CalibrationError), match="must be"):
+        msfx.calibrate(msfx.transform(net, images), images, progress=False, **wrong)
+
+
+def test_numbers_come_back_as_they_were_typed(net, images):
+    sparse = msfx.transform(net, images)
+    msfx.calibrate(sparse, images, progress=False)
+    for typed in (np.float32(0.1), torch.tensor(0.1), np.array(0.1), "0.1"):
+        msfx.set_alpha(sparse, typed)
+        assert msfx.get_alpha(sparse) == 0.1
+    fraction = torch.tensor(8 / 255)  # no short decimal
+    assert number(fraction, "eps") == fraction.item()
+    assert msfx.get_alpha(sparse, by_site=True) == dict.fromkeys(msfx.operators(sparse), 0.1)
+    msfx.set_backward(sparse, "smooth", "3")
+    with pytest.raises(ValueError, match="steepness must be a number"):
+        msfx.set_backward(sparse, "smooth", "steep")
+
+
+@pytest.mark.parametrize(
+    ("given", "cure"),
+    [
+        (lambda images: images[:, :1], r"three of one"),
+        (lambda images: images.permute(0, 2, 3, 1), r"permute\(0, 3, 1, 2\)"),
+        (lambda images: images[:, 0], r"unsqueeze\(1\)"),
+        (lambda images: images[:, :, :0], r"expected floats \[N, C, H, W\]|cannot run images"),
+        (lambda images: images.to_sparse(), r"sparse_coo hold no plain values"),
+        (lambda images: images.to("meta"), "the meta device"),
+    ],
+)
+def test_images_that_the_model_cannot_run(net, images, labels, given, cure):
+    sparse = msfx.transform(net, images)
+    msfx.calibrate(sparse, images, progress=False)
+    msfx.set_alpha(sparse, 0.2)
+    with pytest.raises(DataError, match=cure):
+        msfx.evaluate(sparse, [(given(images), labels)], progress=False)
+    with pytest.raises(DataError, match=r"cannot run images|permute|unsqueeze|no plain values|expected floats"):
+        msfx.calibrate(sparse, [given(images)], progress=False)
+
+
+def test_one_image_and_a_model_without_weights(net, images, labels):
+    sparse = msfx.transform(net, images)
+    with pytest.raises(DataError, match=r"images\[None\], labels\[None\]"):
+        msfx.evaluate(sparse, (images[0], labels[0]), progress=False)
+    with pytest.raises(StateError, match="on the meta device"):
+        msfx.calibrate(sparse.to("meta"), images, progress=False)

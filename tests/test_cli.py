@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -22,6 +23,7 @@ import meansparse_fx as msfx
 from meansparse_fx import demo, export, names, sites
 from meansparse_fx.cli import COMMANDS, app
 from meansparse_fx.cli.demo import demo as demo_command
+from meansparse_fx.data import load_images
 from meansparse_fx.evaluate import attacks, surrogates
 from meansparse_fx.kernels import reference
 from meansparse_fx.settings import Settings
@@ -489,3 +491,20 @@ def test_bad_options_are_usage_errors(model, data, statistics, option, value):
 def test_bugs_keep_their_traceback(model):
     done = run("inspect", model.replace(":net", ":bug"))
     assert isinstance(done.exception, ZeroDivisionError)
+
+
+def test_gray_images_of_a_folder_for_a_model_of_one_channel(tmp_path, model):
+    random = np.random.default_rng(0)
+    for colour, place in ((False, "gray"), (True, "colour")):
+        for i in range(6):
+            pixels = random.integers(0, 256, (8, 8, 3) if colour else (8, 8), np.uint8)
+            (tmp_path / place / str(i % 3)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / place / str(i % 3) / f"{i}.png")
+    done = run("calibrate", model, "--data", tmp_path / "gray", "--out", tmp_path / "s")
+    assert done.exit_code == 0, done.output
+    assert "images are gray, as one channel" in done.output
+    images = load_images(tmp_path / "gray").gray()
+    assert images[0][0].shape == (1, 8, 8)
+    assert torch.equal(images[0][0].expand(3, 8, 8), load_images(tmp_path / "gray")[0][0])
+    colour = ("calibrate", model, "--data", tmp_path / "colour", "--out", tmp_path / "t")
+    check_error(run(*colour), "in colour, where the model takes one channel")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import json
 import math
@@ -15,10 +16,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import meansparse_fx as msfx
+from meansparse_fx import progress
 from meansparse_fx.data import load_images
 from meansparse_fx.errors import ArtifactError, EvaluationError, StateError
 from meansparse_fx.evaluate import (
@@ -197,7 +200,9 @@ def test_few_images_are_called_that(sparse, test_set):
     result = msfx.evaluate(sparse, (images, labels), base=msfx.restore(sparse), **QUICK)
     assert result.gain.estimate == 0
     assert result.gain.high == pytest.approx(0.7076, abs=1e-4)
-    assert result.verdict.startswith("Nothing compared: alpha is 0, so the model is its base.")
+    assert result.verdict.startswith(
+        "Nothing compared: alpha is 0, so the model is its base; set_alpha gives it another."
+    )
     assert replace(result, alpha={"a": 0.0, "b": 0.1}).verdict == replace(result, alpha=0.1).verdict
     assert replace(result, alpha=0.1).verdict.startswith(
         "Too few images to tell: on 3, worst-case accuracy +0.0 [-70.8, +70.8] points"
@@ -927,6 +932,47 @@ class OfAnyShape(nn.Module):
         return self.head(self.act(self.first(x)).flatten(1))
 
 
+@pytest.mark.parametrize(("base", "sparse", "words"), [(0, 0, "too strong"), (99, 99, "too weak"), (0, 40, "")])
+def test_a_threat_that_tells_nothing_is_said(base, sparse, words):
+    clean = torch.arange(120) < 100
+    sides = [ModelOutcome(clean, {"pgd/exact": clean & (torch.arange(120) < left)}) for left in (base, sparse)]
+    if words == "too weak":
+        sides = [ModelOutcome(clean, {"pgd/exact": clean}) for _ in range(2)]
+    (check,) = sanity.check_threat(*sides)
+    assert check.passed == (not words)
+    assert words in check.finding
+    assert not list(sanity.check_threat(*[ModelOutcome(clean)] * 2)), "not attacked"
+
+
+def test_alpha_zero_is_not_attacked(sparse, test_set, monkeypatch, tmp_path):
+    made = count_attacks(monkeypatch)
+    msfx.set_alpha(sparse, 0)
+    result = msfx.evaluate(sparse, test_set, **QUICK)
+    assert not made
+    assert result.verdict.startswith("Nothing compared: alpha is 0")
+    assert [what for what, *_ in result.rows()] == ["clean"]
+    assert "not attacked" in str(result)
+    result.save(tmp_path / "e")
+    assert str(msfx.Evaluation.load(tmp_path / "e")) == str(result)
+    assert "clean" in result.to_csv()
+    result.figure()
+    msfx.evaluate(sparse, test_set, base=msfx.restore(sparse), **QUICK)
+    assert made, "with a base of its own it is a comparison"
+
+
+def test_the_progress_line_fits_80_columns(monkeypatch):
+    console = Console(width=80, file=io.StringIO(), force_terminal=True)
+    notes = ("worst: base 100.0%, sparse 100.0%", "base: worst case 100.0%", "worst case 100.0%", "1,000,000 images/s")
+    for task, note in zip(("attack", "select alpha", "site by site", "calibrate"), notes, strict=True):
+        display = progress.bar()
+        display.add_task(task, total=1234, completed=1000, note=note)
+        with console.capture() as capture:
+            console.print(display.get_renderable())
+        (line,) = capture.get().splitlines()
+        assert note in line
+        assert "left" in line
+
+
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize(
     ("first", "features", "shape"),
@@ -942,7 +988,7 @@ def test_inputs_that_are_no_images(first, features, shape, norm):
     inputs = torch.rand(12, *shape, generator=torch.Generator().manual_seed(0))
     test = inputs, model(inputs).argmax(1)
     sparse = msfx.transform(model, inputs)
-    msfx.calibrate(sparse, [inputs.flip(1)], progress=False)
+    msfx.calibrate(sparse, [inputs.flip(-1)], progress=False)
     msfx.set_alpha(sparse, 0.2)
     options = {"norm": norm, "eps": 0.4 if norm == "Linf" else 1.5, "steps": 4, "progress": False}
     result = msfx.evaluate(sparse, test, **options)

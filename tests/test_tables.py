@@ -25,6 +25,20 @@ def test_names_stay_whole_and_lines_fit(width):
     assert any(line.startswith(NAME) for line in lines)
 
 
+def test_numbers_stay_whole_where_columns_are_left_out():
+    """Rich tells the last column, which has no padding, by an index that is another once columns are gone."""
+    names = ("apgd-ce/identity", "apgd-margin/annealed")
+    found = new_table("alpha", "worst\ncase", *names, "against base", "", optional=names)
+    found.columns[-2].no_wrap = True
+    found.add_row("0.1", "(90.0)", "(90.0)", "(90.0)", "-10.0 [-21.8, -0.4]", "chosen")
+    for width in range(48, 100):
+        text = as_text(found, width)
+        assert "(90.0)" in text
+        assert "-10.0 [-21.8, -0.4]" in text
+        assert max(map(len, text.splitlines())) <= width
+    assert "worst case &" in as_latex(found)
+
+
 def test_what_is_left_out_is_said():
     assert "too wide: apgd-t/annealed" in as_text(table(), 60)
     assert "too wide" not in as_text(table(), 120)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT, VERSION = "meansparse_fx.search", 1  # of the JSON
+_EARLY = "; in parentheses: given up early, of fewer images, so that only the change against base compares"
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,12 +232,13 @@ class AlphaSearch(Tabled):
         title = (
             f"{len(base.clean)} held-out images, {len(base.worst)} of them attacked{self.threat_in_words()}; "
             f"at most {100 * self.clean_budget:.1f} points of clean loss"
-            f"{'; of fewer attacked, only the change against base is comparable' if early else ''}"
+            f"{_EARLY if early else ''}"
         )
-        columns = ("alpha", "clean", "attacked", *base.robust, "worst case", "against base", "")
-        optional = ("attacked", *list(base.robust)[1:])
+        columns = ("alpha", "clean", "attacked", *base.robust, "worst\ncase", "against base", "")
+        optional = ("attacked", *base.robust)
         table = new_table(*columns, optional=optional, title=title, caption=self._caption())
         table.columns[0].justify = "right"
+        table.columns[-2].no_wrap = True
         many = bool(self.others)
         for variant, alpha, outcome in self.rows():
             chosen = (alpha, variant) == (self.uniform, self.variant)
@@ -249,6 +251,8 @@ class AlphaSearch(Tabled):
         values = outcome.to_dict()
         shares = [values["clean"], *values["robust"].values(), values["worst_case"]]
         clean, *robust = (f"{100 * v:.1f}" for v in shares)
+        if len(outcome.worst) < len(self.base.worst):
+            robust = [f"({share})" for share in robust]
         against = "" if outcome is self.base else self.change(outcome).points()
         mark = ("chosen" if chosen else "", "bold" if chosen else None)
         table.add_row(label, clean, str(len(outcome.worst)), *robust, against, mark[0], style=mark[1])

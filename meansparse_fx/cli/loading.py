@@ -85,15 +85,33 @@ def transformed(options: ModelOptions, net: nn.Module, images: Tensor) -> fx.Gra
     return transform(net, images, placement=chosen_placement(options), statistics=statistics)
 
 
-def open_sparse(options: ModelOptions, images: ImageSet, logits: Logits = None) -> fx.GraphModule:
-    """Return the model as `transformed` does, its logits checked against the labels, if it is clear which they are."""
-    examples = first_images(images, 2, device_of(options))
-    sparse = transformed(options, open_model(options), examples)
+def open_sparse(options: ModelOptions, images: ImageSet, logits: Logits = None) -> tuple[ImageSet, fx.GraphModule]:
+    """Return the images as the model takes them, and the model as `transformed` does.
+
+    Its logits are checked against the labels, if it is clear which they are.
+    """
+    net = open_model(options)
+    images, examples = _fitting(net, images, device_of(options))
+    sparse = transformed(options, net, examples)
     with torch.no_grad():
         output = sparse(examples)
     if isinstance(options, MeasuredOptions) or isinstance(output, Tensor):
         images.check_labels(logits_in(output, logits).shape[1])
-    return sparse
+    return images, sparse
+
+
+def _fitting(net: nn.Module, images: ImageSet, device: torch.device) -> tuple[ImageSet, Tensor]:
+    """Return the images, gray ones of a folder as one channel where the model takes one, and the first two of them."""
+    examples = first_images(images, 2, device)
+    if examples.shape[1] == 3 and any(isinstance(m, nn.Conv2d) and m.in_channels == 1 for m in net.modules()):
+        with torch.no_grad():
+            try:
+                net(examples)
+            except RuntimeError:
+                images = images.gray()
+                examples = first_images(images, 2, device)
+                say("images are gray, as one channel: what the model takes")
+    return images, examples
 
 
 def first_images(images: ImageSet, count: int, device: torch.device) -> Tensor:

@@ -83,7 +83,7 @@ def select(
     if report is not None:
         require_place(report, folder=True)
     images = open_images(data)
-    sparse = open_sparse(model, images, logits)
+    images, sparse = open_sparse(model, images, logits)
     search_in: Any = partial(
         select_alpha,
         sparse,
@@ -169,7 +169,7 @@ def evaluate(
         require_place(save_adversarial)
     model, group = join_processes(model)
     images = open_images(data)
-    sparse = open_sparse(model, images, logits)
+    images, sparse = open_sparse(model, images, logits)
     put_alpha(sparse, alpha)
     if _is_base(sparse):
         raise EvaluationError(_nothing(sparse))

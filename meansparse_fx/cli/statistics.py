@@ -54,7 +54,7 @@ def calibrate(
     model, group = join_processes(model)
     rank, world = place(group)
     images = open_images(data)
-    sparse = open_sparse(model, images)
+    images, sparse = open_sparse(model, images)
     if dry_run:
         options = {"amp": amp, "channels_last": channels_last, "histograms": histograms, "progress": False}
         estimate(images, data.batch_size, lambda batches: calibrate(sparse, batches, **options), warm=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,20 @@ class ImageSet(Dataset):
         """
         sampler = ShardSampler(len(self), *shard)
         return DataLoader(self, batch_size, sampler=sampler, num_workers=workers, pin_memory=pin_memory)
+
+    def gray(self) -> ImageSet:
+        """Return these images as one channel, ``[1, H, W]``: those of a folder are RGB otherwise, gray ones too.
+
+        Raises:
+            ArtifactError: They are arrays of three channels; or, from an image when it is read, it is in colour.
+        """
+        decode = getattr(self.images, "decode", None)
+        if decode is None and self.images.shape[1] != 1:
+            raise ArtifactError(f"{self.description}: arrays of {self.images.shape[1]} channels: save one of them")
+        if decode is None:
+            return self
+        files = replace(self.images, decode=replace(decode, gray=True))
+        return replace(self, images=files, description=f"{self.description}, gray")
 
     def check_labels(self, classes: int) -> None:
         """Raise ArtifactError if a label has no logit in a model of that many classes."""

@@ -26,6 +26,7 @@ from ..errors import ArtifactError
 # What Pillow raises for files that are damaged, in one format or another.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 DEFAULT_SIZE = 224
+_MOST_COLOUR = 4 / 255  # between channels of a gray image: JPEG rounds each
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 
 
@@ -37,10 +38,12 @@ class Decoder:
         size: Side of the centred square, cut from the image resized to 8/7 of it: 224 of 256 is the usual share of an
             image kept for evaluation.
         own: ``(width, height)`` that every image has: they are left as they are.
+        gray: Images are gray, as one channel ``[1, size, size]``.
     """
 
     size: int
     own: tuple[int, int] | None = None
+    gray: bool = False
 
     @property
     def description(self) -> str:
@@ -53,8 +56,17 @@ class Decoder:
         """Return the image.
 
         Raises:
-            ArtifactError: The file is damaged, of a kind without a set range, or too large; it is named.
+            ArtifactError: The file is damaged, of a kind without a set range, or too large, or in colour where it
+                should be gray; it is named.
         """
+        image = self._colours(file)
+        if not self.gray:
+            return image
+        if float((image.amax(0) - image.amin(0)).max()) > _MOST_COLOUR:
+            raise ArtifactError(f"{file}: in colour, where the model takes one channel: convert all images to gray")
+        return image[:1]
+
+    def _colours(self, file: str) -> Tensor:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of damaged tags, which say nothing of the pixels

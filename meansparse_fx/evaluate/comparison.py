@@ -75,7 +75,8 @@ class Comparison:
         before = {which: (side.broken.clone(), side.adversarial.clone()) for which, side in sides.items()}
         for which, side in sides.items():
             elsewhere, starts = before[OTHER[which]]
-            self._transfer(side, which, elsewhere, starts)
+            if self._runs:
+                self._transfer(side, which, elsewhere, starts)
             for run in self._runs:
                 if run.started:
                     self._attack(side, run, which, advance, elsewhere, starts)

@@ -46,6 +46,9 @@ class PixelComparison(Comparison):
         self.found[batch] = {}
         for which, other in OTHER.items():
             rows = {row: kept["counts"] for row, kept in met[which].items()}
+            if not self._runs:
+                self.found[batch][which] = rows
+                continue
             moved = self._score(name, which, TRANSFER, labels, partial(_worst_images, met[other]))
             both = rows["clean"], moved["counts"]
             self.found[batch][which] = rows | {TRANSFER: lowest(both, both)}

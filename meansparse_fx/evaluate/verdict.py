@@ -105,7 +105,7 @@ class Evaluation(Tabled):
         # With a base of its own alpha 0 is a comparison, too.
         same = all(torch.equal(getattr(self.base, name), getattr(self.sparse, name)) for name in ("clean", "worst"))
         if same and not any(self.alpha.values() if isinstance(self.alpha, dict) else [self.alpha]):
-            return "Nothing compared: alpha is 0, so the model is its base."
+            return "Nothing compared: alpha is 0, so the model is its base; set_alpha gives it another."
         gain, exact, masked = self.gain, self.exact_gain, self.masked
         if not any("/" in name and not name.endswith("/exact") for name in self.sparse.robust):
             return (
@@ -197,7 +197,7 @@ class Evaluation(Tabled):
         """Return (what, base accuracy, transformed accuracy, difference) for clean, each attack and the worst case."""
         pairs = [("clean", self.base.clean, self.sparse.clean)]
         pairs += [(name, self.base.robust[name], mask) for name, mask in self.sparse.robust.items()]
-        pairs += [("worst case", self.base.worst, self.sparse.worst)]
+        pairs += [("worst case", self.base.worst, self.sparse.worst)] if self.base.robust else []
         return [(what, mean(b), mean(s), PairedDifference.of(b, s)) for what, b, s in pairs]
 
     def table(self) -> Table:
@@ -207,6 +207,8 @@ class Evaluation(Tabled):
         passed = sum(check.passed for check in self.checks)
         trust = f"Checks of the evaluation itself: {passed} of {len(self.checks)} passed." if self.checks else ""
         title = f"{self.n_test} images, {self.norm} eps {self.eps:.4g}, {self.steps} steps{rows}"
+        if not self.base.robust:
+            title = f"{self.n_test} images, not attacked"
         columns = ["accuracy in %", "base", f"alpha {alpha}", "change, 95 % interval"]
         if self.base.miou:
             columns = [f"pixel {columns[0]}", *columns[1:], "mIoU base", f"mIoU alpha {alpha}"]
