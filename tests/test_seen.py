@@ -46,6 +46,12 @@ def test_marks_are_of_what_is_seen():
     moved[0, 0, 0, [0, 1]] = moved[0, 0, 0, [1, 0]]  # the same values in another place
     assert (seen.image_marks(moved) != marks).tolist() == [True] + [False] * 11
     assert len(seen.image_marks(images[:0])) == 0
+    large = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    marks = seen.image_marks(large)
+    assert torch.equal(seen.image_marks(large.contiguous(memory_format=torch.channels_last)), marks)
+    large[1] = large[1].flip(2)
+    large[2, :, :16, :16] = 0.5
+    assert (seen.image_marks(large) == marks).tolist() == [True, False, False]
 
 
 def test_of_many_images_a_sample_tells(monkeypatch):
