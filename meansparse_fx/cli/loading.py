@@ -20,6 +20,7 @@ from ..evaluate.plan import plan_runs
 from ..outputs import Logits, logits_in
 from ..settings import Settings
 from ..sites import Placement, placement_of
+from ..tables import terminal_width
 from ..transform import transform
 from ..zoo import Normalised, input_shape, load_model
 from .options import DataOptions, MeasuredOptions, ModelOptions, ThreatOptions
@@ -28,9 +29,8 @@ Options = TypeVar("Options", bound=ModelOptions)
 
 
 def console() -> Console:
-    """Return the console for results: standard output, wide enough for a table where that is no terminal."""
-    found = Console()
-    return found if found.is_terminal else Console(width=120)
+    """Return the console for results: standard output, as wide as the terminal, or as COLUMNS or a table wants it."""
+    return Console(width=terminal_width())
 
 
 def say(text: str) -> None:
