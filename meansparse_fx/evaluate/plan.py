@@ -109,7 +109,7 @@ def fitting(
 def warn_if_wide(settings: AttackSettings, images: Tensor) -> None:
     """Warn, before attacks cost anything, where each value of ``images`` may change by more than `WIDE`."""
     each = settings.eps if settings.norm == "Linf" else settings.eps / math.sqrt(images[0].numel())
-    if each > WIDE[settings.norm]:
+    if images.dim() == 4 and each > WIDE[settings.norm]:
         warnings.warn(
             f"{settings.norm} eps {settings.eps:g} lets every value of an image change by {each:.2g} of [0, 1]: did "
             f"you mean {settings.eps:g}/255?",
