@@ -133,10 +133,8 @@ def backward(
     Args:
         grad: Of y.
         grad_sum: Of v, where that is a result that somebody read.
-        x, residual: As in `forward`.
-        vectors, options: As in `forward`.
+        x, residual, vectors, options: As in `forward`.
         from_sum: x is not x but v, or what stands for v.
-        wanted: Which gradients.
     """
     dim = options.channel_dim
     v = widened(x) if from_sum else residual_sum(x, residual, vectors, dim)

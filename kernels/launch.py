@@ -24,7 +24,6 @@ def forward_runner(
     """Return ``(vectors, x, residual, shortcut) -> (y, v)`` for tensors like these; None beyond what a kernel counts.
 
     Args:
-        vectors: Per channel.
         options: Everything else. A v that is wanted is rounded to x's dtype first, and y is the function of that.
         x: float32, float16 or bfloat16, of any layout; copied at most once.
         residual, shortcut: Of x's shape, or broadcasting to it; copied if they lie otherwise.

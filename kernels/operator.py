@@ -82,7 +82,6 @@ class Operator:
     Args:
         vectors: Per channel, on one device. Their values may change; where one is another tensor, that is another
             Operator.
-        options: Everything else.
         choice: Of the lowering, by default as `lowering` says at this moment; ``composition`` is what compilers get.
 
     Raises:

@@ -55,9 +55,7 @@ def write(
     Args:
         path, rescue: As there.
         kind: Name of the format, such as ``meansparse_fx.statistics``.
-        version: Of the format.
         header: Values that JSON can hold.
-        tensors: By name.
     """
     # One entry: the order in which safetensors writes several is random.
     entry = json.dumps({"format_version": version, **header})
@@ -74,7 +72,6 @@ def read_json(path: str | Path, versions: Mapping[str, int]) -> dict[str, Any]:
     """Return the values of a JSON file that says its ``format`` and ``version``.
 
     Args:
-        path: The file.
         versions: The newest version that is understood, by format.
 
     Raises:
@@ -234,9 +231,6 @@ def read(path: str | Path, kind: str, version: str, what: str) -> tuple[dict[str
     """Return header and tensors of a file that `write` made.
 
     Args:
-        path: The file.
-        kind: The format expected.
-        version: The version expected.
         what: The format in words, for messages: "a statistics file".
 
     Raises:

@@ -87,9 +87,6 @@ def write_report(
     Args:
         out: Directory; made if missing.
         model: What was measured, in words.
-        plan: The model's sites.
-        statistics: Of its calibration.
-        evaluation: The final comparison.
         data: What each set of images was, by its role.
         search: The search that chose alpha, if there was one: drawn as ``alpha.png`` and ``tradeoff.png``. The headline
             holds the result to its clean budget.

@@ -31,7 +31,6 @@ class Candidate:
 
     Attributes:
         alpha: One for all sites, or by site.
-        variant: Of the operator.
     """
 
     alpha: Alpha
@@ -57,9 +56,7 @@ class Trials:
         sparse: The model; its alphas and variants are changed.
         data: Batches of (images, labels) on any device.
         attacked: Number of images to attack, the first ones; None for all.
-        runs: The attacks.
-        settings: Of the attacks.
-        ledger: Keeps the results.
+        runs, settings: The attacks.
         full_rows: Every run attacks all images, also those broken before it.
         compile, amp: How attacks run the model; see `evaluate.compiled`.
     """

@@ -288,7 +288,6 @@ def choose(
     Args:
         outcomes: By (alpha, variant), in the order of preference, the base first.
         clean_budget: As a fraction.
-        significance: Of the test.
     """
     (chosen, base), *rest = outcomes.items()
     standing = base

@@ -33,7 +33,6 @@ class FashionResNet(nn.Module):
 
     Args:
         activation: Makes one activation module; called once per place.
-        num_classes: Length of the logits.
     """
 
     def __init__(self, activation: Callable[[], nn.Module] = nn.GELU, num_classes: int = 10):

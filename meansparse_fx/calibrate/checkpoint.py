@@ -29,7 +29,6 @@ class Checkpoint:
         path: Of one process; several have ``PATH.rank0-of-2`` and so on.
         every: Seconds between two writings.
         identity: What must be the same for a pass to go on, by what it is in words.
-        rank, world: Of this process.
 
     Raises:
         CalibrationError: From any method, if the file is of another calibration.

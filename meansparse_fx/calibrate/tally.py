@@ -19,7 +19,6 @@ class Tally:
 
     Args:
         observers: Of the instrumented graph, in its order.
-        device: Where they measure.
 
     Attributes:
         totals: Of all batches so far.

@@ -47,8 +47,7 @@ class Region:
     y = act(s(u)) + shortcut,   u = sum_norm(v),   v = input_norm(x) * layer_scale + residual
 
     Attributes:
-        shape: Of x, and of all the others.
-        dtype: Of the same.
+        shape, dtype: Of x, and of all the others.
         channel_dim: Dimension of x that holds the channels.
         activation: None for a bare operator.
         input_norm, sum_norm: There is a norm of x; of the sum.

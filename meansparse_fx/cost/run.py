@@ -66,7 +66,6 @@ class SiteCost:
     """One site.
 
     Attributes:
-        name: The site's.
         before: What the fused form takes in besides the activation, as the plan says it; empty if nothing.
         forms: By form, in the order of `FORMS`.
     """

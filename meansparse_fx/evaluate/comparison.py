@@ -28,9 +28,6 @@ class Comparison:
 
     Args:
         models: The base and the transformed model, by these names: ``base`` and ``sparse``.
-        runs: The attacks, in order.
-        settings: Of the attacks.
-        ledger: Keeps the results.
         full_rows: Every run attacks all images, also those broken before it.
         compile, amp: How attacks meet the models; see `compiled`.
         keep: Adversarial images of all batches stay in the ledger; otherwise those of the batch at hand.

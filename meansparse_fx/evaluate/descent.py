@@ -31,7 +31,6 @@ class PGD:
     """Gradient ascent on cross-entropy from a random start, keeping the first image that fools the model.
 
     Args:
-        model: Returns logits.
         norm: ``Linf`` (steps along the gradient's sign) or ``L2``.
         eps: Radius of the ball.
         n_iter: Steps.

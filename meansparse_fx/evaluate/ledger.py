@@ -72,12 +72,7 @@ class Ledger:
         return len(self._digests)
 
     def require_same(self, what: str, images: Tensor, labels: Tensor) -> None:
-        """Raise EvaluationError if a batch is not what it was when its results were found.
-
-        Args:
-            what: Names the batch.
-            images, labels: It.
-        """
+        """Raise EvaluationError if a batch is not what it was when its results were found."""
         found = artifacts.digest(images, labels)
         if self._digests.setdefault(what, found) != found:
             raise EvaluationError(
@@ -151,7 +146,6 @@ def model_identity(sparse: nn.Module, alpha: bool) -> dict[str, Any]:
     """Return fingerprints of a transformed model's weights and of its operators.
 
     Args:
-        sparse: The model.
         alpha: Alpha and variant count as well: they do not where they are what is looked for.
     """
     state, found = hashlib.blake2b(digest_size=16), operators(sparse)

@@ -80,10 +80,7 @@ def fitting(
     """Return the runs that can attack a model on such images; of lists of attacks the others are left out.
 
     Args:
-        runs: Planned.
         attacks: What was asked for; what is named there itself has to fit.
-        model: Returns logits.
-        images: Some of them.
         labels: Theirs; only their being maps matters.
 
     Raises:

@@ -56,8 +56,6 @@ def examine(
     Args:
         model: The model itself.
         attacked: How attacks meet it, as ``which``.
-        probed: The images.
-        runs, settings: What was run on them.
         clean: ``[n]``, right as they are.
         standing: ``[n]``, right after all runs.
     """

@@ -20,8 +20,6 @@ def check_calibration(sparse: fx.GraphModule, data: Any, images: Tensor) -> Chec
     """Return how the images that calibration saw differ from these; None where nothing is known of them.
 
     Args:
-        sparse: The model, with its statistics.
-        data: What the verb was given.
         images: Its first batch, in [0, 1].
 
     Raises:

@@ -33,7 +33,6 @@ def returning_logits(model: fx.GraphModule, logits: Logits = None) -> fx.GraphMo
     """Return a graph whose result are the logits; the model itself if it returns one tensor, and nothing is asked for.
 
     Args:
-        model: Any.
         logits: Where they are; see `logits_in`.
 
     Raises:

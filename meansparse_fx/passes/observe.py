@@ -19,7 +19,6 @@ def observe(sparse: fx.GraphModule, fused: bool = False) -> tuple[fx.GraphModule
     """Return the instrumented graph of ``sparse`` and its observers by site name, in graph order.
 
     Args:
-        sparse: A transformed model.
         fused: Let observers compute the activation where the operator does: for GPUs, where the moments kernel
             writes it from the same read.
     """

@@ -35,12 +35,7 @@ _OTHER_MODE = "gradients are turned on or off between it and what stands around 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A batch norm in the graph.
-
-    Attributes:
-        node: Its call.
-        frozen: What it computes.
-    """
+    """A batch norm in the graph."""
 
     node: fx.Node
     frozen: FrozenNorm

@@ -46,11 +46,7 @@ class Aliases:
 
 
 def check_inplace(graph: fx.Graph, operators: Operators, flow: Flow, sites: Iterable[Site]) -> None:
-    """Raise SiteError if a site's in-place activation changes a tensor that is read later under another name.
-
-    Args:
-        sites: The in-place activations.
-    """
+    """Raise SiteError if a site's in-place activation changes a tensor that is read later under another name."""
     aliases = Aliases(graph, operators, flow)
     order = aliases.order
     nodes = {node.name: node for node in order}

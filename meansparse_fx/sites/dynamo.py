@@ -59,7 +59,6 @@ class DynamoGraph:
     """A graph of Dynamo's and what is known of its frame.
 
     Attributes:
-        graph: The graph.
         code: The frame's code object: it tells a recompilation from another graph of the same model.
         model: The module that site names start from; None if the frame has none.
         inputs: The placeholders that are no state of a module, with the tensors they stood for.
