@@ -119,9 +119,10 @@ def write_whole(path: str | Path, make: Callable[[Path], object], rescue: bool =
 
 
 def _replace(path: Path, make: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")  # some writers look at the suffix
     try:
-        mode = usual_mode(temporary)
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # as the user's umask has it
         make(temporary)
         temporary.chmod(mode)  # safetensors gives its own files to their owner alone
         with temporary.open("rb") as file:
@@ -131,12 +132,6 @@ def _replace(path: Path, make: Callable[[Path], object]) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-
-
-def usual_mode(path: Path) -> int:
-    """Return the permissions of a new file, as the user's umask has them; ``path`` is empty then."""
-    path.touch()
-    return stat.S_IMODE(path.stat().st_mode)
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
@@ -206,7 +201,7 @@ def _reason(error: Exception) -> str:
 def remove_partial(path: str | Path) -> None:
     """Remove what killed processes left of writing ``path``; no other process may be writing it now."""
     path = Path(path)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+    for left in path.parent.glob(f".{glob.escape(path.stem)}.*.partial{glob.escape(path.suffix)}"):
         left.unlink(missing_ok=True)
 
 

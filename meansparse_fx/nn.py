@@ -233,8 +233,10 @@ class MeanSparse(nn.Module):
             self.backward, self.backward_steepness = mode, float(_positive("steepness", steepness))
             self.gate_steepness.fill_(steepness)
 
-    def set_variant(self, variant: str, centre: str, steepness: float) -> None:
-        """Choose what the band becomes (``mean``, ``edge``, ``smooth``) and its centre (paper, Table 8)."""
+    def set_variant(self, variant: str, centre: str | None = None, steepness: float | None = None) -> None:
+        """Choose what the band becomes (``mean``, ``edge``, ``smooth``) and its centre (paper, Table 8), if given."""
+        centre = self.centre_mode if centre is None else centre
+        steepness = self.steepness if steepness is None else steepness
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         if centre not in CENTRES:

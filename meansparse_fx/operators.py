@@ -198,12 +198,13 @@ def load_published(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def switched(model: nn.Module) -> Iterator[None]:
-    """Put alpha and the backward mode of every site back as they were on leaving the block; a base has none."""
-    before = {m: (m.get_alpha(), m.backward, m.backward_steepness) for m in _find(model).values()}
+    """Put alpha, variant and backward mode of every site back as they were on leaving the block; a base has none."""
+    before = {m: (m.variant, m.get_alpha(), m.backward, m.backward_steepness) for m in _find(model).values()}
     try:
         yield
     finally:
-        for operator, (alpha, mode, steepness) in before.items():
+        for operator, (variant, alpha, mode, steepness) in before.items():
+            operator.set_variant(variant)
             operator.set_alpha(alpha)
             operator.set_backward(mode, steepness)
 

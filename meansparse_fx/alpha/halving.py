@@ -18,7 +18,7 @@ from ..evaluate.attacks import AttackSettings
 from ..evaluate.compiled import Attacked
 from ..evaluate.ledger import Ledger
 from ..evaluate.outcome import ModelOutcome
-from ..evaluate.plan import Run, correct, device_of, perturbed, spread
+from ..evaluate.plan import Run, correct, device_of, perturbed
 from ..operators import operators, set_alpha
 from .result import within_budget
 
@@ -45,7 +45,7 @@ class Candidate:
     def set(self, sparse: fx.GraphModule) -> None:
         """Make the model this candidate."""
         for operator in operators(sparse).values():
-            operator.set_variant(self.variant, operator.centre_mode, operator.steepness)
+            operator.set_variant(self.variant)
         set_alpha(sparse, self.alpha)
 
 
@@ -129,7 +129,7 @@ class Trials:
             target = standing.to(self._device)
             images, labels = (part[low:high].to(self._device)[target] for part in (self._images, self._labels))
             found = perturbed(self._attacked.by(run, "sparse"), run, images, labels, self._settings)
-            return {"survived": spread(target, correct(self._sparse, found, labels), False)}
+            return {"survived": torch.zeros_like(target).masked_scatter(target, correct(self._sparse, found, labels))}
 
         return self._ledger.recall(f"{candidate}, {low} to {high}, {run.name}", work)["survived"]
 

@@ -133,7 +133,7 @@ class AlphaSearch(Tabled):
         """Set the choice in a model, which keeps how it came about: `save` writes that along."""
         added(sparse).choice = self.to_dict()
         for operator in operators(sparse).values():
-            operator.set_variant(self.variant, operator.centre_mode, operator.steepness)
+            operator.set_variant(self.variant)
         set_alpha(sparse, self.alpha)
 
     @classmethod

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,7 @@ def select_alpha(
         "logits": in_words(logits),
     }
     ledger = Ledger(checkpoint, identity)
-    with bar(progress) as display, _put_back(sparse), ledger:
+    with bar(progress) as display, switched(sparse), ledger:
         data = [first, *batches]
         calibration = check_calibration(sparse, held_out, data[0][0])
         trials = Trials(model, data, attacked, runs, settings, ledger, full_rows, compile, amp)
@@ -215,15 +214,3 @@ def _proposals(grid: Sequence[float], start: float, leader: float) -> list[float
     """Return the alphas to try at each site: 0, one step down, one step up, and the one that looks best for all."""
     below, above = [a for a in grid if a < start], [a for a in grid if a > start]
     return sorted({0.0, *below[-1:], *above[:1], leader} - {start})
-
-
-@contextmanager
-def _put_back(sparse: fx.GraphModule) -> Iterator[None]:
-    """Put alpha, backward and variant of every site back on leaving the block."""
-    variants = {m: m.variant for m in operators(sparse).values()}
-    try:
-        with switched(sparse):
-            yield
-    finally:
-        for operator, variant in variants.items():
-            operator.set_variant(variant, operator.centre_mode, operator.steepness)

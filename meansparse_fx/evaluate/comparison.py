@@ -13,7 +13,7 @@ from .attacks import AttackSettings
 from .compiled import Attacked
 from .ledger import Ledger, Masks
 from .outcome import ModelOutcome
-from .plan import Run, correct, device_of, perturbed, spread
+from .plan import Run, correct, device_of, perturbed
 from .probes import Probed, examine, search_planted
 from .sanity import Check, checks_of, checks_of_labels
 
@@ -135,7 +135,7 @@ class Comparison:
             made = make()
             right = correct(self._models[which], made, side.labels[at])
             first = ~right & ~side.broken.to(self._device)[at]
-            return {"survived": spread(at, right, False), "images": made[first]}
+            return {"survived": torch.zeros_like(at).masked_scatter(at, right), "images": made[first]}
 
         known = self._ledger.recall(f"{side.name}, {name}", work)
         side.add(name, target, known)

@@ -123,10 +123,3 @@ def device_of(sparse: nn.Module) -> torch.device:
     statistics = next(iter(operators(sparse).values())).mean
     assert isinstance(statistics, Tensor)
     return statistics.device
-
-
-def spread(mask: Tensor, values: Tensor, elsewhere: bool) -> Tensor:
-    """Return ``values`` where ``mask`` ``[N]`` is set, in its order, and ``elsewhere`` in the other places."""
-    whole = torch.full_like(mask, elsewhere)
-    whole[mask] = values
-    return whole
