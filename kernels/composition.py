@@ -146,8 +146,7 @@ def backward(
     grad_x = affine(affine(grad_v, vectors.layer_scale, None, dim), vectors.input_scale, None, dim).to(x.dtype)
     if not wanted.v:
         return Gradients(grad_x, None, grad_weight)
-    scaled = vectors.layer_scale is not None or vectors.input_scale is not None
-    return Gradients(grad_x, grad_v.to(x.dtype) if scaled else grad_x, grad_weight)
+    return Gradients(grad_x, grad_v.to(x.dtype) if vectors.scaled else grad_x, grad_weight)
 
 
 def _activation_gradient(

@@ -1,4 +1,4 @@
-"""Floor 1: arguments that may be given in more than one form, read in one place. Imports nothing of this package."""
+"""Floor 1: arguments that may be given in more than one form, and names in messages. Imports nothing of the package."""
 
 from __future__ import annotations
 
@@ -31,3 +31,9 @@ def number(given: Any, what: str) -> float:
         return float(numerator) / float(denominator or 1)
     except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
         raise ValueError(f"{what} must be a number, got {given!r}") from error
+
+
+def some(names: Iterable[str], limit: int = 3) -> str:
+    """Return the first of the names, sorted, for a message."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:limit]) + (", ..." if len(ordered) > limit else "")

@@ -43,7 +43,6 @@ def run(
     selection_images: int = SELECTION_IMAGES,
     test_images: int = TEST_IMAGES,
     steps: int = STEPS,
-    alphas: tuple[float, ...] = ALPHAS,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Return the contents of the report, having printed each stage and written the report into ``out``."""
@@ -74,7 +73,7 @@ def run(
     search = select_alpha(
         sparse,
         selection,
-        alphas=alphas,
+        alphas=ALPHAS,
         attacked=ATTACKED_IMAGES,
         clean_budget=CLEAN_BUDGET,
         **threat,

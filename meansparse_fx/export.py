@@ -19,7 +19,7 @@ from .artifacts import require_place, write_whole
 from .batches import examples
 from .capture.copies import copied
 from .capture.derivatives import own_derivatives
-from .errors import ArtifactError, CaptureError, StateError
+from .errors import ArtifactError, CaptureError
 from .hooks import has_hooks
 from .names import FORMATS
 from .operators import operators, require_transformed
@@ -57,9 +57,7 @@ def to_exported_program(sparse: fx.GraphModule, images: Tensor, dynamic_batch: b
         >>> torch.allclose(program.module()(images[:3]), sparse(images[:3]), atol=1e-6)
         True
     """
-    require_transformed(sparse, "export")
-    if lacking := [name for name, operator in operators(sparse).items() if not operator.calibrated]:
-        raise StateError(f"{lacking[0]}: no statistics to export: calibrate the model, or set_statistics, first")
+    require_transformed(sparse, "export", calibrated=True)
     baked, images = _baked(sparse), examples(images, sparse)
     # With one image torch.export would take the batch size for a constant.
     example = images if len(images) > 1 or not dynamic_batch else torch.cat([images, images])

@@ -33,13 +33,16 @@ def operators(model: nn.Module) -> dict[str, MeanSparse]:
     return found
 
 
-def require_transformed(model: nn.Module, verb: str) -> None:
-    """Raise StateError unless ``model`` is the GraphModule that `transform` returned, in eval mode."""
-    operators(model)
+def require_transformed(model: nn.Module, verb: str, calibrated: bool = False) -> None:
+    """Raise StateError unless ``model`` is the GraphModule that `transform` returned, in eval mode, and calibrated."""
+    found = operators(model)
     if not isinstance(model, fx.GraphModule):
         raise StateError(f"{verb} needs the GraphModule that transform returned, not a wrapper around it")
     if model.training:
         raise StateError(f"the model is in train mode: call .eval() before {verb}")
+    lacking = [name for name, operator in found.items() if not operator.calibrated]
+    if calibrated and lacking:
+        raise StateError(f"{lacking[0]}: no statistics: calibrate the model, or set_statistics, before {verb}")
 
 
 def added(model: nn.Module) -> Added:

@@ -96,9 +96,9 @@ class Trials:
         """Return what a candidate did so far; at the least its clean accuracy on all images."""
         name = str(candidate)
         if name not in self._clean:
-            self._clean[name] = self._ledger.recall(f"{name}, clean", lambda: {"clean": self._right(candidate)})[
-                "clean"
-            ]
+            self._clean[name] = self._ledger.get_or_compute(
+                f"{name}, clean", lambda: {"clean": self._right(candidate)}
+            )["clean"]
         return ModelOutcome(self._clean[name], self._robust.get(name, {}))
 
     def attack(self, candidate: Candidate, stop: int, advance: Callable[[], object]) -> ModelOutcome:
@@ -131,7 +131,7 @@ class Trials:
             found = perturbed(self._attacked.by(run, "sparse"), run, images, labels, self._settings)
             return {"survived": torch.zeros_like(target).masked_scatter(target, correct(self._sparse, found, labels))}
 
-        return self._ledger.recall(f"{candidate}, {low} to {high}, {run.name}", work)["survived"]
+        return self._ledger.get_or_compute(f"{candidate}, {low} to {high}, {run.name}", work)["survived"]
 
 
 def rung_sizes(attacked: int, count: int) -> list[int]:

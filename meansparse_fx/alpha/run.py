@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from ..arguments import items, number
 from ..batches import labelled
-from ..errors import EvaluationError, StateError
+from ..errors import EvaluationError
 from ..evaluate.attacks import AttackSettings
 from ..evaluate.ledger import Ledger, image_digests, model_identity
 from ..evaluate.outcome import ModelOutcome, PairedDifference, mean
@@ -92,11 +92,9 @@ def select_alpha(
         StateError: The model is not transformed or not calibrated, or in train mode.
         EvaluationError: As in `evaluate`.
     """
-    require_transformed(sparse, "select_alpha")
+    require_transformed(sparse, "select_alpha", calibrated=True)
     if isinstance(per_site, str) and per_site != "stage":
         raise EvaluationError(f'per_site is True, False, "stage" or a function of a site\'s name, not {per_site!r}')
-    if missing := [name for name, operator in operators(sparse).items() if not operator.calibrated]:
-        raise StateError(f"{missing[0]}: the site has no statistics: calibrate before select_alpha")
     variants = items(variants)
     grid = sorted({0.0, *(number(alpha, "each of alphas") for alpha in items(alphas))})
     keys = [(0.0, variants[0]), *((alpha, variant) for alpha in grid[1:] for variant in variants)]

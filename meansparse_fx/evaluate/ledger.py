@@ -80,15 +80,15 @@ class Ledger:
                 "the same images again, or remove it to start from the beginning"
             )
 
-    def require_whole(self, met: Collection[str]) -> None:
+    def require_whole(self, batches: Collection[str]) -> None:
         """Raise EvaluationError if the data ended before all batches came that were met earlier."""
-        if missing := self._digests.keys() - set(met):
+        if missing := self._digests.keys() - set(batches):
             raise EvaluationError(
                 f"{self._path}: a checkpoint of more images, {len(missing)} batches of it did not come again: give the "
                 "same images, or remove it to start from the beginning"
             )
 
-    def recall(self, piece: str, work: Callable[[], Masks]) -> Masks:
+    def get_or_compute(self, piece: str, work: Callable[[], Masks]) -> Masks:
         """Return the result of a piece of work, doing it if it is not known yet."""
         if piece not in self._masks:
             self._masks[piece] = {name: mask.cpu() for name, mask in work().items()}

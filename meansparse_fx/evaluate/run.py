@@ -143,20 +143,20 @@ def evaluate(
             say_resumed(display, "batch", ledger.batches, length(as_batches(test, batch_size, pair=True)))
         task = display.add_task("attack", total=_count(test, batch_size, 2 * len(runs), world), note="")
         seen: list[str] = []
-        met: list[str] = []
+        digests: list[str] = []
         calibration: Check | None = None
         for index, (images, labels) in enumerate(itertools.chain([first], data)):
             if index == 0:
                 calibration = check_calibration(sparse, test, images)
             if index % world == rank:
-                comparison.meet(index, images, labels, sanity_images, lambda: display.advance(task))
+                comparison.attack_batch(index, images, labels, sanity_images, lambda: display.advance(task))
                 display.update(task, note=comparison.so_far())
             sanity_images = max(0, sanity_images - len(images))
             if choice is not None:
-                met += image_digests(images)
+                digests += image_digests(images)
             if world > 1:
                 seen.append(digest(images, labels))
-        ledger.require_whole(comparison.met)
+        ledger.require_whole(comparison.batches)
     seconds = _unite(comparison, identity, seen, ledger.seconds, group)
     outcomes = comparison.outcomes()
     if save_adversarial is not None and rank == 0:
@@ -174,7 +174,7 @@ def evaluate(
         cumulative=not (full_rows or maps),
         checks=(
             *comparison.checks(outcomes),
-            *checks_of_choice(choice, norm, eps, met),
+            *checks_of_choice(choice, norm, eps, digests),
             *([] if calibration is None else [calibration]),
         ),
     )
