@@ -1,4 +1,4 @@
-"""Who computes the operator: what was asked for, what a tensor is fit for, and whether somebody looks on.
+"""Who computes the operator: what was asked for, what a tensor is fit for, and who observes the call.
 
 Floor 0: torch and nothing else.
 """

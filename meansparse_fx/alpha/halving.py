@@ -88,7 +88,7 @@ class Trials:
             ledger.require_same(f"batch {index}", images, labels)
         ledger.require_whole([f"batch {index}" for index in range(len(data))])
 
-    def pieces(self, start: int, stop: int) -> int:
+    def attacks_left(self, start: int, stop: int) -> int:
         """Return how many attacks on batches it takes to bring one candidate from ``start`` to ``stop`` images."""
         return len(self._runs) * math.ceil((stop - start) / self._batch_size)
 

@@ -129,11 +129,11 @@ def select_alpha(
         if not per_site:
             return search
         group = added(sparse).plan.stages().__getitem__ if per_site == "stage" else per_site
-        walk = _Walk(trials, list(operators(sparse)), group, variant, clean_budget, significance)
+        refine = _CoordinateSearch(trials, list(operators(sparse)), group, variant, clean_budget, significance)
         tried = _proposals(grid, alpha, search.leader)
         if site_alphas is not None:
             tried = sorted({number(a, "each of site_alphas") for a in items(site_alphas)} - {alpha})
-        refinement, by_site = walk.from_alpha(alpha, tried, stops, display)
+        refinement, by_site = refine.from_alpha(alpha, tried, stops, display)
         taken = any(move.taken for move in refinement.moves)
         return replace(search, alpha=by_site if taken else alpha, refinement=refinement)
 
@@ -142,15 +142,15 @@ def _attack_in_rungs(
     trials: Trials, candidates: Sequence[Candidate], stops: list[int], clean_budget: float, display: Progress
 ) -> None:
     steps = zip(candidates_per_rung(len(candidates), stops), [0, *stops], stops, strict=False)
-    total = sum(count * trials.pieces(start, stop) for count, start, stop in steps)
+    total = sum(count * trials.attacks_left(start, stop) for count, start, stop in steps)
     task = display.add_task("select alpha", total=total, note="")
     successive_halving(trials, candidates, stops, clean_budget, lambda: display.advance(task))
     base = trials.outcome(candidates[0])
     display.update(task, completed=total, note=f"base: worst case {mean(base.worst):.1%}")
 
 
-class _Walk:
-    """A coordinate search: one group of sites after the other, each tried at other alphas."""
+class _CoordinateSearch:
+    """One group of sites after the other, each tried at other alphas."""
 
     def __init__(
         self,

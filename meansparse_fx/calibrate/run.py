@@ -183,7 +183,7 @@ class _Pass:
                 kept.write(tally, images)
             if self._settled:
                 break
-            self._ranks.beat(f"batch {index}")
+            self._ranks.heartbeat(f"batch {index}")
         tally.refuse_non_finite()
         if kept is not None:
             kept.require_compared()

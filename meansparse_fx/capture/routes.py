@@ -19,9 +19,9 @@ from ..hooks import drop_own_hooks
 from ..rewrite import adopt
 from .copies import copied
 from .examples import trace_by_example
+from .functions import as_python
 from .preconditions import check_model, without_wrappers
 from .tracing import Traced, trace
-from .uncompiled import as_python
 from .verify import Reference
 
 _WAY_OUT = (

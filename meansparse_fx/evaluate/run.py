@@ -21,7 +21,7 @@ from ..operators import added, get_alpha, operators, require_transformed
 from ..outputs import Logits, in_words
 from ..passes import restore, returning_logits
 from ..progress import bar, say_resumed
-from ..shards import gather, own_file, place
+from ..shards import gather, own_file, peer_lost, place
 from ..statistics import fingerprint
 from .attacks import AttackSettings
 from .comparison import Comparison
@@ -211,13 +211,8 @@ def _unite(comparison: Comparison, identity: dict[str, Any], seen: list[str], se
     """Give every process what all of them found, and return the seconds that the slowest of them took."""
     if group is None:
         return seconds
-    try:
-        own = (identity, seen, comparison.found, comparison.sanity, comparison.evidence, seconds)
-        parts = gather(own, group)
-    except RuntimeError as error:  # what torch.distributed raises when a peer is gone
-        raise EvaluationError(
-            f"lost another process ({str(error).splitlines()[0]}). Checkpoints, if asked for, are kept: start again"
-        ) from error
+    with peer_lost(EvaluationError):
+        parts = gather((identity, seen, comparison.found, comparison.sanity, comparison.evidence, seconds), group)
     for rank, part in enumerate(parts):
         if part[:2] != (identity, seen):
             raise EvaluationError(
