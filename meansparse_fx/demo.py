@@ -14,7 +14,6 @@ from . import bundled
 from .alpha import CLEAN_BUDGET, SEARCH_ATTACKS, select_alpha
 from .calibrate import calibrate
 from .evaluate import evaluate
-from .histogram import band_shares, feature_histogram
 from .operators import set_alpha
 from .report import write_report
 from .transform import inspect, transform
@@ -60,8 +59,7 @@ def run(
 
     console.rule("[bold]1. Find the sites", align="left")
     sparse = transform(model, calibration[:2])
-    plan = inspect(sparse)
-    console.print(plan.table())
+    console.print(inspect(sparse).table())
 
     console.rule(f"[bold]2. Calibrate on {len(calibration)} training images", align="left")
     statistics = calibrate(sparse, calibration.split(BATCH_SIZE))
@@ -93,16 +91,13 @@ def run(
     console.print(evaluation.table())
 
     console.rule("[bold]5. Report", align="left")
-    looked_at = test[0][:HISTOGRAM_IMAGES]
     report = write_report(
         out,
+        sparse,
+        evaluation,
+        test[0][:HISTOGRAM_IMAGES],
         model="the bundled Fashion-MNIST network",
-        plan=plan,
-        statistics=statistics,
         search=search,
-        evaluation=evaluation,
-        histogram=feature_histogram(sparse, looked_at),
-        shares=band_shares(sparse, looked_at),
         data={
             "calibration": f"{len(calibration)} images of the Fashion-MNIST training set",
             "selection": f"{len(selection[0])} images of its test set, at most {ATTACKED_IMAGES} attacked",
