@@ -82,7 +82,6 @@ class Trials:
         needed = _batches_with(data, self.attacked)
         self._images, self._labels = (torch.cat(parts)[: self.attacked] for parts in zip(*needed, strict=True))
         self._batch_size = len(data[0][1])
-        self._clean: dict[str, Tensor] = {}
         self._robust: dict[str, dict[str, Tensor]] = {}
         for index, (images, labels) in enumerate(data):
             ledger.require_same(f"batch {index}", images, labels)
@@ -95,11 +94,8 @@ class Trials:
     def outcome(self, candidate: Candidate) -> ModelOutcome:
         """Return what a candidate did so far; at the least its clean accuracy on all images."""
         name = str(candidate)
-        if name not in self._clean:
-            self._clean[name] = self._ledger.get_or_compute(
-                f"{name}, clean", lambda: {"clean": self._right(candidate)}
-            )["clean"]
-        return ModelOutcome(self._clean[name], self._robust.get(name, {}))
+        kept = self._ledger.get_or_compute(f"{name}, clean", lambda: {"clean": self._right(candidate)})
+        return ModelOutcome(kept["clean"], self._robust.get(name, {}))
 
     def attack(self, candidate: Candidate, stop: int, advance: Callable[[], object]) -> ModelOutcome:
         """Attack a candidate on the images up to ``stop`` that it has not seen, and return what it did so far."""

@@ -20,10 +20,10 @@ from ..frozen import FrozenNorm, fused_parts
 from ..hooks import enter, has_hooks, has_own_forward, leave
 from ..nn import MeanSparse
 from ..rewrite import operand
+from ..sites.aliases import Overwrites
 from ..sites.flow import carried
 from ..sites.ops import Operators
 from ..sites.shapes import Flow
-from .overwrites import Overwrites
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _SUMS = (python.add, python.iadd, torch.add, "add", "add_", "__iadd__")
