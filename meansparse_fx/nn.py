@@ -71,9 +71,7 @@ class MeanSparse(nn.Module):
         self.replaces: RecordedCall | None = None
         self.prologue = Prologue()
         self.strict = False
-        self.variant = "mean"
-        self.centre_mode = "channel"
-        self.backward = "exact"
+        self.variant, self.centre_mode, self.backward = "mean", "channel", "exact"
         self.steepness = self.backward_steepness = 10.0
         self._given_alpha = 0.0  # as the caller wrote it, which the buffer rounds to float32
         self.register_buffer("mean", torch.zeros(channels))
@@ -131,8 +129,7 @@ class MeanSparse(nn.Module):
         choice: str | None = None,
     ) -> Operator:  # fmt: skip
         layer_scale = None if layer_scale is None else layer_scale.detach().flatten()
-        scale, shift, norm_scale, norm_shift = norms
-        vectors = Vectors(*vectors[:3], scale, shift, layer_scale, norm_scale, norm_shift)
+        vectors = Vectors(*vectors[:3], *norms[:2], layer_scale, *norms[2:])
         name, constants = (self.activation.name, self.activation.constants) if self.activation else ("identity", ())
         backward: str = self.backward
         width: Any = self.backward_steepness

@@ -19,7 +19,7 @@ from ..capture.modes import MODE_CALLS
 from ..frozen import FrozenNorm, fused_parts
 from ..hooks import enter, has_hooks, has_own_forward, leave
 from ..nn import MeanSparse
-from ..rewrite import operand
+from ..rewrite import Refusal, operand
 from ..sites.aliases import Overwrites
 from ..sites.flow import carried
 from ..sites.ops import Operators
@@ -29,24 +29,6 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _SUMS = (python.add, python.iadd, torch.add, "add", "add_", "__iadd__")
 
 _FREEZE = "model.requires_grad_(False)"
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why what stands around an operator is left there.
-
-    Attributes:
-        reason: In words.
-        node: What is left.
-        cure: What a user can do about it, if anything.
-    """
-
-    reason: str
-    node: fx.Node
-    cure: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.cure}" if self.cure else self.reason
 
 
 @dataclass(frozen=True, slots=True)
