@@ -132,9 +132,9 @@ def test_each_probe_sees_its_failure_and_no_other_model_has_it(net, images, fail
     torch.manual_seed(0)
     assert not looked(**FAILURES[failure])[failure].all()
     sound = looked()
-    assert set(sound) == {*FAILURES, "bounded", "twice the steps", "returned"}
+    assert set(sound) == {*FAILURES, "bounded", "twice the steps", "outspoken"}
     assert all(sound[name].all() for name in FAILURES)
-    assert sound["returned"].all()
+    assert sound["outspoken"].all()
     assert not sound["bounded"].any()
 
 
@@ -156,7 +156,7 @@ def test_what_an_attack_met_and_did_not_return_is_noticed(net, images, monkeypat
     runs = plan_runs(["apgd-ce/exact"], (), 0)
     attacked = Attacked({"base": model}, False, None)
     found = examine(model, attacked, "base", Probed(images, labels), runs, SETTINGS, everything, everything)
-    assert torch.equal(found["returned"], ~wrong)
+    assert torch.equal(found["outspoken"], ~wrong)
     assert found["twice the steps"].all()
 
 

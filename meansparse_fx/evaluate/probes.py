@@ -147,7 +147,7 @@ def _once_more(
     survived = correct(model, made, left.labels).cpu()
     found = {"twice the steps": survived}
     if isinstance(watched, _Watched):
-        found["returned"] = ~(watched.seen.cpu() & survived)
+        found["outspoken"] = ~(watched.seen.cpu() & survived)
     return found
 
 

@@ -91,7 +91,7 @@ _RULES = {
         "the gradient does not point where the loss grows; attack through a surrogate of what hides it",
         1 - LEAST_RISES,
     ),
-    "returned": _Rule(
+    "outspoken": _Rule(
         "silent success",
         "were broken on the way and given back whole",
         "the attack finds more than it returns; keep what it meets on its way",
