@@ -7,7 +7,7 @@ BIN := .venv/bin
 # backward passes 4 times slower (250 images a second against 1000; two cores of an AMD EPYC, load 4).
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-lowest mutants lint docs clean install
+.PHONY: demo test coverage test-lowest mutants lint docs clean install
 
 demo: .venv/.installed
 	$(BIN)/meansparse-fx demo --out demo-out
@@ -17,6 +17,11 @@ test: export OMP_NUM_THREADS ?= 1
 test: .venv/.installed
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+
+# Which branches the fast tests leave out, by line.
+coverage: export OMP_NUM_THREADS ?= 1
+coverage: .venv/.installed
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" --cov --cov-report=term-missing
 
 # The oldest torch that is kept working, and the torchvision that belongs to it; pyproject.toml names the same torch.
 LOWEST := torch==2.11.0 torchvision==0.26.0

@@ -113,7 +113,7 @@ def measure(searches: Sequence[str], cache: Path, attacked: int, selection: int)
         on_images(sparse, test, attacked, ("adaptive",), settings, path) as trials,
         bar() as shown,
     ):
-        task = shown.add_task("test images", total=trials.pieces(0, trials.attacked) * len(contenders), note="")
+        task = shown.add_task("test images", total=trials.attacks_left(0, trials.attacked) * len(contenders), note="")
         outcomes = {
             name: trials.attack(candidate, trials.attacked, lambda: shown.advance(task))
             for name, (candidate, _, _) in contenders.items()

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import _disable_current_modes
 
 from meansparse_fx.cost.tally import Tally, kept_bytes
-from meansparse_fx.kernels import operator
+from meansparse_fx.kernels import autograd, operator
 
 from .harness import Call
 
@@ -49,7 +49,8 @@ def _operators_counted_as_one(tally: Tally) -> Iterator[None]:
         return call
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(operator, "is_observed", return_value=False))
+        for module in (operator, autograd):
+            stack.enter_context(mock.patch.object(module, "is_observed", return_value=False))
         for name in ("forward", "backward"):
             run = counted(getattr(operator.Call, name))
             stack.enter_context(mock.patch.object(operator.Call, name, run))

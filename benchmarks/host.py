@@ -1,4 +1,4 @@
-"""What a call of the operator costs on the host: ``python -m benchmarks.host [--out FILE]``.
+"""What a call of the operator costs on the host: ``python -m benchmarks.host [--json] [--out FILE]``.
 
 Wall time a call, of many calls on a small tensor without a synchronisation, beside torch's own calls in the same
 process: medians of short rounds in which all take turns, so that a busy machine seldom interrupts one. With a GPU the
@@ -9,6 +9,7 @@ which is what a launch costs anywhere.
 from __future__ import annotations
 
 import contextlib
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from meansparse_fx.kernels.operator import Operator
 from meansparse_fx.kernels.records import Options, Vectors
 from meansparse_fx.nn import MeanSparse
 
-from .harness import Call, Row, options, place, provenance, ratio_of, report
+from .harness import Call, Row, options, place, provenance, ratio_of, report, write
 
 SHAPE = (2, 64, 4, 4)
 BACKWARD = "forward+backward: "
@@ -129,12 +130,35 @@ def run(rounds: int) -> list[Row]:
     return rows
 
 
+# What --json names: a row's mode and call.
+RATIOS = {
+    "forward_over_relu": ("forward", "operator, ReLU"),
+    "module_over_relu": ("forward", "module, ReLU"),
+    "forward_backward_over_relu": ("forward+backward", "operator, ReLU"),
+    "fused_over_base": ("forward", "conv, fused module"),
+}
+
+
+def as_json(rows: list[Row]) -> str:
+    """Return one object: where it ran, ``microseconds`` by call, and the ratios of `RATIOS` to torch's own calls."""
+    ratios = {name: row.ratio for name, key in RATIOS.items() for row in rows if (row.case, row.contender) == key}
+    times = {f"{row.case}: {row.contender}": 1e3 * (row.host_ms or 0.0) for row in rows}
+    return json.dumps({"device": rows[0].device, "torch": rows[0].torch, "microseconds": times} | ratios)
+
+
 def main() -> None:
     parser = options(__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--rounds", type=int, default=201)
     parser.add_argument("--device", help="for benchmarks/gpu.sh: it is a GPU where there is one, else the stub")
     args = parser.parse_args()
-    report(run(args.rounds), args.out)
+    rows = run(args.rounds)
+    if not args.json:
+        report(rows, args.out)
+        return
+    print(as_json(rows))
+    if args.out:
+        write(rows, args.out)
 
 
 if __name__ == "__main__":

@@ -82,10 +82,8 @@ def backward_runner(
     wanted: Wanted,
 ) -> Callable[..., Gradients]:
     """Return ``(vectors, grad, grad_sum, x, residual) -> gradients`` for tensors like these."""
-    scaled = vectors.input_scale is not None or vectors.layer_scale is not None
-    tensors = grad, grad_sum, x, residual
-    # Without a scale on x its gradient is the residual's, and one tensor serves as both.
-    run = _on_views(composition.backward, (from_sum, Wanted(wanted.v and scaled)), tensors, 2, vectors, options)
+    tensors, own_v = (grad, grad_sum, x, residual), Wanted(wanted.v and vectors.scaled)
+    run = _on_views(composition.backward, (from_sum, own_v), tensors, 2, vectors, options)
 
     def gradients(vectors: Vectors, *tensors: Tensor | None) -> Gradients:
         grad_x, *grad_v = run(vectors, *tensors)
@@ -109,14 +107,14 @@ def _on_views(
     shape, stride = view.shape, view.stride()
     kernel = _kernel(plain, rest, len(tensors), options._replace(channel_dim=1))
     copies = any(t is not None and not is_laid_out_like(t, x) for t in tensors)
-    gathers = any(v is not None and not v.is_contiguous() for v in vectors)
+    gathers = vectors.gapped
     calls: dict[int, Callable[[Sequence[Tensor | None]], Sequence[Tensor]]] = {}  # compiled for so many threads
 
     def run(vectors: Vectors, *tensors: Tensor | None) -> Sequence[Tensor]:
         if copies:
             tensors = [t if t is None else laid_out_like(t, tensors[at]) for t in tensors]
         if gathers:
-            vectors = [v if v is None else v.contiguous() for v in vectors]
+            vectors = vectors.contiguous()
         arguments = [*[t if t is None else t.as_strided(shape, stride) for t in tensors], *vectors]
         call = calls.get(threads := torch.get_num_threads())
         if call is None:

@@ -133,10 +133,8 @@ def backward(
     Args:
         grad: Of y.
         grad_sum: Of v, where that is a result that somebody read.
-        x, residual: As in `forward`.
-        vectors, options: As in `forward`.
+        x, residual, vectors, options: As in `forward`.
         from_sum: x is not x but v, or what stands for v.
-        wanted: Which gradients.
     """
     dim = options.channel_dim
     v = widened(x) if from_sum else residual_sum(x, residual, vectors, dim)
@@ -148,8 +146,7 @@ def backward(
     grad_x = affine(affine(grad_v, vectors.layer_scale, None, dim), vectors.input_scale, None, dim).to(x.dtype)
     if not wanted.v:
         return Gradients(grad_x, None, grad_weight)
-    scaled = vectors.layer_scale is not None or vectors.input_scale is not None
-    return Gradients(grad_x, grad_v.to(x.dtype) if scaled else grad_x, grad_weight)
+    return Gradients(grad_x, grad_v.to(x.dtype) if vectors.scaled else grad_x, grad_weight)
 
 
 def _activation_gradient(

@@ -24,7 +24,6 @@ def forward_runner(
     """Return ``(vectors, x, residual, shortcut) -> (y, v)`` for tensors like these; None beyond what a kernel counts.
 
     Args:
-        vectors: Per channel.
         options: Everything else. A v that is wanted is rounded to x's dtype first, and y is the function of that.
         x: float32, float16 or bfloat16, of any layout; copied at most once.
         residual, shortcut: Of x's shape, or broadcasting to it; copied if they lie otherwise.
@@ -38,7 +37,7 @@ def forward_runner(
     }  # fmt: skip
     given = _places(x, x, x if options.want_sum else None, residual, shortcut, *vectors)
     launch = Launch(forward_kernel, given, layout, (float(options.steepness),), constexprs, x.device)
-    want_sum, gathers = options.want_sum, _gathers(vectors)
+    want_sum, gathers = options.want_sum, vectors.gapped
     rearranges = any(t is not None and not is_laid_out_like(t, dense) for t in (residual, shortcut))
 
     def run(
@@ -51,7 +50,7 @@ def forward_runner(
         if rearranges:
             residual, shortcut = (t if t is None else laid_out_like(t, y) for t in (residual, shortcut))
         if gathers:
-            vectors = _contiguous(vectors)
+            vectors = vectors.contiguous()
         launch(x, y, v, residual, shortcut, *vectors)
         return y, v
 
@@ -81,7 +80,7 @@ def backward_runner(
         "FROM_SUM": from_sum,
     }  # fmt: skip
     numbers = float(options.steepness), float(options.gate_steepness or 0.0)
-    scaled, gathers = vectors.input_scale is not None or vectors.layer_scale is not None, _gathers(vectors)
+    scaled, gathers = vectors.scaled, vectors.gapped
     given = _places(x, grad, grad_sum, residual, x, x if wanted.v and scaled else None, *vectors)
     launch = Launch(backward_kernel, given, layout, numbers, constexprs, x.device)
     rearranges = any(t is not None and not is_laid_out_like(t, dense) for t in (grad, grad_sum, residual))
@@ -90,7 +89,6 @@ def backward_runner(
         vectors: Vectors, grad: Tensor, grad_sum: Tensor | None, x: Tensor, residual: Tensor | None
     ) -> Sequence[Tensor | None]:
         grad_x = torch.empty_like(x)
-        # Without a scale on x its gradient is the residual's, and one tensor serves as both.
         grad_v = torch.empty_like(x) if wanted.v and scaled else None
         if copies:
             x = torch.empty_like(grad_x).copy_(x)
@@ -99,7 +97,7 @@ def backward_runner(
                 t if t is None else laid_out_like(t, grad_x) for t in (grad, grad_sum, residual)
             )
         if gathers:
-            vectors = _contiguous(vectors)
+            vectors = vectors.contiguous()
         launch(x, grad, grad_sum, residual, grad_x, grad_v, *vectors)
         return grad_x, grad_v if scaled else grad_x, None
 
@@ -125,11 +123,3 @@ def _walked(x: Tensor, channel_dim: int) -> tuple[Layout, Tensor, bool]:
 
 def _places(*pointers: Tensor | None) -> list[int]:
     return [i for i, pointer in enumerate(pointers) if pointer is not None]
-
-
-def _gathers(vectors: Vectors) -> bool:
-    return any(v is not None and not v.is_contiguous() for v in vectors)
-
-
-def _contiguous(vectors: Vectors) -> Vectors:
-    return Vectors(*[v if v is None else v.contiguous() for v in vectors])

@@ -275,8 +275,7 @@ def activation_moments(
     """Return act(x) and the moments of x, from the same single read.
 
     Args:
-        x: As in `channel_moments`.
-        channel_dim: As in `channel_moments`.
+        x, channel_dim: As in `channel_moments`.
         activation: A name in `device_activations.ACTIVATIONS`.
         constants: Scalar arguments of the activation.
         weight: ``[C]`` or ``[1]``, a learned slope.

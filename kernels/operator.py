@@ -1,4 +1,4 @@
-"""The operator as everybody calls it: vectors and options bound and checked once, autograd, and who runs it.
+"""The operator as everybody calls it: vectors and options bound and checked once, and what runs each call.
 
 `Operator` is a call of the operator but for its tensors. The first call with tensors of one layout finds out what runs
 them (a Triton launch, a loop compiled for the CPU, or torch operators) and keeps it; the next ones look it up. There is
@@ -10,70 +10,24 @@ Floor 0: torch and, lazily where a kernel is launched, triton.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
-from torch.utils._device import DeviceContext
 
 from . import compiled, composition, layout, reference
+from .autograd import MeanSparseForCompilers, apply
 from .composition import Wanted
+from .lowering import is_observed, lowering, lowering_of
 from .records import Options, Vectors
 
 Results = tuple[Tensor, Tensor | None]  # y, and v if it is wanted
 
-_PLAIN = (Tensor, Parameter)
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_mode = torch._C._is_torch_function_mode_enabled
-_transforms = torch._C._are_functorch_transforms_active
-_jit_traces = torch._C._is_tracing
 _LIMIT = 4096  # of layouts kept, for a model that sees ever new ones
 
 # What runs a call, by all it depends on. An `Operator` keeps those that it used, under fewer words.
 _RUNNERS: dict[Hashable, Callable] = {}
-
-
-def lowering() -> str:
-    """Return the lowering asked for by MEANSPARSE_FX_LOWERING: ``auto`` (default), ``triton`` or ``eager``."""
-    choice = os.environ.get("MEANSPARSE_FX_LOWERING", "auto")
-    if choice not in ("auto", "triton", "eager"):
-        raise ValueError(f"MEANSPARSE_FX_LOWERING={choice!r}: expected auto, triton or eager")
-    return choice
-
-
-def lowering_of(x: Tensor, channel_dim: int, weight: Tensor | None = None, choice: str | None = None) -> str:
-    """Return what computes the operator by itself on x: ``triton``, ``compiled`` or ``eager``."""
-    choice = choice or lowering()
-    if choice == "triton" or (choice == "auto" and x.is_cuda and x.dtype in layout.DTYPES):
-        return "triton"
-    if choice == "auto" and x.device.type == "cpu" and compiled.takes(x, channel_dim, weight):
-        return "compiled"
-    return "eager"
-
-
-def is_observed(x: Tensor, residual: Tensor | None = None, shortcut: Tensor | None = None) -> bool:
-    """Return whether somebody observes or transforms what is done with these: a transform of torch.func, forward-mode
-    differentiation, a mode, a tracer, a subclass. Not a profiler, which changes nothing.
-    """
-    return (
-        type(x) not in _PLAIN
-        or (residual is not None and type(residual) not in _PLAIN)
-        or (shortcut is not None and type(shortcut) not in _PLAIN)
-        or _dispatch_modes() > 0
-        or (_function_mode() and _function_mode_observes())
-        or _transforms()
-        or forward_ad._current_level >= 0
-        or _jit_traces()
-    )
-
-
-def _function_mode_observes() -> bool:
-    # torch.set_default_device is a mode, too.
-    return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
 
 class Operator:
@@ -82,7 +36,6 @@ class Operator:
     Args:
         vectors: Per channel, on one device. Their values may change; where one is another tensor, that is another
             Operator.
-        options: Everything else.
         choice: Of the lowering, by default as `lowering` says at this moment; ``composition`` is what compilers get.
 
     Raises:
@@ -126,11 +79,11 @@ class Operator:
         ):
             y, v = self.forward(x, residual, shortcut)
         elif composed:
-            return _MeanSparseForCompilers.apply(self, x, residual, shortcut, weight)
+            return MeanSparseForCompilers.apply(self, x, residual, shortcut, weight)
         elif alone and weight is None:
-            return _apply(self.call_of(x), x)
+            return apply(self.call_of(x), x)
         else:
-            return _apply(self.call_of(x, residual, shortcut), x, residual, shortcut, weight)
+            return apply(self.call_of(x, residual, shortcut), x, residual, shortcut, weight)
         return (y, v) if self.options.want_sum else y
 
     def forward(self, x: Tensor, residual: Tensor | None, shortcut: Tensor | None) -> Results:
@@ -320,142 +273,3 @@ def _check_tensors(x: Tensor, residual: Tensor | None, shortcut: Tensor | None, 
     for t in (residual, shortcut):
         if t is not None:
             layout.expanded_to(t, x.shape)
-
-
-class _MeanSparse(torch.autograd.Function):
-    """Keeps what `Operator.kept_for_backward` says, and the weight; backward computes everything else again.
-
-    A ReLU's result is kept in the place of its input, as torch does: the next convolution keeps the same tensor. The
-    other vectors stay with the operator, and backward asks whether they are unchanged: keeping them as well would take
-    3 microseconds of a call.
-    """
-
-    @staticmethod
-    def forward(ctx, call, x, residual=None, shortcut=None, weight=None):
-        vectors, source = call.operator.vectors, call.source
-        y, v = call.forward(x, residual, shortcut)
-        kept = y if source == "result" else x if source == "input" else v
-        if residual is None and weight is None:
-            ctx.save_for_backward(kept)
-        else:
-            ctx.save_for_backward(kept, residual if source == "input" else None, weight)
-        ctx.call, ctx.version = call, _version(vectors)
-        if v is None:
-            return y
-        ctx.set_materialize_grads(False)
-        return y, v
-
-    @staticmethod
-    def backward(ctx, grad, grad_sum=None):
-        call, saved, needed = ctx.call, ctx.saved_tensors, ctx.needs_input_grad
-        vectors, x, residual = call.operator.vectors, saved[0], None
-        if _version(vectors) != ctx.version:
-            raise RuntimeError(
-                "alpha, statistics or a LayerScale were changed between a forward pass and its backward: set them "
-                "before, or run the forward pass again"
-            )
-        run = _differentiate if torch.is_grad_enabled() or is_observed(grad, grad_sum) else Call.backward
-        if len(needed) == 2 and grad is not None:
-            return None, run(call, vectors, grad, grad_sum, x, None, _X_ALONE)[0]
-        if grad is None:
-            grad = torch.zeros_like(x)
-        if len(saved) > 1:
-            _, residual, weight = saved
-            vectors = vectors._replace(weight=weight)
-        return _gradients(needed, grad, lambda wanted: run(call, vectors, grad, grad_sum, x, residual, wanted))
-
-
-def _version(vectors: Vectors) -> int:
-    """Return what tells whether the band, or a LayerScale, was changed since."""
-    version = vectors.centre._version + vectors.threshold._version
-    return version if vectors.layer_scale is None else version + vectors.layer_scale._version
-
-
-# Past Function.apply in Python, whose questions `Operator.__call__` answers: 1.2 microseconds.
-_apply = super(torch.autograd.Function, _MeanSparse).apply
-_X_ALONE = Wanted()
-
-
-class _MeanSparseForCompilers(torch.autograd.Function):
-    """The same of the composition. Compilers see what is kept and nothing else, so all vectors are kept."""
-
-    @staticmethod
-    def forward(ctx, operator, x, residual, shortcut, weight):
-        y, v = operator.forward(x, residual, shortcut)
-        source = operator.kept_for_backward(x.dtype, residual is not None, shortcut is not None)
-        kept = [y if source == "result" else x if source == "input" else v]
-        ctx.operator, ctx.source, ctx.keeps_residual = operator, source, source == "input" and residual is not None
-        if ctx.keeps_residual:
-            kept.append(residual)
-        ctx.save_for_backward(*kept, *[vector for vector in operator.vectors if vector is not None])
-        if v is None:
-            return y
-        ctx.set_materialize_grads(False)
-        return y, v
-
-    @staticmethod
-    def backward(ctx, grad, grad_sum=None):
-        operator, saved = ctx.operator, list(ctx.saved_tensors)  # `x, *saved =` is a tuple to Dynamo of torch 2.11
-        x = saved.pop(0)
-        options, from_sum = operator.for_backward(ctx.source)
-        residual = saved.pop(0) if ctx.keeps_residual else None
-        vectors = Vectors(*[None if v is None else saved.pop(0) for v in operator.vectors])
-        if grad is None:
-            grad = torch.zeros_like(x)
-        return _gradients(
-            ctx.needs_input_grad,
-            grad,
-            lambda wanted: composition.backward(grad, grad_sum, x, residual, vectors, options, from_sum, wanted),
-        )
-
-
-def _gradients(
-    needed: Sequence[bool], grad: Tensor, backward: Callable[[Wanted], Sequence[Tensor | None]]
-) -> tuple[Tensor | None, ...]:
-    """Return what a Function's backward returns, for the inputs operator, x, residual, shortcut and weight."""
-    _, want_x, want_residual, want_shortcut, want_weight = *needed, *[False] * (5 - len(needed))
-    grads = (None, None, None)
-    if want_x or want_residual or want_weight:
-        grads = backward(Wanted(want_residual, want_weight))
-    grad_x, grad_v, grad_weight = grads
-    found = None, grad_x, grad_v if want_residual else None, grad if want_shortcut else None, grad_weight
-    return found[: len(needed)]
-
-
-def _differentiate(
-    call: Call,
-    vectors: Vectors,
-    grad: Tensor,
-    grad_sum: Tensor | None,
-    x: Tensor,
-    residual: Tensor | None,
-    wanted: Wanted,
-) -> Sequence[Tensor | None]:
-    """Return the gradients as `Call.backward` does, by differentiating the reference: themselves differentiable."""
-    operator, source = call.operator, call.source
-    options, dim = operator.options, operator.options.channel_dim
-    if source == "result":  # whose derivative by y is zero wherever there is one
-        options, from_sum = operator.for_backward(source)
-        return composition.backward(grad, None, x.detach(), None, vectors, options, from_sum, wanted)
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        x, residual, weight = _alias(x), _alias(residual), _alias(vectors.weight)
-        v = reference.widened(x)
-        if source == "input":
-            v = reference.residual_sum(x, residual, vectors, dim)
-        y = reference.activated(v, vectors._replace(weight=weight), options)
-        leaves = [v, weight] if wanted.weight else [v]
-        grad_v, *grad_weight = torch.autograd.grad(y, leaves, grad.to(y.dtype), create_graph=again)
-        if grad_sum is not None:
-            grad_v = grad_v + grad_sum
-        grad_x = reference.affine(
-            reference.affine(grad_v, vectors.layer_scale, None, dim), vectors.input_scale, None, dim
-        )
-    return grad_x.to(x.dtype), grad_v.to(x.dtype), grad_weight[0] if wanted.weight else None
-
-
-def _alias(t: Tensor | None) -> Tensor | None:
-    """Return t as another node of the graph, so that a gradient by it does not take in those of what it was made of."""
-    if t is None:
-        return None
-    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()

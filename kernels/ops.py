@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import compiled_moments, reference
-from .operator import Operator, lowering, lowering_of
+from .lowering import lowering, lowering_of
+from .operator import Operator
 from .records import Options, Vectors
 
 __all__ = ["activation_moments", "channel_moments", "composed", "lowering", "lowering_of", "mean_sparse"]

@@ -35,6 +35,20 @@ class Vectors(NamedTuple):
         """Those that make u of x."""
         return self[3:]
 
+    @property
+    def scaled(self) -> bool:
+        """Whether x is scaled on its way into v; else its gradient is the residual's, and one tensor serves as both."""
+        return self.input_scale is not None or self.layer_scale is not None
+
+    @property
+    def gapped(self) -> bool:
+        """Whether one has gaps between its elements."""
+        return any(v is not None and not v.is_contiguous() for v in self)
+
+    def contiguous(self) -> Vectors:
+        """Return them without."""
+        return Vectors(*[v if v is None else v.contiguous() for v in self])
+
 
 class Options(NamedTuple):
     """Everything else.

@@ -32,10 +32,9 @@ class Launch:
     Args:
         kernel: A function under `triton.jit`: pointers, then numbers, then compile-time arguments.
         given: Positions of the pointers that are not None.
-        layout: Of the tensors.
+        layout, device: Of the tensors.
         numbers: The kernel's arguments after the sizes of the layout.
         constexprs: Compile-time arguments before those of the layout, by name, in order.
-        device: Of the tensors.
     """
 
     __slots__ = (

@@ -145,54 +145,39 @@ _MODULES_BY_NAME: dict[str, _Reader] = {
     f"{_ROBUSTBENCH}.paf_wide_resnet.PSSiLU": _bare("pssilu"),
 }
 
-# Function -> (name, names of its scalar arguments in signature order after the input).
-_FUNCTIONS: dict[Callable, tuple[str, tuple[str, ...]]] = {
-    F.relu: ("relu", ("inplace",)),
-    F.relu_: ("relu", ()),
-    torch.relu: ("relu", ()),
-    torch.relu_: ("relu", ()),
-    F.relu6: ("relu6", ("inplace",)),
-    F.leaky_relu: ("leaky_relu", ("negative_slope", "inplace")),
-    F.leaky_relu_: ("leaky_relu", ("negative_slope",)),
-    F.prelu: ("prelu", ("weight",)),
-    torch.prelu: ("prelu", ("weight",)),
-    F.elu: ("elu", ("alpha", "inplace")),
-    F.elu_: ("elu", ("alpha",)),
-    F.gelu: ("gelu", ("approximate",)),
-    F.silu: ("silu", ("inplace",)),
-    F.hardswish: ("hardswish", ("inplace",)),
-    F.mish: ("mish", ("inplace",)),
-    F.softplus: ("softplus", ("beta", "threshold")),
-    # torch.nn.ReLU6 calls it, which torch.compile gets to see.
-    F.hardtanh: ("hardtanh", ("min_val", "max_val", "inplace")),
-    F.hardtanh_: ("hardtanh", ("min_val", "max_val")),
-    F.celu: ("celu", ("alpha", "inplace")),
-    torch.celu: ("celu", ("alpha",)),
-    torch.celu_: ("celu", ("alpha",)),
-    F.selu: ("selu", ("inplace",)),
-    torch.selu: ("selu", ()),
-    torch.selu_: ("selu", ()),
-    F.rrelu: ("rrelu", ("lower", "upper", "training", "inplace")),
-    torch.rrelu: ("rrelu", ("lower", "upper", "training")),
-    torch.rrelu_: ("rrelu", ("lower", "upper", "training")),
-    F.tanh: ("tanh", ()),
-    torch.tanh: ("tanh", ()),
-    torch.tanh_: ("tanh", ()),
-    F.softsign: ("softsign", ()),
-    F.tanhshrink: ("tanhshrink", ()),
-    F.softshrink: ("softshrink", ("lambd",)),
-    F.hardshrink: ("hardshrink", ("lambd",)),
-    F.threshold: ("threshold", ("threshold", "value", "inplace")),
-    torch.threshold: ("threshold", ("threshold", "value")),
-    torch.threshold_: ("threshold", ("threshold", "value")),
+# Name, names of the scalar arguments in signature order after the input, functions. Those with an underscore take no
+# ``inplace``, and so nothing in its place.
+_ROWS: tuple[tuple[Any, ...], ...] = (
+    ("relu", "inplace", F.relu, F.relu_, torch.relu, torch.relu_),
+    ("relu6", "inplace", F.relu6),
+    ("leaky_relu", "negative_slope inplace", F.leaky_relu, F.leaky_relu_),
+    ("prelu", "weight", F.prelu, torch.prelu),
+    ("elu", "alpha inplace", F.elu, F.elu_),
+    ("gelu", "approximate", F.gelu),
+    ("silu", "inplace", F.silu),
+    ("hardswish", "inplace", F.hardswish),
+    ("mish", "inplace", F.mish),
+    ("softplus", "beta threshold", F.softplus),
+    ("hardtanh", "min_val max_val inplace", F.hardtanh, F.hardtanh_),  # torch.nn.ReLU6 calls it
+    ("celu", "alpha inplace", F.celu, torch.celu, torch.celu_),
+    ("selu", "inplace", F.selu, torch.selu, torch.selu_),
+    ("rrelu", "lower upper training inplace", F.rrelu),
+    ("rrelu", "lower upper training", torch.rrelu, torch.rrelu_),  # then a generator
+    ("tanh", "", F.tanh, torch.tanh, torch.tanh_),
+    ("softsign", "", F.softsign),
+    ("tanhshrink", "", F.tanhshrink),
+    ("softshrink", "lambd", F.softshrink),
+    ("hardshrink", "lambd", F.hardshrink),
+    ("threshold", "threshold value inplace", F.threshold, torch.threshold, torch.threshold_),
+)
+_FUNCTIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
+    function: (name, tuple(parameters.split())) for name, parameters, *functions in _ROWS for function in functions
 }
 
 _METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "relu": ("relu", ()),
-    "relu_": ("relu", ()),
+    **dict.fromkeys(("relu", "relu_"), ("relu", ())),
     "prelu": ("prelu", ("weight",)),
-    "tanh": ("tanh", ()),
-    "tanh_": ("tanh", ()),
+    **dict.fromkeys(("tanh", "tanh_"), ("tanh", ())),
     "hardshrink": ("hardshrink", ("lambd",)),
 }
 

@@ -1,4 +1,4 @@
-"""Floor 1: arguments that may be given in more than one form, read in one place. Imports nothing of this package."""
+"""Floor 1: arguments that may be given in more than one form, and names in messages. Imports nothing of the package."""
 
 from __future__ import annotations
 
@@ -76,3 +76,9 @@ def autocast_dtype(given: Any) -> torch.dtype | None:
     if given is not None and found not in (torch.float16, torch.bfloat16):
         raise ValueError(f"amp must be torch.bfloat16 or torch.float16, or None, got {given!r}")
     return found
+
+
+def some(names: Iterable[str], limit: int = 3) -> str:
+    """Return the first of the names, sorted, for a message."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:limit]) + (", ..." if len(ordered) > limit else "")

@@ -55,9 +55,7 @@ def write(
     Args:
         path, rescue: As there.
         kind: Name of the format, such as ``meansparse_fx.statistics``.
-        version: Of the format.
         header: Values that JSON can hold.
-        tensors: By name.
     """
     # One entry: the order in which safetensors writes several is random.
     entry = json.dumps({"format_version": version, **header})
@@ -74,7 +72,6 @@ def read_json(path: str | Path, versions: Mapping[str, int]) -> dict[str, Any]:
     """Return the values of a JSON file that says its ``format`` and ``version``.
 
     Args:
-        path: The file.
         versions: The newest version that is understood, by format.
 
     Raises:
@@ -122,9 +119,10 @@ def write_whole(path: str | Path, make: Callable[[Path], object], rescue: bool =
 
 
 def _replace(path: Path, make: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")  # some writers look at the suffix
     try:
-        mode = usual_mode(temporary)
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # as the user's umask has it
         make(temporary)
         temporary.chmod(mode)  # safetensors gives its own files to their owner alone
         with temporary.open("rb") as file:
@@ -134,12 +132,6 @@ def _replace(path: Path, make: Callable[[Path], object]) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-
-
-def usual_mode(path: Path) -> int:
-    """Return the permissions of a new file, as the user's umask has them; ``path`` is empty then."""
-    path.touch()
-    return stat.S_IMODE(path.stat().st_mode)
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
@@ -209,7 +201,7 @@ def _reason(error: Exception) -> str:
 def remove_partial(path: str | Path) -> None:
     """Remove what killed processes left of writing ``path``; no other process may be writing it now."""
     path = Path(path)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+    for left in path.parent.glob(f".{glob.escape(path.stem)}.*.partial{glob.escape(path.suffix)}"):
         left.unlink(missing_ok=True)
 
 
@@ -234,9 +226,6 @@ def read(path: str | Path, kind: str, version: str, what: str) -> tuple[dict[str
     """Return header and tensors of a file that `write` made.
 
     Args:
-        path: The file.
-        kind: The format expected.
-        version: The version expected.
         what: The format in words, for messages: "a statistics file".
 
     Raises:

@@ -23,7 +23,7 @@ from .nn import MeanSparse
 from .operators import alpha_of, set_alpha, set_backward, unknown_sites
 from .passes.instrument import Moments
 from .published import published_operator
-from .rewrite import operand
+from .rewrite import calls_of, operand
 from .sites import Placement, SitePlan, placement_of
 from .sites.find import check_channel_dims
 from .statistics import ChannelStatistics, Statistics, fingerprint
@@ -210,9 +210,7 @@ class CompileReport:
     def share(self, graph_module: fx.GraphModule) -> None:
         """Take over the operators of a graph that are new; those of other graphs and compilations serve on."""
         set_backward(graph_module, self.options.backward)
-        for node in graph_module.graph.find_nodes(op="call_module"):
-            operator = graph_module.get_submodule(str(node.target))
-            assert isinstance(operator, MeanSparse)
+        for node, operator in calls_of(graph_module, MeanSparse):
             value = operand(node).meta["example_value"]
             shared = self.operators.setdefault(operator.name, operator)
             shared.to(value.device, torch.float64 if value.dtype == torch.float64 else torch.float32)

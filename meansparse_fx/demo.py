@@ -14,7 +14,6 @@ from . import bundled
 from .alpha import CLEAN_BUDGET, SEARCH_ATTACKS, select_alpha
 from .calibrate import calibrate
 from .evaluate import evaluate
-from .histogram import band_shares, feature_histogram
 from .operators import set_alpha
 from .report import write_report
 from .transform import inspect, transform
@@ -43,7 +42,6 @@ def run(
     selection_images: int = SELECTION_IMAGES,
     test_images: int = TEST_IMAGES,
     steps: int = STEPS,
-    alphas: tuple[float, ...] = ALPHAS,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Return the contents of the report, having printed each stage and written the report into ``out``."""
@@ -61,8 +59,7 @@ def run(
 
     console.rule("[bold]1. Find the sites", align="left")
     sparse = transform(model, calibration[:2])
-    plan = inspect(sparse)
-    console.print(plan.table())
+    console.print(inspect(sparse).table())
 
     console.rule(f"[bold]2. Calibrate on {len(calibration)} training images", align="left")
     statistics = calibrate(sparse, calibration.split(BATCH_SIZE))
@@ -74,7 +71,7 @@ def run(
     search = select_alpha(
         sparse,
         selection,
-        alphas=alphas,
+        alphas=ALPHAS,
         attacked=ATTACKED_IMAGES,
         clean_budget=CLEAN_BUDGET,
         **threat,
@@ -94,16 +91,13 @@ def run(
     console.print(evaluation.table())
 
     console.rule("[bold]5. Report", align="left")
-    looked_at = test[0][:HISTOGRAM_IMAGES]
     report = write_report(
         out,
+        sparse,
+        evaluation,
+        test[0][:HISTOGRAM_IMAGES],
         model="the bundled Fashion-MNIST network",
-        plan=plan,
-        statistics=statistics,
         search=search,
-        evaluation=evaluation,
-        histogram=feature_histogram(sparse, looked_at),
-        shares=band_shares(sparse, looked_at),
         data={
             "calibration": f"{len(calibration)} images of the Fashion-MNIST training set",
             "selection": f"{len(selection[0])} images of its test set, at most {ATTACKED_IMAGES} attacked",

@@ -6,8 +6,6 @@ Statistics and alpha become constants, and the file holds standard operators onl
 from __future__ import annotations
 
 import importlib.util
-import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from .artifacts import require_place, usual_mode
+from .artifacts import require_place, write_whole
 from .batches import examples
 from .capture.copies import copied
 from .capture.derivatives import own_derivatives
-from .errors import ArtifactError, CaptureError, StateError, WriteError
+from .errors import ArtifactError, CaptureError
 from .hooks import has_hooks
 from .names import FORMATS
 from .operators import operators, require_transformed
@@ -59,9 +57,7 @@ def to_exported_program(sparse: fx.GraphModule, images: Tensor, dynamic_batch: b
         >>> torch.allclose(program.module()(images[:3]), sparse(images[:3]), atol=1e-6)
         True
     """
-    require_transformed(sparse, "export")
-    if lacking := [name for name, operator in operators(sparse).items() if not operator.calibrated]:
-        raise StateError(f"{lacking[0]}: no statistics to export: calibrate the model, or set_statistics, first")
+    require_transformed(sparse, "export", calibrated=True)
     baked, images = _baked(sparse), examples(images, sparse)
     # With one image torch.export would take the batch size for a constant.
     example = images if len(images) > 1 or not dynamic_batch else torch.cat([images, images])
@@ -109,19 +105,17 @@ def export(
     """
     path = Path(path)
     require_file(path, format)
-    suffix, write = FORMATS[format], _WRITERS[format]
     program = to_exported_program(sparse, images, dynamic_batch)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
-        partial = Path(directory, f"model{suffix}")
+
+    def write(place: Path) -> None:
         try:
-            mode = usual_mode(partial)
-            write(program, partial)
-            partial.chmod(mode)
-            os.replace(partial, path)
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            _WRITERS[format](program, place)
+        except RuntimeError as error:
+            if "PytorchStreamWriter" not in str(error):  # torch's OSError
                 raise
-            raise WriteError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
+            raise OSError(str(error).splitlines()[0]) from error
+
+    write_whole(path, write)
     return path
 
 

@@ -1,6 +1,6 @@
 """Floor 5: what the operator does to one channel's features (the paper's Figure 1), measured on images.
 
-Runs a transformed model and looks on; draws nothing.
+Runs a transformed model under hooks; draws nothing.
 """
 
 from __future__ import annotations

@@ -179,10 +179,7 @@ def leave(result: Any, module: nn.Module, given: tuple[tuple, dict], backward: B
     """Run the hooks behind a module's forward; return its result.
 
     Args:
-        result: Of the forward.
-        module: As of `enter`.
         given: Positional and keyword arguments, as `enter` returned them.
-        backward: What `enter` returned.
     """
     args, kwargs = _plain(given)
     expected = result = _plain(result)

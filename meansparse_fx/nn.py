@@ -72,9 +72,7 @@ class MeanSparse(nn.Module):
         self.replaces: RecordedCall | None = None
         self.prologue = Prologue()
         self.strict = False
-        self.variant = "mean"
-        self.centre_mode = "channel"
-        self.backward = "exact"
+        self.variant, self.centre_mode, self.backward = "mean", "channel", "exact"
         self.steepness = self.backward_steepness = 10.0
         self._given_alpha = 0.0  # as the caller wrote it, which the buffer rounds to float32
         self.register_buffer("mean", torch.zeros(channels))
@@ -132,8 +130,7 @@ class MeanSparse(nn.Module):
         choice: str | None = None,
     ) -> Operator:  # fmt: skip
         layer_scale = None if layer_scale is None else layer_scale.detach().flatten()
-        scale, shift, norm_scale, norm_shift = norms
-        vectors = Vectors(*vectors[:3], scale, shift, layer_scale, norm_scale, norm_shift)
+        vectors = Vectors(*vectors[:3], *norms[:2], layer_scale, *norms[2:])
         name, constants = (self.activation.name, self.activation.constants) if self.activation else ("identity", ())
         backward: str = self.backward
         width: Any = self.backward_steepness
@@ -234,8 +231,10 @@ class MeanSparse(nn.Module):
             self.backward, self.backward_steepness = mode, _positive("steepness", steepness)
             self.gate_steepness.fill_(self.backward_steepness)
 
-    def set_variant(self, variant: str, centre: str, steepness: float) -> None:
-        """Choose what the band becomes (``mean``, ``edge``, ``smooth``) and its centre (paper, Table 8)."""
+    def set_variant(self, variant: str, centre: str | None = None, steepness: float | None = None) -> None:
+        """Choose what the band becomes (``mean``, ``edge``, ``smooth``) and its centre (paper, Table 8), if given."""
+        centre = self.centre_mode if centre is None else centre
+        steepness = self.steepness if steepness is None else steepness
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         if centre not in CENTRES:

@@ -34,15 +34,18 @@ def operators(model: nn.Module) -> dict[str, MeanSparse]:
     return found
 
 
-def require_transformed(model: nn.Module, verb: str) -> None:
-    """Raise StateError unless ``model`` is the GraphModule that `transform` returned, in eval mode."""
-    operators(model)
+def require_transformed(model: nn.Module, verb: str, calibrated: bool = False) -> None:
+    """Raise StateError unless ``model`` is the GraphModule that `transform` returned, in eval mode, and calibrated."""
+    found = operators(model)
     if not isinstance(model, fx.GraphModule):
         raise StateError(f"{verb} needs the GraphModule that transform returned, not a wrapper around it")
     if model.training:
         raise StateError(f"the model is in train mode: call .eval() before {verb}")
     if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
         raise StateError(f"the model is on the meta device, without weights: load them before {verb}")
+    lacking = [name for name, operator in found.items() if not operator.calibrated]
+    if calibrated and lacking:
+        raise StateError(f"{lacking[0]}: no statistics: calibrate the model, or set_statistics, before {verb}")
 
 
 def added(model: nn.Module) -> Added:
@@ -206,12 +209,13 @@ def load_published(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def switched(model: nn.Module) -> Iterator[None]:
-    """Put alpha and the backward mode of every site back as they were on leaving the block; a base has none."""
-    before = {m: (m.get_alpha(), m.backward, m.backward_steepness) for m in _find(model).values()}
+    """Put alpha, variant and backward mode of every site back as they were on leaving the block; a base has none."""
+    before = {m: (m.variant, m.get_alpha(), m.backward, m.backward_steepness) for m in _find(model).values()}
     try:
         yield
     finally:
-        for operator, (alpha, mode, steepness) in before.items():
+        for operator, (variant, alpha, mode, steepness) in before.items():
+            operator.set_variant(variant)
             operator.set_alpha(alpha)
             operator.set_backward(mode, steepness)
 

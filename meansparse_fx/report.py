@@ -21,16 +21,18 @@ from typing import Any
 import jinja2
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, fx
 
 from .alpha import AlphaSearch
 from .alpha.figures import alpha_figure, tradeoff_figure
 from .artifacts import write_folder
 from .evaluate import Evaluation
 from .evaluate.figures import evaluation_figure
+from .histogram import band_shares, feature_histogram
+from .operators import added
 from .plots import DARK, LIGHT, Theme, histogram_figure, percent, picture
 from .sites import SitePlan
-from .statistics import FeatureHistogram, Statistics
+from .statistics import FeatureHistogram
 
 
 def headline(evaluation: Evaluation, search: AlphaSearch | None = None) -> str:
@@ -72,42 +74,39 @@ def describe_alpha(alpha: float | Mapping[str, float]) -> str:
 
 def write_report(
     out: Path,
+    sparse: fx.GraphModule,
+    evaluation: Evaluation,
+    images: Tensor,
     *,
     model: str,
-    plan: SitePlan,
-    statistics: Statistics,
-    evaluation: Evaluation,
     data: Mapping[str, str],
     search: AlphaSearch | None = None,
-    histogram: FeatureHistogram | None = None,
-    shares: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Return the contents of ``report.json``, having written it, ``report.html`` and `result_files` into ``out``.
 
     Args:
         out: Directory; made if missing.
-        model: What was measured, in words.
-        plan: The model's sites.
-        statistics: Of its calibration.
+        sparse: The model, calibrated, at the alpha of the evaluation.
         evaluation: The final comparison.
+        images: ``[N, C, H, W]``, of which features are looked at.
+        model: What was measured, in words.
         data: What each set of images was, by its role.
         search: The search that chose alpha, if there was one: drawn as ``alpha.png`` and ``tradeoff.png``. The headline
             holds the result to its clean budget.
-        histogram: From `feature_histogram`: drawn as ``histogram.png``.
-        shares: From `band_shares`.
 
     Raises:
         WriteError: It cannot be written there; it is in the temporary folder instead, at the place named.
     """
-    sites = _site_rows(plan, shares or {})
-    clean_budget = search.clean_budget if search else None
+    plan, statistics = added(sparse).plan, added(sparse).statistics
+    assert statistics is not None  # or there is nothing to evaluate
+    histogram = feature_histogram(sparse, images)
     report = evaluation.to_dict() | {
         "headline": headline(evaluation, search),
         "model": model,
         "data": dict(data),
         "calibration": {"images": statistics.images, "fingerprint": statistics.fingerprint},
         "route": plan.route,
-        "sites": sites,
+        "sites": _site_rows(plan, band_shares(sparse, images)),
         "search": search.to_dict() if search else None,
         "versions": versions(),
         "date": date.today().isoformat(),
@@ -132,7 +131,7 @@ def write_report(
         histogram=histogram,
         plots=plots,
         active=len(plan.active),
-        clean_budget=clean_budget,
+        clean_budget=search and search.clean_budget,
     )
     contents["report.html"] = page.encode()
     contents["report.json"] = (json.dumps(report, indent=2) + "\n").encode()

@@ -6,18 +6,22 @@ Knows nodes; nothing of sites or of statistics. Nothing here removes a node it d
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
+from torch.fx.node import map_aggregate, map_arg
 from torch.nn.modules.module import _WrappedHook
 
 from . import hooks
 
 PREFIX = "meansparse"  # everything added to a model lives under this name
 _UNFUSED = "unfused"
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +51,27 @@ class RecordedCall:
     @classmethod
     def of(cls, node: fx.Node, inputs: list[fx.Node]) -> RecordedCall:
         """Return the record of ``node``, which reads the nodes ``inputs`` and no others."""
-        slots = {n: Slot(i) for i, n in enumerate(inputs)}
-        args, kwargs = (_map(a, lambda v: slots[v] if isinstance(v, fx.Node) else v) for a in (node.args, node.kwargs))
+        slots: dict[fx.Node, Any] = {n: Slot(i) for i, n in enumerate(inputs)}
+        args, kwargs = map_arg((node.args, node.kwargs), slots.__getitem__)
         return cls(node.op, node.target, args, kwargs, node.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a pass leaves a node as it is.
+
+    Attributes:
+        reason: In words.
+        node: It.
+        cure: What a user can do about it, if anything.
+    """
+
+    reason: str
+    node: fx.Node
+    cure: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.cure}" if self.cure else self.reason
 
 
 def operand(node: fx.Node, index: int = 0) -> fx.Node:
@@ -57,6 +79,25 @@ def operand(node: fx.Node, index: int = 0) -> fx.Node:
     found = node.args[index]
     assert isinstance(found, fx.Node)
     return found
+
+
+def calls_of(graph_module: fx.GraphModule, kind: type[Module]) -> list[tuple[fx.Node, Module]]:
+    """Return the calls of modules of a type, in graph order, each with its module."""
+    nodes = graph_module.graph.find_nodes(op="call_module")
+    found = ((node, graph_module.get_submodule(str(node.target))) for node in nodes)
+    return [(node, module) for node, module in found if isinstance(module, kind)]
+
+
+@contextmanager
+def editing(graph_module: fx.GraphModule, by: str) -> Iterator[fx.Graph]:
+    """Let the pass ``by`` change a graph, then lint it and compile it; new nodes have its name as ``meta["pass"]``."""
+    known = set(graph_module.graph.nodes)
+    yield graph_module.graph
+    for node in graph_module.graph.nodes:
+        if node not in known:
+            node.meta["pass"] = by
+    graph_module.graph.lint()
+    graph_module.recompile()
 
 
 def replace_call(node: fx.Node, target: str, inputs: list[fx.Node]) -> fx.Node:
@@ -70,7 +111,7 @@ def replace_call(node: fx.Node, target: str, inputs: list[fx.Node]) -> fx.Node:
 def replay_call(node: fx.Node, call: RecordedCall) -> fx.Node:
     """Replace ``node``, whose arguments fill the slots, by the recorded call; return the new node."""
     graph, inputs = node.graph, node.args
-    args, kwargs = (_fill(a, inputs) for a in (call.args, call.kwargs))
+    args, kwargs = map_aggregate((call.args, call.kwargs), lambda a: inputs[a.index] if isinstance(a, Slot) else a)
     with graph.inserting_before(node):
         new = graph.create_node(call.op, call.target, args, kwargs)
     return _take_over(node, new)
@@ -153,15 +194,14 @@ def sharing_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     return _copy(graph_module, source.graph)
 
 
-def edited_copy(graph_module: fx.GraphModule, edit: Callable[[fx.GraphModule], None]) -> fx.GraphModule:
+def edited_copy(graph_module: fx.GraphModule, by: str, edit: Callable[[fx.GraphModule], None]) -> fx.GraphModule:
     """Return a GraphModule over the same parts, its graph edited; of a fused one, that before fusion is edited, too."""
     clone = _copy(graph_module, graph_module.graph)
-    edit(clone)
-    clone.graph.lint()
-    clone.recompile()
+    with editing(clone, by):
+        edit(clone)
     if hasattr(added := clone._modules.get(PREFIX), _UNFUSED):
         clone._modules[PREFIX] = own = copy.copy(added)
-        setattr(own, _UNFUSED, tuple(edited_copy(unfused, edit) for unfused in getattr(added, _UNFUSED)))
+        setattr(own, _UNFUSED, tuple(edited_copy(unfused, by, edit) for unfused in getattr(added, _UNFUSED)))
     return clone
 
 
@@ -177,17 +217,3 @@ def _take_over(old: fx.Node, new: fx.Node) -> fx.Node:
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
     return new
-
-
-def _fill(argument: Any, inputs: tuple) -> Any:
-    return _map(argument, lambda a: inputs[a.index] if isinstance(a, Slot) else a)
-
-
-def _map(argument: Any, f: Callable[[Any], Any]) -> Any:
-    if isinstance(argument, tuple):
-        return tuple(_map(a, f) for a in argument)
-    if isinstance(argument, list):
-        return [_map(a, f) for a in argument]
-    if isinstance(argument, dict):
-        return {k: _map(a, f) for k, a in argument.items()}
-    return f(argument)

@@ -34,8 +34,8 @@ def image_marks(images: Tensor) -> Tensor:
     values = images.detach()
     if math.prod(shape) > MOST_VALUES:
         places = np.unravel_index(source.random_raw(MOST_VALUES) % math.prod(shape), shape)
-        axes = [torch.from_numpy(axis).to(images.device) for axis in places]
-        values = values[(slice(None), *axes)]
+        axes = [torch.arange(len(images))[:, None], *map(torch.from_numpy, places)]
+        values = values[tuple(axis.to(images.device) for axis in axes)]
     values = (values.reshape(len(images), -1).float() * 65535).round().double()
     weights = torch.from_numpy((source.random_raw(values.shape[1]) >> 39).astype(np.float64)).to(images.device)
     # Whole numbers, their sum below 2**53: exact in any order. Times an odd number it is spread over all of int64.

@@ -41,10 +41,8 @@ def save(sparse: fx.GraphModule, path: str | Path) -> None:
         StateError: The model is not transformed, has no statistics, or is in train mode.
         WriteError: It cannot be written there; it is in the temporary folder instead, at the place named.
     """
-    require_transformed(sparse, "save")
+    require_transformed(sparse, "save", calibrated=True)
     own, found = added(sparse), operators(sparse)
-    if lacking := [name for name, operator in found.items() if not operator.calibrated]:
-        raise StateError(f"{lacking[0]}: no statistics to save: calibrate the model, or set_statistics, first")
     placement = asdict(own.placement)
     settings = {
         "version": VERSION,

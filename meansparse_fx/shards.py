@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,17 @@ def gather(value: Any, group: Any) -> list[Any]:
     found: list[Any] = [None] * world
     dist.all_gather_object(found, value, group=group)
     return found
+
+
+@contextmanager
+def peer_lost(kind: type[Exception]) -> Iterator[None]:
+    """Raise ``kind`` in the place of what torch.distributed raises when another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise kind(
+            f"lost another process ({str(error).splitlines()[0]}). Checkpoints, if asked for, are kept: start again"
+        ) from error
 
 
 class ShardSampler(Sampler[int]):

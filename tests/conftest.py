@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meansparse_fx import rewrite
+from tests.graph_verifier import verified_editing
+
 # Torch operators everywhere unless a test says otherwise: no compiling, and results equal bit for bit.
 os.environ["MEANSPARSE_FX_LOWERING"] = "eager"
 
@@ -61,3 +64,10 @@ def images() -> Tensor:
 @pytest.fixture
 def labels() -> Tensor:
     return torch.randint(0, 10, (12,), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def every_pass_is_verified():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rewrite, "editing", verified_editing)
+        yield

@@ -55,14 +55,15 @@ TESTS = {
     "meansparse_fx/passes/write_back": "backend",
     "meansparse_fx/passes/fuse": "fuse",
     "meansparse_fx/passes/surroundings": "fuse fuzz_graphs",
-    "meansparse_fx/passes/overwrites": "fuse fuzz_graphs",
     "meansparse_fx/passes": "transform calibrate hooks fuse published",
     "meansparse_fx/statistics": "statistics fuzz_files calibrate transform",
     "meansparse_fx/calibrate": "calibrate fuzz_files distributed",
     "meansparse_fx/evaluate": "evaluate judge adaptive fuzz_files",
     "meansparse_fx/alpha": "alpha",
     "kernels/reference": "semantics operator_derivatives fused",
-    "kernels/operator": "semantics operator_derivatives transform fused",
+    **dict.fromkeys(
+        ("kernels/operator", "kernels/autograd", "kernels/lowering"), "semantics operator_derivatives transform fused"
+    ),
 }
 
 COMPARISONS = {

@@ -292,7 +292,7 @@ def test_switches_are_put_back_whatever_happens(sparse, held_out, monkeypatch):
 
 def test_an_uncalibrated_model_is_refused_before_it_is_attacked(net, images, held_out, monkeypatch):
     monkeypatch.setattr(plan, "attack", None)
-    with pytest.raises(StateError, match="no statistics: calibrate before select_alpha"):
+    with pytest.raises(StateError, match=r"no statistics: calibrate the model, .* before select_alpha"):
         msfx.select_alpha(msfx.transform(net, images), held_out, **QUICK)
 
 

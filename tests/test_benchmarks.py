@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 import meansparse_fx as msfx
-from benchmarks import attack, calibration, contenders, harness, kernels, models, performance, roofline, scaling
+from benchmarks import attack, calibration, contenders, harness, host, kernels, models, performance, roofline, scaling
 from benchmarks.contenders import WideResNet
 from benchmarks.harness import RESULTS, Row, measure, on_gpu, read, write
 from benchmarks.models import CONTENDERS, Case
@@ -238,6 +239,22 @@ def stubbed_gpu(monkeypatch):
     testing = ModuleType("triton.testing")
     testing.do_bench = lambda call, warmup, rep, return_mode: call() or 0.5
     monkeypatch.setitem(sys.modules, "triton.testing", testing)
+
+
+def test_host_says_its_ratios_as_json(capsys, monkeypatch):
+    times = {name: [1.0, 2.0, 4.0] for name in host.calls("cpu")}
+    times |= {"operator, ReLU": [3.0] * 3, "forward+backward: operator, ReLU": [1.5, 3.0, 6.0]}
+    monkeypatch.setattr(host, "measure", lambda found, rounds: times)
+    main(host, monkeypatch, "--json", "--rounds", "3")
+    found = json.loads(capsys.readouterr().out)
+    ratios = {
+        "forward_over_relu": 1.5,
+        "forward_backward_over_relu": 1.5,
+        "module_over_relu": 1.0,
+        "fused_over_base": 1.0,
+    }
+    assert {name: found[name] for name in ratios} == ratios
+    assert found["microseconds"]["forward: operator, ReLU"] == 3000
 
 
 def test_device_and_host_time_are_columns_of_their_own(stubbed_gpu):

@@ -12,7 +12,7 @@ from torch import nn
 import meansparse_fx as msfx
 from benchmarks.contenders import WideResNet
 from meansparse_fx.cost.tally import Tally, kept_bytes
-from meansparse_fx.kernels import operator
+from meansparse_fx.kernels import autograd, operator
 
 from .models import Functional
 
@@ -170,7 +170,8 @@ def test_a_real_model_calls_as_many_operators_as_counted(form, monkeypatch):
     sparse = msfx.transform(copy.deepcopy(model), images, fuse="all" if form == "ours, fused" else "activation")
     total = msfx.cost(model, images).total
     model, sparse, images = model.to("meta"), sparse.to("meta"), images.to("meta")
-    monkeypatch.setattr(operator, "is_observed", lambda *_: False)
+    for module in (operator, autograd):
+        monkeypatch.setattr(module, "is_observed", lambda *_: False)
     monkeypatch.setattr(operator.Call, "forward", forward)
     monkeypatch.setattr(operator.Call, "backward", backward)
     sparse(images)  # computes the norms' scales once

@@ -195,7 +195,7 @@ def test_what_cannot_be_exported(tmp_path):
     with pytest.raises(StateError, match="no MeanSparse operators"):
         export(net, images, tmp_path / "m.pt2")
     sparse = msfx.transform(net, images)
-    with pytest.raises(StateError, match="2: no statistics to export: calibrate"):
+    with pytest.raises(StateError, match=r"2: no statistics: calibrate .* before export"):
         export(sparse, images, tmp_path / "m.pt2")
     msfx.calibrate(sparse, [images], progress=False)
     with pytest.raises(ArtifactError, match="no export format 'jit': use one of export, aoti, onnx"):

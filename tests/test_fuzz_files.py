@@ -78,13 +78,13 @@ def ledger(path, _):
     def read():
         found = Ledger(path, {"eps": 0.1})
         found.require_same("batch 0", torch.zeros(2), torch.zeros(2))
-        return found.recall("batch 0,base", lambda: {"clean": torch.ones(2, dtype=torch.bool)})
+        return found.get_or_compute("batch 0,base", lambda: {"clean": torch.ones(2, dtype=torch.bool)})
 
     with Ledger(path, {"eps": 0.1}):
         pass
     with Ledger(path, {"eps": 0.1}) as kept:
         kept.require_same("batch 0", torch.zeros(2), torch.zeros(2))
-        kept.recall("batch 0,base", lambda: {"clean": torch.ones(2, dtype=torch.bool)})
+        kept.get_or_compute("batch 0,base", lambda: {"clean": torch.ones(2, dtype=torch.bool)})
     return read
 
 

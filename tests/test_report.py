@@ -64,13 +64,11 @@ def test_report_has_its_files_and_keys(tmp_path, calibrated, images, search):
     out = tmp_path / "deep" / "out"
     report = write_report(
         out,
+        sparse,
+        evaluation(outcome(90, 72, 70)),
+        images,
         model="a <tiny> net",
-        plan=msfx.inspect(sparse),
-        statistics=statistics,
-        evaluation=evaluation(outcome(90, 72, 70)),
         search=search,
-        histogram=feature_histogram(sparse, images),
-        shares=band_shares(sparse, images),
         data={"test": "twelve images"},
     )
     assert json.loads((out / "report.json").read_text()) == report
@@ -107,17 +105,9 @@ def test_report_has_its_files_and_keys(tmp_path, calibrated, images, search):
     assert "FAILED" in page
 
 
-def test_report_without_search_or_histogram(tmp_path, calibrated):
-    sparse, statistics = calibrated
-    write_report(
-        tmp_path,
-        model="net",
-        plan=msfx.inspect(sparse),
-        statistics=statistics,
-        evaluation=evaluation(outcome(90, 72, 70)),
-        data={},
-    )
-    assert {p.stem for p in tmp_path.iterdir()} == {"evaluation", "report"}
+def test_report_without_search(tmp_path, calibrated, images):
+    write_report(tmp_path, calibrated[0], evaluation(outcome(90, 72, 70)), images, model="net", data={})
+    assert {p.stem for p in tmp_path.iterdir()} == {"evaluation", "histogram", "report"}
     assert "How alpha was chosen" not in (tmp_path / "report.html").read_text()
 
 

@@ -18,7 +18,7 @@ from ..evaluate.attacks import AttackSettings
 from ..evaluate.compiled import Attacked
 from ..evaluate.ledger import Ledger
 from ..evaluate.outcome import ModelOutcome
-from ..evaluate.plan import Run, correct, device_of, perturbed, spread
+from ..evaluate.plan import Run, correct, device_of, perturbed
 from ..operators import operators, set_alpha
 from .result import within_budget
 
@@ -31,7 +31,6 @@ class Candidate:
 
     Attributes:
         alpha: One for all sites, or by site.
-        variant: Of the operator.
     """
 
     alpha: Alpha
@@ -46,7 +45,7 @@ class Candidate:
     def set(self, sparse: fx.GraphModule) -> None:
         """Make the model this candidate."""
         for operator in operators(sparse).values():
-            operator.set_variant(self.variant, operator.centre_mode, operator.steepness)
+            operator.set_variant(self.variant)
         set_alpha(sparse, self.alpha)
 
 
@@ -57,9 +56,7 @@ class Trials:
         sparse: The model; its alphas and variants are changed.
         data: Batches of (images, labels) on any device.
         attacked: Number of images to attack, the first ones; None for all.
-        runs: The attacks.
-        settings: Of the attacks.
-        ledger: Keeps the results.
+        runs, settings: The attacks.
         full_rows: Every run attacks all images, also those broken before it.
         compile, amp: How attacks run the model; see `evaluate.compiled`.
     """
@@ -85,24 +82,20 @@ class Trials:
         needed = _batches_with(data, self.attacked)
         self._images, self._labels = (torch.cat(parts)[: self.attacked] for parts in zip(*needed, strict=True))
         self._batch_size = len(data[0][1])
-        self._clean: dict[str, Tensor] = {}
         self._robust: dict[str, dict[str, Tensor]] = {}
         for index, (images, labels) in enumerate(data):
             ledger.require_same(f"batch {index}", images, labels)
         ledger.require_whole([f"batch {index}" for index in range(len(data))])
 
-    def pieces(self, start: int, stop: int) -> int:
+    def attacks_left(self, start: int, stop: int) -> int:
         """Return how many attacks on batches it takes to bring one candidate from ``start`` to ``stop`` images."""
         return len(self._runs) * math.ceil((stop - start) / self._batch_size)
 
     def outcome(self, candidate: Candidate) -> ModelOutcome:
         """Return what a candidate did so far; at the least its clean accuracy on all images."""
         name = str(candidate)
-        if name not in self._clean:
-            self._clean[name] = self._ledger.recall(f"{name}, clean", lambda: {"clean": self._right(candidate)})[
-                "clean"
-            ]
-        return ModelOutcome(self._clean[name], self._robust.get(name, {}))
+        kept = self._ledger.get_or_compute(f"{name}, clean", lambda: {"clean": self._right(candidate)})
+        return ModelOutcome(kept["clean"], self._robust.get(name, {}))
 
     def attack(self, candidate: Candidate, stop: int, advance: Callable[[], object]) -> ModelOutcome:
         """Attack a candidate on the images up to ``stop`` that it has not seen, and return what it did so far."""
@@ -132,9 +125,9 @@ class Trials:
             target = standing.to(self._device)
             images, labels = (part[low:high].to(self._device)[target] for part in (self._images, self._labels))
             found = perturbed(self._attacked.by(run, "sparse"), run, images, labels, self._settings)
-            return {"survived": spread(target, correct(self._sparse, found, labels), False)}
+            return {"survived": torch.zeros_like(target).masked_scatter(target, correct(self._sparse, found, labels))}
 
-        return self._ledger.recall(f"{candidate}, {low} to {high}, {run.name}", work)["survived"]
+        return self._ledger.get_or_compute(f"{candidate}, {low} to {high}, {run.name}", work)["survived"]
 
 
 def rung_sizes(attacked: int, count: int) -> list[int]:

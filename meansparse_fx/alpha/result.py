@@ -134,7 +134,7 @@ class AlphaSearch(Tabled):
         """Set the choice in a model, which keeps how it came about: `save` writes that along."""
         added(sparse).choice = self.to_dict()
         for operator in operators(sparse).values():
-            operator.set_variant(self.variant, operator.centre_mode, operator.steepness)
+            operator.set_variant(self.variant)
         set_alpha(sparse, self.alpha)
 
     @classmethod
@@ -292,7 +292,6 @@ def choose(
     Args:
         outcomes: By (alpha, variant), in the order of preference, the base first.
         clean_budget: As a fraction.
-        significance: Of the test.
     """
     (chosen, base), *rest = outcomes.items()
     standing = base

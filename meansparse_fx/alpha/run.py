@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, fx
 
 from ..arguments import autocast_dtype, items, number, whole
 from ..batches import labelled
-from ..errors import EvaluationError, StateError
+from ..errors import EvaluationError
 from ..evaluate.attacks import AttackSettings
 from ..evaluate.ledger import Ledger, model_identity
 from ..evaluate.outcome import ModelOutcome, PairedDifference, mean
@@ -96,11 +95,9 @@ def select_alpha(
         StateError: The model is not transformed or not calibrated, or in train mode.
         EvaluationError: As in `evaluate`.
     """
-    require_transformed(sparse, "select_alpha")
+    require_transformed(sparse, "select_alpha", calibrated=True)
     if not (isinstance(per_site, bool | None) or per_site == "stage" or callable(per_site)):
         raise EvaluationError(f'per_site is True, False, "stage" or a function of a site\'s name, not {per_site!r}')
-    if missing := [name for name, operator in operators(sparse).items() if not operator.calibrated]:
-        raise StateError(f"{missing[0]}: the site has no statistics: calibrate before select_alpha")
     variants = items(variants)
     if unknown := [variant for variant in variants or [None] if variant not in VARIANTS]:
         raise EvaluationError(f"variants must be of {', '.join(VARIANTS)}, got {unknown[0]!r}")
@@ -129,7 +126,7 @@ def select_alpha(
         "logits": in_words(logits),
     }
     ledger = Ledger(checkpoint, identity)
-    with bar(progress) as display, _put_back(sparse), ledger:
+    with bar(progress) as display, switched(sparse), ledger:
         data = [first, *batches]
         warn_if_wide(settings, first[0])
         marks = torch.cat([image_marks(images).cpu() for images, _ in data])
@@ -149,11 +146,11 @@ def select_alpha(
         if not per_site:
             return _remembered(sparse, search)
         group = added(sparse).plan.stages().__getitem__ if per_site == "stage" else per_site
-        walk = _Walk(trials, list(operators(sparse)), group, variant, clean_budget, significance)
+        refine = _CoordinateSearch(trials, list(operators(sparse)), group, variant, clean_budget, significance)
         tried = _proposals(grid, alpha, search.leader)
         if own_grid is not None:
             tried = sorted({*own_grid} - {alpha})
-        refinement, by_site = walk.from_alpha(alpha, tried, stops, display)
+        refinement, by_site = refine.from_alpha(alpha, tried, stops, display)
         taken = any(move.taken for move in refinement.moves)
         return _remembered(sparse, replace(search, alpha=by_site if taken else alpha, refinement=refinement))
 
@@ -180,7 +177,7 @@ def _attack_in_rungs(
     done: int,
 ) -> None:
     steps = zip(candidates_per_rung(len(candidates), stops), [0, *stops], stops, strict=False)
-    total = sum(count * trials.pieces(start, stop) for count, start, stop in steps)
+    total = sum(count * trials.attacks_left(start, stop) for count, start, stop in steps)
     if done:
         say_resumed(display, "attack", done + 1, total)
     task = display.add_task("select alpha", total=total, note="")
@@ -189,8 +186,8 @@ def _attack_in_rungs(
     display.update(task, completed=total, note=f"base: worst case {mean(base.worst):.1%}")
 
 
-class _Walk:
-    """A coordinate search: one group of sites after the other, each tried at other alphas."""
+class _CoordinateSearch:
+    """One group of sites after the other, each tried at other alphas."""
 
     def __init__(
         self,
@@ -252,15 +249,3 @@ def _proposals(grid: Sequence[float], start: float, leader: float) -> list[float
     """Return the alphas to try at each site: 0, one step down, one step up, and the one that looks best for all."""
     below, above = [a for a in grid if a < start], [a for a in grid if a > start]
     return sorted({0.0, *below[-1:], *above[:1], leader} - {start})
-
-
-@contextmanager
-def _put_back(sparse: fx.GraphModule) -> Iterator[None]:
-    """Put alpha, backward and variant of every site back on leaving the block."""
-    variants = {m: m.variant for m in operators(sparse).values()}
-    try:
-        with switched(sparse):
-            yield
-    finally:
-        for operator, variant in variants.items():
-            operator.set_variant(variant, operator.centre_mode, operator.steepness)

@@ -48,7 +48,6 @@ def examples(images: Any, model: Any) -> Any:
 
     Args:
         images: A tensor or an array; None stays None.
-        model: What they are for.
 
     Raises:
         DataError: They are something else, such as a batch with its labels.
@@ -83,7 +82,6 @@ class Intake:
     """Takes the batches of one loader, one after the other.
 
     Args:
-        model: What the images are for.
         ignore_index: See `labelled`.
     """
 

@@ -71,7 +71,6 @@ def out_of_range(labels: Tensor, classes: int, first: int = 0) -> str | None:
 
     Args:
         labels: ``[N]``, or ``[N, H, W]`` with -1 for pixels that are left out.
-        classes: Number of logits.
         first: Position of the first label among all.
     """
     wrong = (labels < 0 if labels.dim() == 1 else labels < -1) | (labels >= classes)

@@ -33,10 +33,9 @@ class FashionResNet(nn.Module):
 
     Args:
         activation: Makes one activation module; called once per place.
-        num_classes: Length of the logits.
     """
 
-    def __init__(self, activation: Callable[[], nn.Module] = nn.GELU, num_classes: int = 10):
+    def __init__(self, activation: Callable[[], nn.Module] = nn.GELU):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), activation())
         self.blocks = nn.Sequential(
@@ -44,7 +43,7 @@ class FashionResNet(nn.Module):
             ResidualBlock(16, 32, 2, activation),
             ResidualBlock(32, 64, 2, activation),
         )
-        self.head = nn.Linear(64, num_classes)
+        self.head = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.stem(x))  # [N, 64, 4, 4]

@@ -22,7 +22,6 @@ class Bins:
     Args:
         low, width: ``[K]``, lower edge of the first bin and width of one.
         counts: ``[K, BINS]`` int64.
-        sizes: Channels of each site.
     """
 
     def __init__(self, low: Tensor, width: Tensor, counts: Tensor, sizes: Sequence[int]) -> None:

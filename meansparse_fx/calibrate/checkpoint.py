@@ -1,4 +1,4 @@
-"""Floor 5: a pass kept on disk, so that a killed one goes on where it was and ends with the same bytes.
+"""Floor 5: what one process has measured so far, kept on disk: a killed pass goes on where it was, to the same bytes.
 
 Everything is kept in float64 at a batch boundary, so the merges to come are those of an uninterrupted pass.
 """
@@ -6,6 +6,7 @@ Everything is kept in float64 at a batch boundary, so the merges to come are tho
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,75 @@ from torch import Tensor
 
 from .. import artifacts
 from ..errors import CalibrationError
+from ..observer import ChannelMoments
+from ..seen import image_marks, least_marks
 from ..shards import own_file
 from .bins import BINS, Bins
-from .tally import Tally
+from .convergence import Groups
 from .totals import Totals
 
 FORMAT, VERSION = "meansparse_fx.checkpoint", "2"
+
+
+class Tally:
+    """Moments and position of a pass.
+
+    Args:
+        observers: Of the instrumented graph, in its order.
+
+    Attributes:
+        totals: Of all batches so far.
+        batches, images: How many those were.
+        input_range: ``[2]``, least and greatest value of all images.
+        groups: Totals of groups of batches, if a tolerance was given.
+        bins: Histograms, if asked for and once the first batch was seen.
+    """
+
+    def __init__(self, observers: Sequence[ChannelMoments], device: torch.device, grouped: bool) -> None:
+        self._observers = list(observers)
+        self.totals = Totals.empty([o.channels for o in observers], device)
+        self.batches = self.images = 0
+        self.input_range = torch.tensor([torch.inf, -torch.inf], dtype=torch.float64, device=device)
+        self.groups = Groups(self.totals) if grouped else None
+        self.bins: Bins | None = None
+        self._marks: list[Tensor] = []
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def add(self, images: Tensor) -> Totals:
+        """Count the batch that the observers have just seen, and return its own totals; nothing waits for a GPU."""
+        batch = self.totals.of_batch(self._observers)
+        self.totals = self.totals.merge(batch)
+        if images.numel():
+            low, high = (value.double() for value in images.aminmax())
+            least, greatest = torch.minimum(self.input_range[0], low), torch.maximum(self.input_range[1], high)
+            self.input_range = torch.stack([least, greatest])
+        bad = ~(batch.mean.isfinite() & batch.m2.isfinite()).all() & (self._first_bad < 0)
+        self._first_bad = torch.where(bad, self.batches, self._first_bad)
+        self._marks.append(image_marks(images))
+        self.batches += 1
+        self.images += len(images)
+        return batch
+
+    @property
+    def marks(self) -> Tensor:
+        """Those of the images so far: see `Statistics.marks`."""
+        self._marks = [least_marks(self._marks)]
+        return self._marks[0]
+
+    @marks.setter
+    def marks(self, known: Tensor) -> None:
+        self._marks = [known]
+
+    def refuse_non_finite(self) -> None:
+        """Raise CalibrationError if any site has seen NaN or inf, with the first batch that brought it."""
+        if (batch := int(self._first_bad)) < 0:
+            return
+        for observer, moments in zip(self._observers, self.totals.by_site(), strict=True):
+            if not (moments.mean.isfinite().all() and moments.m2.isfinite().all()):
+                raise CalibrationError(
+                    f"{observer.name}: NaN or inf in the site's input, first in batch {batch}: check the data and "
+                    "weights"
+                )
 
 
 class Checkpoint:
@@ -29,7 +93,6 @@ class Checkpoint:
         path: Of one process; several have ``PATH.rank0-of-2`` and so on.
         every: Seconds between two writings.
         identity: What must be the same for a pass to go on, by what it is in words.
-        rank, world: Of this process.
 
     Raises:
         CalibrationError: From any method, if the file is of another calibration.

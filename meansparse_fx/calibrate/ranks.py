@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from ..seen import least_marks
+from ..shards import peer_lost, place
 from .totals import Totals
 
 _NO_MARK = 2**63 - 1  # of no image
@@ -37,14 +37,13 @@ class Ranks:
     """
 
     def __init__(self, group: Any = None, timeout: float = 600.0) -> None:
-        self.rank, self.world, self._timeout = 0, 1, timeout
+        (self.rank, self.world), self._timeout = place(group), timeout
         if group is None:
             return
         import torch.distributed as dist
         from torch.distributed.distributed_c10d import _get_default_store  # the only store that every group has
 
         self._dist, self._group = dist, group
-        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self._store = dist.PrefixStore(f"meansparse_fx.calibrate/{next(_calls)}", _get_default_store())
         self._others = [rank for rank in range(self.world) if rank != self.rank]
         self._seen: dict[int, tuple[str, float]] = {rank: ("", time.monotonic()) for rank in self._others}
@@ -66,18 +65,18 @@ class Ranks:
         except RuntimeError:
             pass  # the store is gone, and with it whoever held it
 
-    def beat(self, sign: str) -> None:
+    def heartbeat(self, sign: str) -> None:
         """Leave a sign of life, and look for the others', once in `LOOK_SECONDS`."""
         if self.world > 1 and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + LOOK_SECONDS
-            self._guarded(lambda: self._look(sign))
+            with peer_lost(CalibrationError):
+                self._look(sign)
 
     def gather(self, value: Tensor, point: str) -> list[Tensor]:
         """Return the tensor of every rank, in order, once all have reached ``point``; shapes must agree."""
         if self.world == 1:
             return [value]
-
-        def work() -> list[Tensor]:
+        with peer_lost(CalibrationError):
             while not self._look(f"at {point}"):
                 time.sleep(0.02)
             device = torch.device("cuda") if self._dist.get_backend(self._group) == "nccl" else torch.device("cpu")
@@ -88,8 +87,6 @@ class Ranks:
                 found = [torch.empty_like(own) for _ in range(self.world)]
                 self._dist.all_gather(found, own, group=self._group)
             return [f.to(value.device) for f in found]
-
-        return self._guarded(work)
 
     def gather_totals(self, own: Totals, point: str) -> list[Totals]:
         """Return the totals of every rank, in order."""
@@ -126,11 +123,3 @@ class Ranks:
     def _read(self, rank: int) -> str:
         key = str(rank)
         return self._store.get(key).decode() if self._store.check([key]) else ""
-
-    def _guarded(self, work: Callable[[], Any]) -> Any:
-        try:
-            return work()
-        except RuntimeError as error:  # what torch.distributed raises when a peer is gone
-            raise CalibrationError(
-                f"lost another process ({str(error).splitlines()[0]}). Checkpoints, if asked for, are kept: start again"
-            ) from error

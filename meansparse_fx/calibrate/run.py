@@ -25,11 +25,10 @@ from ..passes import observe
 from ..progress import bar, say_resumed
 from ..statistics import ChannelStatistics, Statistics, fingerprint, graph_fingerprint
 from .bins import Bins
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Tally
 from .convergence import MIN_GROUPS, Precision, precision
 from .ranks import Ranks
 from .source import Source
-from .tally import Tally
 from .totals import Totals, merge_all
 
 LOOK_SECONDS = 10.0  # between two looks for NaN on a GPU, each of which waits for it
@@ -191,7 +190,7 @@ class _Pass:
                 kept.write(tally, images)
             if self._settled:
                 break
-            self._ranks.beat(f"batch {index}")
+            self._ranks.heartbeat(f"batch {index}")
         tally.refuse_non_finite()
         if kept is not None:
             kept.require_compared()

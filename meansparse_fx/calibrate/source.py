@@ -18,12 +18,10 @@ class Source:
 
     Args:
         data: A loader, or anything else that `as_batches` takes.
-        model: What the images are for.
 
     Attributes:
         batches: How many there are; None if the loader does not say.
         images: How many images there are; None if unknown.
-        data: What was given.
         nothing: What to say if there turn out to be none.
     """
 

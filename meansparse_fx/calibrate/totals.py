@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..observer import ChannelMoments
-from ..statistics import ChannelStatistics
+from ..statistics import ChannelStatistics, merged
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,13 +43,12 @@ class Totals:
         return Totals(tuple(s.count for s in seen), mean, m2, self.sizes)
 
     def merge(self, other: Totals) -> Totals:
-        """Return the totals of both samples together (Chan, Golub and LeVeque, 1979)."""
+        """Return the totals of both samples together."""
         counts = tuple(a + b for a, b in zip(self.counts, other.counts, strict=True))
         shares = [b / max(n, 1) for b, n in zip(other.counts, counts, strict=True)]
         factors = torch.tensor([shares, [a * s for a, s in zip(self.counts, shares, strict=True)]], dtype=torch.float64)
         share, between = self._per_channel(factors)
-        delta = other.mean - self.mean
-        return Totals(counts, self.mean + delta * share, self.m2 + other.m2 + delta.square() * between, self.sizes)
+        return Totals(counts, *merged(self.mean, self.m2, other.mean, other.m2, share, between), self.sizes)
 
     def count_per_channel(self) -> Tensor:
         """Return ``[K]`` float64."""

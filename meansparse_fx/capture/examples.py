@@ -104,8 +104,6 @@ class ExampleTracer(ModelTracer):
 
     Args:
         leaves: Module types not to trace into.
-        batches: The example batches.
-        conditions: How to compute with them.
     """
 
     def __init__(self, leaves: frozenset[type], batches: tuple[Tensor, ...], conditions: Conditions) -> None:

@@ -1,18 +1,29 @@
 """Floor 2: functions registered as activations, each call of one a single node, under whatever name a model holds it.
 
 torch.fx follows a plain function into its body, and its own `wrap` sees only the names of one module's globals. What
-all names share is the function's code, which here is another while a model is traced. Imports torch only.
+all names share is the function's code, which here is another while a model is traced. Functions that torch.compile or
+TorchScript have compiled are the Python they were made from: torch.fx cannot look into the one, and crashes in the
+other. Imports torch and errors.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import CodeType, FunctionType
 from typing import Any
+from unittest import mock
 
+import torch
 from torch import fx
 from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+
+_ScriptFunction = torch.jit.ScriptFunction
+_CALL = _ScriptFunction.__call__
 
 
 @contextmanager
@@ -51,3 +62,25 @@ def _relaying(answer: Callable[[tuple, dict], Any], instead_of: CodeType) -> Cod
     """Return code that calls ``answer(args, kwargs)`` and fits a function with that code's closure."""
     constants = tuple(answer if constant == "answer" else constant for constant in _relay.__code__.co_consts)
     return _relay.__code__.replace(co_consts=constants, co_freevars=instead_of.co_freevars)
+
+
+@contextmanager
+def as_python() -> Iterator[None]:
+    """Run what torch.compile made eagerly, and trace through it and through functions of TorchScript."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(_ScriptFunction, "__call__", _call))
+        if (dynamo := sys.modules.get("torch._dynamo")) is not None:  # or there is nothing compiled; it takes a second
+            stack.enter_context(dynamo.config.patch(error_on_nested_fx_trace=False))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
+    if not any(isinstance(a, fx.Proxy) for a in pytree.tree_leaves((args, kwargs))):
+        return _CALL(function, *args, **kwargs)
+    original = getattr(function, "_torchdynamo_inline", None)
+    if original is None:
+        raise CaptureError(
+            f"{function.name} is a function of TorchScript, without its Python: call the one it was made from"
+        )
+    return original(*args, **kwargs)

@@ -23,12 +23,14 @@ from ..outputs import flatten
 from .derivatives import applied_by, without_checkpoints
 from .dispatched import (
     CONVOLUTIONS,
+    Histories,
     Unrecordable,
     allocated_like,
     change_shape,
     digest,
     drawn,
     functional_name,
+    hook_term,
     laid_out,
     layout_of,
     mapped,
@@ -39,7 +41,6 @@ from .dispatched import (
     version,
     written_by,
 )
-from .histories import Histories, hook_term
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -19,9 +19,9 @@ from ..hooks import drop_own_hooks
 from ..rewrite import adopt
 from .copies import copied
 from .examples import trace_by_example
+from .functions import as_python
 from .preconditions import check_model, without_wrappers
 from .tracing import Traced, trace
-from .uncompiled import as_python
 from .verify import Reference
 
 _WAY_OUT = (
@@ -127,15 +127,8 @@ def _asks_for_mode(module: nn.Module) -> bool:
 # Routes.
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """A way from a model to a graph.
-
-    Attributes:
-        name: What the plan calls it.
-        trace: Returns the graph of a model, given example images.
-        needs_images: Whether it asks example images.
-    """
+class Route(NamedTuple):
+    """A way from a model to a graph: its name in plans, and what traces a model, given example images."""
 
     name: str
     trace: Callable[[nn.Module, Any], Traced]

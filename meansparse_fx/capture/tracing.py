@@ -58,7 +58,6 @@ class Traced:
     """What tracing a model gave.
 
     Attributes:
-        graph: The graph.
         root: The throwaway copy of the model it was traced on.
         opaque: Why tracing stopped in modules that became leaves: activations in their functions are hidden.
         entered: Paths of the modules that were traced into, the root's first: empty.

@@ -17,9 +17,8 @@ from typer.core import TyperGroup
 from ..errors import MeanSparseError
 from .card import card
 from .demo import demo
-from .export import export
-from .model import cost, inspect
-from .options import spread
+from .model import cost, export, inspect
+from .options import with_groups_as_options
 from .results import figures
 from .robustness import evaluate, select, verify
 from .statistics import calibrate, merge, show
@@ -74,4 +73,4 @@ def _main(
 
 
 for command in COMMANDS:
-    app.command()(spread(command))
+    app.command()(with_groups_as_options(command))

@@ -15,6 +15,7 @@ from .model import Shape
 from .options import ModelOptions
 
 if TYPE_CHECKING:
+    from ..evaluate import Evaluation
     from ..settings import Settings
 
 SETTINGS = "settings.msfx.safetensors"
@@ -73,6 +74,7 @@ def card(
     from safetensors.torch import save as to_bytes
 
     from ..artifacts import require_place, write_folder
+    from ..evaluate import Evaluation
     from ..settings import Settings
     from .loading import console, open_model, random_images, transformed
 
@@ -93,10 +95,11 @@ def card(
         "fuse": settings.fuse,
         "sites": settings.sites,
     }
+    text = _card(found["model"], found["headline"], Evaluation.load(report), settings, model.model is not None)
     files = {
         "config.json": (json.dumps(config, indent=2) + "\n").encode(),
         "model.safetensors": to_bytes({k: v.contiguous().clone().cpu() for k, v in state.items()}, {"format": "pt"}),
-        "README.md": _card(found, settings, model.model is not None).encode(),
+        "README.md": text.encode(),
         SETTINGS: model.settings.read_bytes(),
     }
     write_folder(out, files)
@@ -107,7 +110,7 @@ def _read(path: Path, settings: Settings) -> dict[str, Any]:
     """Return the contents of report.json, of this model and these alphas."""
     try:
         found = json.loads(path.read_text("utf-8"))
-        measured, alpha = found["calibration"]["fingerprint"], found["alpha"]
+        measured, alpha, _, _ = found["calibration"]["fingerprint"], found["alpha"], found["model"], found["headline"]
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: not a report.json that evaluate --out wrote ({error!r})") from error
     if measured != settings.statistics.fingerprint:
@@ -123,25 +126,20 @@ def _read(path: Path, settings: Settings) -> dict[str, Any]:
     return found
 
 
-def _card(report: dict[str, Any], settings: Settings, whole: bool) -> str:
-    base, sparse = report["base"], report["sparse"]
-    rows = [("clean", base["clean"], sparse["clean"], report["clean_change"])]
-    rows += [(name, base["robust"][name], share, None) for name, share in sparse["robust"].items()]
-    rows += [("**worst case**", base["worst_case"], sparse["worst_case"], report["gain"])]
+def _card(model: str, headline: str, evaluation: Evaluation, settings: Settings, whole: bool) -> str:
     lines = ["| accuracy in % | base | with MeanSparse | change, 95 % interval |", "|---|---|---|---|"]
-    for name, before, after, change in rows:
-        interval = f" [{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]" if change else ""
-        lines.append(f"| {name} | {100 * before:.1f} | {100 * after:.1f} | {100 * (after - before):+.1f}{interval} |")
+    for name, before, after, change in evaluation.rows():
+        lines.append(f"| {name} | {100 * before:.1f} | {100 * after:.1f} | {change.points()} |")
     alphas = {row["alpha"] for row in settings.sites}
-    failed = [f"{check['name']}: {check['finding']}." for check in report["checks"] if not check["passed"]]
+    failed = evaluation.warnings
     return _README.format(
-        model=report["model"],
-        headline=report.get("headline", report["verdict"]),
+        model=model,
+        headline=headline,
         table="\n".join(lines),
-        images=report["n_test"],
-        **{name: report["threat"][name] for name in ("norm", "eps", "steps")},
-        passed=len(report["checks"]) - len(failed),
-        checks=len(report["checks"]),
+        images=evaluation.n_test,
+        **{name: getattr(evaluation, name) for name in ("norm", "eps", "steps")},
+        passed=len(evaluation.checks) - len(failed),
+        checks=len(evaluation.checks),
         failed="".join(f"\n\n{line}" for line in failed),
         settings=SETTINGS,
         weights=f'sparse.load_state_dict(load_file("model.safetensors"){"" if whole else ", strict=False"})',

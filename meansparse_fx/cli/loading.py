@@ -131,8 +131,6 @@ def estimate(images: ImageSet, batch_size: int, work: Callable[[list[Any]], obje
     """Do one batch and print how long all images would take.
 
     Args:
-        images: All of them.
-        batch_size: How many are one batch.
         work: What is to be done with a list of batches.
         warm: Do it once before it is timed: what is only done once would count for every batch.
     """

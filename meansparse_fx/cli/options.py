@@ -1,7 +1,8 @@
 """Floor 6: the options that commands share, in groups, each written once.
 
-A group is a frozen dataclass whose fields are options; a command takes the group as one parameter, and `spread`
-shows typer the fields. To give all commands that load a model one more option, add one field to `ModelOptions`.
+A group is a frozen dataclass whose fields are options; a command takes the group as one parameter, and
+`with_groups_as_options` shows typer the fields. To give all commands that load a model one more option, add one field
+to `ModelOptions`.
 """
 
 from __future__ import annotations
@@ -210,7 +211,7 @@ class PaceOptions:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def spread(command: Callable[..., None]) -> Callable[..., None]:
+def with_groups_as_options(command: Callable[..., None]) -> Callable[..., None]:
     """Return ``command`` with every parameter that is a group replaced by the group's fields, as typer reads them."""
     hints = get_type_hints(command, include_extras=True)
     groups = {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}

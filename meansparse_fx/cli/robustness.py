@@ -146,10 +146,8 @@ def evaluate(
     """
     from ..artifacts import require_place
     from ..evaluate import evaluate
-    from ..histogram import band_shares, feature_histogram
     from ..operators import added
     from ..report import headline, write_report
-    from ..transform import inspect
     from .loading import (
         check_attacks,
         console,
@@ -193,17 +191,14 @@ def evaluate(
     console().print(evaluation.table())
     console().print(headline(evaluation), style="bold", highlight=False)
     if report is not None:
-        looked_at = first_images(images, HISTOGRAM_IMAGES, device_of(model))
         measured = added(sparse).statistics
         assert measured is not None  # `transformed` saw to it
         write_report(
             report,
+            sparse,
+            evaluation,
+            first_images(images, HISTOGRAM_IMAGES, device_of(model)),
             model=model.model,
-            plan=inspect(sparse),
-            statistics=measured,
-            evaluation=evaluation,
-            histogram=feature_histogram(sparse, looked_at),
-            shares=band_shares(sparse, looked_at),
             data={
                 "calibration": f"{measured.images} images, {measured.metadata.get('data', 'unknown')}",
                 "test": images.description,

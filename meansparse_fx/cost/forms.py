@@ -47,8 +47,7 @@ class Region:
     y = act(s(u)) + shortcut,   u = sum_norm(v),   v = input_norm(x) * layer_scale + residual
 
     Attributes:
-        shape: Of x, and of all the others.
-        dtype: Of the same.
+        shape, dtype: Of x, and of all the others.
         channel_dim: Dimension of x that holds the channels.
         activation: None for a bare operator.
         input_norm, sum_norm: There is a norm of x; of the sum.
@@ -170,11 +169,8 @@ class _OneCall(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         _, _, has_residual, has_shortcut = ctx.needs_input_grad
-        vectors = ctx.operator.vectors
-        # Without a scale on x its gradient is the residual's, and one tensor serves as both.
-        scaled = vectors.input_scale is not None or vectors.layer_scale is not None
         reads = [*ctx.saved_tensors, *[g for g in grads if g is not None]]
-        found = torch.ops.meansparse_fx_cost.call(reads, 2 if has_residual and scaled else 1)
+        found = torch.ops.meansparse_fx_cost.call(reads, 2 if has_residual and ctx.operator.vectors.scaled else 1)
         return None, found[0], found[-1] if has_residual else None, grads[0] if has_shortcut else None
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from ..batches import examples
 from ..capture.copies import copied
 from ..nn import MeanSparse
+from ..rewrite import calls_of
 from ..sites import Placement
 from ..tables import Tabled, new_table
 from ..transform import inspect as run_inspect
@@ -66,7 +67,6 @@ class SiteCost:
     """One site.
 
     Attributes:
-        name: The site's.
         before: What the fused form takes in besides the activation, as the plan says it; empty if nothing.
         forms: By form, in the order of `FORMS`.
     """
@@ -175,12 +175,10 @@ def cost(model: nn.Module, images: Tensor, placement: Placement | str | None = N
     floating = (p.dtype for p in model.parameters() if p.is_floating_point())
     dtype = next(floating, images.dtype)
     sites = []
-    for node in sparse.graph.find_nodes(op="call_module"):
-        operator = sparse.get_submodule(node.target)
-        if isinstance(operator, MeanSparse):
-            region = _region(node, operator, shapes[operator.name], dtype)
-            forms = {name: _counted(form, region) for name, form in FORMS.items()}
-            sites.append(SiteCost(operator.name, region.taken_in(), forms))
+    for node, operator in calls_of(sparse, MeanSparse):
+        region = _region(node, operator, shapes[operator.name], dtype)
+        forms = {name: _counted(form, region) for name, form in FORMS.items()}
+        sites.append(SiteCost(operator.name, region.taken_in(), forms))
     return Cost(tuple(sites), len(images), dtype)
 
 

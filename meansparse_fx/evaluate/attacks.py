@@ -75,7 +75,6 @@ class AttackKind:
     """One row of the table.
 
     Attributes:
-        build: Makes it.
         summary: What it does, for reports.
         gradient: It uses gradients, so its result depends on the operator's backward mode.
         classes: Fewest that its loss needs.
@@ -246,10 +245,7 @@ def attack(
     left alone; the operators' backward modes are not: see `operators.switched`.
 
     Args:
-        name: Of the attack.
-        model: Returns logits.
         images, labels: ``[N, C, H, W]`` and ``[N]``, or label maps.
-        settings: What the attacker may do.
         backward: The surrogate of the operators' gradient, see `surrogates`; None takes it as it is set.
         starts: ``[N, C, H, W]`` in the ball, where an attack begins that is `started`.
 

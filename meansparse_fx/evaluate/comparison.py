@@ -13,7 +13,7 @@ from .attacks import AttackSettings
 from .compiled import Attacked
 from .ledger import Ledger, Masks
 from .outcome import ModelOutcome
-from .plan import Run, correct, device_of, perturbed, spread
+from .plan import Run, correct, device_of, perturbed
 from .probes import Probed, examine, search_planted
 from .sanity import Check, check_threat, checks_of, checks_of_labels
 
@@ -28,15 +28,12 @@ class Comparison:
 
     Args:
         models: The base and the transformed model, by these names: ``base`` and ``sparse``.
-        runs: The attacks, in order.
-        settings: Of the attacks.
-        ledger: Keeps the results.
         full_rows: Every run attacks all images, also those broken before it.
         compile, amp: How attacks meet the models; see `compiled`.
         keep: Adversarial images of all batches stay in the ledger; otherwise those of the batch at hand.
 
     Attributes:
-        met: Names of the batches met.
+        batches: Names of those attacked.
         found, sanity: Masks by number of the batch and by model; ``found`` also has labels and number of classes, as
             ``data``.
         evidence: What broke which image, by number of the batch and by model, if kept.
@@ -59,14 +56,11 @@ class Comparison:
         self.found: dict[int, dict[str, Masks]] = {}
         self.sanity: dict[int, dict[str, Masks]] = {}
         self.evidence: dict[int, dict[str, dict[str, Tensor]]] = {}
-        self.met: list[str] = []
+        self.batches: list[str] = []
 
-    def meet(self, batch: int, images: Tensor, labels: Tensor, sanity_images: int, advance: Advance) -> None:
+    def attack_batch(self, batch: int, images: Tensor, labels: Tensor, sanity_images: int, advance: Advance) -> None:
         """Attack one batch, and look at the attacks themselves on its first ``sanity_images`` images."""
-        name = f"batch {batch}"
-        self._ledger.require_same(name, images, labels)
-        self.met.append(name)
-        images, labels = images.to(self._device), labels.to(self._device)
+        name, images, labels = self._begin(batch, images, labels)
         sides = {which: self._clean(name, which, images, labels) for which in OTHER}
         for which, side in sides.items():
             for run in self._runs:
@@ -86,22 +80,32 @@ class Comparison:
         self.found[batch]["data"] = {"labels": labels.cpu(), "classes": torch.tensor(classes)}
         if sanity_images > 0:
             probed = Probed(images[:sanity_images], labels[:sanity_images])
-            self.sanity[batch] = {
-                which: self._ledger.recall(f"{name}, {which}, sanity", partial(self._examine, probed, which, side))
-                for which, side in sides.items()
-            }
+            self._examine_both(batch, lambda which: self._examine(probed, which, sides[which]))
             if batch == 0:
                 for which, model in self._models.items():
                     plant = partial(search_planted, model, probed, self._runs, self._settings)
-                    planted = self._ledger.recall(f"{name}, {which}, planted", plant)
+                    planted = self._ledger.get_or_compute(f"{name}, {which}, planted", plant)
                     self.sanity[batch][which] = {**self.sanity[batch][which], **planted}
         if self._keep:
             self.evidence[batch] = {which: side.evidence() for which, side in sides.items()}
         else:
             self._ledger.forget(name, "images")
 
+    def _begin(self, batch: int, images: Tensor, labels: Tensor) -> tuple[str, Tensor, Tensor]:
+        """Return the name of a batch, which must be what it was before, and the batch on the device."""
+        name = f"batch {batch}"
+        self._ledger.require_same(name, images, labels)
+        self.batches.append(name)
+        return name, images.to(self._device), labels.to(self._device)
+
+    def _examine_both(self, batch: int, examine: Callable[[str], Masks]) -> None:
+        self.sanity[batch] = {
+            which: self._ledger.get_or_compute(f"batch {batch}, {which}, sanity", partial(examine, which))
+            for which in OTHER
+        }
+
     def _clean(self, name: str, which: str, images: Tensor, labels: Tensor) -> _Side:
-        masks = self._ledger.recall(
+        masks = self._ledger.get_or_compute(
             f"{name}, {which}, clean", lambda: {"clean": correct(self._models[which], images, labels)}
         )
         return _Side(f"{name}, {which}", images, labels, masks["clean"], self._full_rows)
@@ -125,23 +129,23 @@ class Comparison:
                 self._attacked.by(run, which), run, side.images[at], side.labels[at], self._settings, begin
             )
 
-        self._meet(side, run.name, which, target, work)
+        self._survivors(side, run.name, which, target, work)
         advance()
 
     def _transfer(self, side: _Side, which: str, among: Tensor, found: Tensor) -> None:
         """Show one model what broke the other."""
         target = side.target & among
-        self._meet(side, TRANSFER, which, target, lambda: found[target.to(self._device)])
+        self._survivors(side, TRANSFER, which, target, lambda: found[target.to(self._device)])
 
-    def _meet(self, side: _Side, name: str, which: str, target: Tensor, make: Callable[[], Tensor]) -> None:
+    def _survivors(self, side: _Side, name: str, which: str, target: Tensor, make: Callable[[], Tensor]) -> None:
         def work() -> Masks:
             at = target.to(self._device)
             made = make()
             right = correct(self._models[which], made, side.labels[at])
             first = ~right & ~side.broken.to(self._device)[at]
-            return {"survived": spread(at, right, False), "images": made[first]}
+            return {"survived": torch.zeros_like(at).masked_scatter(at, right), "images": made[first]}
 
-        known = self._ledger.recall(f"{side.name}, {name}", work)
+        known = self._ledger.get_or_compute(f"{side.name}, {name}", work)
         side.add(name, target, known)
 
     def _examine(self, probed: Probed, which: str, side: _Side) -> Masks:
@@ -199,7 +203,7 @@ class _Side:
         return self.masks["clean"] if self._full_rows else ~self.broken
 
     def add(self, name: str, target: Tensor, known: Masks) -> None:
-        """Take over what a run found among the images it met; it leaves alone the others that stood."""
+        """Take over what a run found among the images it attacked; it leaves alone the others that stood."""
         newly = target & ~known["survived"] & ~self.broken
         standing = self.target
         self.masks[name] = known["survived"] | (standing & ~target)

@@ -76,7 +76,6 @@ class Attacked:
     """The models of one evaluation as attacks meet them.
 
     Args:
-        models: By name.
         compile: False, True or a mode, see `compile_mode`.
         amp: See `FastModel`; without either attacks meet the models themselves.
     """

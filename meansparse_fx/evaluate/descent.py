@@ -31,7 +31,6 @@ class PGD:
     """Gradient ascent on cross-entropy from a random start, keeping the first image that fools the model.
 
     Args:
-        model: Returns logits.
         norm: ``Linf`` (steps along the gradient's sign) or ``L2``.
         eps: Radius of the ball.
         n_iter: Steps.
@@ -130,15 +129,20 @@ class Margin(APGDAttack):
     """APGD on the logits' margin: what its base calls the loss ``dlr``, without the division."""
 
     def dlr_loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the largest wrong logit less the right one ``[N]`` of logits ``[N, K]`` and labels ``[N]``."""
-        right = F.one_hot(y, x.shape[1]).bool()
-        return x.masked_fill(right, -torch.inf).amax(1) - x[right]
+        """Return the `margin` of logits x and labels y."""
+        return margin(x, y)
 
     def perturb_from(self, starts: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """Return adversarial images ``[N, C, H, W]``, begun at ``starts``; those not broken as they were."""
         self.init_hyperparam(images)
         _, standing, _, found = self.attack_single_run(images.clone(), labels.clone(), x_init=starts)
         return torch.where(per_image(standing.bool(), images), images, found)
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the largest wrong logit less the right one, ``[N]``, of logits ``[N, K]`` and labels ``[N]``."""
+    right = F.one_hot(labels, logits.shape[1]).bool()
+    return logits.masked_fill(right, -torch.inf).amax(1) - logits[right]
 
 
 def _norm(x: Tensor) -> Tensor:

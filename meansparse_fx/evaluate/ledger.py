@@ -77,12 +77,7 @@ class Ledger:
         return sum(not piece.endswith(", clean") for piece in self._masks)
 
     def require_same(self, what: str, images: Tensor, labels: Tensor) -> None:
-        """Raise EvaluationError if a batch is not what it was when its results were found.
-
-        Args:
-            what: Names the batch.
-            images, labels: It.
-        """
+        """Raise EvaluationError if a batch is not what it was when its results were found."""
         found = artifacts.digest(images, labels)
         if self._digests.setdefault(what, found) != found:
             raise EvaluationError(
@@ -90,15 +85,15 @@ class Ledger:
                 "the same images again, or remove it to start from the beginning"
             )
 
-    def require_whole(self, met: Collection[str]) -> None:
+    def require_whole(self, batches: Collection[str]) -> None:
         """Raise EvaluationError if the data ended before all batches came that were met earlier."""
-        if missing := self._digests.keys() - set(met):
+        if missing := self._digests.keys() - set(batches):
             raise EvaluationError(
                 f"{self._path}: a checkpoint of more images, {len(missing)} batches of it did not come again: give the "
                 "same images, or remove it to start from the beginning"
             )
 
-    def recall(self, piece: str, work: Callable[[], Masks]) -> Masks:
+    def get_or_compute(self, piece: str, work: Callable[[], Masks]) -> Masks:
         """Return the result of a piece of work, doing it if it is not known yet."""
         if piece not in self._masks:
             self._masks[piece] = {name: mask.cpu() for name, mask in work().items()}
@@ -156,7 +151,6 @@ def model_identity(sparse: nn.Module, alpha: bool) -> dict[str, Any]:
     """Return fingerprints of a transformed model's weights and of its operators.
 
     Args:
-        sparse: The model.
         alpha: Alpha and variant count as well: they do not where they are what is looked for.
     """
     state, found = hashlib.blake2b(digest_size=16), operators(sparse)

@@ -104,10 +104,6 @@ class PixelPGD(PGD):
     """Gradient ascent from a random start, keeping of each image what leaves the fewest pixels right.
 
     Steps shrink from eps / 2 to 0 along a cosine: they have to serve many pixels, not to bring one logit past another.
-
-    Args:
-        model, norm, eps, n_iter, seed: As of `PGD`.
-        loss: Of `LOSSES`.
     """
 
     def __init__(self, model: nn.Module, norm: str, eps: float, n_iter: int, seed: int, loss: str) -> None:

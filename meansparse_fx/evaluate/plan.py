@@ -86,10 +86,7 @@ def fitting(
     """Return the runs that can attack a model on such images; of lists of attacks the others are left out.
 
     Args:
-        runs: Planned.
         attacks: What was asked for; what is named there itself has to fit.
-        model: Returns logits.
-        images: Some of them.
         labels: Theirs; only their being maps matters.
 
     Raises:
@@ -143,10 +140,3 @@ def device_of(sparse: nn.Module) -> torch.device:
     statistics = next(iter(operators(sparse).values())).mean
     assert isinstance(statistics, Tensor)
     return statistics.device
-
-
-def spread(mask: Tensor, values: Tensor, elsewhere: bool) -> Tensor:
-    """Return ``values`` where ``mask`` ``[N]`` is set, in its order, and ``elsewhere`` in the other places."""
-    whole = torch.full_like(mask, elsewhere)
-    whole[mask] = values
-    return whole

@@ -53,9 +53,7 @@ def plant(model: fx.GraphModule, images: Tensor, settings: AttackSettings) -> Pl
     """Return the network with planted examples, or None where it has no linear layer on features ``[N, D]``.
 
     Args:
-        model: Returns logits.
         images: ``[n, C, H, W]``.
-        settings: The ball.
     """
     if last_linear(model) is None:
         return None

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from ..operators import switched
 from .attacks import AttackSettings, kind
 from .compiled import Attacked
-from .descent import per_image
+from .descent import margin, per_image
 from .ledger import Masks
 from .plan import Run, correct, perturbed
 from .planted import IMAGES, nearest, plant, single_target
@@ -56,8 +56,6 @@ def examine(
     Args:
         model: The model itself.
         attacked: How attacks meet it, as ``which``.
-        probed: The images.
-        runs, settings: What was run on them.
         clean: ``[n]``, right as they are.
         standing: ``[n]``, right after all runs.
     """
@@ -124,15 +122,15 @@ def _gradients(model: nn.Module, right: Probed, runs: Sequence[Run], settings: A
             x = right.images.clone().requires_grad_()
             with torch.enable_grad():
                 logits = model(x)
-                margin = _margin(logits, right.labels)
+                before = margin(logits, right.labels)
                 entropy = F.cross_entropy(logits, right.labels, reduction="none")
             slope |= _gradient(entropy, x).flatten(1).abs().amax(1).gt(0).cpu()
-            gradient = _gradient(margin, x)
+            gradient = _gradient(before, x)
             norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-30)
             along = gradient.sign() if settings.norm == "Linf" else gradient / per_image(norm, gradient)
             with torch.no_grad():
-                after = _margin(model((right.images + STEP * settings.eps * along).clamp(0, 1)), right.labels)
-            rises |= (after > margin).cpu()
+                after = margin(model((right.images + STEP * settings.eps * along).clamp(0, 1)), right.labels)
+            rises |= (after > before).cpu()
     return {"slope": slope, "rises": rises}
 
 
@@ -167,11 +165,6 @@ class _Watched(nn.Module):
         wrong = logits.detach().argmax(1) != self._known.labels[rows]
         self.seen[rows[wrong]] = True
         return logits
-
-
-def _margin(logits: Tensor, labels: Tensor) -> Tensor:
-    right = F.one_hot(labels, logits.shape[1]).bool()
-    return logits.masked_fill(right, -torch.inf).amax(1) - logits[right]
 
 
 def _gradient(loss: Tensor, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ..outputs import Logits, in_words
 from ..passes import restore, returning_logits
 from ..progress import bar, say_resumed
 from ..seen import image_marks
-from ..shards import gather, own_file, place
+from ..shards import gather, own_file, peer_lost, place
 from ..statistics import fingerprint
 from .attacks import AttackSettings
 from .comparison import Comparison
@@ -155,13 +155,13 @@ def evaluate(
         marks: list[Tensor] = []
         for index, (images, labels) in enumerate(itertools.chain([first], data)):
             if index % world == rank:
-                comparison.meet(index, images, labels, sanity_images, lambda: display.advance(task))
+                comparison.attack_batch(index, images, labels, sanity_images, lambda: display.advance(task))
                 display.update(task, note=comparison.so_far())
             sanity_images = max(0, sanity_images - len(images))
             marks.append(image_marks(images).cpu())
             if world > 1:
                 seen.append(digest(images, labels))
-        ledger.require_whole(comparison.met)
+        ledger.require_whole(comparison.batches)
     seconds = _unite(comparison, identity, seen, ledger.seconds, group)
     outcomes, seen_marks = comparison.outcomes(), torch.cat(marks)
     if save_adversarial is not None and rank == 0:
@@ -217,13 +217,8 @@ def _unite(comparison: Comparison, identity: dict[str, Any], seen: list[str], se
     """Give every process what all of them found, and return the seconds that the slowest of them took."""
     if group is None:
         return seconds
-    try:
-        own = (identity, seen, comparison.found, comparison.sanity, comparison.evidence, seconds)
-        parts = gather(own, group)
-    except RuntimeError as error:  # what torch.distributed raises when a peer is gone
-        raise EvaluationError(
-            f"lost another process ({str(error).splitlines()[0]}). Checkpoints, if asked for, are kept: start again"
-        ) from error
+    with peer_lost(EvaluationError):
+        parts = gather((identity, seen, comparison.found, comparison.sanity, comparison.evidence, seconds), group)
     for rank, part in enumerate(parts):
         if part[:2] != (identity, seen):
             raise EvaluationError(

@@ -106,8 +106,6 @@ def checks_of(which: str, masks: Mapping[str, Tensor], outcome: ModelOutcome, ru
     Args:
         which: The model, in words.
         masks: Of the images looked at.
-        outcome: Of the model.
-        runs: What was run.
     """
     for name, rule in _RULES.items():
         if len(masks.get(name, ())):
@@ -169,7 +167,6 @@ def check_chance(low: float, high: float, n: int, finding: str) -> Check:
     Args:
         low, high: Interval of its accuracy above what the commonest label alone would get.
         n: Images. Of few the interval must leave out everything above chance, of many all that is not.
-        finding: In words.
     """
     passed = (high if n < FEW else low) > 0
     if not passed:
@@ -181,7 +178,6 @@ def check_unbounded(which: str, left: Tensor) -> Check:
     """Judge an attack whose ball holds every image there is: it must break the model.
 
     Args:
-        which: The model.
         left: ``[n]``, images that survived it under every backward mode, or the shares of their pixels that did.
     """
     share = mean(left)
@@ -196,7 +192,6 @@ def check_power(which: str, missed: Mapping[str, Tensor]) -> Check:
     """Judge whether the attacks find what was planted (Zimmermann et al., 2022).
 
     Args:
-        which: The model.
         missed: ``[n]`` by run, and by ``random search``: planted examples not found.
     """
     runs = {name: mask for name, mask in missed.items() if name != "random search"}
@@ -217,7 +212,6 @@ def check_steps(which: str, survived: Tensor) -> Check:
     """Judge whether the attacks had steps enough.
 
     Args:
-        which: The model.
         survived: ``[n]``, of the images that stood after all runs, those that stand after one more of twice the steps.
     """
     count = int((~survived).sum())
@@ -240,8 +234,6 @@ def check_square(which: str, outcome: ModelOutcome, backwards: Mapping[str, str 
     """Judge whether a query attack found what gradients should have found; None where not both were run.
 
     Args:
-        which: The model.
-        outcome: What it did.
         backwards: The backward mode by attack; None for the query attack.
     """
     gradient = {name: mask for name, mask in outcome.robust.items() if backwards.get(name) is not None}

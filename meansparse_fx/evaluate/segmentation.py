@@ -30,34 +30,28 @@ class PixelComparison(Comparison):
         found: By number of the batch and by model, `counts` ``[N, 3, K]`` for ``clean`` and each run.
     """
 
-    def meet(self, batch: int, images: Tensor, labels: Tensor, sanity_images: int, advance: Advance) -> None:
+    def attack_batch(self, batch: int, images: Tensor, labels: Tensor, sanity_images: int, advance: Advance) -> None:
         """Attack one batch, and look at the attacks themselves on its first ``sanity_images`` images."""
-        name = f"batch {batch}"
-        self._ledger.require_same(name, images, labels)
-        self.met.append(name)
-        images, labels = images.to(self._device), labels.to(self._device)
-        met: dict[str, dict[str, Masks]] = {}
+        name, images, labels = self._begin(batch, images, labels)
+        scored: dict[str, dict[str, Masks]] = {}
         for which in OTHER:
-            met[which] = {"clean": self._score(name, which, "clean", labels, images.clone)}
+            scored[which] = {"clean": self._score(name, which, "clean", labels, images.clone)}
             for run in self._runs:
                 make = partial(self._perturbed, which, run, images, labels)
-                met[which][run.name] = self._score(name, which, run.name, labels, make)
+                scored[which][run.name] = self._score(name, which, run.name, labels, make)
                 advance()
         self.found[batch] = {}
         for which, other in OTHER.items():
-            rows = {row: kept["counts"] for row, kept in met[which].items()}
+            rows = {row: kept["counts"] for row, kept in scored[which].items()}
             if not self._runs:
                 self.found[batch][which] = rows
                 continue
-            moved = self._score(name, which, TRANSFER, labels, partial(_worst_images, met[other]))
+            moved = self._score(name, which, TRANSFER, labels, partial(_worst_images, scored[other]))
             both = rows["clean"], moved["counts"]
             self.found[batch][which] = rows | {TRANSFER: lowest(both, both)}
         if sanity_images > 0:
             probed = Probed(images[:sanity_images], labels[:sanity_images])
-            self.sanity[batch] = {
-                which: self._ledger.recall(f"{name}, {which}, sanity", partial(self._probe, which, probed, batch))
-                for which in OTHER
-            }
+            self._examine_both(batch, lambda which: self._probe(which, probed, batch))
         self._ledger.forget(name, "images")
 
     def _perturbed(self, which: str, run: Run, images: Tensor, labels: Tensor, **changed: float) -> Tensor:
@@ -73,7 +67,7 @@ class PixelComparison(Comparison):
             made = make().to(self._device)
             return {"counts": self._counts(which, made, labels), "images": made}
 
-        return self._ledger.recall(f"{name}, {which}, {row}", work)
+        return self._ledger.get_or_compute(f"{name}, {which}, {row}", work)
 
     def _probe(self, which: str, probed: Probed, batch: int) -> Masks:
         """Return masks of `probes`, and what an unbounded attack and one of twice the steps leave."""
@@ -123,5 +117,5 @@ class PixelComparison(Comparison):
         return found
 
 
-def _worst_images(met: Mapping[str, Masks]) -> Tensor:
-    return lowest([kept["counts"] for kept in met.values()], [kept["images"] for kept in met.values()])
+def _worst_images(scored: Mapping[str, Masks]) -> Tensor:
+    return lowest([kept["counts"] for kept in scored.values()], [kept["images"] for kept in scored.values()])

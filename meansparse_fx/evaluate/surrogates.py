@@ -87,7 +87,6 @@ class WithSurrogate(nn.Module):
 
     Args:
         model: Returns logits; without operators all surrogates are its own gradient.
-        surrogate: Of its operators.
         gradients: How many gradients one descent of the attack asks for; the next starts from the beginning.
         repeats: How many of them are one step (expectation over transformations).
     """

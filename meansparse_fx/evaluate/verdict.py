@@ -114,12 +114,9 @@ class Evaluation(Tabled):
             )
         under = f"{exact.points()} points under the operator's own gradient"
         gap = f"the gap of {masked.points()} is gradient masking" if masked.low > 0 else ""
-        if gain.low > 0:
-            rest = f" It is {under}: {gap}." if gap else ""
-            return f"Gain real: worst-case accuracy {gain.points()} points under attackers who know the operator.{rest}"
-        if gain.high < 0:
-            rest = f" It is {under}: {gap}." if gap else ""
-            return f"Loss: worst-case accuracy {gain.points()} points under attackers who know the operator.{rest}"
+        if gain.low > 0 or gain.high < 0:
+            kind, rest = "Gain real" if gain.low > 0 else "Loss", f" It is {under}: {gap}." if gap else ""
+            return f"{kind}: worst-case accuracy {gain.points()} points under attackers who know the operator.{rest}"
         if exact.low > 0 and gap:
             return f"Gain masked: {under}, but {gain.points()} under attackers who know it; {gap}."
         if exact.low > 0:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from .. import rewrite
 from ..frozen import Prologue
 from ..nn import MeanSparse
 from ..rewrite import keep_unfused, operand
@@ -31,12 +32,9 @@ def fuse(graph_module: fx.GraphModule, images: Tensor) -> dict[str, str]:
     several = images[[row % len(images) for row in range(max(2, len(images)))]]
     finder = Finder(graph_module, propagate(graph_module, several))
     notes = {}
-    for node in list(graph_module.graph.find_nodes(op="call_module")):
-        operator = graph_module.get_submodule(str(node.target))
-        if isinstance(operator, MeanSparse):
+    with rewrite.editing(graph_module, "fuse"):
+        for node, operator in rewrite.calls_of(graph_module, MeanSparse):
             notes[operator.name] = _fuse(node, operator, finder)
-    graph_module.graph.lint()
-    graph_module.recompile()
     return notes
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
+from .. import rewrite
 from ..rewrite import PREFIX
 from ..sites import SitePlan
+from ..statistics import merged
 from .lower import read_buffer
 
 
@@ -38,10 +40,11 @@ def accumulate(x: Tensor, count: Tensor, mean: Tensor, m2: Tensor, channel_dim: 
     shape = [-1 if d == channel_dim else 1 for d in range(x.dim())]
     centred = x.detach().double() - first.view(shape)
     total, squares = centred.sum(others), centred.square().sum(others)
-    own_mean = first + total / values
-    share, delta = values / (count + values), own_mean - mean
-    m2.add_((squares - total.square() / values).clamp_min(0) + delta.square() * (count * share))
-    mean.add_(delta * share)
+    own_mean, own_m2 = first + total / values, (squares - total.square() / values).clamp_min(0)
+    share = values / (count + values)
+    both = merged(mean, m2, own_mean, own_m2, share, count * share)
+    mean.copy_(both[0])
+    m2.copy_(both[1])
     count.add_(values)
     return x
 
@@ -52,16 +55,14 @@ def instrument(graph_module: fx.GraphModule, plan: SitePlan, moments: dict[str, 
     Args:
         moments: By site name, what to accumulate into.
     """
-    graph = graph_module.graph
-    for number, place in enumerate(plan.places(graph)):
-        site, node, source = place.site, place.node, place.source
-        readers = place.readers or tuple(source.users)  # a residual sum is seen by all who read it
-        with graph.inserting_before(place.readers[0] if place.readers else node.next):
-            buffers = moments[site.name].named_buffers()
-            state = [read_buffer(graph_module, f"{PREFIX}_{number}_{part}", buffer) for part, buffer in buffers]
-            seen = graph.call_function(accumulate, (source, *state, site.channel_dim))
-        seen.meta = dict(source.meta)
-        for reader in readers:
-            reader.replace_input_with(source, seen)
-    graph.lint()
-    graph_module.recompile()
+    with rewrite.editing(graph_module, "instrument") as graph:
+        for number, place in enumerate(plan.places(graph)):
+            site, node, source = place.site, place.node, place.source
+            readers = place.readers or tuple(source.users)  # a residual sum is seen by all who read it
+            with graph.inserting_before(place.readers[0] if place.readers else node.next):
+                buffers = moments[site.name].named_buffers()
+                state = [read_buffer(graph_module, f"{PREFIX}_{number}_{part}", buffer) for part, buffer in buffers]
+                seen = graph.call_function(accumulate, (source, *state, site.channel_dim))
+            seen.meta = dict(source.meta)
+            for reader in readers:
+                reader.replace_input_with(source, seen)

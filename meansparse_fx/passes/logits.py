@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from .. import rewrite
 from ..errors import EvaluationError
 from ..outputs import Logits, logits_in
-from ..rewrite import edited_copy
 
 NAME = "meansparse_logits"
 
@@ -33,7 +33,6 @@ def returning_logits(model: fx.GraphModule, logits: Logits = None) -> fx.GraphMo
     """Return a graph whose result are the logits; the model itself if it returns one tensor, and nothing is asked for.
 
     Args:
-        model: Any.
         logits: Where they are; see `logits_in`.
 
     Raises:
@@ -54,4 +53,4 @@ def returning_logits(model: fx.GraphModule, logits: Logits = None) -> fx.GraphMo
         with clone.graph.inserting_before(output):
             output.args = (clone.graph.call_module(NAME, (output.args[0],)),)
 
-    return edited_copy(model, take)
+    return rewrite.edited_copy(model, "returning_logits", take)

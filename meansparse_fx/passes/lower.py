@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, fx
 
+from .. import rewrite
 from ..kernels import ops
 from ..nn import MeanSparse
 from ..rewrite import PREFIX
@@ -27,32 +28,24 @@ def lower(graph_module: fx.GraphModule, shared: Mapping[str, MeanSparse], call: 
         shared: By site name, the operator whose centre and threshold to read.
         call: What to call, with the arguments of `ops.mean_sparse`.
     """
-    graph = graph_module.graph
-    for node in graph.find_nodes(op="call_module"):
-        operator = graph_module.get_submodule(node.target)
-        if not isinstance(operator, MeanSparse):
-            continue
-        x, weight = (*node.args, None)[:2]
-        with graph.inserting_before(node):
-            name = f"{PREFIX}_{operator.name.replace('.', '_')}"
-            band = [
-                read_buffer(graph_module, f"{name}_{part}", getattr(shared[operator.name], part))
-                for part in ("centre", "threshold")
-            ]
-            arguments = (operator.channel_dim, *_activation(operator), weight)
-            options = (operator.variant, operator.backward, operator.steepness, operator.backward_steepness)
-            new = graph.call_function(call, (x, *band, *arguments, *options))
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-    del graph_module._modules[PREFIX]
-    graph.lint()
-    graph_module.recompile()
+    with rewrite.editing(graph_module, "lower"):
+        for node, operator in rewrite.calls_of(graph_module, MeanSparse):
+            _lower(graph_module, node, operator, shared[operator.name], call)
+        del graph_module._modules[PREFIX]
 
 
-def _activation(operator: MeanSparse) -> tuple[str, tuple[float, ...]]:
-    activation = operator.activation
-    return (activation.name, activation.constants) if activation else ("identity", ())
+def _lower(graph_module: fx.GraphModule, node: fx.Node, operator: MeanSparse, shared: MeanSparse, call: Call) -> None:
+    graph, (x, weight) = node.graph, (*node.args, None)[:2]
+    with graph.inserting_before(node):
+        name = f"{PREFIX}_{operator.name.replace('.', '_')}"
+        band = [read_buffer(graph_module, f"{name}_{part}", getattr(shared, part)) for part in ("centre", "threshold")]
+        activation = operator.activation
+        name, constants = (activation.name, activation.constants) if activation else ("identity", ())
+        options = (operator.variant, operator.backward, operator.steepness, operator.backward_steepness)
+        new = graph.call_function(call, (x, *band, operator.channel_dim, name, constants, weight, *options))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
 
 
 def read_buffer(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:

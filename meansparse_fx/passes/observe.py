@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from .. import rewrite
 from ..nn import MeanSparse
 from ..observer import ChannelMoments
-from ..rewrite import PREFIX, insert_module_before, sharing_copy
+from ..rewrite import PREFIX, insert_module_before, operand, sharing_copy
 from .restore import take_out
 
 
@@ -19,7 +20,6 @@ def observe(sparse: fx.GraphModule, fused: bool = False) -> tuple[fx.GraphModule
     """Return the instrumented graph of ``sparse`` and its observers by site name, in graph order.
 
     Args:
-        sparse: A transformed model.
         fused: Let observers compute the activation where the operator does: for GPUs, where the moments kernel
             writes it from the same read.
     """
@@ -32,14 +32,9 @@ def observe(sparse: fx.GraphModule, fused: bool = False) -> tuple[fx.GraphModule
         observer = ChannelMoments(operator.name, operator.channels, operator.channel_dim, activation)
         observed.add_submodule(target, observer)
         observers[operator.name] = observer
-    for node in list(observed.graph.nodes):
-        if (
-            node.op == "call_module"
-            and node.target in operators
-            and observed.get_submodule(node.target).activation is None
-        ):
-            insert_module_before([node], node.args[0], node.target)
-            take_out(node, operators[node.target])
-    observed.graph.lint()
-    observed.recompile()
+    with rewrite.editing(observed, "observe"):
+        for node, observer in rewrite.calls_of(observed, ChannelMoments):
+            if observer.activation is None:
+                insert_module_before([node], operand(node), str(node.target))
+                take_out(node, operators[str(node.target)])
     return observed, observers

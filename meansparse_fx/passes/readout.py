@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..rewrite import sharing_copy
+from .. import rewrite
 
 NAME = "meansparse_readout"
 
@@ -26,30 +26,24 @@ def last_linear(model: fx.GraphModule) -> fx.Node | None:
 
 def features_of(model: fx.GraphModule) -> fx.GraphModule:
     """Return a graph whose result is what the last linear layer reads; the model must have one."""
-    graph, linear = _copy(model)
-    (output,) = graph.graph.find_nodes(op="output")
-    output.args = (linear.args[0],)
-    return _done(graph)
+    copy, linear = _copy(model)
+    with rewrite.editing(copy, "features_of") as graph:
+        (output,) = graph.find_nodes(op="output")
+        output.args = (linear.args[0],)
+    return copy
 
 
 def with_readout(model: fx.GraphModule, readout: nn.Module) -> fx.GraphModule:
     """Return a graph with ``readout`` in the place of the last linear layer, which the model must have."""
-    graph, linear = _copy(model)
-    graph.add_submodule(NAME, readout)
-    with graph.graph.inserting_before(linear):
-        linear.replace_all_uses_with(graph.graph.call_module(NAME, (linear.args[0],)))
-    graph.graph.erase_node(linear)
-    return _done(graph)
+    copy, linear = _copy(model)
+    copy.add_submodule(NAME, readout)
+    with rewrite.editing(copy, "with_readout"):
+        rewrite.replace_call(linear, NAME, [rewrite.operand(linear)])
+    return copy
 
 
 def _copy(model: fx.GraphModule) -> tuple[fx.GraphModule, fx.Node]:
-    copy = sharing_copy(model)
+    copy = rewrite.sharing_copy(model)
     linear = last_linear(copy)
     assert linear is not None
     return copy, linear
-
-
-def _done(graph: fx.GraphModule) -> fx.GraphModule:
-    graph.graph.lint()
-    graph.recompile()
-    return graph

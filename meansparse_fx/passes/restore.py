@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from .. import rewrite
 from ..capture.copies import copied
 from ..nn import MeanSparse
 from ..rewrite import PREFIX, bypass, operand, replay_call, sharing_copy
@@ -17,13 +18,11 @@ from .uncalled import refuse_hooks
 def restore(sparse: fx.GraphModule) -> fx.GraphModule:
     """Return the base model of ``sparse``; parameters and buffers are shared, not copied."""
     base = sharing_copy(sparse)
-    for node in list(base.graph.nodes):
-        if node.op == "call_module" and isinstance(operator := base.get_submodule(str(node.target)), MeanSparse):
+    with rewrite.editing(base, "restore"):
+        for node, operator in rewrite.calls_of(base, MeanSparse):
             take_out(node, operator)
-    del base._modules[PREFIX]
+        del base._modules[PREFIX]
     base.meta.pop("plan", None)
-    base.graph.lint()
-    base.recompile()
     # Modules of its own, which take hooks: the operators' places are theirs again.
     own = copied(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
     assert isinstance(own, fx.GraphModule)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
+from .. import rewrite
 from ..kernels.reference import inside_band, per_channel
 from ..nn import MeanSparse
 from ..rewrite import sharing_copy
@@ -17,19 +18,14 @@ from ..rewrite import sharing_copy
 def reveal(sparse: fx.GraphModule) -> fx.GraphModule:
     """Return a graph whose result is ``(result of sparse, {site name: (input, mask)})``; a base has no sites."""
     revealed = sharing_copy(sparse)
-    graph = revealed.graph
     seen: dict[str, fx.Node] = {}
-    for node in list(graph.find_nodes(op="call_module")):
-        operator = revealed.get_submodule(node.target)
-        if not isinstance(operator, MeanSparse):
-            continue
-        with graph.inserting_before(node):
-            band = [graph.get_attr(f"{node.target}.{part}") for part in ("centre", "threshold")]
-            seen[operator.name] = graph.call_function(look, (node.args[0], *band, operator.channel_dim))
-    (output,) = graph.find_nodes(op="output")
-    output.args = ((output.args[0], seen),)
-    graph.lint()
-    revealed.recompile()
+    with rewrite.editing(revealed, "reveal") as graph:
+        for node, operator in rewrite.calls_of(revealed, MeanSparse):
+            with graph.inserting_before(node):
+                band = [graph.get_attr(f"{node.target}.{part}") for part in ("centre", "threshold")]
+                seen[operator.name] = graph.call_function(look, (node.args[0], *band, operator.channel_dim))
+        (output,) = graph.find_nodes(op="output")
+        output.args = ((output.args[0], seen),)
     return revealed
 
 

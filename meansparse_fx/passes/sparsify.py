@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from .. import rewrite
 from ..errors import SiteError
 from ..hooks import has_hooks
 from ..nn import MeanSparse
@@ -38,17 +39,16 @@ def sparsify(graph_module: fx.GraphModule, plan: SitePlan) -> None:
     """
     places = plan.places(graph_module.graph)
     graph_module.add_module(PREFIX, Added(plan))
-    for place in places:
-        site = place.site
-        operator = _operator(site, graph_module)
-        graph_module.add_submodule(f"{PREFIX}.{site.name}", operator)
-        if site.published is not None:
-            _take_over(graph_module, place.node, site, operator)
-        else:
-            _INSERT[site.kind](place, operator)
+    with rewrite.editing(graph_module, "sparsify"):
+        for place in places:
+            site = place.site
+            operator = _operator(site, graph_module)
+            graph_module.add_submodule(f"{PREFIX}.{site.name}", operator)
+            if site.published is not None:
+                _take_over(graph_module, place.node, site, operator)
+            else:
+                _INSERT[site.kind](place, operator)
     graph_module.get_submodule(PREFIX).eval()
-    graph_module.graph.lint()
-    graph_module.recompile()
 
 
 def _operator(site: Site, graph_module: fx.GraphModule) -> MeanSparse:

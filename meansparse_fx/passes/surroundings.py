@@ -19,28 +19,21 @@ from ..capture.modes import MODE_CALLS
 from ..frozen import FrozenNorm, fused_parts
 from ..hooks import enter, has_hooks, has_own_forward, leave
 from ..nn import MeanSparse
-from ..rewrite import operand
+from ..rewrite import Refusal, operand
+from ..sites.aliases import Overwrites
 from ..sites.flow import carried
 from ..sites.ops import Operators
 from ..sites.shapes import Flow
-from .overwrites import Overwrites
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _SUMS = (python.add, python.iadd, torch.add, "add", "add_", "__iadd__")
 
-_HOOKS = "a module beside it has hooks"
 _FREEZE = "model.requires_grad_(False)"
-_OTHER_MODE = "gradients are turned on or off between it and what stands around it"
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A batch norm in the graph.
-
-    Attributes:
-        node: Its call.
-        frozen: What it computes.
-    """
+    """A batch norm in the graph."""
 
     node: fx.Node
     frozen: FrozenNorm
@@ -91,7 +84,7 @@ class Surroundings:
         want_sum: Others read the sum before it, too.
         epilogue: The sum after it.
         shortcut: What that one adds.
-        reasons: Why what stands there, too, is left.
+        refusals: Of what stands there, too, and is left.
     """
 
     branch: Branch
@@ -100,7 +93,7 @@ class Surroundings:
     want_sum: bool
     epilogue: fx.Node | None
     shortcut: fx.Node | None
-    reasons: tuple[str, ...]
+    refusals: tuple[Refusal, ...]
 
     def __bool__(self) -> bool:
         """Whether there is anything."""
@@ -110,17 +103,16 @@ class Surroundings:
         """Say what is taken in, and why something is not."""
         branch = self.branch
         taken = fused_parts(branch.input_norm, branch.scale, self.total, self.sum_norm, self.epilogue, self.want_sum)
-        return "; ".join(part for part in (taken, *self.reasons) if part) or "nothing beside it to take in"
+        words = dict.fromkeys((taken, *map(str, self.refusals)))
+        return "; ".join(filter(None, words)) or "nothing beside it to take in"
 
 
-class _Reasons(dict):
-    """Why something was left: words, each once, in order."""
-
+class _Refusals(list[Refusal]):
     def keep(self, found: Any) -> Any:
-        """Return what was found, or None where that is a reason, which is noted."""
-        if not isinstance(found, str):
+        """Return what was found, or None where that is a refusal, which is noted."""
+        if not isinstance(found, Refusal):
             return found
-        self[found] = None
+        self.append(found)
         return None
 
 
@@ -139,46 +131,47 @@ class Finder:
 
     def around(self, node: fx.Node, operator: MeanSparse) -> Surroundings:
         """Return what stands around the operator that ``node`` calls."""
-        source, reasons = operand(node), _Reasons()
-        sum_norm = reasons.keep(self._norm(source, operator))
-        total = self._sum(operand(sum_norm.node) if sum_norm else source, operator, reasons)
+        source, refusals = operand(node), _Refusals()
+        sum_norm = refusals.keep(self._norm(source, operator))
+        total = self._sum(operand(sum_norm.node) if sum_norm else source, operator, refusals)
         sum_norm = sum_norm if total else None
-        branch = total.branch if total else self._branch(source, operator, reasons)
+        branch = total.branch if total else self._branch(source, operator, refusals)
         reader = sum_norm.node if sum_norm else node
         want_sum = total is not None and any(user is not reader for user in total.node.users)
-        epilogue = reasons.keep(self._epilogue(node, branch, want_sum))
+        epilogue = refusals.keep(self._epilogue(node, branch, want_sum))
         moved = [part.node for part in (branch.input_norm, branch.scale, total, sum_norm) if part] + list(
             epilogue or ()
         )[:1]
         if any(self._modes[n] != self._modes[node] for n in moved):
-            return Surroundings(Branch(source, None, None), None, None, False, None, None, (_OTHER_MODE,))
+            other_mode = Refusal("gradients are turned on or off between it and what stands around it", node)
+            return Surroundings(Branch(source, None, None), None, None, False, None, None, (other_mode,))
         end, shortcut = epilogue or (None, None)
-        return Surroundings(branch, total, sum_norm, want_sum, end, shortcut, tuple(reasons))
+        return Surroundings(branch, total, sum_norm, want_sum, end, shortcut, tuple(refusals))
 
-    def _branch(self, value: fx.Node, operator: MeanSparse, reasons: _Reasons) -> Branch:
+    def _branch(self, value: fx.Node, operator: MeanSparse, refusals: _Refusals) -> Branch:
         """Return where a value comes from."""
-        scale = reasons.keep(self._scale(value, operator))
+        scale = refusals.keep(self._scale(value, operator))
         if scale is not None and not scale.direct:
             return Branch(value, None, scale)
         x = value if scale is None else scale.x
-        norm = reasons.keep(self._norm(x, operator))
+        norm = refusals.keep(self._norm(x, operator))
         return Branch(operand(norm.node) if norm else x, norm, scale)
 
-    def _norm(self, node: fx.Node, operator: MeanSparse) -> Norm | str | None:
+    def _norm(self, node: fx.Node, operator: MeanSparse) -> Norm | Refusal | None:
         """Return the frozen norm that ``node`` calls for a single reader; why it cannot be taken; or None."""
         if self._is_hooked(node):
-            return _HOOKS
+            return Refusal("a module beside it has hooks", node)
         found = self._module_norm(node) or self._function_norm(node)
         if found is None or operator.channel_dim != 1 or len(node.users) != 1:
             return None
         module = found.module
         if module.running_mean is None:
-            return "the norm has no running statistics"
+            return Refusal("the norm has no running statistics", node)
         if any(p is not None and p.requires_grad for p in (module.weight, module.bias)):
-            return f"the norm's parameters want gradients: {_FREEZE}"
+            return Refusal("the norm's parameters want gradients", node, _FREEZE)
         return None if self._changed(operand(node)) else Norm(node, found)
 
-    def _scale(self, value: fx.Node, operator: MeanSparse) -> Scale | str | None:
+    def _scale(self, value: fx.Node, operator: MeanSparse) -> Scale | Refusal | None:
         """Return the LayerScale that ``value`` comes from; why it cannot be taken; or None."""
         node, path = value, list[fx.Node]()
         while self._operators.moves_only(node) and isinstance(node.args[0], fx.Node):
@@ -193,19 +186,19 @@ class Finder:
         else:
             return None
         if any(len(n.users) != 1 for n in (node, *path)):
-            return "others read the LayerScale's result, too"
+            return Refusal("others read the LayerScale's result, too", node)
         if reduce(getattr, str(parameter.target).split("."), self._graph_module).requires_grad:
-            return f"the LayerScale's parameter wants gradients: {_FREEZE}"
+            return Refusal("the LayerScale's parameter wants gradients", node, _FREEZE)
         around = (node, *path, parameter, *views)
         if self._changed(x, node) or any(map(self._changed, around)) or self._read_again(node):
-            return "a value around the LayerScale is overwritten"
+            return Refusal("a value around the LayerScale is overwritten", node)
         shape = self._flow.shape(views[0] if views else parameter)
         dims = [d - len(shape) for d, size in enumerate(shape) if size > 1]
         axis = dims[0] + len(self._flow.shape(node)) if len(dims) == 1 else None
         for moved in reversed(path):
             axis = carried(moved, self._operators, self._flow, {operand(moved): axis})
         if axis != operator.channel_dim:
-            return "what it is multiplied by is not one number for each of its channels"
+            return Refusal("what it is multiplied by is not one number for each of its channels", node)
         return Scale(node, x, parameter, views, not path)
 
     def _parameter(self, node: Any) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
@@ -222,36 +215,37 @@ class Finder:
             return None, ()
         return node, tuple(views)
 
-    def _sum(self, node: fx.Node, operator: MeanSparse, reasons: _Reasons) -> Sum | None:
+    def _sum(self, node: fx.Node, operator: MeanSparse, refusals: _Refusals) -> Sum | None:
         """Return the residual sum that ``node`` is, if it can be taken."""
         operands = self._operands(node)
         if operands is None or self._read_again(node) or any(self._changed(n, node) for n in (node, *operands)):
             return None
         for x, residual in (operands, operands[::-1]):
-            branch = self._branch(x, operator, reasons)
+            branch = self._branch(x, operator, refusals)
             if branch.input_norm or branch.scale:
                 return Sum(node, branch, residual)
         return Sum(node, Branch(operands[0], None, None), operands[1])
 
-    def _epilogue(self, node: fx.Node, branch: Branch, want_sum: bool) -> tuple[fx.Node, fx.Node] | str | None:
+    def _epilogue(self, node: fx.Node, branch: Branch, want_sum: bool) -> tuple[fx.Node, fx.Node] | Refusal | None:
         """Return the sum of the operator's result and of another value, and that; why it cannot be taken; or None."""
         total = next(iter(node.users), None)
         if total is None:
             return None
         if self._is_hooked(total):
-            return _HOOKS
+            return Refusal("a module beside it has hooks", total)
         if len(node.users) != 1 or total.target not in _SUMS:
             return None
         operands = self._operands(total)
         if operands is None:
-            return "the sum after it is not of two tensors of its shape" if len(total.all_input_nodes) == 2 else None
+            unlike = Refusal("the sum after it is not of two tensors of its shape", total)
+            return unlike if len(total.all_input_nodes) == 2 else None
         shortcut = operands[1] if operands[0] is node else operands[0]
         if want_sum:  # which is needed before the shortcut may be there
-            return "others read the sum before it, so the one after it stays"
+            return Refusal("others read the sum before it, so the one after it stays", total)
         # The call moves to where the sum is.
         product = branch.scale.node if branch.scale else None
         if self._changed(branch.x, product) or self._changed(shortcut, total) or self._read_again(total):
-            return "what the sum after it reads is overwritten"
+            return Refusal("what the sum after it reads is overwritten", total)
         return total, shortcut
 
     def _operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

@@ -27,7 +27,7 @@ class Added(nn.Module):
     Attributes:
         plan: The model's sites.
         placement: By which they were chosen, without its predicate, which need not be picklable.
-        fuse: As `transform` was told.
+        fuse: As `transform` was given it.
         statistics: That the operators were given last; they may have got others since, from a state_dict.
         choice: Of alpha, by a search: as `AlphaSearch.to_dict` returns it.
         frozen: What stays as it is in eval mode, in words; `train` says so once.

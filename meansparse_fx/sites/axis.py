@@ -24,7 +24,6 @@ class Call:
     """One node with all that is known of its arguments.
 
     Attributes:
-        node: The node.
         module: The module it calls, if it calls one.
         args, kwargs: Its arguments, nodes replaced by their shapes and numbers.
         flow: Shapes of all nodes.

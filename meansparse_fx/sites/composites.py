@@ -75,7 +75,6 @@ def with_composites(
 
     Args:
         data: The nodes computed from the graph's input.
-        axes: Channel dimension by node.
         gates: Why a node is part of a gate, for each that is.
     """
     finder = _Finder(graph, operators, flow, data, axes, gates)

@@ -59,7 +59,6 @@ class DynamoGraph:
     """A graph of Dynamo's and what is known of its frame.
 
     Attributes:
-        graph: The graph.
         code: The frame's code object: it tells a recompilation from another graph of the same model.
         model: The module that site names start from; None if the frame has none.
         inputs: The placeholders that are no state of a module, with the tensors they stood for.
@@ -178,7 +177,7 @@ def _callers() -> list[FrameType]:
     return frames[compiling[-1] + 1 :] if compiling else frames
 
 
-def _walk(source: str, scope: Scope) -> Iterator[Any]:
+def _objects_along(source: str, scope: Scope) -> Iterator[Any]:
     """Yield the objects along a source such as ``L['self'].conv.weight``, as far as they can be followed."""
     head = _HEAD.match(source)
     if head is None or head[2] not in scope[head[1]]:
@@ -208,7 +207,7 @@ def _owners(
     for node, stack in stacks.items():
         for key, (source, *_) in stack.items():
             if source not in found:
-                *_, module = [None, *_walk(source, scope)]
+                *_, module = [None, *_objects_along(source, scope)]
                 found[source] = module if _is_traced_activation(module) else None
             if (module := found[source]) is not None:
                 owners[node] = ModuleCall(_path(source, scope, names), module, (source, key))
@@ -223,7 +222,7 @@ def _is_traced_activation(module: Any) -> bool:
 
 
 def _first_module(sources: Iterable[str], scope: Scope) -> nn.Module | None:
-    modules = (v for source in sources for v in _walk(source, scope) if isinstance(v, nn.Module))
+    modules = (v for source in sources for v in _objects_along(source, scope) if isinstance(v, nn.Module))
     return next(modules, None)
 
 
@@ -234,12 +233,12 @@ def _belongs_to_module(placeholder: fx.Node, scope: Scope) -> bool:
         return False
     name = argument.source.name
     source = name() if callable(name) else name  # a method until torch 2.9
-    return source.startswith("G[") or any(isinstance(v, nn.Module) for v in _walk(source, scope))
+    return source.startswith("G[") or any(isinstance(v, nn.Module) for v in _objects_along(source, scope))
 
 
 def _path(source: str, scope: Scope, names: dict[int, str]) -> str:
     """Return the path of the module at ``source`` in the model; of one that the model lacks, the source's own words."""
-    *_, found = [None, *_walk(source, scope)]
+    *_, found = [None, *_objects_along(source, scope)]
     if id(found) in names:
         return names[id(found)]
     steps = [next(filter(None, step)) for step in _STEP.findall(source)]

@@ -26,8 +26,6 @@ class ModuleCall:
     """One call of an activation module.
 
     Attributes:
-        path: The module's.
-        module: The module.
         key: What tells this call from others of the same module.
         broken: The graph has not all that the call does.
     """

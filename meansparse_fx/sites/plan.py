@@ -130,7 +130,6 @@ class Place:
     """A site in its graph, while passes put other things at other sites.
 
     Attributes:
-        site: The site.
         node: The activation's call, the addition, or the published operator.
         readers: The calls that are to read the operator instead of its source, in order; none if it reads the node
             itself, and all who read that are to read the operator.

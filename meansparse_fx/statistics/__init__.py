@@ -6,7 +6,7 @@ values before and after an operator.
 
 from .artifact import FORMAT, Statistics, fingerprint, graph_fingerprint, weight_digests
 from .histogram import FeatureHistogram, typical
-from .moments import ChannelHistogram, ChannelStatistics
+from .moments import ChannelHistogram, ChannelStatistics, merged
 
 __all__ = [
     "FORMAT",
@@ -16,6 +16,7 @@ __all__ = [
     "Statistics",
     "fingerprint",
     "graph_fingerprint",
+    "merged",
     "typical",
     "weight_digests",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import artifacts
+from ..arguments import some
 from ..errors import StatisticsError
 from ..rewrite import PREFIX
 from ..seen import SHARED, Part, known_share, least_marks, overlap
@@ -105,7 +106,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
         if self.fingerprint != other.fingerprint:
             raise StatisticsError("cannot merge statistics of two different models (fingerprints differ)")
         if self.sites.keys() != other.sites.keys():
-            raise StatisticsError(f"cannot merge: sites differ ({_some(self.sites.keys() ^ other.sites.keys())})")
+            raise StatisticsError(f"cannot merge: sites differ ({some(self.sites.keys() ^ other.sites.keys())})")
         for name in self.table.keys() & other.table.keys():
             if self.table[name] != other.table[name]:
                 raise StatisticsError(f"cannot merge: {name} is {self.table[name]} in one and {other.table[name]}")
@@ -163,9 +164,9 @@ class Statistics(Mapping[str, ChannelStatistics]):
                 "(from Python, check_weights=False takes them if it is the same model in another precision)"
             )
         if missing := channels.keys() - self.sites.keys():
-            raise StatisticsError(f"statistics lack {len(missing)} site(s) of the model: {_some(missing)}")
+            raise StatisticsError(f"statistics lack {len(missing)} site(s) of the model: {some(missing)}")
         if extra := self.sites.keys() - channels.keys():
-            raise StatisticsError(f"statistics have {len(extra)} site(s) the model lacks: {_some(extra)}")
+            raise StatisticsError(f"statistics have {len(extra)} site(s) the model lacks: {some(extra)}")
         for name, expected in channels.items():
             own = self.sites[name]
             if len(own.mean) != expected:
@@ -286,8 +287,3 @@ def graph_fingerprint(graph_module: fx.GraphModule) -> str:
     """Return a hash of a graph's calls in their order, whatever its weights."""
     code = re.sub(r"0x[0-9a-f]+", "", graph_module.code)  # addresses in the names of objects
     return hashlib.blake2b(code.encode(), digest_size=16).hexdigest()
-
-
-def _some(names: Iterable[str], limit: int = 3) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:limit]) + (", ..." if len(ordered) > limit else "")

@@ -65,14 +65,26 @@ class ChannelStatistics:
         return (self.m2 / max(self.count, 1)).sqrt()
 
     def merge(self, other: ChannelStatistics) -> ChannelStatistics:
-        """Return the moments of both samples together (Chan, Golub and LeVeque, 1979)."""
+        """Return the moments of both samples together."""
         if self.mean.shape != other.mean.shape:
             raise StatisticsError(f"cannot merge {len(self.mean)} channels with {len(other.mean)}")
         count = self.count + other.count
         if count == 0:
             return self
-        delta = other.mean - self.mean
-        mean = self.mean + delta * (other.count / count)
-        m2 = self.m2 + other.m2 + delta.square() * (self.count * (other.count / count))
+        share = other.count / count
+        mean, m2 = merged(self.mean, self.m2, other.mean, other.m2, share, self.count * share)
         histogram = self.histogram and self.histogram.merge(other.histogram)
         return ChannelStatistics(count, mean, m2, histogram)
+
+
+def merged(
+    mean: Tensor, m2: Tensor, other_mean: Tensor, other_m2: Tensor, share: float | Tensor, between: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return mean and M2 of two samples together (Chan, Golub and LeVeque, 1979).
+
+    Args:
+        share: The other sample's share of all values.
+        between: That share times the first sample's count.
+    """
+    delta = other_mean - mean
+    return mean + delta * share, m2 + other_m2 + delta.square() * between

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import bundled
+from ..arguments import some
 from ..bundled.network import FashionResNet
 from ..errors import ModelError
 from ..names import SPECS
 from . import robustbench
-from .weights import load_weights, some
+from .weights import load_weights
 
 
 class Normalised(nn.Module):

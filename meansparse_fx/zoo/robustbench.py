@@ -18,9 +18,10 @@ from unittest import mock
 import torch
 from torch import nn
 
+from ..arguments import some
 from ..errors import ModelError
 from .robustbench_mend import construction, library
-from .weights import is_state_dict, load_weights, read_checkpoint, read_state_dict, some
+from .weights import is_state_dict, load_weights, read_checkpoint, read_state_dict
 
 # Where RobustBench itself keeps what it downloads.
 MODELS = Path("models")

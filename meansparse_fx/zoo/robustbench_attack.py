@@ -19,8 +19,6 @@ class AutoAttack(pyautoattack.AutoAttack):
     """AutoAttack with the arguments and the result that RobustBench's ``benchmark()`` expects.
 
     Args:
-        model: Returns logits.
-        norm, eps, version, device: As there.
         log_path: Where ``autoattack`` would write its log; taken, and nothing is written.
     """
 

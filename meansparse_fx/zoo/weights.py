@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..arguments import some
 from ..errors import ArtifactError, ModelError
 
 # Modules that wrap a model or a part of it put their names into those of the tensors.
@@ -140,9 +141,3 @@ def read_checkpoint(path: str | Path) -> Any:
 def is_state_dict(value: Any) -> bool:
     """Return whether ``value`` is a dictionary of tensors, with at least one."""
     return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
-
-
-def some(names: Iterable[str], limit: int = 3) -> str:
-    """Return the first of the names, for a message."""
-    ordered = sorted(names)
-    return ", ".join(ordered[:limit]) + (", ..." if len(ordered) > limit else "")
