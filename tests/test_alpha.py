@@ -133,7 +133,7 @@ def test_the_hopeless_are_given_up(sparse, held_out, monkeypatch):
     assert attacked[0.0] == 24
     assert attacked[3.0] == 6, "over the clean budget: it shows what became of it, and no more"
     assert sorted(attacked.values()) == [6, 6, 6, 12, 24, 24]
-    assert "of fewer attacked, only the change against base is comparable" in search.to_latex()
+    assert "of fewer images, so that only the change against base compares" in search.to_latex()
     # Each kind of attack meets the images that are right to begin with, once.
     for alpha, found in search.outcomes.items():
         met = sum(n for a, n in made if a == pytest.approx(alpha))
