@@ -156,7 +156,10 @@ def _assemble(model: nn.Module, traced: Traced) -> fx.GraphModule:
     for target in dict.fromkeys(node.target for node in graph.nodes if node.op == "get_attr"):
         _own_constant(root, traced.root, target)
     for path in traced.entered:
-        drop_own_hooks(root.get_submodule(path))
+        drop_own_hooks(own := root.get_submodule(path))
+        for name, value in vars(traced.root.get_submodule(path)).items():
+            if isinstance(value, fx.Proxy):  # forward keeps it there, and a graph does not
+                vars(own).pop(name, None)
     graph_module = fx.GraphModule(root, graph, class_name=type(model).__name__)
     adopt(graph_module, root)
     graph.lint()
