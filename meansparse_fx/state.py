@@ -11,18 +11,21 @@ from torch import fx, nn
 
 @contextmanager
 def kept_parameters(model: nn.Module) -> Iterator[list[str]]:
-    """Undo what a model does that assigns to ``parameter.data``.
+    """Undo what a model does that assigns to ``parameter.data``, or fills ``parameter.grad``.
 
     Yields:
         A list: in the end the names of those, and of plain attributes that have other values now.
     """
-    before = [(name, p, p.data) for name, p in model.named_parameters()]
+    before = [(name, p, p.data, p.grad) for name, p in model.named_parameters()]
     plain = [(m, k, v) for m in model.modules() for k, v in vars(m).items() if type(v) in (bool, int, float, str)]
     reassigned: list[str] = []
+    for _, parameter, *_ in before:
+        parameter.grad = None
     try:
         yield reassigned
     finally:
-        for name, parameter, data in before:
+        for name, parameter, data, grad in before:
+            parameter.grad = grad
             if not (parameter.is_meta or parameter.data.is_set_to(data)):
                 parameter.data = data
                 reassigned.append(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +60,23 @@ def examples(images: Any, model: Any) -> Any:
     if not isinstance(images, Tensor):
         images = as_tensor(images, "images")
     return Intake(model).cast(images) if images.is_floating_point() else images
+
+
+@contextmanager
+def fitting(images: Tensor) -> Iterator[None]:
+    """Let the error of a model that cannot take images say which images these are."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        form = f"images {list(images.shape)} of {images.dtype}"
+        if images.dim() == 4 and images.shape[3] in (1, 3, 4) and images.shape[1] not in (1, 3, 4):
+            raise DataError(f"{form} have their channels last: images.permute(0, 3, 1, 2)") from error
+        raise DataError(
+            f"the model fails on {form}: {error}. Give them as it takes them: a loader yields (images, labels), in "
+            "that order, the images in the model's size and channels"
+        ) from error
 
 
 class Intake:
@@ -142,15 +160,8 @@ class Intake:
         """Raise DataError if a label is none of the model's; how many there are is asked once, with two images."""
         if self._classes is None:
             place = next(itertools.chain(self._model.parameters(), self._model.buffers()), images).device
-            with torch.no_grad():
-                try:
-                    logits = self._model(images[:2].to(place))
-                except RuntimeError as error:
-                    if images.dim() == 4 and images.shape[3] in (1, 3, 4) and images.shape[1] not in (1, 3, 4):
-                        raise DataError(
-                            f"images {list(images.shape)} have their channels last: images.permute(0, 3, 1, 2)"
-                        ) from error
-                    raise
+            with torch.no_grad(), fitting(images):
+                logits = self._model(images[:2].to(place))
             if not isinstance(logits, Tensor) or logits.dim() != (4 if labels.dim() == 3 else 2):
                 return  # what runs the model says what it needs
             self._classes = logits.shape[1]

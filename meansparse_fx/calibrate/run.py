@@ -15,6 +15,8 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, fx
 
+from ..batches import fitting
+from ..capture.modes import GRAD_MODE_CALLS
 from ..data import part_of
 from ..errors import CalibrationError, DataError, WriteError
 from ..kernels import ops
@@ -88,7 +90,9 @@ def calibrate(
     require_transformed(sparse, "calibrate")
     if tolerance is not None and not (math.isfinite(tolerance) and tolerance > 0):
         raise CalibrationError(f"tolerance must be positive, such as 0.01 for one per cent, got {tolerance}")
-    with Ranks(group, timeout) as ranks, torch.inference_mode():
+    # Under inference mode a model that wants gradients in forward has none.
+    own_modes = any(node.target in GRAD_MODE_CALLS for node in sparse.graph.nodes)
+    with Ranks(group, timeout) as ranks, torch.no_grad() if own_modes else torch.inference_mode():
         if ranks.world > 1 and checkpoint is not None and (tolerance is not None or histograms):
             raise CalibrationError("with several processes a checkpoint goes with neither tolerance nor histograms")
         one_pass = _Pass(sparse, Source(loader, sparse), ranks, tolerance, histograms, amp, channels_last)
@@ -247,7 +251,8 @@ class _Pass:
         return batch
 
     def _forward(self, images: Tensor) -> None:
-        with torch.autocast(self._device.type, self._amp) if self._amp is not None else nullcontext():
+        cast = torch.autocast(self._device.type, self._amp) if self._amp is not None else nullcontext()
+        with fitting(images), cast:
             self._observed(images)
 
     def _make_bins(self, first: Totals) -> None:

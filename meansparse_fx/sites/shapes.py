@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from ..errors import SiteError
 from ..hooks import entering, has_hooks, has_own_forward, may_keep
 from ..published import published_operator
 from ..state import kept_buffers
@@ -67,8 +68,14 @@ def propagate(graph_module: fx.GraphModule, images: Tensor) -> Flow:
                 return recorder.record(fake.from_tensor(images))
         except Exception:
             # Some operator has no fake or looks at values. The model has run on these images before: run it.
-            with torch.random.fork_rng([images.device] if images.is_cuda else []):
-                return _Recorder(graph_module).record(images.clone())
+            try:
+                with torch.random.fork_rng([images.device] if images.is_cuda else []):
+                    return _Recorder(graph_module).record(images.clone())
+            except Exception as error:
+                raise SiteError(
+                    f"the model fails under torch.no_grad(): {str(error).split(chr(10))[0]}. What wants gradients in "
+                    "forward goes under torch.enable_grad()"
+                ) from error
 
 
 def recorded(graph: fx.Graph) -> Flow:
