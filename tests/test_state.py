@@ -128,7 +128,7 @@ def test_gradients_of_parameters_are_left_alone():
     model = Functional(attacking, conv=nn.Conv2d(3, 4, 3)).eval()
     model(IMAGES)
     before = model.conv.weight.grad.clone()
-    with pytest.raises(CaptureError, match="symbolic trace stopped in Functional at .*test_state.py"):
+    with pytest.raises(CaptureError, match=r"symbolic trace stopped in Functional at .*test_state.py"):
         capture(model, IMAGES)
     assert type(model.conv.weight.grad) is torch.Tensor
     assert torch.equal(model.conv.weight.grad, before)
