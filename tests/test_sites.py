@@ -398,6 +398,49 @@ def test_what_does_not_see_the_image_is_skipped():
     assert main.skipped is None
 
 
+def by_index(self, x):
+    filled = torch.zeros(x.shape[0], 4, 8, 8)
+    filled[:, :3] = x
+    return F.relu(self.conv(filled))
+
+
+def by_a_view(self, x):
+    filled = torch.zeros(x.shape[0], 4, 8, 8)
+    filled[:, 1:].copy_(x)
+    return F.relu(self.conv(filled * 2))
+
+
+def by_out(self, x):
+    filled = torch.zeros(x.shape[0], 3, 8, 8)
+    torch.mul(x, 2, out=filled)
+    return F.relu(self.conv(torch.cat([filled, filled[:, :1]], 1)))
+
+
+def into_a_buffer(self, x):
+    self.memory[:, :3].copy_(x.mean(0))
+    return F.relu(self.conv(self.memory + torch.zeros(x.shape[0], 1, 1, 1)))
+
+
+@pytest.mark.parametrize("function", [by_index, by_a_view, by_out, into_a_buffer])
+def test_what_images_are_written_into_depends_on_them(function):
+    model = Functional(function, conv=nn.Conv2d(4, 5, 3)).requires_grad_(False)
+    model.register_buffer("memory", torch.zeros(1, 4, 8, 8))
+    (site,) = plan_of(model).sites
+    assert (site.name, site.skipped, site.channels) == ("relu", None, 5)
+
+
+def test_what_is_written_afterwards_does_not():
+    def function(self, x):
+        filled = torch.ones(x.shape[0], 4, 8, 8)
+        bias = F.relu(self.conv(filled))
+        filled[:, :3] = x
+        return F.gelu(self.conv(filled)) + bias
+
+    first, second = sites_of(function, conv=nn.Conv2d(4, 5, 3))
+    assert first.skipped.startswith("input-independent: ")
+    assert second.skipped is None
+
+
 # Placement.
 
 

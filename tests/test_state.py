@@ -109,13 +109,13 @@ def test_what_an_earlier_forward_left_is_not_taken_for_this_ones():
         self.kept = F.relu(self.conv(x))
         return self.kept * 2
 
-    model = Functional(keeping, conv=nn.Conv2d(3, 4, 3)).eval()
+    model = nn.Sequential(Functional(keeping, conv=nn.Conv2d(3, 4, 3))).eval()
     with torch.no_grad():
         model(IMAGES)
     sparse = msfx.transform(model, IMAGES)
     assert torch.equal(sparse(IMAGES), model(IMAGES))
     with pytest.raises(AttributeError, match="kept"):
-        _ = sparse.kept
+        _ = sparse.get_submodule("0").kept
 
 
 def test_gradients_of_parameters_are_left_alone():
