@@ -130,7 +130,11 @@ class TensorProxy(ExampleProxy):
         return float(self._value())
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_method", "__setitem__", (self, key, value), {})
+        own, mask = self.examples[0], key.examples[0] if type(key) is TensorProxy else None
+        if mask is not None and mask.dtype is torch.bool and mask.shape == own.shape and type(value) in (int, float):
+            self.tracer.create_proxy("call_method", "masked_fill_", (self, key, value), {})  # known as a function
+        else:
+            self.tracer.create_proxy("call_method", "__setitem__", (self, key, value), {})
 
     def _value(self) -> Tensor:
         if len(self.examples) > 1:
