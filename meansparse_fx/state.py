@@ -36,7 +36,7 @@ def kept_parameters(model: nn.Module) -> Iterator[list[str]]:
 def kept_buffers(model: nn.Module) -> Iterator[None]:
     """Undo what running a model does to its buffers, such as counters."""
     held = [(m._buffers, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    before = [(*where, buffer, buffer.clone()) for *where, buffer in held if not buffer.is_inference()]
+    before = [(holder, name, b, b.clone()) for holder, name, b in held if not b.is_inference()]
     try:
         yield
     finally:
