@@ -17,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from ..errors import CaptureError
 from ..hooks import drop_own_hooks
 from ..rewrite import adopt
+from . import randomness
 from .copies import copied
 from .examples import trace_by_example
 from .functions import as_python
@@ -74,6 +75,11 @@ def capture(model: nn.Module, images: Tensor | None = None) -> Capture:
     """
     model = without_wrappers(model)
     check_model(model)
+    with randomness.put_back():
+        return _capture(model, images)
+
+
+def _capture(model: nn.Module, images: Tensor | None) -> Capture:
     reference = None if images is None else Reference.of(model, images)
     failures: list[CaptureError] = []
     for route in ROUTES:

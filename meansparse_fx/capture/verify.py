@@ -25,6 +25,7 @@ from ..state import kept_buffers, kept_parameters
 from .copies import copied, state_of
 from .counting import ActivationCounter, WrittenOut, count_activations, hides_an_activation
 from .derivatives import applied_functions, without_checkpoints
+from .randomness import check_unused, put_back
 from .recording import Forms, Halted, Recording, record
 
 _HERE, _TORCH, _FX = (f"{Path(file).parent}/" for file in (__file__, torch.__file__, fx.__file__))
@@ -73,10 +74,13 @@ class Reference:
         if len(images) == 0:
             raise CaptureError("the example images are an empty batch: pass at least one image")
         reference = cls(model, (images[:2], images[[row % len(images) for row in range(3)]]))
-        try:
-            reference._record()
-        except Exception:  # values are asked for, an operator needs data, or the model fails: computing tells
-            reference._compute()
+        with put_back() as drawn:
+            try:
+                reference._record()
+            except Exception:  # values are asked for, an operator needs data, or the model fails: computing tells
+                reference._compute()
+            if drawn():
+                check_unused(lambda: _run(shadow(model), images[:2]), _difference)
         return reference
 
     def check(self, graph_module: fx.GraphModule) -> str:
@@ -204,6 +208,8 @@ class Reference:
                 record(own, batch, state_of(own, state), self._forms, halt=index)
         except Halted as halted:
             frame = source_line(halted)
+            if frame.filename.startswith(_TORCH):  # no line of the model's
+                return ""
             return f": they part at {frame.filename}:{frame.lineno}, `{frame.line}`"
         except Exception:
             return ""
