@@ -187,6 +187,14 @@ BRANCHES = {
         lambda m, x: (lambda y: (lambda z: (y.add_(1), x + z)[1])(y * m.gamma))(seven(x)),
         "sum after it; a value around the LayerScale is overwritten",
     ),
+    "the product is read as what it scaled": (
+        lambda m, x: (lambda y: (lambda z: (x + z) * y)(y.mul_(m.gamma)))(seven(x)),
+        "sum after it; a value around the LayerScale is overwritten",
+    ),
+    "gamma changes, and back": (
+        lambda m, x: (lambda z: (m.gamma.neg_(), x + z, m.gamma.neg_())[1])(seven(x) * m.gamma.view(1, 6, 1, 1)),
+        "sum after it; a value around the LayerScale is overwritten",
+    ),
     "the shortcut changes": (
         lambda m, x: (lambda s: (lambda t: (s.mul_(2), t)[1])(s + seven(s) * m.gamma))(x * 1),
         "LayerScale; what the sum after it reads is overwritten",

@@ -108,10 +108,10 @@ def test_functions_are_named_after_the_module_that_calls_them():
 
 def test_a_repeat_takes_no_name_that_a_module_has():
     def forward(self, x):
-        return self.relu_1(self.relu(self.relu(self.relu(self.conv(x)))))
+        return self.relu_0(self.relu_1(self.relu(self.relu(self.relu(self.conv(x))))))
 
-    sites = sites_of(forward, conv=nn.Conv2d(3, 3, 1), relu=nn.ReLU(), relu_1=nn.ReLU())
-    assert [s.name for s in sites] == ["relu", "relu_2", "relu_3", "relu_1"]
+    sites = sites_of(forward, conv=nn.Conv2d(3, 3, 1), **{n: nn.ReLU() for n in ("relu", "relu_0", "relu_1")})
+    assert [s.name for s in sites] == ["relu", "relu_2", "relu_3", "relu_1", "relu_0"]
 
 
 def test_a_constant_that_the_graph_computes_leaves_the_call_in_place():
@@ -364,6 +364,17 @@ def test_a_pooled_context_that_is_added_is_a_gate():
     context, main = sites_of(forward, stem=nn.Conv2d(3, 4, 3), down=nn.Conv2d(4, 2, 1), up=nn.Conv2d(2, 4, 1))
     assert context.skipped == "gate: global context, pooled then added onto stem"
     assert main.skipped is None
+
+
+@pytest.mark.parametrize("size", [(2, 1), (6, 1), 3])
+def test_what_is_pooled_over_a_part_of_space_is_no_gate(size):
+    def forward(self, x):
+        x = self.stem(x)
+        part = self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, size))))
+        return x * F.interpolate(torch.sigmoid(part), (6, 6))
+
+    (site,) = sites_of(forward, stem=nn.Conv2d(3, 4, 3), down=nn.Conv2d(4, 1, 1), up=nn.Conv2d(1, 4, 1))
+    assert site.skipped is None
 
 
 def test_a_head_after_pooling_is_no_gate():
