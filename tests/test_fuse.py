@@ -385,8 +385,31 @@ def norms_input(overwrite):
     return forward
 
 
+class Halved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x.mul_(0.5)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / 2
+
+
+def operators_input(m, x):
+    a = m.conv(x)
+    other, y = a * 2, F.relu(a)
+    a.mul_(0.5)
+    return y + other
+
+
 NOTHING = "nothing beside it to take in"
 HAZARDS = {
+    "a product of two": (lambda m, x: F.relu(m.conv(x) * m.conv(x + 1)), NOTHING),
+    "a difference": (lambda m, x: F.relu(m.conv(x).sub(m.conv(x + 1))), NOTHING),
+    "one channel becomes several": (lambda m, x: F.relu(m.conv(x)[:, :1] * m.gamma), NOTHING),
+    "the operator's input": (operators_input, "what the sum after it reads is overwritten"),
+    "by a function of its own": (norms_input(lambda m, a: Halved.apply(a)), "sum after it"),
     "channels are shuffled": (lambda m, x: F.relu(F.channel_shuffle(m.conv(x) * m.gamma, 2)), NOTHING),
     "channels become pixels": (lambda m, x: F.relu(F.pixel_shuffle(m.conv(x) * m.gamma, 2)), NOTHING),
     "pixels become channels": (lambda m, x: F.relu(F.pixel_unshuffle(m.conv(x) * m.gamma, 2)), NOTHING),
@@ -395,6 +418,7 @@ HAZARDS = {
         NOTHING,
     ),
     "inplace by keyword": (norms_input(lambda m, a: F.hardsigmoid(a, inplace=True)), "sum after it"),
+    "inplace and input by keyword": (norms_input(lambda m, a: F.hardsigmoid(input=a, inplace=True)), "sum after it"),
     "inplace by position": (norms_input(lambda m, a: F.hardsigmoid(a, True)), "sum after it"),
     "a module in place": (norms_input(lambda m, a: m.hard(a)), "sum after it"),
     "through a view": (norms_input(lambda m, a: a.flatten().mul_(0.5)), "sum after it"),

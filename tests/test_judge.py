@@ -18,6 +18,7 @@ from meansparse_fx.evaluate.plan import correct, perturbed, plan_runs
 from meansparse_fx.evaluate.planted import nearest, plant, single_target
 from meansparse_fx.evaluate.probes import Probed, examine, search_planted
 from meansparse_fx.evaluate.sanity import check_power
+from meansparse_fx.nn import MeanSparse
 from meansparse_fx.passes.readout import features_of, last_linear, with_readout
 
 
@@ -241,3 +242,25 @@ def test_the_unbounded_attack_may_reach_any_image_under_any_backward(net, images
     black, white = torch.zeros_like(images[0]), torch.ones_like(images[0])
     largest = max(ball.eps for ball in balls)
     assert largest == pytest.approx(float((white - black).norm()) if norm == "L2" else 1.0)
+
+
+class Under(nn.Module):
+    """A network with something in front of it under some backwards of an operator."""
+
+    def __init__(self, network, before, modes):
+        super().__init__()
+        self.network, self.before, self.modes, self.operator = network, before, modes, MeanSparse("a", 3, 1)
+
+    def forward(self, x):
+        return self.network(self.before(x) if self.operator.backward in self.modes else x)
+
+
+@pytest.mark.parametrize("probe", ["slope", "rises"])
+@pytest.mark.parametrize("modes", [("exact",), ("identity",), ("exact", "identity")])
+def test_a_gradient_under_any_backward_is_one_whichever_comes_last(net, images, monkeypatch, probe, modes):
+    monkeypatch.setattr(plan, "attack", lambda name, attacked, x, *_: x)
+    model = Under(net, FAILURES[probe]["before"], modes).eval().requires_grad_(False)
+    labels, everything = net(images).argmax(1), torch.ones(12, dtype=torch.bool)
+    runs, attacked = plan_runs(["apgd-ce/exact", "apgd-ce/identity"], (), 0), Attacked({"base": model}, False, None)
+    found = examine(model, attacked, "base", Probed(images, labels), runs, SETTINGS, everything, everything)
+    assert found[probe].all() == (len(modes) == 1)
