@@ -144,6 +144,7 @@ def test_what_is_fused_at_the_end_of_a_branch(images):
     ]
     methods = [n.target for n in fused.graph.nodes if n.op in ("call_method", "call_function")]
     assert set(methods) == {"permute", "mean"}
+    assert sum(str(n.target).startswith("meansparse.") for n in fused.graph.find_nodes(op="call_module")) == 6
     calls = [n for n in fused.graph.nodes if n.kwargs.get("fused")]
     assert [sorted(n.kwargs) for n in calls] == [["fused", "layer_scale", "shortcut"]] * 2 + [["fused", "shortcut"]]
 
