@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from meansparse_fx import artifacts
 from meansparse_fx.errors import ArtifactError, StatisticsError
 from meansparse_fx.observer import ChannelMoments
-from meansparse_fx.statistics import FORMAT, ChannelHistogram, ChannelStatistics, Statistics, fingerprint
+from meansparse_fx.statistics import FORMAT, ChannelHistogram, ChannelStatistics, Statistics, fingerprint, weight_digests
 
 
 def observed(x: torch.Tensor, splits: list[int], dim: int = 1) -> ChannelStatistics:
@@ -220,6 +220,16 @@ def test_what_was_not_measured_is_refused(site):
         stats.check({"a": 3})
     one = ChannelStatistics(1, torch.zeros(3).double(), torch.zeros(3).double())  # a channel that never changes
     Statistics({"a": one}, "abc", 1).check({"a": 3})
+
+
+@pytest.mark.parametrize("hashed", [fingerprint, lambda model: weight_digests(model)["w"]])
+def test_hashes_of_weights_see_types_and_shapes_of_equal_bytes(hashed):
+    found = set()
+    for tensor in (torch.zeros(4), torch.zeros(2, 2), torch.zeros(4, dtype=torch.int32), torch.zeros(2).double()):
+        model = torch.nn.Module()
+        model.register_buffer("w", tensor)
+        found.add(hashed(model))
+    assert len(found) == 4
 
 
 def test_fingerprint_sees_types_shapes_and_names(net):

@@ -34,6 +34,7 @@ def test_graph_after_transform(sparse, sites):
     assert calls == [f"meansparse.{name}" for name in sites]
     assert [n.target for n in sparse.graph.nodes if n.op == "get_attr"] == ["slope.weight"]
     assert not [n for n in sparse.graph.nodes if n.target in ("relu", "slope", torch.nn.functional.gelu)]
+    assert not any(module.training for module in sparse.modules())
 
 
 def test_alpha_zero_is_the_base_bit_for_bit(net, images, sparse):
@@ -84,6 +85,7 @@ def test_copies_compute_the_same(sparse, images, copier):
 def test_restore_gives_the_base_back(net, images, sparse, sites):
     msfx.set_alpha(sparse, 0.4)
     base = msfx.restore(sparse)
+    assert "plan" not in base.meta
     assert torch.equal(base(images), net(images))
     assert base.state_dict().keys() == net.state_dict().keys()
     assert not any(isinstance(m, MeanSparse) for m in base.modules())
@@ -253,6 +255,21 @@ def test_compiles_in_one_graph_without_recompiling_for_alpha(sparse, images, mod
             expected.square().sum().backward()
             got.square().sum().backward()
             torch.testing.assert_close(y.grad, x.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_programs_smooth_gradient_follows_its_steepness(sparse, images):
+    msfx.set_alpha(sparse, 0.4)
+    torch.compiler.reset()
+    compiled, gradients = torch.compile(sparse, backend="eager", fullgraph=True), []
+    for steepness in (4.0, 20.0):
+        msfx.set_backward(sparse, "smooth", steepness)
+        with torch.compiler.set_stance("default" if steepness == 4 else "fail_on_recompile"):
+            x, y = (images.clone().requires_grad_() for _ in range(2))
+            sparse(x).square().sum().backward()
+            compiled(y).square().sum().backward()
+        torch.testing.assert_close(y.grad, x.grad)
+        gradients.append(x.grad)
+    assert not torch.allclose(*gradients)
 
 
 def test_exports_to_plain_aten(sparse, images):
