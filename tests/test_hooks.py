@@ -286,8 +286,9 @@ def test_a_fusion_is_declined_and_says_so():
     }
 
 
-def test_hooks_of_all_modules_are_refused():
-    handle = torch.nn.modules.module.register_module_forward_hook(halve)
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"])
+def test_hooks_of_all_modules_are_refused(kind):
+    handle = getattr(torch.nn.modules.module, f"register_module_{kind}")(halve)
     try:
         with pytest.raises(StateError, match=r"registered for every module there is \(halve\).*remove them"):
             msfx.transform(net(), IMAGES)
