@@ -58,7 +58,7 @@ TESTS = {
     "meansparse_fx/passes/fuse": "fuse hooks",
     "meansparse_fx/passes/surroundings": "fuse hooks",
     "meansparse_fx/passes": "transform calibrate hooks fuse published",
-    "meansparse_fx/statistics": "statistics fuzz_files calibrate transform",
+    "meansparse_fx/statistics": "statistics settings calibrate fuzz_files",
     "meansparse_fx/calibrate": "calibrate fuzz_files distributed",
     "meansparse_fx/evaluate": "evaluate judge adaptive fuzz_files",
     "meansparse_fx/alpha": "alpha",

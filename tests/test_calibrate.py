@@ -356,8 +356,8 @@ def test_histograms_count_every_value(net, images, tmp_path):
     assert drawn.before.sum() == pytest.approx(1)
     assert drawn.after.sum() == pytest.approx(1)
     assert drawn.share == pytest.approx(exact[2], abs=0.01)
-    with pytest.raises(StatisticsError, match="no site 'rleu'; there are relu"):
-        stats.figure("rleu", 0)
+    with pytest.raises(StatisticsError, match="no site 'gleu'; there are gelu"):
+        stats.figure("gleu", 0)
     with pytest.raises(StatisticsError, match="no channel 8"):
         stats.figure("relu", 8)
     shares = torch.cat([s.histogram.share_inside(s.mean, 0.3 * s.std) for s in stats.values()])

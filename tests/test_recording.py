@@ -405,9 +405,28 @@ def test_what_asks_for_values_is_compared_in_numbers():
     assert capture(of(guarded), IMAGES).checked == "numbers"
 
 
+def test_results_that_are_not_numbers_are_equal():
+    def guarded(self, x):
+        if x.isnan().any():
+            raise ValueError
+        return F.relu(torch.log(x - 2))
+
+    assert capture(of(guarded), IMAGES).checked == "numbers"
+
+
 def seeding(self, x):
     torch.manual_seed(42)
     return F.relu(x + torch.randn_like(x))
+
+
+def test_a_result_of_another_type_is_noticed():
+    def doubled(self, x):
+        if x.isnan().any():
+            raise ValueError
+        return F.relu(x).double() if type(x) is torch.Tensor else F.relu(x)
+
+    with pytest.raises(CaptureError, match=r"returns .*float32.* where the model returns .*float64"):
+        capture(of(doubled), IMAGES)
 
 
 def test_what_a_trace_drops_is_noticed():

@@ -82,10 +82,20 @@ def test_copies_compute_the_same(sparse, images, copier):
     assert base.state_dict().keys() == msfx.restore(sparse).state_dict().keys()
 
 
+def test_restore_leaves_a_functional_activation_its_own_weight(images):
+    def forward(self, x):
+        return torch.nn.functional.prelu(self.conv(x), self.slope.weight)
+
+    model = Functional(forward, conv=nn.Conv2d(3, 4, 3), slope=nn.PReLU(4)).eval()
+    base = msfx.restore(msfx.transform(model, images))
+    assert torch.equal(base(images), model(images))
+
+
 def test_restore_gives_the_base_back(net, images, sparse, sites):
     msfx.set_alpha(sparse, 0.4)
     base = msfx.restore(sparse)
     assert "plan" not in base.meta
+    assert not base.graph.find_nodes(op="get_attr")
     assert torch.equal(base(images), net(images))
     assert base.state_dict().keys() == net.state_dict().keys()
     assert not any(isinstance(m, MeanSparse) for m in base.modules())
