@@ -70,6 +70,27 @@ def test_what_calls_give_may_be_known_from_before():
     assert first != other
 
 
+def test_parts_of_a_parameter_are_told_apart():
+    w = torch.rand(2, 3, 1, 1)
+    first, second = (recorded(lambda x, part=part: x * part, state={"w": w}) for part in w)
+    assert first != second
+
+
+def test_a_constant_without_versions_is_looked_at_again():
+    def changing(factor):
+        def forward(x):
+            with torch.inference_mode():
+                constant = torch.ones(3, 1, 1)
+            y = x + constant
+            with torch.inference_mode():
+                constant.mul_(factor)
+            return y * constant
+
+        return recorded(forward)
+
+    assert changing(2) == changing(2) != changing(3)
+
+
 def test_constants_are_known_by_value():
     table = torch.arange(8.0)
     assert recorded(lambda x: x + torch.arange(8.0)) == recorded(lambda x: x + table)
