@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -104,6 +106,18 @@ def test_an_easy_gain_is_found(sparse, held_out, monkeypatch):
     assert search.alpha == 0.2
     search.apply(sparse)
     assert msfx.get_alpha(sparse) == pytest.approx(0.2)
+
+
+def test_each_rung_leaves_the_better_half_and_the_bar_counts_its_attacks(sparse, held_out, monkeypatch):
+    """The larger alpha, the fewer images are broken."""
+    bar = Mock()
+    monkeypatch.setattr("meansparse_fx.alpha.run.bar", lambda *_: nullcontext(bar))
+    rig(monkeypatch, lambda model, images: torch.arange(len(images)) >= 10 * msfx.get_alpha(model))
+    options = {"alphas": (0.1, 0.15, 0.2, 0.3, 0.4, 0.5), "clean_budget": 1.0, "rungs": 3, "batch_size": 6}
+    search = msfx.select_alpha(sparse, held_out, **options | QUICK)
+    attacked = {alpha: len(found.worst) for alpha, found in search.outcomes.items()}
+    assert attacked == {0.0: 24, 0.1: 6, 0.15: 6, 0.2: 6, 0.3: 12, 0.4: 24, 0.5: 24}
+    assert bar.add_task.call_args.kwargs["total"] == bar.advance.call_count
 
 
 def test_clean_is_measured_on_all_images_and_robust_on_those_attacked(sparse, held_out):
