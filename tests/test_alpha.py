@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 
 import meansparse_fx as msfx
 from meansparse_fx.alpha.halving import Candidate, candidates_per_rung, rung_sizes
-from meansparse_fx.alpha.result import choose
+from meansparse_fx.alpha.result import AlphaSearch, Move, Refinement, choose
 from meansparse_fx.alpha.run import _proposals
 from meansparse_fx.bundled import load_model, load_split
 from meansparse_fx.cli import app
 from meansparse_fx.errors import EvaluationError, StateError
 from meansparse_fx.evaluate import ModelOutcome, plan
+from meansparse_fx.evaluate.outcome import PairedDifference
 from meansparse_fx.sites import Site, SitePlan
 
 QUICK: dict = {"steps": 5, "progress": False, "eps": 0.05}
@@ -263,6 +264,16 @@ def by_stage(*sizes):
     """Return how many sites each stage has, of (name, resolution) in order."""
     sites = (Site(name, "activation", None, 1, 8, (2, 8, size, size), "conv", name, name) for name, size in sizes)
     return dict(Counter(SitePlan(tuple(sites), "by hand").stages().values()))
+
+
+def test_a_file_gives_back_every_part(tmp_path):
+    rows = {0.0: outcome(900, 700), 0.2: outcome(899, 720)}
+    change = PairedDifference.of(rows[0.0].worst, rows[0.2].worst)
+    moves = (Move("a", 0.1, 0.5, 0, None, False), Move("b", 0.1, 0.9, 1000, change, True))
+    search = AlphaSearch({"a": 0.2, "b": 0.1}, rows, 0.003, refinement=Refinement(0.2, rows[0.2], moves))
+    search.save(tmp_path / "s.json")
+    back = AlphaSearch.load(tmp_path / "s.json")
+    assert (back.refinement.moves, back.threat, back.to_dict()) == (moves, None, search.to_dict())
 
 
 def test_stages_are_found():

@@ -229,6 +229,7 @@ def test_a_gap_that_may_be_noise_is_called_that():
     # 8 gained, and 3 others lost to the attacker who knows: three images may be chance.
     sparse = ModelOutcome(n < 900, {"a/exact": n < 708, "a/identity": (n < 708) & (n >= 3)})
     result = msfx.Evaluation(base, sparse, 0.2, 0.1, "Linf", 10, 0, 0, 1.0)
+    assert not result.cumulative
     assert result.exact_gain.low > 0 > result.gain.low
     assert result.masked.estimate == pytest.approx(0.003)
     assert result.masked.low <= 0
