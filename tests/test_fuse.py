@@ -419,7 +419,7 @@ HAZARDS = {
         NOTHING,
     ),
     "inplace by keyword": (norms_input(lambda m, a: F.hardsigmoid(a, inplace=True)), "sum after it"),
-    "inplace and input by keyword": (norms_input(lambda m, a: F.hardsigmoid(input=a, inplace=True)), "sum after it"),
+    "by its name, with a keyword": (norms_input(lambda m, a: torch.neg_(input=a)), "sum after it"),
     "inplace by position": (norms_input(lambda m, a: F.hardsigmoid(a, True)), "sum after it"),
     "a module in place": (norms_input(lambda m, a: m.hard(a)), "sum after it"),
     "through a view": (norms_input(lambda m, a: a.flatten().mul_(0.5)), "sum after it"),
