@@ -276,6 +276,16 @@ def test_new_weights_count(model, images):
     torch.testing.assert_close(fused(images), plain(images), rtol=1e-9, atol=1e-11)
 
 
+def test_a_layer_scale_in_new_memory_counts(images):
+    model = build(LayerScaled)
+    fused, plain = calibrated(model, images, fuse="all"), calibrated(model, images)
+    fused(images)
+    for sparse in (fused, plain):
+        gamma = sparse.get_parameter("gammas.0")
+        gamma.data = gamma.data * 2
+    torch.testing.assert_close(fused(images), plain(images), rtol=1e-9, atol=1e-11)
+
+
 def test_copies_and_pickles(model, images):
     fused = calibrated(model, images, fuse="all")
     expected = fused(images)
