@@ -557,11 +557,15 @@ def test_the_verdict_names_every_check_that_failed():
     assert result.verdict.endswith("In doubt, 2 of the checks failed: this: of this. that: of that.")
 
 
-@pytest.mark.parametrize(("more", "passed"), [(0, True), (2, True), (3, False)])
-def test_steps_that_find_more_are_noticed(more, passed):
-    check = sanity.check_steps("base", torch.arange(100) >= more)
+@pytest.mark.parametrize(
+    ("more", "of", "passed"),
+    [(0, 100, True), (2, 100, True), (3, 100, False), (50, 100, False), (20, 10_000, True), (21, 10_000, False)],
+)
+def test_steps_that_find_more_are_noticed(more, of, passed):
+    check = sanity.check_steps("base", torch.arange(of) >= more)
     assert check.passed == passed
-    assert check.finding.startswith(f"{more} of 100")
+    assert check.finding.startswith(f"{more} of {of}")
+    assert ("not complete" in check.finding) != passed
 
 
 @pytest.mark.parametrize(("alone", "passed"), [(0, True), (2, True), (3, False), (50, False)])
@@ -572,6 +576,7 @@ def test_what_square_alone_breaks_is_counted(alone, passed):
     check = sanity.check_square("base", found, backwards)
     assert check.passed == passed
     assert check.finding.startswith(f"{alone} of 1000")
+    assert ("masked" in check.finding) != passed
     assert sanity.check_square("base", ModelOutcome(n < 900, {"square": n < 700}), backwards) is None
 
 
