@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from meansparse_fx.evaluate.attacks import AttackSettings
 from meansparse_fx.evaluate.compiled import Attacked
 from meansparse_fx.evaluate.outcome import ModelOutcome
 from meansparse_fx.evaluate.plan import correct, perturbed, plan_runs
-from meansparse_fx.evaluate.planted import nearest, plant, single_target
+from meansparse_fx.evaluate.planted import _around, nearest, plant, single_target
 from meansparse_fx.evaluate.probes import Probed, examine, search_planted
 from meansparse_fx.evaluate.sanity import check_power
 from meansparse_fx.nn import MeanSparse
@@ -61,6 +63,17 @@ def test_what_is_planted_is_there(sparse, images, norm):
     # Attacks drop rows and change their order.
     order = torch.tensor([3, 0, 5])
     assert torch.equal(planted.model(planted.plants[order]), planted.model(planted.plants)[order])
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_points_lie_on_the_edge_of_the_ball_or_anywhere_within(norm):
+    image, generator = torch.full((3, 5, 5), 0.5), torch.Generator().manual_seed(0)
+    edge, within = (_around(image, 50, AttackSettings(0.1, norm), generator, on) - image for on in (True, False))
+    for points in (edge, within):
+        assert torch.linalg.vector_norm(points.flatten(1), math.inf if norm == "Linf" else 2, 1).max() <= 0.1 + 1e-6
+    sizes = [points.abs() if norm == "Linf" else points.flatten(1).norm(dim=1) for points in (edge, within)]
+    torch.testing.assert_close(sizes[0], torch.full_like(sizes[0], 0.1))
+    assert sizes[1].mean() == pytest.approx(0.05, rel=0.2)
 
 
 def test_nearest_is_the_ball_an_image_lies_in(images):
