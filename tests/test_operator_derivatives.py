@@ -65,6 +65,8 @@ def test_derivatives_by_a_learned_slope_are_the_numerical_ones(activation):
     def call(x, weight):
         return Operator(own.vectors._replace(weight=weight), own.options)(x)
 
+    once, again = (torch.autograd.grad(call(x, weight).sum(), (x, weight), create_graph=g) for g in (False, True))
+    torch.testing.assert_close(once, again)
     assert torch.autograd.gradcheck(call, (x, weight), eps=1e-7, atol=1e-5)
     assert torch.autograd.gradgradcheck(call, (x, weight), eps=1e-6, atol=1e-4)
 
