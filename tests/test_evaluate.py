@@ -242,6 +242,12 @@ def test_no_verdict_without_an_attacker_who_knows():
     assert msfx.Evaluation(*models, 0.2, 0.1, "Linf", 10, 0, 0, 1.0).verdict.startswith("Not tested against")
 
 
+def test_the_legend_explains_each_attack_and_each_gradient_once():
+    side = ModelOutcome(torch.ones(9).bool(), dict.fromkeys(("pgd/exact", "square", "transfer"), torch.ones(9).bool()))
+    legend = msfx.Evaluation(side, side, 0.2, 0.1, "Linf", 10, 0, 0, 1.0).legend()
+    assert list(legend) == ["pgd", "square", "transfer", "/exact"]
+
+
 def test_bad_input_has_its_own_error(sparse, test_set, net):
     x, y = test_set
     cases = [
