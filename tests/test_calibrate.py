@@ -311,7 +311,9 @@ def test_stops_when_the_tolerance_is_reached(net):
     assert stats.metadata["tolerance"] == "0.05, reached"
     assert "channel" in stats.metadata["precision"]
     further = Failing(list(images.split(4)), stats.images // 4)
-    assert msfx.calibrate(sparse, further, tolerance=0.05, progress=False).images == stats.images, "nothing more is read"
+    assert msfx.calibrate(sparse, further, tolerance=0.05, progress=False).images == stats.images, (
+        "nothing more is read"
+    )
     whole = msfx.calibrate(sparse, images.split(4), progress=False)
     for name in whole:
         # Three standard errors: one of 30 channels may leave two.

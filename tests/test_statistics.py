@@ -14,7 +14,14 @@ from safetensors.torch import save_file
 from meansparse_fx import artifacts
 from meansparse_fx.errors import ArtifactError, StatisticsError
 from meansparse_fx.observer import ChannelMoments
-from meansparse_fx.statistics import FORMAT, ChannelHistogram, ChannelStatistics, Statistics, fingerprint, weight_digests
+from meansparse_fx.statistics import (
+    FORMAT,
+    ChannelHistogram,
+    ChannelStatistics,
+    Statistics,
+    fingerprint,
+    weight_digests,
+)
 
 
 def observed(x: torch.Tensor, splits: list[int], dim: int = 1) -> ChannelStatistics:
