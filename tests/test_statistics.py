@@ -250,6 +250,15 @@ def test_fingerprint_sees_types_shapes_and_names(net):
     assert len(found) == 1 + 2 * len(zeros)
 
 
+def test_a_histogram_and_none_are_none():
+    histogram = ChannelHistogram(torch.zeros(1).double(), torch.ones(1).double(), torch.ones(1, 4, dtype=torch.int64))
+    with_one, without = (
+        ChannelStatistics(4, torch.ones(1).double(), torch.ones(1).double(), h) for h in (histogram, None)
+    )
+    assert with_one.merge(without).histogram is None
+    assert without.merge(with_one).histogram is None
+
+
 def test_merge_adds_up_whatever_one_of_them_lacks():
     one, two = replace(some(0), table={"b": {"activation": "relu"}}, graph="g"), some(1)
     two = replace(two, metadata={"data": "noise", "seed": "1"})
