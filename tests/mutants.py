@@ -2,6 +2,7 @@
 
     make mutants MODULE=meansparse_fx/sites/gates.py              # all faults
     make mutants MODULE=meansparse_fx/sites/axis.py SAMPLE=40     # some, drawn by a fixed seed
+    make mutants MODULE=meansparse_fx/sites/axis.py AGAIN=log     # those that survived the run that printed this
 
 Prints the survivors; what is known of them is in tests/mutants.md. One process imports torch, the package and the tests
 of its room and notes which test runs which lines, and how long it takes. A mutant is a fork of it in which functions
@@ -36,7 +37,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from _pytest.runner import runtestprotocol
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 40  # of a mutant's tests, as long as they take without a fault; one that takes four times that is killed
@@ -48,21 +48,23 @@ TESTS = {
     "meansparse_fx/sites/residual": "published",
     "meansparse_fx/sites/composites": "formulas sites",
     "meansparse_fx/sites/pointwise": "formulas sites",
-    "meansparse_fx/sites": "sites fuse formulas transform fuzz_graphs",
+    "meansparse_fx/sites/find": "sites published activations fuse formulas transform",
+    "meansparse_fx/sites": "sites fuse activations formulas transform fuzz_graphs",
     "meansparse_fx/passes/lower": "backend",
     "meansparse_fx/passes/inline": "backend",
     "meansparse_fx/passes/instrument": "backend",
     "meansparse_fx/passes/write_back": "backend",
-    "meansparse_fx/passes/fuse": "fuse",
-    "meansparse_fx/passes/surroundings": "fuse fuzz_graphs",
+    "meansparse_fx/passes/fuse": "fuse hooks",
+    "meansparse_fx/passes/surroundings": "fuse hooks",
     "meansparse_fx/passes": "transform calibrate hooks fuse published",
-    "meansparse_fx/statistics": "statistics fuzz_files calibrate transform",
+    "meansparse_fx/statistics": "statistics settings calibrate fuzz_files",
     "meansparse_fx/calibrate": "calibrate fuzz_files distributed",
     "meansparse_fx/evaluate": "evaluate judge adaptive fuzz_files",
-    "meansparse_fx/alpha": "alpha",
+    "meansparse_fx/alpha": "alpha report",
     "kernels/reference": "semantics operator_derivatives fused",
     **dict.fromkeys(
-        ("kernels/operator", "kernels/autograd", "kernels/lowering"), "semantics operator_derivatives transform fused"
+        ("kernels/operator", "kernels/autograd", "kernels/lowering"),
+        "semantics operator_derivatives compiled fuse fused",
     ),
 }
 
@@ -117,12 +119,13 @@ class Mutant(NamedTuple):
 
     path: Path
     line: int
+    column: int
     what: str
     late: bool
     code: types.CodeType
 
     def __str__(self) -> str:
-        return f"{self.path.relative_to(ROOT)}:{self.line}: {self.what}"
+        return f"{self.path.relative_to(ROOT)}:{self.line}:{self.column}: {self.what}"
 
 
 def mutants(path: Path) -> list[Mutant]:
@@ -157,7 +160,7 @@ def mutants(path: Path) -> list[Mutant]:
                     else:
                         setattr(parent, name, new)
                     code = compile(tree, str(path), "exec", dont_inherit=True)
-                    found.append(Mutant(path, place.lineno, what, node in late, code))
+                    found.append(Mutant(path, place.lineno, place.col_offset + 1, what, node in late, code))
                     if isinstance(value, list):
                         value[position] = node
                     else:
@@ -248,11 +251,26 @@ FLAGS = [
 ]
 
 
+class Limit:
+    """A plug-in that ends the tests after their time; without a failure until then the mutant survives."""
+
+    reached = False
+
+    def pytest_runtestloop(self) -> None:
+        self.began = time.process_time()
+
+    def pytest_runtest_teardown(self, item: pytest.Item) -> None:
+        if time.process_time() - self.began > SECONDS:
+            self.reached, item.session.shouldstop = True, "time is up"
+
+
 def imported(mutant: Mutant, tests: list[str]) -> int:
     """Run tests, in a process that has not imported the package, with the mutant in place of its module."""
     limited()
     sys.meta_path.insert(0, Planted(mutant))
-    return int(pytest.main([*FLAGS, "-x", *tests]))
+    limit = Limit()
+    code = int(pytest.main([*FLAGS, "-x", *tests], plugins=[limit]))
+    return 0 if limit.reached and code == pytest.ExitCode.INTERRUPTED else code
 
 
 class Run:
@@ -268,11 +286,16 @@ class Run:
     def report(self, mutant: Mutant, code: int) -> None:
         outcome = {0: "survives", UNPLANTED: "is not planted"}.get(code, "")
         self.outcomes.append((mutant, outcome))
-        if outcome:
-            print(f"{mutant}: {outcome}", flush=True)
+        if outcome or code < 0:
+            print(f"{mutant}: {outcome or 'killed at the limit'}", flush=True)
 
     def passes(self, item: pytest.Item) -> bool:
-        return not any(r.failed for r in runtestprotocol(item, nextitem=None, log=False))
+        self.failed = False
+        item.ihook.pytest_runtest_protocol(item=item, nextitem=None)  # with the warnings that it is to ignore
+        return not self.failed
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.failed |= report.failed
 
     def trace(self, items: list[pytest.Item], path: Path) -> int:
         """Run tests without a fault; write, for each, its position, the seconds it takes and the lines it reaches."""
@@ -350,6 +373,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="+", type=Path)
     parser.add_argument("--sample", type=int, default=0, help="how many faults of each module; all by default")
+    parser.add_argument("--again", type=Path, help="what an earlier run printed: only its survivors are planted")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--tests", default="", help="names of test files instead of the table's")
     args = parser.parse_args()
@@ -363,6 +387,9 @@ def main() -> None:
     planted, names = [], []
     for module in args.modules:
         found = mutants((ROOT / module).resolve())
+        if args.again:
+            survivors = {line.removesuffix(": survives") for line in args.again.read_text().splitlines()}
+            found = [m for m in found if str(m) in survivors]
         if 0 < args.sample < len(found):
             found = random.Random(str(module)).sample(found, args.sample)
         planted += found

@@ -337,9 +337,9 @@ class OwnLeakyReLU(nn.Module):
 
 
 class OwnPSiLU(nn.Module):
-    def __init__(self):
+    def __init__(self, slopes=1.3):
         super().__init__()
-        self.a = nn.Parameter(torch.tensor(1.3))
+        self.a = nn.Parameter(torch.tensor(slopes))
 
     def forward(self, x):
         return x * torch.sigmoid(self.a * x)
@@ -379,6 +379,17 @@ def test_a_registered_row_with_a_learned_slope():
     slope = sparse.get_parameter("1.a").grad
     model(IMAGES).sum().backward()
     torch.testing.assert_close(slope, model[1].a.grad)
+
+
+@pytest.mark.parametrize(("slopes", "fused"), [([1.3, 0.5, -1.0, 2.0], True), ([[1.3], [0.5], [-1.0]], False)])
+def test_registered_slopes_along_the_channels_are_the_rows(slopes, fused):
+    """Of tokens, whose channels come last; along the tokens the kernels have no such row."""
+    register_activation(OwnPSiLU, "psilu", weight="a", fused=True)
+    model, x = nn.Sequential(nn.Linear(8, 4), OwnPSiLU(slopes)).eval(), torch.rand(2, 3, 8)
+    sparse = msfx.transform(model, x)
+    (site,) = sparse.meta["plan"]
+    assert (site.channel_dim, site.activation.fused) == (2, fused)
+    torch.testing.assert_close(sparse(x), model(x))
 
 
 @fx.wrap

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,12 +14,13 @@ from typer.testing import CliRunner
 
 import meansparse_fx as msfx
 from meansparse_fx.alpha.halving import Candidate, candidates_per_rung, rung_sizes
-from meansparse_fx.alpha.result import choose
+from meansparse_fx.alpha.result import AlphaSearch, Move, Refinement, choose
 from meansparse_fx.alpha.run import _proposals
 from meansparse_fx.bundled import load_model, load_split
 from meansparse_fx.cli import app
 from meansparse_fx.errors import EvaluationError, StateError
 from meansparse_fx.evaluate import ModelOutcome, plan
+from meansparse_fx.evaluate.outcome import PairedDifference
 from meansparse_fx.sites import Site, SitePlan
 
 QUICK: dict = {"steps": 5, "progress": False, "eps": 0.05}
@@ -104,6 +107,18 @@ def test_an_easy_gain_is_found(sparse, held_out, monkeypatch):
     assert search.alpha == 0.2
     search.apply(sparse)
     assert msfx.get_alpha(sparse) == pytest.approx(0.2)
+
+
+def test_each_rung_leaves_the_better_half_and_the_bar_counts_its_attacks(sparse, held_out, monkeypatch):
+    """The larger alpha, the fewer images are broken."""
+    bar = Mock()
+    monkeypatch.setattr("meansparse_fx.alpha.run.bar", lambda *_: nullcontext(bar))
+    rig(monkeypatch, lambda model, images: torch.arange(len(images)) >= 10 * msfx.get_alpha(model))
+    options = {"alphas": (0.1, 0.15, 0.2, 0.3, 0.4, 0.5), "clean_budget": 1.0, "rungs": 3, "batch_size": 6}
+    search = msfx.select_alpha(sparse, held_out, **options | QUICK)
+    attacked = {alpha: len(found.worst) for alpha, found in search.outcomes.items()}
+    assert attacked == {0.0: 24, 0.1: 6, 0.15: 6, 0.2: 6, 0.3: 12, 0.4: 24, 0.5: 24}
+    assert bar.add_task.call_args.kwargs["total"] == bar.advance.call_count
 
 
 def test_clean_is_measured_on_all_images_and_robust_on_those_attacked(sparse, held_out):
@@ -250,6 +265,16 @@ def by_stage(*sizes):
     """Return how many sites each stage has, of (name, resolution) in order."""
     sites = (Site(name, "activation", None, 1, 8, (2, 8, size, size), "conv", name, name) for name, size in sizes)
     return dict(Counter(SitePlan(tuple(sites), "by hand").stages().values()))
+
+
+def test_a_file_gives_back_every_part(tmp_path):
+    rows = {0.0: outcome(900, 700), 0.2: outcome(899, 720)}
+    change = PairedDifference.of(rows[0.0].worst, rows[0.2].worst)
+    moves = (Move("a", 0.1, 0.5, 0, None, False), Move("b", 0.1, 0.9, 1000, change, True))
+    search = AlphaSearch({"a": 0.2, "b": 0.1}, rows, 0.003, refinement=Refinement(0.2, rows[0.2], moves))
+    search.save(tmp_path / "s.json")
+    back = AlphaSearch.load(tmp_path / "s.json")
+    assert (back.refinement.moves, back.threat, back.to_dict()) == (moves, None, search.to_dict())
 
 
 def test_stages_are_found():

@@ -164,7 +164,7 @@ def test_numbers_come_back_as_they_were_typed(net, images):
         (lambda images: images[:, :1], r"three of one"),
         (lambda images: images.permute(0, 2, 3, 1), r"permute\(0, 3, 1, 2\)"),
         (lambda images: images[:, 0], r"unsqueeze\(1\)"),
-        (lambda images: images[:, :, :0], r"expected floats \[N, C, H, W\]|cannot run images"),
+        (lambda images: images[:, :, :0], r"expected floats \[N, C, H, W\]|the model fails on images"),
         (lambda images: images.to_sparse(), r"sparse_coo hold no plain values"),
         (lambda images: images.to("meta"), "the meta device"),
     ],
@@ -175,7 +175,7 @@ def test_images_that_the_model_cannot_run(net, images, labels, given, cure):
     msfx.set_alpha(sparse, 0.2)
     with pytest.raises(DataError, match=cure):
         msfx.evaluate(sparse, [(given(images), labels)], progress=False)
-    with pytest.raises(DataError, match=r"cannot run images|permute|unsqueeze|no plain values|expected floats"):
+    with pytest.raises(DataError, match=r"the model fails on images|permute|unsqueeze|no plain values|expected floats"):
         msfx.calibrate(sparse, [given(images)], progress=False)
 
 

@@ -13,7 +13,7 @@ import torch
 
 import meansparse_fx as msfx
 from meansparse_fx import artifacts
-from meansparse_fx.artifacts import require_place, write_folder, write_whole
+from meansparse_fx.artifacts import digest, require_place, write_folder, write_whole
 from meansparse_fx.errors import WriteError
 from meansparse_fx.statistics import ChannelStatistics
 
@@ -49,6 +49,13 @@ def check_kept(error, statistics, temporary):
     found = kept(error)
     assert temporary in found.parents
     assert torch.equal(msfx.Statistics.load(found)["relu"].mean, statistics["relu"].mean)
+
+
+def test_a_digest_tells_types_shapes_and_tensors_apart_not_layouts():
+    t = torch.arange(6.0)
+    different = [(t,), (t.view(2, 3),), (t.view(torch.int32),), (t[:2], t[2:]), (t[:4], t[4:])]
+    assert len({digest(*tensors) for tensors in different}) == 5
+    assert digest(t.view(2, 3)) == digest(t.view(2, 3).T.contiguous().T)
 
 
 def test_a_full_disk(full, statistics, temporary):

@@ -200,6 +200,7 @@ REFUSED = {
     "several": (lambda x, y: (x, torch.ones(6, 3)), "neither class numbers nor one-hot"),
     "float": (lambda x, y: (x, y.double()), "integers from 0, found torch.float64"),
     "words": (lambda x, y: [(x, ["cat"] * 6)], r"words \(cat, ...\) where a tensor of labels .* class numbers"),
+    "one for all": (lambda x, y: (x, y[0]), "6 images and 1 labels"),
     "too few": (lambda x, y: (x, y[:5]), "6 images and 5 labels"),
     "too few in a batch": (lambda x, y: [(x, y[:5])], r"labels \[5\] for 6 images"),
     "masks": (lambda x, y: [(x, torch.zeros(6, 8, 8))], r"labels \[6, 8, 8\] for 6 images"),
@@ -232,6 +233,26 @@ def test_what_cannot_be_used_is_refused_with_the_cure(x, y, kind):
 def test_channels_last_are_refused_with_the_cure(y):
     with pytest.raises(DataError, match=r"channels last: images.permute\(0, 3, 1, 2\)"):
         list(labelled((torch.rand(6, 8, 8, 3), y), 4, nn.Sequential(nn.Conv2d(3, 3, 8), nn.Flatten())))
+
+
+UNFIT = {
+    "channels": lambda x, y: (x[:, :1], y),
+    "size": lambda x, y: (nn.functional.pad(x, (0, 1)), y),
+    "order": lambda x, y: [(y, x)],
+    "two views": lambda x, y: [((x, x), y)],
+    "numbered": lambda x, y: enumerate([(x, y)]),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_images_that_a_model_cannot_take_are_said(kind, x, y):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    sparse = msfx.transform(model, x)
+    with pytest.raises(DataError, match=r"images \[.*\] of torch"):
+        msfx.calibrate(sparse, UNFIT[kind](x, y), progress=False)
+    msfx.calibrate(sparse, [x], progress=False)
+    with pytest.raises(DataError, match=r"images|labels"):
+        msfx.evaluate(sparse, UNFIT[kind](x, y), attacks=("pgd",), steps=1, sanity_images=0, progress=False)
 
 
 def test_a_generator_used_twice_is_an_error_that_says_it(sparse, x, y):

@@ -16,6 +16,7 @@ import meansparse_fx as msfx
 from meansparse_fx.calibrate.convergence import Groups, Precision, precision
 from meansparse_fx.calibrate.source import Source
 from meansparse_fx.calibrate.totals import Totals, merge_all
+from meansparse_fx.data import ImageSet
 from meansparse_fx.errors import ArtifactError, CalibrationError, StateError, StatisticsError
 from meansparse_fx.passes import observe
 
@@ -303,10 +304,16 @@ def test_standard_errors_are_those_of_repeated_experiments():
 def test_stops_when_the_tolerance_is_reached(net):
     images = torch.rand(400, 3, 9, 9, generator=torch.Generator().manual_seed(3))
     sparse = msfx.transform(net, images[:2])
-    stats = msfx.calibrate(sparse, images.split(4), tolerance=0.05, progress=False)
+    data = ImageSet(images, torch.zeros(400, dtype=torch.long), "noise", ("noise", 10, 410))
+    stats = msfx.calibrate(sparse, data.loader(4), tolerance=0.05, progress=False)
     assert 16 * 4 <= stats.images < 400
+    assert stats.seen == (("noise", 10, 10 + stats.images),)
     assert stats.metadata["tolerance"] == "0.05, reached"
     assert "channel" in stats.metadata["precision"]
+    further = Failing(list(images.split(4)), stats.images // 4)
+    assert msfx.calibrate(sparse, further, tolerance=0.05, progress=False).images == stats.images, (
+        "nothing more is read"
+    )
     whole = msfx.calibrate(sparse, images.split(4), progress=False)
     for name in whole:
         # Three standard errors: one of 30 channels may leave two.
@@ -356,8 +363,8 @@ def test_histograms_count_every_value(net, images, tmp_path):
     assert drawn.before.sum() == pytest.approx(1)
     assert drawn.after.sum() == pytest.approx(1)
     assert drawn.share == pytest.approx(exact[2], abs=0.01)
-    with pytest.raises(StatisticsError, match="no site 'rleu'; there are relu"):
-        stats.figure("rleu", 0)
+    with pytest.raises(StatisticsError, match="no site 'gleu'; there are gelu"):
+        stats.figure("gleu", 0)
     with pytest.raises(StatisticsError, match="no channel 8"):
         stats.figure("relu", 8)
     shares = torch.cat([s.histogram.share_inside(s.mean, 0.3 * s.std) for s in stats.values()])

@@ -3,8 +3,10 @@
 import copy
 import operator
 import pickle
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -468,3 +470,41 @@ def _swish(x):
 def test_models_without_data():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).to("meta").eval()
     assert capture(model, IMAGES.to("meta")).graph_module(IMAGES.to("meta")).shape == (2, 4, 6, 6)
+
+
+def drawing(draw):
+    class Drawing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return draw(F.relu(self.conv(x)))
+
+    return Drawing().eval()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: x if random.random() < 0.5 else -x,
+        lambda x: x * float(np.random.uniform(1, 2)),  # noqa: NPY002
+        lambda x: F.pad(x, (random.randint(0, 3), 0)),
+    ],
+)
+def test_random_numbers_of_python_and_numpy_are_refused(draw):
+    with pytest.raises(CaptureError, match="random numbers of Python or NumPy"):
+        capture(drawing(draw), torch.rand(2, 3, 8, 8))
+
+
+def test_numbers_that_are_drawn_and_not_used_are_no_matter():
+    def draw(x):
+        random.random(), np.random.uniform()  # noqa: NPY002
+        return x
+
+    random.seed(0), np.random.seed(0)  # noqa: NPY002
+    graph_module = capture(drawing(draw), images := torch.rand(2, 3, 8, 8)).graph_module
+    after = random.random(), np.random.uniform()  # noqa: NPY002
+    random.seed(0), np.random.seed(0)  # noqa: NPY002
+    assert after == (random.random(), np.random.uniform())  # noqa: NPY002
+    assert graph_module(images).min() == 0

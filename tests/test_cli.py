@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,9 +24,11 @@ import meansparse_fx as msfx
 from meansparse_fx import demo, export, names, sites
 from meansparse_fx.cli import COMMANDS, app
 from meansparse_fx.cli.demo import demo as demo_command
+from meansparse_fx.cli.robustness import put_alpha
 from meansparse_fx.data import load_images
-from meansparse_fx.evaluate import attacks, surrogates
+from meansparse_fx.evaluate import Evidence, attacks, surrogates
 from meansparse_fx.kernels import reference
+from meansparse_fx.operators import added
 from meansparse_fx.settings import Settings
 from meansparse_fx.statistics import Statistics
 from meansparse_fx.zoo import load_model
@@ -416,6 +419,31 @@ def test_alpha_as_it_is_typed(tmp_path, model, data, statistics):
     check_error(run(*evaluate[:4], "--alpha", 0.1), "no statistics: give --statistics")
 
 
+def test_alpha_of_a_file_or_of_a_search_brings_its_variant(net, images, tmp_path):
+    sparse = msfx.transform(net, images)
+    msfx.calibrate(sparse, [images], progress=False)
+    (tmp_path / "a.json").write_text('{"alpha": 0.3, "variant": "edge"}')
+    put_alpha(sparse, str(tmp_path / "a.json"))
+    assert ({o.variant for o in msfx.operators(sparse).values()}, msfx.get_alpha(sparse)) == ({"edge"}, 0.3)
+    added(sparse).choice = {"leader": 0.2, "variant": "smooth"}
+    put_alpha(sparse, "leader")
+    assert ({o.variant for o in msfx.operators(sparse).values()}, msfx.get_alpha(sparse)) == ({"smooth"}, 0.2)
+
+
+def test_adversarial_images_that_are_none_are_an_exit_status(tmp_path, model, data, statistics):
+    given, path = (model, "--statistics", statistics), tmp_path / "e"
+    done = run("evaluate", *given, "--data", data, "--skip", 20, "--alpha", 0.2, *ATTACK, "--save-adversarial", path)
+    assert done.exit_code == 0, done.output
+    assert run("verify", path, *given).exit_code == 0
+    kept = Evidence.load(path)
+    net = load_model(model)
+    adversarial = {which: kept.images.clone() for which in kept.adversarial}
+    broken_by = {which: torch.ones(10, dtype=torch.long) for which in kept.broken_by}
+    replace(kept, labels=net(kept.images).argmax(1), adversarial=adversarial, broken_by=broken_by).save(path)
+    done = run("verify", path, *given)
+    assert (done.exit_code, type(done.exception)) == (1, SystemExit)
+
+
 def test_some_sites(tmp_path):
     inspect = ("inspect", "torchvision:resnet18", "--input-shape", "3,32,32")
     done = run(*inspect, "--include", r"layer[12]\.", "--include", "layer3", "--exclude", "relu_1$")
@@ -478,6 +506,7 @@ def test_names_are_those_of_the_tables():
         ("--attacks", "apgd"),
         ("--backwards", "straight"),
         ("--normalise", "0.5"),
+        ("--normalise", "0.5/0"),
         ("--steps", "0"),
         ("--clean-budget", "x"),
     ],

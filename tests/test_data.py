@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import pickle
+import shutil
 import struct
 import warnings
 import zlib
@@ -106,6 +107,23 @@ def test_image_folder(folder):
     images, labels = next(iter(found.loader(4)))
     assert images.shape == (4, 3, 14, 14)
     assert torch.equal(labels, found.labels[:4])
+
+
+def test_directories_named_by_numbers_say_their_order(folder):
+    for name in ("1", "2", "10"):
+        shutil.copytree(folder / "val" / "ant", folder / "numbers" / name)
+    with pytest.warns(UserWarning, match="in alphabetical order.* '10' is class 1"):
+        load_images(folder / "numbers", image_size=14)
+    (folder / "numbers" / "1").rename(folder / "numbers" / "01")
+    (folder / "numbers" / "2").rename(folder / "numbers" / "02")
+    load_images(folder / "numbers", image_size=14)  # warnings are errors here
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".JFIF"])
+def test_images_that_would_be_left_out_are_refused(folder, suffix):
+    shutil.copy(folder / "val" / "ant" / "0.png", folder / "val" / "bee" / f"9{suffix}")
+    with pytest.raises(ArtifactError, match=rf"9{suffix}: images of this kind are not read.*save them as PNG"):
+        load_images(folder, "val", image_size=14)
 
 
 def test_limit_and_skip_cut_disjoint_parts_that_stay_the_same(idx):

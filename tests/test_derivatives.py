@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import meansparse_fx as msfx
 from meansparse_fx.capture import ROUTES, capture
 from meansparse_fx.capture.recording import record
-from meansparse_fx.errors import CaptureError
+from meansparse_fx.errors import CaptureError, SiteError
 from meansparse_fx.export import to_exported_program
 from meansparse_fx.rewrite import sharing_copy
 from tests.models import Functional
@@ -594,6 +594,39 @@ def test_a_graph_with_the_values_and_other_gradients_is_refused():
     assert (
         "has the model's values on a batch of 2, but not its gradients with respect to the images: they part" in message
     )
+
+
+class Differentiating(nn.Module):
+    """Follows its own gradient, as energy models and purifiers do."""
+
+    def __init__(self, around):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.around = nn.Conv2d(3, 4, 3), around
+
+    def forward(self, x):
+        with self.around():
+            x = x.detach().requires_grad_()
+            (step,) = torch.autograd.grad(F.relu(self.conv(x)).square().sum(), x, create_graph=True)
+        return F.relu(self.conv(x + 0.1 * step))
+
+
+def test_a_model_that_differentiates_itself():
+    model = Differentiating(torch.enable_grad).eval()
+    sparse = msfx.transform(model, IMAGES)
+    assert_same(model, sparse)
+    statistics = msfx.calibrate(sparse, [IMAGES], progress=False)
+    seen = []
+    with torch.enable_grad():
+        model.conv.register_forward_hook(lambda _, __, output: seen.append(output.detach()))
+        model(IMAGES)
+    for name, values in zip(("relu", "relu_1"), seen, strict=True):
+        torch.testing.assert_close(statistics[name].mean.float(), values.mean((0, 2, 3)))
+
+
+def test_a_model_that_differentiates_itself_unasked_is_refused():
+    with pytest.raises(SiteError, match=r"fails under torch.no_grad.* goes under torch.enable_grad"):
+        msfx.transform(Differentiating(contextlib.nullcontext).eval(), IMAGES)
 
 
 # What a recording says of derivatives, where values are the same.

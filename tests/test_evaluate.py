@@ -236,6 +236,7 @@ def test_a_gap_that_may_be_noise_is_called_that():
     # 8 gained, and 3 others lost to the attacker who knows: three images may be chance.
     sparse = ModelOutcome(n < 900, {"a/exact": n < 708, "a/identity": (n < 708) & (n >= 3)})
     result = msfx.Evaluation(base, sparse, 0.2, 0.1, "Linf", 10, 0, 0, 1.0)
+    assert not result.cumulative
     assert result.exact_gain.low > 0 > result.gain.low
     assert result.masked.estimate == pytest.approx(0.003)
     assert result.masked.low <= 0
@@ -246,6 +247,12 @@ def test_no_verdict_without_an_attacker_who_knows():
     n = torch.arange(1000)
     models = [ModelOutcome(n < 900, {"a/exact": n < robust}) for robust in (700, 760)]
     assert msfx.Evaluation(*models, 0.2, 0.1, "Linf", 10, 0, 0, 1.0).verdict.startswith("Not tested against")
+
+
+def test_the_legend_explains_each_attack_and_each_gradient_once():
+    side = ModelOutcome(torch.ones(9).bool(), dict.fromkeys(("pgd/exact", "square", "transfer"), torch.ones(9).bool()))
+    legend = msfx.Evaluation(side, side, 0.2, 0.1, "Linf", 10, 0, 0, 1.0).legend()
+    assert list(legend) == ["pgd", "square", "transfer", "/exact"]
 
 
 def test_bad_input_has_its_own_error(sparse, test_set, net):
@@ -563,11 +570,15 @@ def test_the_verdict_names_every_check_that_failed():
     assert result.verdict.endswith("In doubt, 2 of the checks failed: this: of this. that: of that.")
 
 
-@pytest.mark.parametrize(("more", "passed"), [(0, True), (2, True), (3, False)])
-def test_steps_that_find_more_are_noticed(more, passed):
-    check = sanity.check_steps("base", torch.arange(100) >= more)
+@pytest.mark.parametrize(
+    ("more", "of", "passed"),
+    [(0, 100, True), (2, 100, True), (3, 100, False), (50, 100, False), (20, 10_000, True), (21, 10_000, False)],
+)
+def test_steps_that_find_more_are_noticed(more, of, passed):
+    check = sanity.check_steps("base", torch.arange(of) >= more)
     assert check.passed == passed
-    assert check.finding.startswith(f"{more} of 100")
+    assert check.finding.startswith(f"{more} of {of}")
+    assert ("not complete" in check.finding) != passed
 
 
 @pytest.mark.parametrize(("alone", "passed"), [(0, True), (2, True), (3, False), (50, False)])
@@ -578,6 +589,7 @@ def test_what_square_alone_breaks_is_counted(alone, passed):
     check = sanity.check_square("base", found, backwards)
     assert check.passed == passed
     assert check.finding.startswith(f"{alone} of 1000")
+    assert ("masked" in check.finding) != passed
     assert sanity.check_square("base", ModelOutcome(n < 900, {"square": n < 700}), backwards) is None
 
 

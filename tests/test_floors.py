@@ -19,6 +19,7 @@ FLOORS = {
     "kernels": 0,
     "errors": 1,
     "hooks": 1,
+    "state": 1,
     "outputs": 1,
     "activations": 1,
     "formulas": 1,

@@ -452,3 +452,72 @@ def test_an_activation_that_is_copied_for_several_readers_is_one_site():
     model = Functional(forward, stem=nn.Conv2d(3, 3, 1)).eval()
     (site,) = msfx.inspect(model, torch.rand(2, 3, 4, 4))
     assert (site.name, site.activation.name, site.skipped) == ("relu6", "relu6", None)
+
+
+def clamped_twice(h):
+    h.clamp_(min=0)
+    h.clamp_(max=6)
+
+
+def clamped_under_another_name(h):
+    below = h.clamp_(min=0)
+    below.clamp_(max=6)
+
+
+def masked_twice(h):
+    h.masked_fill_(h <= 0, 0.0)
+    h.masked_fill_(h > 6, 6.0)
+
+
+def assigned_twice(h):
+    h[h < 0] = 0
+    h[h > 6] = 6
+
+
+def assigned(h):
+    h[h < 0] = 0
+
+
+def multiplied(h):
+    h *= torch.sigmoid(h)
+
+
+STATEMENTS = {
+    clamped_twice: "relu6",
+    clamped_under_another_name: "relu6",
+    masked_twice: "relu6",
+    assigned_twice: "relu6",
+    assigned: "relu",
+    multiplied: "swish",
+}
+
+
+@pytest.mark.parametrize("statements", STATEMENTS)
+def test_statements_that_overwrite_one_tensor(statements):
+    torch.manual_seed(0)
+    conv, images = nn.Conv2d(3, 4, 3), 8 * torch.randn(4, 3, 8, 8)
+
+    def function(self, x):
+        h = self.conv(x) * 2
+        statements(h)
+        return h * 3
+
+    sparse = msfx.transform(Functional(function, conv=conv).eval(), images)
+    msfx.calibrate(sparse, [images], progress=False)
+    msfx.set_alpha(sparse, 0.5)
+    ((name, operator),) = msfx.operators(sparse).items()
+    assert name == STATEMENTS[statements]
+
+    def expected(x):
+        h = conv(x) * 2
+        mean, band = (t[:, None, None] for t in (operator.mean, 0.5 * operator.std))
+        h = torch.where((h - mean).abs() <= band, mean.expand_as(h), h)
+        statements(h)
+        return h * 3
+
+    a, b = images.clone().requires_grad_(), images.clone().requires_grad_()
+    ours, theirs = sparse(a), expected(b)
+    torch.testing.assert_close(ours, theirs)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    torch.testing.assert_close(a.grad, b.grad)

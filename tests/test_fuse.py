@@ -144,6 +144,7 @@ def test_what_is_fused_at_the_end_of_a_branch(images):
     ]
     methods = [n.target for n in fused.graph.nodes if n.op in ("call_method", "call_function")]
     assert set(methods) == {"permute", "mean"}
+    assert sum(str(n.target).startswith("meansparse.") for n in fused.graph.find_nodes(op="call_module")) == 6
     calls = [n for n in fused.graph.nodes if n.kwargs.get("fused")]
     assert [sorted(n.kwargs) for n in calls] == [["fused", "layer_scale", "shortcut"]] * 2 + [["fused", "shortcut"]]
 
@@ -185,6 +186,14 @@ BRANCHES = {
     ),
     "what gamma scales changes": (
         lambda m, x: (lambda y: (lambda z: (y.add_(1), x + z)[1])(y * m.gamma))(seven(x)),
+        "sum after it; a value around the LayerScale is overwritten",
+    ),
+    "the product is read as what it scaled": (
+        lambda m, x: (lambda y: (lambda z: (x + z) * y)(y.mul_(m.gamma)))(seven(x)),
+        "sum after it; a value around the LayerScale is overwritten",
+    ),
+    "gamma changes, and back": (
+        lambda m, x: (lambda z: (m.gamma.neg_(), x + z, m.gamma.neg_())[1])(seven(x) * m.gamma.view(1, 6, 1, 1)),
         "sum after it; a value around the LayerScale is overwritten",
     ),
     "the shortcut changes": (
@@ -264,6 +273,16 @@ def test_new_weights_count(model, images):
     fused.load_state_dict(other)
     plain = calibrated(model, images)
     plain.load_state_dict(other)
+    torch.testing.assert_close(fused(images), plain(images), rtol=1e-9, atol=1e-11)
+
+
+def test_a_layer_scale_in_new_memory_counts(images):
+    model = build(LayerScaled)
+    fused, plain = calibrated(model, images, fuse="all"), calibrated(model, images)
+    fused(images)
+    for sparse in (fused, plain):
+        gamma = sparse.get_parameter("gammas.0")
+        gamma.data = gamma.data * 2
     torch.testing.assert_close(fused(images), plain(images), rtol=1e-9, atol=1e-11)
 
 
@@ -377,8 +396,31 @@ def norms_input(overwrite):
     return forward
 
 
+class Halved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x.mul_(0.5)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / 2
+
+
+def operators_input(m, x):
+    a = m.conv(x)
+    other, y = a * 2, F.relu(a)
+    a.mul_(0.5)
+    return y + other
+
+
 NOTHING = "nothing beside it to take in"
 HAZARDS = {
+    "a product of two": (lambda m, x: F.relu(m.conv(x) * m.conv(x + 1)), NOTHING),
+    "a difference": (lambda m, x: F.relu(m.conv(x).sub(m.conv(x + 1))), NOTHING),
+    "one channel becomes several": (lambda m, x: F.relu(m.conv(x)[:, :1] * m.gamma), NOTHING),
+    "the operator's input": (operators_input, "what the sum after it reads is overwritten"),
+    "by a function of its own": (norms_input(lambda m, a: Halved.apply(a)), "sum after it"),
     "channels are shuffled": (lambda m, x: F.relu(F.channel_shuffle(m.conv(x) * m.gamma, 2)), NOTHING),
     "channels become pixels": (lambda m, x: F.relu(F.pixel_shuffle(m.conv(x) * m.gamma, 2)), NOTHING),
     "pixels become channels": (lambda m, x: F.relu(F.pixel_unshuffle(m.conv(x) * m.gamma, 2)), NOTHING),
@@ -387,6 +429,7 @@ HAZARDS = {
         NOTHING,
     ),
     "inplace by keyword": (norms_input(lambda m, a: F.hardsigmoid(a, inplace=True)), "sum after it"),
+    "by its name, with a keyword": (norms_input(lambda m, a: torch.neg_(input=a)), "sum after it"),
     "inplace by position": (norms_input(lambda m, a: F.hardsigmoid(a, True)), "sum after it"),
     "a module in place": (norms_input(lambda m, a: m.hard(a)), "sum after it"),
     "through a view": (norms_input(lambda m, a: a.flatten().mul_(0.5)), "sum after it"),

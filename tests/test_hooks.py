@@ -268,7 +268,15 @@ def test_a_fusion_is_declined_and_says_so():
         "body.2": "norm",
         "softsign": "LayerScale + sum",
     }
-    for path in ("act", "bn", "body", "scale"):
+    for path in ("act", "conv"):  # a convolution is never taken in
+        model.get_submodule(path).register_forward_hook(halve)
+    plan = msfx.transform(model, IMAGES, fuse="all").meta["plan"]
+    assert [s.fused for s in plan] == [
+        "norm; a module beside it has hooks",
+        "norm",
+        "LayerScale + sum; a module beside it has hooks",
+    ]
+    for path in ("bn", "body", "scale"):
         model.get_submodule(path).register_forward_hook(halve)
     plan = msfx.transform(model, IMAGES, fuse="all").meta["plan"]
     assert {s.name: (s.activation.fused, s.fused) for s in plan} == {
@@ -278,8 +286,9 @@ def test_a_fusion_is_declined_and_says_so():
     }
 
 
-def test_hooks_of_all_modules_are_refused():
-    handle = torch.nn.modules.module.register_module_forward_hook(halve)
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"])
+def test_hooks_of_all_modules_are_refused(kind):
+    handle = getattr(torch.nn.modules.module, f"register_module_{kind}")(halve)
     try:
         with pytest.raises(StateError, match=r"registered for every module there is \(halve\).*remove them"):
             msfx.transform(net(), IMAGES)

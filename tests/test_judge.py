@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,10 @@ from meansparse_fx.evaluate.attacks import AttackSettings
 from meansparse_fx.evaluate.compiled import Attacked
 from meansparse_fx.evaluate.outcome import ModelOutcome
 from meansparse_fx.evaluate.plan import correct, perturbed, plan_runs
-from meansparse_fx.evaluate.planted import nearest, plant, single_target
+from meansparse_fx.evaluate.planted import _around, nearest, plant, single_target
 from meansparse_fx.evaluate.probes import Probed, examine, search_planted
 from meansparse_fx.evaluate.sanity import check_power
+from meansparse_fx.nn import MeanSparse
 from meansparse_fx.passes.readout import features_of, last_linear, with_readout
 
 
@@ -60,6 +63,17 @@ def test_what_is_planted_is_there(sparse, images, norm):
     # Attacks drop rows and change their order.
     order = torch.tensor([3, 0, 5])
     assert torch.equal(planted.model(planted.plants[order]), planted.model(planted.plants)[order])
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_points_lie_on_the_edge_of_the_ball_or_anywhere_within(norm):
+    image, generator = torch.full((3, 5, 5), 0.5), torch.Generator().manual_seed(0)
+    edge, within = (_around(image, 50, AttackSettings(0.1, norm), generator, on) - image for on in (True, False))
+    for points in (edge, within):
+        assert torch.linalg.vector_norm(points.flatten(1), math.inf if norm == "Linf" else 2, 1).max() <= 0.1 + 1e-6
+    sizes = [points.abs() if norm == "Linf" else points.flatten(1).norm(dim=1) for points in (edge, within)]
+    torch.testing.assert_close(sizes[0], torch.full_like(sizes[0], 0.1))
+    assert sizes[1].mean() == pytest.approx(0.05, rel=0.2)
 
 
 def test_nearest_is_the_ball_an_image_lies_in(images):
@@ -241,3 +255,25 @@ def test_the_unbounded_attack_may_reach_any_image_under_any_backward(net, images
     black, white = torch.zeros_like(images[0]), torch.ones_like(images[0])
     largest = max(ball.eps for ball in balls)
     assert largest == pytest.approx(float((white - black).norm()) if norm == "L2" else 1.0)
+
+
+class Under(nn.Module):
+    """A network with something in front of it under some backwards of an operator."""
+
+    def __init__(self, network, before, modes):
+        super().__init__()
+        self.network, self.before, self.modes, self.operator = network, before, modes, MeanSparse("a", 3, 1)
+
+    def forward(self, x):
+        return self.network(self.before(x) if self.operator.backward in self.modes else x)
+
+
+@pytest.mark.parametrize("probe", ["slope", "rises"])
+@pytest.mark.parametrize("modes", [("exact",), ("identity",), ("exact", "identity")])
+def test_a_gradient_under_any_backward_is_one_whichever_comes_last(net, images, monkeypatch, probe, modes):
+    monkeypatch.setattr(plan, "attack", lambda name, attacked, x, *_: x)
+    model = Under(net, FAILURES[probe]["before"], modes).eval().requires_grad_(False)
+    labels, everything = net(images).argmax(1), torch.ones(12, dtype=torch.bool)
+    runs, attacked = plan_runs(["apgd-ce/exact", "apgd-ce/identity"], (), 0), Attacked({"base": model}, False, None)
+    found = examine(model, attacked, "base", Probed(images, labels), runs, SETTINGS, everything, everything)
+    assert found[probe].all() == (len(modes) == 1)

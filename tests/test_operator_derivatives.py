@@ -57,6 +57,20 @@ def test_first_and_second_order_are_the_numerical_ones(activation, threshold):
         assert torch.autograd.gradgradcheck(own, (x,), eps=1e-6, atol=1e-4)
 
 
+@pytest.mark.parametrize("activation", LEARNED)
+def test_derivatives_by_a_learned_slope_are_the_numerical_ones(activation):
+    own = operator(activation, 0.5)
+    x, weight = smooth_point(own).requires_grad_(), own.vectors.weight.requires_grad_()
+
+    def call(x, weight):
+        return Operator(own.vectors._replace(weight=weight), own.options)(x)
+
+    once, again = (torch.autograd.grad(call(x, weight).sum(), (x, weight), create_graph=g) for g in (False, True))
+    torch.testing.assert_close(once, again)
+    assert torch.autograd.gradcheck(call, (x, weight), eps=1e-7, atol=1e-5)
+    assert torch.autograd.gradgradcheck(call, (x, weight), eps=1e-6, atol=1e-4)
+
+
 @pytest.mark.parametrize("variant", reference.VARIANTS)
 @pytest.mark.parametrize("backward", reference.BACKWARDS)
 def test_gradients_of_gradients_of_every_mode_are_the_references(variant, backward):

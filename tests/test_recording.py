@@ -70,6 +70,27 @@ def test_what_calls_give_may_be_known_from_before():
     assert first != other
 
 
+def test_parts_of_a_parameter_are_told_apart():
+    w = torch.rand(2, 3, 1, 1)
+    first, second = (recorded(lambda x, part=part: x * part, state={"w": w}) for part in w)
+    assert first != second
+
+
+def test_a_constant_without_versions_is_looked_at_again():
+    def changing(factor):
+        def forward(x):
+            with torch.inference_mode():
+                constant = torch.ones(3, 1, 1)
+            y = x + constant
+            with torch.inference_mode():
+                constant.mul_(factor)
+            return y * constant
+
+        return recorded(forward)
+
+    assert changing(2) == changing(2) != changing(3)
+
+
 def test_constants_are_known_by_value():
     table = torch.arange(8.0)
     assert recorded(lambda x: x + torch.arange(8.0)) == recorded(lambda x: x + table)
@@ -405,9 +426,28 @@ def test_what_asks_for_values_is_compared_in_numbers():
     assert capture(of(guarded), IMAGES).checked == "numbers"
 
 
+def test_results_that_are_not_numbers_are_equal():
+    def guarded(self, x):
+        if x.isnan().any():
+            raise ValueError
+        return F.relu(torch.log(x - 2))
+
+    assert capture(of(guarded), IMAGES).checked == "numbers"
+
+
 def seeding(self, x):
     torch.manual_seed(42)
     return F.relu(x + torch.randn_like(x))
+
+
+def test_a_result_of_another_type_is_noticed():
+    def doubled(self, x):
+        if x.isnan().any():
+            raise ValueError
+        return F.relu(x).double() if type(x) is torch.Tensor else F.relu(x)
+
+    with pytest.raises(CaptureError, match=r"returns .*float32.* where the model returns .*float64"):
+        capture(of(doubled), IMAGES)
 
 
 def test_what_a_trace_drops_is_noticed():

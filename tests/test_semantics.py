@@ -301,3 +301,12 @@ def test_at_alpha_0_a_view_has_the_bits_of_the_base(activation, view, monkeypatc
     base = run(SPELLED[activation])
     assert torch.equal(ours[0], base[0])
     assert torch.equal(ours[1], base[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_computed_has_the_features_type_whatever_the_vectors_have(dtype):
+    x, vector = torch.rand(2, 3, 4, dtype=dtype), torch.rand(3, dtype=torch.float64)
+    y = reference.affine(x, vector, vector.float(), 1)
+    assert y.dtype == dtype
+    expected = x.numpy() * vector.to(dtype).numpy()[:, None] + vector.float().to(dtype).numpy()[:, None]
+    np.testing.assert_allclose(y.numpy(), expected, rtol=1e-6)

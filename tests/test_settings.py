@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import meansparse_fx as msfx
+from meansparse_fx import settings
 from meansparse_fx.errors import ArtifactError, EvaluationError, StateError, StatisticsError
 
 
@@ -196,6 +197,27 @@ def test_file_of_a_model_whose_statistics_came_otherwise(net, images, sparse, tm
     assert (kept.images, kept["relu"].count) == (0, 0)
     with pytest.raises(StatisticsError, match="not known"):
         kept.merge(kept)
+
+
+@pytest.mark.parametrize("part", ["mean", "std"])
+def test_statistics_changed_at_one_site_are_those_of_no_calibration(net, images, sparse, tmp_path, part):
+    stats = msfx.calibrate(sparse, [images], progress=False)
+    getattr(msfx.operators(sparse)["relu"], part).mul_(1.1)
+    msfx.set_alpha(sparse, 0.7)
+    msfx.save(sparse, tmp_path / "a")
+    check_same(msfx.load(tmp_path / "a", net, images), sparse, images)
+    kept = msfx.Statistics.load(tmp_path / "a")
+    assert (kept.images, kept.metadata, kept.seen) == (0, {}, ())
+    assert (kept["relu"].count, kept["slope"].count) == (0, stats["slope"].count)
+
+
+def test_settings_of_another_version_are_refused(net, images, sparse, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "VERSION", "2")
+    msfx.save(sparse, tmp_path / "a")
+    monkeypatch.undo()
+    with pytest.raises(ArtifactError, match="settings of version 2; this release reads 1"):
+        msfx.load(tmp_path / "a", net, images)
+    assert msfx.Statistics.load(tmp_path / "a").keys() == msfx.operators(sparse).keys()
 
 
 def test_file_serves_as_statistics(net, images, sparse, tmp_path):

@@ -108,10 +108,10 @@ def test_functions_are_named_after_the_module_that_calls_them():
 
 def test_a_repeat_takes_no_name_that_a_module_has():
     def forward(self, x):
-        return self.relu_1(self.relu(self.relu(self.relu(self.conv(x)))))
+        return self.relu_0(self.relu_1(self.relu(self.relu(self.relu(self.conv(x))))))
 
-    sites = sites_of(forward, conv=nn.Conv2d(3, 3, 1), relu=nn.ReLU(), relu_1=nn.ReLU())
-    assert [s.name for s in sites] == ["relu", "relu_2", "relu_3", "relu_1"]
+    sites = sites_of(forward, conv=nn.Conv2d(3, 3, 1), **{n: nn.ReLU() for n in ("relu", "relu_0", "relu_1")})
+    assert [s.name for s in sites] == ["relu", "relu_2", "relu_3", "relu_1", "relu_0"]
 
 
 def test_a_constant_that_the_graph_computes_leaves_the_call_in_place():
@@ -366,6 +366,17 @@ def test_a_pooled_context_that_is_added_is_a_gate():
     assert main.skipped is None
 
 
+@pytest.mark.parametrize("size", [(2, 1), (6, 1), 3])
+def test_what_is_pooled_over_a_part_of_space_is_no_gate(size):
+    def forward(self, x):
+        x = self.stem(x)
+        part = self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, size))))
+        return x * F.interpolate(torch.sigmoid(part), (6, 6))
+
+    (site,) = sites_of(forward, stem=nn.Conv2d(3, 4, 3), down=nn.Conv2d(4, 1, 1), up=nn.Conv2d(1, 4, 1))
+    assert site.skipped is None
+
+
 def test_a_head_after_pooling_is_no_gate():
     def forward(self, x):
         x = self.head(self.stem(x).mean((2, 3)))
@@ -396,6 +407,49 @@ def test_what_does_not_see_the_image_is_skipped():
     bias, main = plan_of(Bias()).sites
     assert bias.skipped.startswith("input-independent: ")
     assert main.skipped is None
+
+
+def by_index(self, x):
+    filled = torch.zeros(x.shape[0], 4, 8, 8)
+    filled[:, :3] = x
+    return F.relu(self.conv(filled))
+
+
+def by_a_view(self, x):
+    filled = torch.zeros(x.shape[0], 4, 8, 8)
+    filled[:, 1:].copy_(x)
+    return F.relu(self.conv(filled * 2))
+
+
+def by_out(self, x):
+    filled = torch.zeros(x.shape[0], 3, 8, 8)
+    torch.mul(x, 2, out=filled)
+    return F.relu(self.conv(torch.cat([filled, filled[:, :1]], 1)))
+
+
+def into_a_buffer(self, x):
+    self.memory[:, :3].copy_(x.mean(0))
+    return F.relu(self.conv(self.memory + torch.zeros(x.shape[0], 1, 1, 1)))
+
+
+@pytest.mark.parametrize("function", [by_index, by_a_view, by_out, into_a_buffer])
+def test_what_images_are_written_into_depends_on_them(function):
+    model = Functional(function, conv=nn.Conv2d(4, 5, 3)).requires_grad_(False)
+    model.register_buffer("memory", torch.zeros(1, 4, 8, 8))
+    (site,) = plan_of(model).sites
+    assert (site.name, site.skipped, site.channels) == ("relu", None, 5)
+
+
+def test_what_is_written_afterwards_does_not():
+    def function(self, x):
+        filled = torch.ones(x.shape[0], 4, 8, 8)
+        bias = F.relu(self.conv(filled))
+        filled[:, :3] = x
+        return F.gelu(self.conv(filled)) + bias
+
+    first, second = sites_of(function, conv=nn.Conv2d(4, 5, 3))
+    assert first.skipped.startswith("input-independent: ")
+    assert second.skipped is None
 
 
 # Placement.

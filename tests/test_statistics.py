@@ -14,7 +14,14 @@ from safetensors.torch import save_file
 from meansparse_fx import artifacts
 from meansparse_fx.errors import ArtifactError, StatisticsError
 from meansparse_fx.observer import ChannelMoments
-from meansparse_fx.statistics import FORMAT, ChannelHistogram, ChannelStatistics, Statistics, fingerprint
+from meansparse_fx.statistics import (
+    FORMAT,
+    ChannelHistogram,
+    ChannelStatistics,
+    Statistics,
+    fingerprint,
+    weight_digests,
+)
 
 
 def observed(x: torch.Tensor, splits: list[int], dim: int = 1) -> ChannelStatistics:
@@ -222,6 +229,16 @@ def test_what_was_not_measured_is_refused(site):
     Statistics({"a": one}, "abc", 1).check({"a": 3})
 
 
+@pytest.mark.parametrize("hashed", [fingerprint, lambda model: weight_digests(model)["w"]])
+def test_hashes_of_weights_see_types_and_shapes_of_equal_bytes(hashed):
+    found = set()
+    for tensor in (torch.zeros(4), torch.zeros(2, 2), torch.zeros(4, dtype=torch.int32), torch.zeros(2).double()):
+        model = torch.nn.Module()
+        model.register_buffer("w", tensor)
+        found.add(hashed(model))
+    assert len(found) == 4
+
+
 def test_fingerprint_sees_types_shapes_and_names(net):
     zeros = [torch.zeros(4), torch.zeros(4, dtype=torch.int32), torch.zeros(2, 2)]
     found = {fingerprint(net)}
@@ -231,6 +248,15 @@ def test_fingerprint_sees_types_shapes_and_names(net):
             found.add(fingerprint(net))
         del net._buffers[name]
     assert len(found) == 1 + 2 * len(zeros)
+
+
+def test_a_histogram_and_none_are_none():
+    histogram = ChannelHistogram(torch.zeros(1).double(), torch.ones(1).double(), torch.ones(1, 4, dtype=torch.int64))
+    with_one, without = (
+        ChannelStatistics(4, torch.ones(1).double(), torch.ones(1).double(), h) for h in (histogram, None)
+    )
+    assert with_one.merge(without).histogram is None
+    assert without.merge(with_one).histogram is None
 
 
 def test_merge_adds_up_whatever_one_of_them_lacks():

@@ -231,6 +231,31 @@ def test_whether_gradients_are_wanted_is_decided_when_it_runs():
     assert torch.equal(graph_module(x), 2 * graph_module(IMAGES))
 
 
+class Reweighted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.weight = nn.Parameter(self.conv.weight.detach().clone())
+        del self.conv.weight
+
+    def forward(self, x):
+        self.conv.weight = self.weight * 2
+        scale = 1 + self.conv.bias.square() + x.mean()
+        return F.relu(torch.func.functional_call(self.norm, {"weight": scale}, (self.conv(x),)))
+
+
+def test_weights_that_forward_gives_to_modules():
+    model = Reweighted().eval()
+    graph_module = capture(model, IMAGES).graph_module
+    a, b = IMAGES.clone().requires_grad_(), IMAGES.clone().requires_grad_()
+    expected, actual = model(a), graph_module(b)
+    assert torch.equal(actual, expected)
+    wanted = (torch.autograd.grad(y.square().sum(), (x, *m.parameters()), allow_unused=True)
+              for m, x, y in ((model, a, expected), (graph_module, b, actual)))  # fmt: skip
+    for own, other in zip(*wanted, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+
+
 # What is refused.
 
 
@@ -268,6 +293,24 @@ def by_number_found(self, x):
     return F.relu(x) if found < GREATEST else F.relu(x) * 1
 
 
+def by_transform(self, x):
+    y = x if x.shape[1] == 4 else -x
+    return F.relu(x + torch.func.grad(lambda z: (z * y).sum())(x))
+
+
+def by_reverse_transform(self, x):
+    return F.relu(torch.func.vjp(lambda z: z * x.shape[1], x)[0])
+
+
+def by_vmap(self, x):
+    return F.relu(torch.vmap(lambda z: z * z.shape[0])(x))
+
+
+def by_compiled_code(self, x):  # C++ that is given what claims to be a tensor
+    y = x if x.shape[1] == 4 else -x
+    return F.relu(torch._C._functorch.unwrap_if_dead(y))
+
+
 def by_gradient(self, x):
     return F.relu(x) if x.requires_grad else F.relu(x) * 1
 
@@ -281,6 +324,10 @@ def by_gradient(self, x):
         (by_counting_images, "a number is needed here, and it depends on the batch size"),
         (by_each_image, "a loop runs as often as there are images in a batch"),
         (by_number_found, "a branch depends on a number that is computed from the images"),
+        (by_transform, "a transform of torch.func, which no graph holds, inside of forward"),
+        (by_reverse_transform, "a transform of torch.func, which no graph holds, inside of forward"),
+        (by_vmap, "a transform of torch.func, which no graph holds, inside of forward"),
+        (by_compiled_code, "incompatible function arguments"),
         (by_gradient, ".requires_grad asks whether gradients are wanted"),
     ],
 )

@@ -34,6 +34,7 @@ def test_graph_after_transform(sparse, sites):
     assert calls == [f"meansparse.{name}" for name in sites]
     assert [n.target for n in sparse.graph.nodes if n.op == "get_attr"] == ["slope.weight"]
     assert not [n for n in sparse.graph.nodes if n.target in ("relu", "slope", torch.nn.functional.gelu)]
+    assert not any(module.training for module in sparse.modules())
 
 
 def test_alpha_zero_is_the_base_bit_for_bit(net, images, sparse):
@@ -81,9 +82,20 @@ def test_copies_compute_the_same(sparse, images, copier):
     assert base.state_dict().keys() == msfx.restore(sparse).state_dict().keys()
 
 
+def test_restore_leaves_a_functional_activation_its_own_weight(images):
+    def forward(self, x):
+        return torch.nn.functional.prelu(self.conv(x), self.slope.weight)
+
+    model = Functional(forward, conv=nn.Conv2d(3, 4, 3), slope=nn.PReLU(4)).eval()
+    base = msfx.restore(msfx.transform(model, images))
+    assert torch.equal(base(images), model(images))
+
+
 def test_restore_gives_the_base_back(net, images, sparse, sites):
     msfx.set_alpha(sparse, 0.4)
     base = msfx.restore(sparse)
+    assert "plan" not in base.meta
+    assert not base.graph.find_nodes(op="get_attr")
     assert torch.equal(base(images), net(images))
     assert base.state_dict().keys() == net.state_dict().keys()
     assert not any(isinstance(m, MeanSparse) for m in base.modules())
@@ -253,6 +265,21 @@ def test_compiles_in_one_graph_without_recompiling_for_alpha(sparse, images, mod
             expected.square().sum().backward()
             got.square().sum().backward()
             torch.testing.assert_close(y.grad, x.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_programs_smooth_gradient_follows_its_steepness(sparse, images):
+    msfx.set_alpha(sparse, 0.4)
+    torch.compiler.reset()
+    compiled, gradients = torch.compile(sparse, backend="eager", fullgraph=True), []
+    for steepness in (4.0, 20.0):
+        msfx.set_backward(sparse, "smooth", steepness)
+        with torch.compiler.set_stance("default" if steepness == 4 else "fail_on_recompile"):
+            x, y = (images.clone().requires_grad_() for _ in range(2))
+            sparse(x).square().sum().backward()
+            compiled(y).square().sum().backward()
+        torch.testing.assert_close(y.grad, x.grad)
+        gradients.append(x.grad)
+    assert not torch.allclose(*gradients)
 
 
 def test_exports_to_plain_aten(sparse, images):

@@ -147,8 +147,9 @@ def test_checkpoints_that_hold_the_weights(tmp_path, spec, state, kind):
 
 
 @pytest.mark.parametrize("prefix", ["", "student."])
-def test_several_different_weights_are_listed(tmp_path, spec, state, prefix):
-    other = {name: value + 1 for name, value in state.items()}
+@pytest.mark.parametrize("change", [lambda value: value + 1, lambda value: value.double()])
+def test_several_different_weights_are_listed(tmp_path, spec, state, prefix, change):
+    other = {name: change(value) for name, value in state.items()}
     held = renamed(state, prefix) | renamed(other, "teacher.") if prefix else {"state_dict": state, "ema": other}
     torch.save(held, tmp_path / "a.pt")
     names = "'student.', 'teacher.'" if prefix else "'ema', 'state_dict'"

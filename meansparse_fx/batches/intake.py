@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,20 +63,24 @@ def examples(images: Any, model: Any) -> Any:
     return Intake(model).cast(images) if images.is_floating_point() else images
 
 
-def misfit(images: Tensor, error: RuntimeError) -> RuntimeError | DataError:
-    """Return what to raise where a model cannot run images: the error itself if it is not of their shape."""
-    shape, problem = list(images.shape), str(error).partition("\n")[0]
-    if isinstance(error, torch.OutOfMemoryError):
-        return error
-    if images.dim() == 4 and shape[3] in _CHANNELS and shape[1] not in _CHANNELS:
-        return DataError(f"images {shape} have their channels last: images.permute(0, 3, 1, 2)")
-    if images.dim() == 3:
-        cure = "images.unsqueeze(1) gives them an axis of one channel"
-    elif "channels" in problem and images.dim() == 4 and shape[1] in _CHANNELS:
-        cure = "images.mean(1, keepdim=True) has one channel, images.expand(-1, 3, -1, -1) three of one"
-    else:
-        cure = "give images such as the model was trained on"
-    return DataError(f"the model cannot run images {shape} ({problem}): {cure}")
+@contextmanager
+def fitting(images: Tensor) -> Iterator[None]:
+    """Let the error of a model that cannot take images say which images these are, and what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        shape, problem = list(images.shape), str(error).partition("\n")[0]
+        if images.dim() == 4 and shape[3] in _CHANNELS and shape[1] not in _CHANNELS:
+            raise DataError(f"images {shape} have their channels last: images.permute(0, 3, 1, 2)") from error
+        if images.dim() == 3:
+            cure = "images.unsqueeze(1) gives them an axis of one channel"
+        elif "channels" in problem and images.dim() == 4 and shape[1] in _CHANNELS:
+            cure = "images.mean(1, keepdim=True) has one channel, images.expand(-1, 3, -1, -1) three of one"
+        else:
+            cure = "give images such as the model was trained on; a loader yields (images, labels), in that order"
+        raise DataError(f"the model fails on images {shape} of {images.dtype} ({problem}): {cure}") from error
 
 
 class Intake:
@@ -159,11 +164,8 @@ class Intake:
         """Raise DataError if a label is none of the model's; how many there are is asked once, with two images."""
         if self._classes is None:
             place = next(itertools.chain(self._model.parameters(), self._model.buffers()), images).device
-            with torch.no_grad():
-                try:
-                    logits = self._model(images[:2].to(place))
-                except RuntimeError as error:
-                    raise misfit(images, error) from error
+            with torch.no_grad(), fitting(images):
+                logits = self._model(images[:2].to(place))
             if not isinstance(logits, Tensor) or logits.dim() != (4 if labels.dim() == 3 else 2):
                 return  # what runs the model says what it needs
             self._classes = logits.shape[1]

@@ -28,8 +28,9 @@ def as_batches(data: Any, batch_size: int = BATCH_SIZE, pair: bool = False) -> I
     """
     if (whole := _whole(data, pair)) is not None:
         images, labels = whole
-        if labels is not None and len(labels) != len(images):
-            raise DataError(f"{len(images)} images and {len(labels)} labels: each image needs one")
+        found = 1 if getattr(labels, "ndim", 1) == 0 else len(images if labels is None else labels)
+        if found != len(images):
+            raise DataError(f"{len(images)} images and {found} labels: each image needs one")
         cuts = [slice(i, i + batch_size) for i in range(0, len(images), batch_size)]
         return [images[cut] if labels is None else (images[cut], labels[cut]) for cut in cuts]
     if isinstance(data, (str, bytes, Path)):

@@ -16,7 +16,8 @@ from rich.progress import Progress
 from torch import Tensor, fx
 
 from ..arguments import autocast_dtype, number
-from ..batches import misfit
+from ..batches import fitting
+from ..capture.modes import GRAD_MODE_CALLS
 from ..data import part_of
 from ..errors import CalibrationError, DataError, WriteError
 from ..kernels import ops
@@ -95,7 +96,9 @@ def calibrate(
         raise CalibrationError(f"metadata must be a mapping of facts by name, got {metadata!r}")
     if tolerance is not None and not (math.isfinite(tolerance) and tolerance > 0):
         raise CalibrationError(f"tolerance must be positive, such as 0.01 for one per cent, got {tolerance}")
-    with Ranks(group, timeout) as ranks, torch.inference_mode():
+    # Under inference mode a model that wants gradients in forward has none.
+    own_modes = any(node.target in GRAD_MODE_CALLS for node in sparse.graph.nodes)
+    with Ranks(group, timeout) as ranks, torch.no_grad() if own_modes else torch.inference_mode():
         if ranks.world > 1 and checkpoint is not None and (tolerance is not None or histograms):
             raise CalibrationError("with several processes a checkpoint goes with neither tolerance nor histograms")
         one_pass = _Pass(sparse, Source(loader, sparse), ranks, tolerance, histograms, amp, channels_last)
@@ -247,10 +250,7 @@ class _Pass:
         images = images.to(self._device, non_blocking=True)
         if self._channels_last and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
-        try:
-            self._forward(images)
-        except RuntimeError as error:
-            raise (error if self._tally.batches else misfit(images, error)) from error
+        self._forward(images)
         batch = self._tally.add(images)
         if self._histograms and self._tally.bins is None:
             self._make_bins(batch)
@@ -258,7 +258,8 @@ class _Pass:
         return batch
 
     def _forward(self, images: Tensor) -> None:
-        with torch.autocast(self._device.type, self._amp) if self._amp is not None else nullcontext():
+        cast = torch.autocast(self._device.type, self._amp) if self._amp is not None else nullcontext()
+        with fitting(images), cast:
             self._observed(images)
 
     def _make_bins(self, first: Totals) -> None:

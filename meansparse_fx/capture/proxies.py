@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
+import linecache
 import operator
 import sys
 from collections.abc import Callable, Iterator
@@ -112,7 +113,8 @@ class TensorProxy(ExampleProxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # so that isinstance(x, torch.Tensor)
-        return TensorProxy if self.__dict__["tracer"].looking(sys._getframe(1)) else Tensor
+        caller = sys._getframe(1)
+        return TensorProxy if self.__dict__["tracer"].looking(caller) or not _asks(caller) else Tensor
 
     def __bool__(self) -> bool:
         harmless = _without_raising(sys._getframe(1)) if len(self.examples) > 1 else None
@@ -128,7 +130,11 @@ class TensorProxy(ExampleProxy):
         return float(self._value())
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_method", "__setitem__", (self, key, value), {})
+        own, mask = self.examples[0], key.examples[0] if type(key) is TensorProxy else None
+        if mask is not None and mask.dtype is torch.bool and mask.shape == own.shape and type(value) in (int, float):
+            self.tracer.create_proxy("call_method", "masked_fill_", (self, key, value), {})  # known as a function
+        else:
+            self.tracer.create_proxy("call_method", "__setitem__", (self, key, value), {})
 
     def _value(self) -> Tensor:
         if len(self.examples) > 1:
@@ -175,6 +181,12 @@ class NumberProxy(ExampleProxy):
 
     def __index__(self) -> int:
         raise TypeError("a number is needed here, and it depends on the batch size")
+
+
+def _asks(frame: FrameType) -> bool:
+    """Return whether a line of Python asks what something is; code in C that asks goes on to read a tensor's memory."""
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
+    return not line or any(word in line for word in ("isinstance", "__class__", "case "))
 
 
 def _without_raising(frame: FrameType) -> bool | None:

@@ -17,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from ..errors import CaptureError
 from ..hooks import drop_own_hooks
 from ..rewrite import adopt
+from . import randomness
 from .copies import copied
 from .examples import trace_by_example
 from .functions import as_python
@@ -74,6 +75,11 @@ def capture(model: nn.Module, images: Tensor | None = None) -> Capture:
     """
     model = without_wrappers(model)
     check_model(model)
+    with randomness.put_back():
+        return _capture(model, images)
+
+
+def _capture(model: nn.Module, images: Tensor | None) -> Capture:
     reference = None if images is None else Reference.of(model, images)
     failures: list[CaptureError] = []
     for route in ROUTES:
@@ -156,7 +162,10 @@ def _assemble(model: nn.Module, traced: Traced) -> fx.GraphModule:
     for target in dict.fromkeys(node.target for node in graph.nodes if node.op == "get_attr"):
         _own_constant(root, traced.root, target)
     for path in traced.entered:
-        drop_own_hooks(root.get_submodule(path))
+        drop_own_hooks(own := root.get_submodule(path))
+        for name, value in vars(traced.root.get_submodule(path)).items():
+            if isinstance(value, fx.Proxy):  # forward keeps it there, and a graph does not
+                vars(own).pop(name, None)
     graph_module = fx.GraphModule(root, graph, class_name=type(model).__name__)
     adopt(graph_module, root)
     graph.lint()

@@ -7,6 +7,7 @@ timm is only looked up, never imported.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from types import FrameType, ModuleType
@@ -31,6 +32,7 @@ from ..hooks import (
 )
 from ..outputs import flatten, parts
 from ..published import published_operator
+from ..state import kept_parameters, write_back
 from .copies import state_of
 from .derivatives import (
     ModelProxy,
@@ -42,7 +44,7 @@ from .derivatives import (
 from .functions import as_single_calls
 from .modes import modes_as_calls, settle_modes
 from .preconditions import input_name
-from .verify import kept_parameters, plain_attention, shadow, source_line
+from .verify import plain_attention, shadow, source_line
 
 _CALL = nn.Module.__call__  # taken before a tracer patches it
 _MAX_LEAVES = 16
@@ -113,6 +115,7 @@ class ModelTracer(fx.Tracer):
             if isinstance(node.type, str):  # an annotation never evaluated: torch before 2.14 cannot pickle it
                 node.type = None
         settle_modes(graph)
+        write_back(graph, self.root, set(self._state_names.values()))
         return graph
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -160,6 +163,8 @@ class ModelTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if has_hooks_of_the_model(m) and type(m) not in self._leaves:
             return False  # feature extractors read what the hook kept, so it has to see what is traced
+        if any(isinstance(v, fx.Proxy) for held in (vars(m), m._parameters, m._buffers) for v in held.values()):
+            return False  # forward gave it a weight
         if match_module(m) is not None or published_operator(m) is not None or isinstance(m, torch.jit.ScriptModule):
             return True
         if (
@@ -286,6 +291,8 @@ def _where_tracing_stopped(error: Exception, path: str, module: nn.Module) -> st
     frame = source_line(error)
     where = f"{path} ({type(module).__name__})" if path else type(module).__name__
     reason = str(error).strip().split("\n")[0]
+    if any("_functorch" in f.filename for f in traceback.extract_tb(error.__traceback__)):
+        reason = "a transform of torch.func, which no graph holds, inside of forward"
     return (
         f"symbolic trace stopped in {where} at {frame.filename}:{frame.lineno}, `{frame.line}`: "
         f"{type(error).__name__}: {reason}"

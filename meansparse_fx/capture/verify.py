@@ -7,6 +7,7 @@ to images and parameters. Imports torch, `recording`, `derivatives` and floor 1.
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +21,11 @@ from torch import Tensor, fx, nn
 from ..errors import CaptureError
 from ..hooks import hint_of_hooks, may_keep
 from ..outputs import flatten, kind
+from ..state import kept_buffers, kept_parameters
 from .copies import copied, state_of
 from .counting import ActivationCounter, WrittenOut, count_activations, hides_an_activation
 from .derivatives import applied_functions, without_checkpoints
+from .randomness import check_unused, put_back
 from .recording import Forms, Halted, Recording, record
 
 _HERE, _TORCH, _FX = (f"{Path(file).parent}/" for file in (__file__, torch.__file__, fx.__file__))
@@ -35,20 +38,6 @@ _OWN_BACKWARD = "own backward: an activation inside of {}, a torch.autograd.Func
 def shadow(model: nn.Module) -> nn.Module:
     """Return a copy that shares the model's parameters, which neither tracing nor inference changes."""
     return copied(model, {id(p): p for p in model.parameters()})
-
-
-@contextmanager
-def kept_parameters(model: nn.Module) -> Iterator[list[str]]:
-    """Undo what a model does that assigns to ``parameter.data``; yield a list, in the end the names of those."""
-    before = [(name, p, p.data) for name, p in model.named_parameters()]
-    reassigned: list[str] = []
-    try:
-        yield reassigned
-    finally:
-        for name, parameter, data in before:
-            if not (parameter.is_meta or parameter.data.is_set_to(data)):
-                parameter.data = data
-                reassigned.append(name)
 
 
 @contextmanager
@@ -85,10 +74,13 @@ class Reference:
         if len(images) == 0:
             raise CaptureError("the example images are an empty batch: pass at least one image")
         reference = cls(model, (images[:2], images[[row % len(images) for row in range(3)]]))
-        try:
-            reference._record()
-        except Exception:  # values are asked for, an operator needs data, or the model fails: computing tells
-            reference._compute()
+        with put_back() as drawn:
+            try:
+                reference._record()
+            except Exception:  # values are asked for, an operator needs data, or the model fails: computing tells
+                reference._compute()
+            if drawn():
+                check_unused(lambda: _run(shadow(model), images[:2]), _difference)
         return reference
 
     def check(self, graph_module: fx.GraphModule) -> str:
@@ -113,7 +105,8 @@ class Reference:
             self._check_numbers(graph_module)
         with _copied_leaves(graph_module), WrittenOut(graph_module) as mode:
             if mode.leaves:
-                _run(graph_module, self.batches[0])
+                with kept_buffers(graph_module):
+                    _run(graph_module, self.batches[0])
         if mode.found:
             raise CaptureError(f"not traced into, and written out in there: {', '.join(mode.found)}")
         return "operations" if same else "numbers"
@@ -125,6 +118,8 @@ class Reference:
         for batch in self.batches:
             with _conditions(batch), kept_parameters(own), counter:
                 recordings.append(record(own, batch, mirrored, self._forms))
+        if any(now is not mirrored[name] for name, now in state_of(own, state).items()):
+            raise CaptureError("it gives a buffer new values, which is no operator call")
         self.recordings = tuple(recordings)
         self.activations, self._own_backwards = counter.found()
 
@@ -148,7 +143,7 @@ class Reference:
         for batch in self.batches:
             try:
                 with kept_parameters(own) as reassigned, counter:
-                    outputs.append(_run(own, batch))
+                    outputs.append((_run(own, batch), {name: b.clone() for name, b in own.named_buffers()}))
             except Exception as error:
                 raise CaptureError(
                     f"{type(own).__name__} itself fails on images of shape {list(batch.shape)}, dtype {batch.dtype}, "
@@ -163,29 +158,32 @@ class Reference:
         return self._outputs
 
     def _check_numbers(self, graph_module: fx.GraphModule) -> None:
-        buffers = [(b, b.clone()) for b in graph_module.buffers()]
-        for batch, expected in zip(self.batches, self._compute(), strict=True):
-            try:
-                actual = _run(graph_module, batch)
-            except Exception as error:
-                raise CaptureError(
-                    f"the captured graph fails on a batch of {len(batch)}: {type(error).__name__}: {error}"
-                ) from error
-            if difference := _difference(actual, expected):
-                raise CaptureError(
-                    f"the captured graph {difference} on a batch of {len(batch)}{self._where(graph_module)}. A branch "
-                    "on the type of a tensor does that, or a tensor that is changed in place under two "
-                    f"names{self._changed}"
-                )
-            if lost := self._other_gradients(graph_module, batch):
+        with kept_buffers(graph_module):
+            for batch, (expected, state) in zip(self.batches, self._compute(), strict=True):
+                try:
+                    actual = _run(graph_module, batch)
+                except Exception as error:
+                    raise CaptureError(
+                        f"the captured graph fails on a batch of {len(batch)}: {type(error).__name__}: {error}"
+                    ) from error
+                if difference := _difference(actual, expected):
+                    raise CaptureError(
+                        f"the captured graph {difference} on a batch of {len(batch)}{self._where(graph_module)}. A "
+                        "branch on the type of a tensor does that, or a tensor that is changed in place under two "
+                        f"names{self._changed}"
+                    )
+                for name, buffer in graph_module.named_buffers():
+                    if name in state and _difference(buffer, state[name]):
+                        raise CaptureError(f"forward gives {name} a value that no graph does: write {name}.copy_(...)")
+        for batch in self.batches:
+            with kept_buffers(graph_module):
+                lost = self._other_gradients(graph_module, batch)
+            if lost:
                 raise CaptureError(
                     f"the captured graph has the model's values on a batch of {len(batch)}, but not its gradients with "
                     f"respect to {', '.join(lost[:3])}{self._where(graph_module)}. A torch.autograd.Function keeps a "
                     "backward of its own, x.detach() and torch.no_grad() keep a gradient out"
                 )
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
 
     def _other_gradients(self, graph_module: fx.GraphModule, batch: Tensor) -> list[str]:
         """Return the names of those with respect to which a graph has other gradients than the model."""
@@ -210,6 +208,8 @@ class Reference:
                 record(own, batch, state_of(own, state), self._forms, halt=index)
         except Halted as halted:
             frame = source_line(halted)
+            if frame.filename.startswith(_TORCH):  # no line of the model's
+                return ""
             return f": they part at {frame.filename}:{frame.lineno}, `{frame.line}`"
         except Exception:
             return ""
@@ -250,7 +250,8 @@ def _gradients(model: nn.Module, images: Tensor) -> dict[str, Tensor | None] | N
 def source_line(error: BaseException) -> traceback.FrameSummary:
     """Return the line that an error came from: the last of the user's or of a library's, torch's if there is none."""
     everything = list(traceback.extract_tb(error.__traceback__))
-    frames = [f for f in everything if not f.filename.startswith((_HERE, _FX, _DYNAMO))] or everything
+    frames = [f for f in everything if not f.filename.startswith((_HERE, _FX, _DYNAMO, contextlib.__file__))]
+    frames = frames or everything
     return ([f for f in frames if not f.filename.startswith(_TORCH)] or frames)[-1]
 
 

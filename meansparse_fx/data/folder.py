@@ -7,6 +7,7 @@ missing among the validation images does not shift the numbers of those after it
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ _TRAIN = ("train", "training")
 _HELD_OUT = ("val", "valid", "validation", "dev", "test", "testing")
 _LEFT_BEHIND = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 LOOKED_AT = 500  # files whose sizes are looked up; that of each is checked when it is read
+_UNREAD = {".gif", ".jfif", ".jp2", ".jxl", ".avif", ".heic", ".heif"}  # nor by torchvision
 _ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet
 
 
@@ -65,6 +67,7 @@ def open_folder(path: Path, split: str | None, image_size: int | None) -> ImageS
 
 def _by_directory(root: Path) -> Sequence[tuple[str, int]]:
     directories = _directories(root)
+    _refuse_unread(directories)
     if not any(_has_images(d) or _has_images(d / "images") for d in directories):
         _refuse(root, directories)
 
@@ -73,6 +76,12 @@ def _by_directory(root: Path) -> Sequence[tuple[str, int]]:
         return inside.suffix.lower() in IMG_EXTENSIONS and all(_visible(part) for part in inside.parts)
 
     names = [d.name for d in directories]
+    if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
+        warnings.warn(
+            f"{root}: classes are numbered by their names in alphabetical order, as torchvision's ImageFolder does, so "
+            f"{names[1]!r} is class 1. If the names are class numbers, write them with as many digits each",
+            stacklevel=2,
+        )
     found = make_dataset(root, {name: i for i, name in enumerate(names)}, is_valid_file=wanted, allow_empty=True)
     filled = {label for _, label in found}
     classes = _training_classes(root, {names[label] for label in filled})
@@ -123,6 +132,12 @@ def _training_classes(root: Path, held: set[str]) -> list[str] | None:
             "the same in both; name the directories alike"
         )
     return classes
+
+
+def _refuse_unread(directories: Sequence[Path]) -> None:
+    unread = (f for d in directories for f in d.iterdir() if f.suffix.lower() in _UNREAD and _visible(f.name))
+    if (file := next(unread, None)) is not None:
+        raise ArtifactError(f"{file}: images of this kind are not read, and none is left out: save them as PNG")
 
 
 def _refuse(root: Path, directories: Sequence[Path]) -> None:

@@ -39,6 +39,6 @@ def take_out(node: fx.Node, operator: MeanSparse) -> fx.Node:
     weights = [operand(node, i) for i in range(1, len(node.args))]
     original = replay_call(node, operator.replaces)
     for weight in weights:  # the get_attr that sparsify added, if it did
-        if weight.op == "get_attr" and not weight.users:
+        if not weight.users:
             weight.graph.erase_node(weight)
     return original

@@ -165,9 +165,10 @@ class _Finder:
         self._add(Composite(root, tuple(piece), (), call, path, reason))
 
     def _take(self, root: fx.Node, piece: Sequence[fx.Node], call: ActivationCall) -> None:
-        reading = [(n, given) for n in piece for given in self._given(n, root)]
-        sources = {given for _, given in reading}  # names of one value; several where it was overwritten in between
-        readers = tuple(dict.fromkeys(n for n, _ in reading))
+        # Names of one value; several where it was overwritten in between.
+        sources = {given for n in piece for given in self._given(n, root)}
+        # Also those that read what an earlier step of the piece wrote there: h.clamp_(min=0), then h.clamp_(max=6).
+        readers = tuple(n for n in piece if not sources.isdisjoint(n.all_input_nodes))
         reason = None if len(sources) == 1 else _INPLACE
         if not self.pieces.is_closed(piece):
             inside = set(piece)

@@ -88,7 +88,7 @@ def plan_sites(
         inputs: The nodes that depend on the images.
         earlier: Given how often the graph calls each path, returns how often graphs before it did.
     """
-    data = reachable(graph, flow, inputs)
+    data = reachable(graph, operators, flow, inputs)
     gates = gated(graph, operators, flow, data)
     operators = with_composites(graph, operators, flow, data, known, gates)
     expected = expected_axes(graph, operators, flow)

@@ -8,6 +8,7 @@ nothing unpooled meets it again. Imports `ops` and `shapes`.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 
 from torch import fx
@@ -16,12 +17,25 @@ from .ops import Operators
 from .shapes import Flow, Shape
 
 
-def reachable(graph: fx.Graph, flow: Flow, inputs: Iterable[fx.Node]) -> set[fx.Node]:
-    """Return the nodes that yield tensors computed from ``inputs``, and these."""
+def reachable(graph: fx.Graph, operators: Operators, flow: Flow, inputs: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return the nodes that yield tensors computed from ``inputs``, or that these are written into, and ``inputs``."""
     found = set(inputs)
+    holders: dict[int, list[fx.Node]] = defaultdict(list)
+    filled: set[int] = set()  # memory that they are written into
     for node in graph.nodes:
-        if flow.is_tensor(node) and not found.isdisjoint(node.all_input_nodes):
+        memory = flow.memory.get(node, frozenset())
+        for key in memory:
+            holders[key].append(node)
+        if not filled.isdisjoint(memory):
             found.add(node)
+        if found.isdisjoint(node.all_input_nodes):
+            continue
+        if flow.is_tensor(node):
+            found.add(node)
+        written = node.kwargs.get("out", node.args[0] if node.args and operators.writes(node) else None)
+        if isinstance(written, fx.Node) and written not in found:
+            filled |= flow.memory.get(written, frozenset())
+            found.update(*(holders[key] for key in filled))
     return found
 
 

@@ -1,6 +1,6 @@
 """Floor 2: what each node of a graph yields for the example images: shapes, and which tensors share memory.
 
-Imports torch and `published` only.
+Imports torch and floor 1.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from ..errors import SiteError
 from ..hooks import entering, has_hooks, has_own_forward, may_keep
 from ..published import published_operator
+from ..state import kept_buffers
 
 # They keep their input's shape; so do published operators, which look at values. Asking for a fake batch norm took 8 ms
 # of Python (torch 2.15, one core), which was three quarters of the time in a network of conv, norm and activation; a
@@ -60,13 +62,20 @@ class Flow:
 def propagate(graph_module: fx.GraphModule, images: Tensor) -> Flow:
     """Return the flow of ``images`` through a graph, without computing where every operator has a fake."""
     recorder = _Recorder(graph_module)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            return recorder.record(fake.from_tensor(images))
-    except Exception:
-        # Some operator has no fake or looks at values. The model has run on these images before: run it.
-        with torch.random.fork_rng([images.device] if images.is_cuda else []):
-            return _Recorder(graph_module).record(images.clone())
+    with kept_buffers(graph_module):
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+                return recorder.record(fake.from_tensor(images))
+        except Exception:
+            # Some operator has no fake or looks at values. The model has run on these images before: run it.
+            try:
+                with torch.random.fork_rng([images.device] if images.is_cuda else []):
+                    return _Recorder(graph_module).record(images.clone())
+            except Exception as error:
+                raise SiteError(
+                    f"the model fails under torch.no_grad(): {str(error).split(chr(10))[0]}. What wants gradients in "
+                    "forward goes under torch.enable_grad()"
+                ) from error
 
 
 def recorded(graph: fx.Graph) -> Flow:

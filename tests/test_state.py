@@ -1,0 +1,134 @@
+"""State: what forward does to buffers, parameters and attributes is the base's, and capturing leaves no trace of it."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import meansparse_fx as msfx
+from meansparse_fx.capture import capture
+from meansparse_fx.errors import CaptureError
+from tests.models import Functional
+
+IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Counting(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.change = change
+        self.register_buffer("seen", torch.full((4,), 0.5))
+
+    def forward(self, x):
+        h = self.conv(x)
+        before = self.seen
+        self.change(self, h.detach().mean((0, 2, 3)))
+        return F.relu(h - self.seen[:, None, None]) * before.exp()[:, None, None]
+
+
+def added(model, mean):
+    model.seen += mean
+
+
+def assigned(model, mean):
+    model.seen = 0.9 * model.seen + 0.1 * mean
+
+
+def assigned_twice(model, mean):
+    model.seen.mul_(0.5)
+    model.seen = model.seen + mean
+    model.seen = model.seen * 2
+
+
+def in_place(model, mean):
+    model.seen.mul_(0.9).add_(mean, alpha=0.1)
+
+
+def by_data(model, mean):
+    model.seen.data.add_(mean)
+
+
+def by_index(model, mean):
+    model.seen[1:3] = mean[1:3]
+
+
+def counted(model, mean):
+    model.seen += 1
+
+
+CHANGES = [added, assigned, assigned_twice, in_place, by_data, by_index, counted]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_buffers_that_forward_changes_are_the_bases(change):
+    model = Counting(change).eval()
+    start = model.seen.clone()
+    sparse = msfx.transform(model, IMAGES)
+    assert torch.equal(model.seen, start)
+    assert torch.equal(sparse.seen, start)
+    for _ in range(3):
+        a, b = IMAGES.clone().requires_grad_(), IMAGES.clone().requires_grad_()
+        expected, actual = model(a), sparse(b)
+        expected.square().sum().backward()
+        actual.square().sum().backward()
+        assert torch.equal(actual, expected)
+        assert torch.equal(b.grad, a.grad)
+        assert torch.equal(sparse.seen, model.seen)
+    assert not torch.equal(model.seen, start)
+    assert torch.equal(copy.deepcopy(sparse)(IMAGES), model(IMAGES))
+
+
+def test_a_buffer_that_gets_another_shape_is_refused():
+    def wider(model, mean):
+        model.spare = mean[:1]
+
+    model = Counting(wider).eval()
+    model.register_buffer("spare", torch.zeros(3))
+    with pytest.raises(CaptureError, match=r"forward gives spare a value that no graph does: write spare\.copy_"):
+        capture(model, IMAGES)
+
+
+def test_a_number_that_forward_counts_is_named():
+    def counting(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        return F.relu(x) * self.calls
+
+    model = Functional(counting).eval()
+    model.calls = 0
+    with pytest.raises(CaptureError, match="It gives calls new values whenever it runs, which no graph does"):
+        capture(model, IMAGES)
+    assert model.calls == 0
+
+
+def test_what_an_earlier_forward_left_is_not_taken_for_this_ones():
+    def keeping(self, x):
+        self.kept = F.relu(self.conv(x))
+        return self.kept * 2
+
+    model = nn.Sequential(Functional(keeping, conv=nn.Conv2d(3, 4, 3))).eval()
+    with torch.no_grad():
+        model(IMAGES)
+    sparse = msfx.transform(model, IMAGES)
+    assert torch.equal(sparse(IMAGES), model(IMAGES))
+    with pytest.raises(AttributeError, match="kept"):
+        _ = sparse.get_submodule("0").kept
+
+
+def test_gradients_of_parameters_are_left_alone():
+    def attacking(self, x):
+        with torch.enable_grad():
+            z = x.detach().clone().requires_grad_()
+            F.relu(self.conv(z)).square().sum().backward()
+        return F.relu(self.conv(x + z.grad))
+
+    model = Functional(attacking, conv=nn.Conv2d(3, 4, 3)).eval()
+    model(IMAGES)
+    before = model.conv.weight.grad.clone()
+    with pytest.raises(CaptureError, match=r"symbolic trace stopped in Functional at .*test_state.py"):
+        capture(model, IMAGES)
+    assert type(model.conv.weight.grad) is torch.Tensor
+    assert torch.equal(model.conv.weight.grad, before)
