@@ -102,9 +102,7 @@ class Evaluation(Tabled):
         return self._conclusion() + doubt
 
     def _conclusion(self) -> str:
-        # With a base of its own alpha 0 is a comparison, too.
-        same = all(torch.equal(getattr(self.base, name), getattr(self.sparse, name)) for name in ("clean", "worst"))
-        if same and not any(self.alpha.values() if isinstance(self.alpha, dict) else [self.alpha]):
+        if not self.sparse.robust:  # `evaluate` attacks nothing then
             return "Nothing compared: alpha is 0, so the model is its base; set_alpha gives it another."
         gain, exact, masked = self.gain, self.exact_gain, self.masked
         if not any("/" in name and not name.endswith("/exact") for name in self.sparse.robust):
