@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .activations import ActivationCall
 from .arguments import number
@@ -101,6 +101,9 @@ class MeanSparse(nn.Module):
             residual, shortcut: Of x's shape.
             layer_scale: C numbers, whatever their shape.
         """
+        if isinstance(x, fx.Proxy):  # to whoever traces a transformed model the operator is one call
+            given = x, weight, fused, residual, layer_scale, shortcut
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), given, {})
         return self._operator(weight, fused, layer_scale)(x, residual, shortcut)
 
     def _operator(self, weight: Tensor | None, fused: bool, layer_scale: Tensor | None) -> Operator:

@@ -8,7 +8,8 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import meansparse_fx as msfx
 from meansparse_fx.errors import SiteError, StateError, StatisticsError
@@ -316,3 +317,21 @@ def test_train_mode_says_once_what_stays_off(images):
 
 def test_train_mode_says_nothing_where_nothing_stays_off(net, images):
     msfx.transform(net, images).train()
+
+
+@pytest.mark.parametrize("fuse", ["activation", "all"])
+def test_an_operator_is_one_call_to_whoever_traces_a_transformed_model(images, fuse):
+    block = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+    model = Functional(lambda self, x: self.block(x).mean((2, 3)), block=block).eval().requires_grad_(False)
+    sparse = msfx.transform(model, images, fuse=fuse)
+    msfx.calibrate(sparse, [images], progress=False)
+    msfx.set_alpha(sparse, 0.5)
+    traced, extractor = fx.symbolic_trace(sparse), create_feature_extractor(sparse, {"mean": "y"})
+    assert sum(isinstance(module, MeanSparse) for module in traced.modules()) == 1
+    leaf = images.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(sparse(leaf).sum(), leaf)
+    for other in (traced, lambda x: extractor(x)["y"]):
+        assert torch.equal(other(images), sparse(images))
+        assert torch.equal(torch.autograd.grad(other(leaf).sum(), leaf)[0], expected)
+    msfx.set_alpha(sparse, 0.0)
+    assert torch.equal(traced(images), model(images))
