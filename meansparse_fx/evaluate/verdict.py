@@ -10,7 +10,6 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-import torch
 from rich.table import Table
 
 from ..artifacts import read_json, write_json
