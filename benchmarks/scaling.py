@@ -125,7 +125,7 @@ def plan_rows(bench: Bench, name: str, batch: int, batches: int, devices: list[i
     once = min(max(0.0, 2 * half - whole), whole / 2)  # noise must not make an image cost nothing
     each = (whole - once) / (2 * count)
     sparse = msfx.transform(model, data[0][:2])
-    one, other = (msfx.calibrate(sparse, [part], progress=False) for part in (data[0], data[0].flip(0)[:1]))
+    one, other = (msfx.calibrate(sparse, [part], progress=False) for part in (data[0], 1 - data[0][:1]))
     (merging,) = bench.seconds(lambda: one.merge(other))
     for number in devices:
         seconds = once + IMAGES / number * each + (number - 1) * merging

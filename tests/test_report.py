@@ -141,10 +141,9 @@ def test_headline_admits_that_the_evaluation_is_in_doubt():
 def test_headline_admits_that_nothing_was_won():
     assert headline(evaluation(outcome(90, 60, 61), alpha=0.1)).startswith("No difference shown")
     same = evaluation(outcome(90, 60, 60), alpha=0.0)
-    same = replace(same, sparse=same.base)
-    assert headline(same).startswith("Nothing compared: alpha is 0")
-    other_base = evaluation(outcome(90, 40, 40), alpha=0.0)
-    assert not headline(other_base).startswith("Nothing compared")
+    nothing = replace(same, **{side: replace(getattr(same, side), robust={}) for side in ("base", "sparse")})
+    assert headline(nothing).startswith("Nothing compared: alpha is 0")
+    assert headline(same).startswith("No difference shown"), "with a base of its own alpha 0 is a comparison, too"
 
 
 def test_histogram_is_of_the_operators_input_and_output(calibrated, images):

@@ -131,7 +131,7 @@ def _whole(data: Any, pair: bool) -> tuple[Any, Any] | None:
         return None
     images, labels = parts(data)
     if pair and len(data) == 2:
-        if getattr(labels, "ndim", 1) == 0:
+        if getattr(labels, "ndim", 1) == 0 and images.ndim < 4:
             raise DataError("one image and its label, where batches were expected: images[None], labels[None]")
         return images, labels
     if is_array(labels):

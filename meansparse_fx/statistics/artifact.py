@@ -141,7 +141,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
         kept = {
             n: s
             for n, s in self.sites.items()
-            if n not in left and self.table.get(n, {"kind": None})["kind"] in {None, "published", *kinds}
+            if n not in left and self.table.get(n, {}).get("kind") in {None, "published", *kinds}
         }
         return replace(self, sites=kept)
 
