@@ -30,7 +30,7 @@ from .errors import ArtifactError, WriteError
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor's values in their order, wherever and however it lies."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return tensor.detach().cpu().to_dense().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def digest(*tensors: Tensor) -> str:

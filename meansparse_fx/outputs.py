@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .errors import EvaluationError
@@ -55,6 +56,22 @@ def kind(value: Any) -> str:
         return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     held = ", ".join(str(name) for name, part in found.items() if part is not None)
     return f"{type(value).__name__} of {held or 'nothing'}"
+
+
+def difference(actual: Any, expected: Any) -> str:
+    """Return in what two outputs differ, in words; nothing if they agree bit for bit, NaN being equal to NaN."""
+    (leaves, form), (others, other_form) = flatten(actual), flatten(expected)
+    if form != other_form:
+        return f"returns {kind(actual)} where the model returns {kind(expected)}"
+    for a, b in zip(leaves, others, strict=True):
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+            if (a is not b and type(a) is not type(b)) or a != b:
+                return f"returns {kind(a)} where the model returns {kind(b)}"
+        elif a.shape != b.shape or a.dtype != b.dtype:
+            return f"returns {kind(a)} where the model returns {kind(b)}"
+        elif not torch.equal(a.to_dense().nan_to_num(), b.to_dense().nan_to_num()):
+            return "computes something else than the model"
+    return ""
 
 
 def logits_in(output: Any, logits: Logits = None) -> Tensor:

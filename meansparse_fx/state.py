@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 
 @contextmanager
@@ -36,13 +36,20 @@ def kept_parameters(model: nn.Module) -> Iterator[list[str]]:
 def kept_buffers(model: nn.Module) -> Iterator[None]:
     """Undo what running a model does to its buffers, such as counters."""
     held = [(m._buffers, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    before = [(holder, name, b, b.clone()) for holder, name, b in held if not b.is_inference()]
+    before = [(holder, name, b, _in_memory(b).clone()) for holder, name, b in held if not b.is_inference()]
     try:
         yield
     finally:
         with torch.no_grad():
             for holder, name, buffer, value in before:
-                holder[name] = buffer.copy_(value)
+                _in_memory(buffer).copy_(value)
+                holder[name] = buffer
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """Return a view without what an expanded tensor repeats: nobody may write to that."""
+    repeats = tensor.stride() if tensor.layout is torch.strided else ()
+    return tensor[tuple(slice(None if stride else 1) for stride in repeats)] if 0 in repeats else tensor
 
 
 def write_back(graph: fx.Graph, root: nn.Module, names: set[str]) -> None:

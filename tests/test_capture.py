@@ -508,3 +508,39 @@ def test_numbers_that_are_drawn_and_not_used_are_no_matter():
     random.seed(0), np.random.seed(0)  # noqa: NPY002
     assert after == (random.random(), np.random.uniform())  # noqa: NPY002
     assert graph_module(images).min() == 0
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: x if torch.rand(()).item() < 0.5 else -x,
+        lambda x: x * int(torch.randint(1, 4, ())),
+        lambda x: F.pad(x, (int(torch.randint(0, 3, ())), 0)),
+    ],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_what_torchs_random_numbers_decide_in_python_is_refused(draw, seed):
+    torch.manual_seed(seed)  # in some the trace draws what the checks draw first
+    with pytest.raises(CaptureError, match=r"(constant|constants) of (torch's )?random numbers"):
+        capture(drawing(draw), torch.rand(2, 3, 8, 8))
+
+
+def test_random_numbers_that_the_graph_draws_itself_are_the_models():
+    model = drawing(lambda x: x + torch.rand_like(x))
+    graph_module = capture(model, images := torch.rand(2, 3, 8, 8)).graph_module
+    for seed in range(3):
+        torch.manual_seed(seed)
+        expected = model(images)
+        torch.manual_seed(seed)
+        assert torch.equal(graph_module(images), expected)
+
+
+def test_what_forward_keeps_out_of_sight_is_named():
+    kept = []
+
+    def keep(x):
+        kept.append(0)
+        return x * len(kept)
+
+    with pytest.raises(CaptureError, match="Run again on the same images it returns something else"):
+        capture(drawing(keep), torch.rand(2, 3, 8, 8))

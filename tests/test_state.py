@@ -132,3 +132,16 @@ def test_gradients_of_parameters_are_left_alone():
         capture(model, IMAGES)
     assert type(model.conv.weight.grad) is torch.Tensor
     assert torch.equal(model.conv.weight.grad, before)
+
+
+@pytest.mark.parametrize("buffer", [torch.ones(1).expand(4), torch.eye(4).to_sparse()], ids=["expanded", "sparse"])
+def test_buffers_that_are_not_one_value_a_place_are_left_alone(buffer):
+    def forward(self, x):
+        mean = F.relu(self.conv(x)).mean((2, 3))
+        return mean + self.own if self.own.layout is torch.strided else (self.own @ mean.t()).t()
+
+    model = Functional(forward, conv=nn.Conv2d(3, 4, 3)).eval()
+    model.register_buffer("own", buffer)
+    sparse = msfx.transform(model, IMAGES)
+    assert torch.equal(sparse(IMAGES), model(IMAGES))
+    assert torch.equal(sparse.own.to_dense(), buffer.to_dense())

@@ -91,11 +91,9 @@ def allocated_like(tensor: Tensor) -> Tensor:
 
 
 def generator_state(device: torch.device) -> bytes:
-    """Return what the device's random numbers follow from, and move on: after a second call it is another."""
+    """Return what the device's random numbers follow from."""
     of_cpu = device.type == "cpu"
-    state = digest(torch.get_rng_state() if of_cpu else torch.get_device_module(device).get_rng_state(device))
-    torch.rand((), device=device)
-    return state
+    return digest(torch.get_rng_state() if of_cpu else torch.get_device_module(device).get_rng_state(device))
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -133,11 +131,14 @@ def layout_of(value: Any) -> Any:
 
 
 def drawn(args: tuple, kwargs: dict) -> bytes:
-    """Return what the numbers of a random call follow from: seeding is no operator call."""
+    """Return what the numbers of a random call follow from, and move on: seeding is no operator call."""
     if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
         raise Unrecordable("random numbers of a generator of its own")
     operand = next(tensors((args, kwargs)), None)
-    return generator_state(torch.device(kwargs.get("device") or ("cpu" if operand is None else operand.device)))
+    device = torch.device(kwargs.get("device") or ("cpu" if operand is None else operand.device))
+    state = generator_state(device)
+    torch.rand((), device=device)
+    return state
 
 
 def same_types(func: Any, operands: list[Tensor], device: torch.device) -> bool:

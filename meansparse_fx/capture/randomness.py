@@ -1,4 +1,4 @@
-"""Floor 2: random numbers that no graph draws: Python's and NumPy's. Traced, they would be the same for ever."""
+"""Floor 2: random numbers that no graph draws anew: Python's, NumPy's, and those of torch that a branch hangs on."""
 
 from __future__ import annotations
 
@@ -47,3 +47,19 @@ def check_unused(run: Callable[[], Any], differ: Callable[[Any, Any], str | None
                     "forward draws random numbers of Python or NumPy, and a graph would repeat the first: draw them "
                     "with torch"
                 )
+
+
+def check_drawn_anew(
+    model: Callable[..., Any], graph: Callable[..., Any], differ: Callable[[Any, Any], str | None]
+) -> None:
+    """Raise CaptureError if a graph repeats what torch's random numbers were when it was traced.
+
+    Args:
+        model, graph: Run under torch's generators at ``seed``.
+        differ: Says how two results differ, if they do.
+    """
+    if any(differ(graph(seed=seed), model(seed=seed)) for seed in range(1, SEEDS)):
+        raise CaptureError(
+            "forward makes a Python number, a branch or a constant of random numbers of torch, and a graph would "
+            "repeat the first: keep them in tensors that have the images' batch, as torch.rand_like does"
+        )

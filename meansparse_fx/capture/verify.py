@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,17 @@ from torch import Tensor, fx, nn
 
 from ..errors import CaptureError
 from ..hooks import hint_of_hooks, may_keep
-from ..outputs import flatten, kind
+from ..outputs import difference, flatten
 from ..state import kept_buffers, kept_parameters
 from .copies import copied, state_of
 from .counting import ActivationCounter, WrittenOut, count_activations, hides_an_activation
 from .derivatives import applied_functions, without_checkpoints
-from .randomness import check_unused, put_back
+from .dispatched import generator_state
+from .randomness import check_drawn_anew, check_unused, put_back
 from .recording import Forms, Halted, Recording, record
 
 _HERE, _TORCH, _FX = (f"{Path(file).parent}/" for file in (__file__, torch.__file__, fx.__file__))
-
 _DYNAMO = f"{_TORCH}_dynamo/"  # around everything that is compiled no more
-
 _OWN_BACKWARD = "own backward: an activation inside of {}, a torch.autograd.Function, which has its own gradient"
 
 
@@ -66,6 +66,7 @@ class Reference:
     _own_backwards: frozenset[type] = frozenset()  # Functions that call activations, each then one itself
     _outputs: tuple[Any, ...] | None = None
     _changed: str = ""
+    _draws: bool = False  # random numbers of torch
     _forms: Forms = field(default_factory=dict)
 
     @classmethod
@@ -80,7 +81,7 @@ class Reference:
             except Exception:  # values are asked for, an operator needs data, or the model fails: computing tells
                 reference._compute()
             if drawn():
-                check_unused(lambda: _run(shadow(model), images[:2]), _difference)
+                check_unused(lambda: _run(shadow(model), images[:2]), difference)
         return reference
 
     def check(self, graph_module: fx.GraphModule) -> str:
@@ -103,6 +104,10 @@ class Reference:
         same = bool(self.recordings) and self._records_the_same(graph_module)
         if not same:
             self._check_numbers(graph_module)
+        if self._draws:
+            with _copied_leaves(graph_module), kept_buffers(graph_module):
+                runs = (partial(_run, model, self.batches[0]) for model in (shadow(self.model), graph_module))
+                check_drawn_anew(*runs, difference)
         with _copied_leaves(graph_module), WrittenOut(graph_module) as mode:
             if mode.leaves:
                 with kept_buffers(graph_module):
@@ -116,8 +121,9 @@ class Reference:
         mirrored = state_of(own, state)
         counter, recordings = ActivationCounter(own), []
         for batch in self.batches:
-            with _conditions(batch), kept_parameters(own), counter:
+            with _conditions(batch) as drawn, kept_parameters(own), counter:
                 recordings.append(record(own, batch, mirrored, self._forms))
+                self._draws |= drawn()
         if any(now is not mirrored[name] for name, now in state_of(own, state).items()):
             raise CaptureError("it gives a buffer new values, which is no operator call")
         self.recordings = tuple(recordings)
@@ -142,8 +148,9 @@ class Reference:
         counter, outputs = ActivationCounter(own), []
         for batch in self.batches:
             try:
-                with kept_parameters(own) as reassigned, counter:
-                    outputs.append((_run(own, batch), {name: b.clone() for name, b in own.named_buffers()}))
+                with kept_parameters(own) as reassigned, counter, _conditions(batch, wanted=False) as drawn:
+                    outputs.append((own(batch.clone()), {name: b.clone() for name, b in own.named_buffers()}))
+                    self._draws |= drawn()
             except Exception as error:
                 raise CaptureError(
                     f"{type(own).__name__} itself fails on images of shape {list(batch.shape)}, dtype {batch.dtype}, "
@@ -166,14 +173,14 @@ class Reference:
                     raise CaptureError(
                         f"the captured graph fails on a batch of {len(batch)}: {type(error).__name__}: {error}"
                     ) from error
-                if difference := _difference(actual, expected):
+                if differs := difference(actual, expected):
                     raise CaptureError(
-                        f"the captured graph {difference} on a batch of {len(batch)}{self._where(graph_module)}. A "
+                        f"the captured graph {differs} on a batch of {len(batch)}{self._where(graph_module)}. A "
                         "branch on the type of a tensor does that, or a tensor that is changed in place under two "
-                        f"names{self._changed}"
+                        f"names{self._changed or self._unsteady()}"
                     )
                 for name, buffer in graph_module.named_buffers():
-                    if name in state and _difference(buffer, state[name]):
+                    if name in state and difference(buffer, state[name]):
                         raise CaptureError(f"forward gives {name} a value that no graph does: write {name}.copy_(...)")
         for batch in self.batches:
             with kept_buffers(graph_module):
@@ -198,6 +205,15 @@ class Reference:
         with kept_parameters(own):
             return _gradients(own, batch)
 
+    def _unsteady(self) -> str:
+        """Return why no graph can do what the model does, if it depends on more than the images."""
+        if self._draws:
+            return ". It makes numbers, branches or constants of torch's random numbers, and a graph repeats the first"
+        own = shadow(self.model)
+        if difference(_run(own, self.batches[0]), _run(own, self.batches[0])):
+            return ". Run again on the same images it returns something else: what forward keeps belongs in a buffer"
+        return ""
+
     def _where(self, graph_module: fx.GraphModule) -> str:
         """Return where model and graph part, as far as recordings tell."""
         batch, own, state = self.batches[0], shadow(self.model), state_of(self.model)
@@ -217,16 +233,18 @@ class Reference:
 
 
 @contextmanager
-def _conditions(images: Tensor, wanted: bool = True) -> Iterator[None]:
-    """Run with gradients or without, with the same random numbers each time and none used up."""
+def _conditions(images: Tensor, wanted: bool = True, seed: int = 0) -> Iterator[Callable[[], bool]]:
+    """Run with gradients or without, with the same random numbers each time; yield what tells whether any was drawn."""
     devices = [images.device] if images.is_cuda else []
     with torch.random.fork_rng(devices), torch.set_grad_enabled(wanted), plain_attention():
-        torch.manual_seed(0)
-        yield
+        torch.manual_seed(seed)
+        generators = [torch.device("cpu"), *devices]
+        before = [*map(generator_state, generators)]
+        yield lambda: [*map(generator_state, generators)] != before
 
 
-def _run(model: nn.Module, images: Tensor) -> Any:
-    with _conditions(images, wanted=False):
+def _run(model: nn.Module, images: Tensor, seed: int = 0) -> Any:
+    with _conditions(images, wanted=False, seed=seed):
         return model(images.clone())
 
 
@@ -272,22 +290,6 @@ def _copied_leaves(graph_module: fx.GraphModule) -> Iterator[None]:
     finally:
         for owner, name, module in replaced:
             owner._modules[name] = module
-
-
-def _difference(actual: Any, expected: Any) -> str:
-    """Return in what two outputs differ, in words; nothing if they agree bit for bit, NaN being equal to NaN."""
-    (leaves, form), (others, other_form) = flatten(actual), flatten(expected)
-    if form != other_form:
-        return f"returns {kind(actual)} where the model returns {kind(expected)}"
-    for a, b in zip(leaves, others, strict=True):
-        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-            if (a is not b and type(a) is not type(b)) or a != b:
-                return f"returns {kind(a)} where the model returns {kind(b)}"
-        elif a.shape != b.shape or a.dtype != b.dtype:
-            return f"returns {kind(a)} where the model returns {kind(b)}"
-        elif not torch.equal(a.nan_to_num(), b.nan_to_num()):
-            return "computes something else than the model"
-    return ""
 
 
 def _same_gradient(actual: Tensor | None, expected: Tensor | None) -> bool:
