@@ -11,7 +11,6 @@ from torch import Tensor
 
 MOST_MARKS = 2**15  # that are kept, 256 KiB; of more images the least
 MOST_VALUES = 1024
-_SPREAD = -7046029254386353131
 SHARED = 0.005  # of a set's images that may be in another: data sets have a few twice
 
 Part = tuple[str, int, int]  # of an image set: its identity, the first position, the one after the last
@@ -36,10 +35,9 @@ def image_marks(images: Tensor) -> Tensor:
         places = np.unravel_index(source.random_raw(MOST_VALUES) % math.prod(shape), shape)
         axes = [torch.arange(len(images))[:, None], *map(torch.from_numpy, places)]
         values = values[tuple(axis.to(images.device) for axis in axes)]
-    values = (values.reshape(len(images), -1).float() * 65535).round().double()
-    weights = torch.from_numpy((source.random_raw(values.shape[1]) >> 39).astype(np.float64)).to(images.device)
-    # Whole numbers, their sum below 2**53: exact in any order. Times an odd number it is spread over all of int64.
-    return (values @ weights).to(torch.int64) * _SPREAD
+    values = (values.reshape(len(images), -1).float() * 65535).round().to(torch.int64)
+    weights = torch.from_numpy(source.random_raw(values.shape[1]).view(np.int64)).to(images.device)
+    return (values * weights).sum(1)  # modulo 2**64: the same in any order, however large the values are
 
 
 def least_marks(parts: Sequence[Tensor]) -> Tensor:

@@ -54,6 +54,11 @@ def test_marks_are_of_what_is_seen():
     assert (seen.image_marks(large) == marks).tolist() == [True, False, False]
 
 
+def test_marks_are_the_same_in_any_batch_however_large_the_values_are():
+    images = 255 * torch.rand(64, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.cat([seen.image_marks(part) for part in images.split(5)]), seen.image_marks(images))
+
+
 def test_of_many_images_a_sample_tells(monkeypatch):
     monkeypatch.setattr(seen, "MOST_MARKS", 500)
     marks = seen.image_marks(torch.rand(4000, 8, generator=torch.Generator().manual_seed(0)))
