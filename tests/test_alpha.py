@@ -358,7 +358,7 @@ def test_the_commands_pass_a_choice_on(tmp_path):
     choice.write_text(json.dumps(found | {"alpha": 0.0, "leader": 0.2}))
     failed = CliRunner().invoke(app, [str(a) for a in command])
     assert "nothing to compare. --alpha 0.2" in failed.stderr
-    assert len(found["images"]) == 12
+    assert len(found["marks"]) == 12
     assert found["threat"]["eps"] == 0.1
 
 

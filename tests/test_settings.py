@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import meansparse_fx as msfx
 from meansparse_fx import settings
 from meansparse_fx.errors import ArtifactError, EvaluationError, StateError, StatisticsError
+from meansparse_fx.operators import added
 
 
 @pytest.fixture
@@ -344,6 +345,11 @@ def test_evaluate_says_what_the_choice_saw(net, images, labels, chosen, tmp_path
         assert [passed for passed, _ in again.values()] == [False, False]
         assert "eps 0.03, and this is Linf eps 0.05" in again["threat of the choice"][1]
         assert again["unseen images"][1].startswith("2 of 6 images were used to choose alpha")
+
+
+def test_a_choice_that_kept_no_marks_claims_nothing_of_images(images, labels, chosen):
+    del added(chosen).choice["marks"]  # searches of earlier versions kept digests of another kind
+    assert list(found(msfx.evaluate(chosen, (images, labels), **SEARCH, sanity_images=0))) == ["threat of the choice"]
 
 
 def test_no_choice_no_checks_of_it(images, labels, sparse):

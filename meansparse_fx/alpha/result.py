@@ -169,7 +169,7 @@ class AlphaSearch(Tabled):
             others,
             refinement,
             threat,
-            tuple(known.get("images", ())),
+            tuple(known.get("marks", ())),
         )
 
     def save(self, path: str | Path) -> None:
@@ -213,7 +213,7 @@ class AlphaSearch(Tabled):
             "leader": self.leader,
             "clean_budget": self.clean_budget,
             "threat": self.threat and asdict(self.threat),
-            "images": list(self.images),
+            "marks": list(self.images),
             "rows": rows,
         }
         if self.refinement is not None:

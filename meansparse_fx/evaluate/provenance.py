@@ -86,7 +86,9 @@ def checks_of_choice(choice: Mapping[str, Any] | None, settings: AttackSettings,
             f", and this is {settings.norm} eps {settings.eps:.4g}: what is best under one need not be under the other"
         )
     yield Check("threat of the choice", same, finding)
-    known = {*choice.get("images", ())}
+    known = {*choice.get("marks", ())}
+    if not known:  # of a search that kept none
+        return
     count = sum(mark in known for mark in hexadecimal(marks))
     finding, passed = f"{count} of {len(marks)} images were used to choose alpha", count <= SHARED * len(marks)
     yield Check("unseen images", passed, finding + ("" if passed else ": too good a gain on them; evaluate on others"))
