@@ -1,6 +1,8 @@
 """State: what forward does to buffers, parameters and attributes is the base's, and capturing leaves no trace of it."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -145,3 +147,14 @@ def test_buffers_that_are_not_one_value_a_place_are_left_alone(buffer):
     sparse = msfx.transform(model, IMAGES)
     assert torch.equal(sparse(IMAGES), model(IMAGES))
     assert torch.equal(sparse.own.to_dense(), buffer.to_dense())
+
+
+def test_a_model_that_nobody_holds_is_freed():
+    for kept in (torch.overrides.get_ignored_functions, torch.overrides._get_overridable_functions):
+        kept.cache_clear()  # as in a process that captures its first model
+    model = Functional(lambda self, x: F.relu(self.conv(x)), conv=nn.Conv2d(3, 4, 3)).eval()
+    weight = weakref.ref(model.conv.weight)
+    msfx.transform(model, IMAGES)
+    del model
+    gc.collect()
+    assert weight() is None

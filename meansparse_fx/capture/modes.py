@@ -59,6 +59,7 @@ def modes_as_calls(call: Callable[..., fx.Node], is_tracing: Callable[[], bool])
         call: Makes a node, of a function and its arguments.
         is_tracing: Whether what runs now is traced; else modes are only what they are.
     """
+    torch.overrides.get_overridable_functions()  # kept for ever once torch asks for it: not with what stands in here
     thread = threading.get_ident()
 
     def traced() -> bool:
