@@ -544,3 +544,18 @@ def test_what_forward_keeps_out_of_sight_is_named():
 
     with pytest.raises(CaptureError, match="Run again on the same images it returns something else"):
         capture(drawing(keep), torch.rand(2, 3, 8, 8))
+
+
+def test_a_constant_is_expanded_to_the_batch():
+    def positions(self, x):
+        steps = torch.arange(8.0, device=x.device)
+        return (
+            F.relu(x + steps.expand(x.shape[0], 3, 8, -1))
+            + steps.expand((x.shape[0], 3, 8, 8))
+            + steps[:, None].expand(8, 8)
+        )
+
+    model = of(positions)
+    captured = capture(model, IMAGES)
+    assert captured.route == SYMBOLIC
+    assert torch.equal(captured.graph_module(IMAGES), model(IMAGES))

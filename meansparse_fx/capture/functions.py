@@ -16,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
@@ -62,6 +62,19 @@ def _relaying(answer: Callable[[tuple, dict], Any], instead_of: CodeType) -> Cod
     """Return code that calls ``answer(args, kwargs)`` and fits a function with that code's closure."""
     constants = tuple(answer if constant == "answer" else constant for constant in _relay.__code__.co_consts)
     return _relay.__code__.replace(co_consts=constants, co_freevars=instead_of.co_freevars)
+
+
+@contextmanager
+def expanded_by_tuples() -> Iterator[None]:
+    """Give `Tensor.expand` its sizes as one tuple: given one by one, torch does not see that one is a proxy."""
+    expand = Tensor.expand
+
+    def by_tuple(tensor: Tensor, *size: Any, **options: Any) -> Any:
+        whole = size if len(size) != 1 or isinstance(size[0], fx.Proxy) else size[0]
+        return expand(tensor, whole, **options) if size else expand(tensor, **options)
+
+    with mock.patch.object(Tensor, "expand", by_tuple):
+        yield
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from .derivatives import (
     register_hook,
     without_checkpoints,
 )
-from .functions import as_single_calls
+from .functions import as_single_calls, expanded_by_tuples
 from .modes import modes_as_calls, settle_modes
 from .preconditions import input_name
 from .verify import plain_attention, shadow, source_line
@@ -108,6 +108,7 @@ class ModelTracer(fx.Tracer):
             applied_by(self._apply, lambda value: isinstance(value, fx.Proxy)) as self.looking,
             modes_as_calls(self._call, lambda: not self._evaluating),
             without_checkpoints(),
+            expanded_by_tuples(),
             as_single_calls(registered_functions(), self._registered),
         ):
             graph = super().trace(root, concrete_args)
