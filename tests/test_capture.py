@@ -548,7 +548,7 @@ def test_what_forward_keeps_out_of_sight_is_named():
 
 def test_a_constant_is_expanded_to_the_batch():
     def positions(self, x):
-        steps = torch.arange(8.0, device=x.device)
+        steps = torch.arange(8.0)
         return (
             F.relu(x + steps.expand(x.shape[0], 3, 8, -1))
             + steps.expand((x.shape[0], 3, 8, 8))

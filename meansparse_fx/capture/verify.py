@@ -106,8 +106,8 @@ class Reference:
             self._check_numbers(graph_module)
         if self._draws:
             with _copied_leaves(graph_module), kept_buffers(graph_module):
-                runs = (partial(_run, model, self.batches[0]) for model in (shadow(self.model), graph_module))
-                check_drawn_anew(*runs, difference)
+                own, graph = (partial(_run, m, self.batches[0]) for m in (shadow(self.model), graph_module))
+                check_drawn_anew(own, graph, difference)
         with _copied_leaves(graph_module), WrittenOut(graph_module) as mode:
             if mode.leaves:
                 with kept_buffers(graph_module):
