@@ -206,7 +206,7 @@ def test_attacks_meet_the_logits_alone(kind, logits, fuse, tmp_path):
     found, searched = [], []
     for other, where in ((kind, logits), ("", None)):
         sparse = msfx.transform(network(other), IMAGES, fuse=fuse)
-        msfx.calibrate(sparse, [IMAGES], progress=False)
+        msfx.calibrate(sparse, [IMAGES.flip(-1)], progress=False)  # others than those attacked
         msfx.set_alpha(sparse, 0.3)
         file = tmp_path / f"{other}.safetensors"
         result = msfx.evaluate(sparse, (IMAGES, LABELS), logits=where, save_adversarial=file, **ATTACKS)
