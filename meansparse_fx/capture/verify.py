@@ -211,7 +211,7 @@ class Reference:
             return ". It makes numbers, branches or constants of torch's random numbers, and a graph repeats the first"
         own = shadow(self.model)
         if difference(_run(own, self.batches[0]), _run(own, self.batches[0])):
-            return ". Run again on the same images it returns something else: what forward keeps belongs in a buffer"
+            return ". Run again on the same images it returns something else: keep state in buffers, use rand_like"
         return ""
 
     def _where(self, graph_module: fx.GraphModule) -> str:
