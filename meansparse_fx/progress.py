@@ -13,8 +13,9 @@ def bar(enabled: bool = True) -> Progress:
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("|"),
         TimeRemainingColumn(),
+        TextColumn("left"),
         disable=not enabled,
     )
 

@@ -101,7 +101,7 @@ def terminal_width() -> int:
 def as_latex(table: Table) -> str:
     """Return ``table`` as a tabular of the LaTeX package booktabs, title and caption in comments."""
     words = [*(table.title or "").splitlines(), *(table.caption or "").splitlines()]  # type: ignore[union-attr]
-    heads = [str(column.header).replace("/\n", "/").replace("\n", " ") for column in table.columns]
+    heads = [re.sub(r"(?<=[/-])\n", "", str(column.header)).replace("\n", " ") for column in table.columns]
     rows = [" & ".join(map(_in_latex, row)) for row in zip(*(map(str, c.cells) for c in table.columns), strict=True)]
     sides = "".join((column.justify or "left")[0] for column in table.columns)
     return "\n".join(

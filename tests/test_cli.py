@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -78,8 +79,8 @@ def statistics(tmp_path, model, data):
     return path
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+def run(*arguments, **options):
+    return CliRunner().invoke(app, [str(a) for a in arguments], **options)
 
 
 def check_error(done, *words):
@@ -107,12 +108,19 @@ def test_module_is_the_same_command():
 
 @pytest.mark.parametrize("command", [command.__name__ for command in COMMANDS])
 def test_help_says_what_a_command_is_for(command):
-    done = run(command, "--help")
+    done = run(command, "--help", env={"COLUMNS": "80"})
     assert done.exit_code == 0
     assert "Usage" in done.stdout
+    assert "…" not in done.stdout  # in 80 columns nothing is cut off
+
+
+@pytest.mark.parametrize("command", [command.__name__ for command in COMMANDS])
+def test_help_says_all_that_options_say(command):
+    done = run(command, "--help", env={"COLUMNS": "160"})
     shown = " ".join(done.stdout.replace("│", " ").split())  # brackets are markup: what stood there would be missing
-    assert "or 224." in shown or "--image-size" not in shown
-    assert "Else that of --settings." in shown or "looked best to select" not in shown
+    for option in typer.main.get_command(app).commands[command].params:
+        assert " ".join((option.help or "").split()) in shown
+        assert not isinstance(option.show_default, str) or option.show_default in shown
 
 
 def test_inspect(model):

@@ -63,7 +63,7 @@ class OptionalModel(ModelOptions):
 
 def card(
     model: OptionalModel,
-    report: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="report.json of evaluate --out.")],
+    report: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="report.json of evaluate --report.")],
     out: Annotated[Path, typer.Option(help="Folder for config.json, model.safetensors, README.md and the settings.")],
     shape: Shape = None,
 ) -> None:
@@ -112,7 +112,7 @@ def _read(path: Path, settings: Settings) -> dict[str, Any]:
         found = json.loads(path.read_text("utf-8"))
         measured, alpha, _, _ = found["calibration"]["fingerprint"], found["alpha"], found["model"], found["headline"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: not a report.json that evaluate --out wrote ({error!r})") from error
+        raise ArtifactError(f"{path}: not a report.json that evaluate --report wrote ({error!r})") from error
     if measured != settings.statistics.fingerprint:
         raise StateError(f"{path}: of a model with other weights than {settings.path} is of")
     own = {row["name"]: row["alpha"] for row in settings.sites}

@@ -12,9 +12,9 @@ from .options import Seed, Steps
 
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the report.")] = Path("demo-out"),
-    calibration_images: Annotated[int, typer.Option(min=2, max=2000)] = 2000,
-    selection_images: Annotated[int, typer.Option(min=1, max=2000)] = 2000,
-    test_images: Annotated[int, typer.Option(min=1, max=2000)] = 1000,
+    calibration_images: Annotated[int, typer.Option(min=2, max=2000, help="To measure statistics on.")] = 2000,
+    selection_images: Annotated[int, typer.Option(min=1, max=2000, help="To choose alpha on.")] = 2000,
+    test_images: Annotated[int, typer.Option(min=1, max=2000, help="To compare with the base on.")] = 1000,
     steps: Steps = 30,
     seed: Seed = 0,
 ) -> None:

@@ -1,19 +1,21 @@
 """Floor 6: the options that commands share, in groups, each written once.
 
 A group is a frozen dataclass whose fields are options; a command takes the group as one parameter, and
-`with_groups_as_options` shows typer the fields. To give all commands that load a model one more option, add one field
-to `ModelOptions`.
+`with_groups_as_options` shows typer the fields, in help under the group's docstring. To give all commands that load a
+model one more option, add one field to `ModelOptions`.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from copy import copy
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from ..errors import StateError
 from ..names import ATTACK_NAMES, AUTOCAST, NORMS, PLACEMENTS, SPECS, SURROGATES
@@ -75,8 +77,9 @@ class ModelOptions:
         tuple | None,
         typer.Option(
             parser=parsing.normalisation,
-            metavar="imagenet|MEANS/DEVIATIONS",
-            help="Normalise inside the model: images, and so eps, stay in [0, 1].",
+            metavar="imagenet|MEAN/STD",
+            help="Normalise inside the model: images, and so eps, stay in [0, 1]. A number for each channel: "
+            "0.5,0.5,0.5/0.2,0.2,0.2.",
         ),
     ] = None
     placement: Annotated[
@@ -100,7 +103,9 @@ class ModelOptions:
             help="From calibrate or select --out, or msfx.save: placement, statistics, alpha and all the rest.",
         ),
     ] = None
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [cuda if there is one]")] = None
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="cuda if there is one")] = (
+        None
+    )
 
     def __post_init__(self) -> None:
         if self.settings is not None and (self.include or self.exclude or self.placement != "activations"):
@@ -222,7 +227,7 @@ def with_groups_as_options(command: Callable[..., None]) -> Callable[..., None]:
             annotated = [(parameter.name, hints[parameter.name], parameter.default)]
         else:
             types = get_type_hints(group, include_extras=True)
-            annotated = [(f.name, types[f.name], f.default) for f in fields(group)]
+            annotated = [(f.name, _under(group, types[f.name]), f.default) for f in fields(group)]
         parameters += [
             inspect.Parameter(
                 name,
@@ -240,3 +245,11 @@ def with_groups_as_options(command: Callable[..., None]) -> Callable[..., None]:
     call.__name__, call.__doc__ = command.__name__, command.__doc__
     call.__signature__ = inspect.Signature(sorted(parameters, key=lambda p: p.default is not p.empty))  # type: ignore[attr-defined]
     return call
+
+
+def _under(group: type, hint: Any) -> Any:
+    """Return the annotation of a group's field; help shows an option under what the group says it is."""
+    shown = copy(hint.__metadata__[0])
+    if isinstance(shown, OptionInfo):
+        shown.rich_help_panel = (group.__doc__ or "").rstrip(".")
+    return Annotated[hint.__origin__, shown]

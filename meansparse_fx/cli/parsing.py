@@ -54,7 +54,7 @@ def normalisation(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     except ValueError:
         mean = std = ()
     if not mean or len(mean) != len(std) or min(std) <= 0:
-        raise typer.BadParameter(f"{text!r} is neither 'imagenet' nor MEANS/DEVIATIONS such as 0.5,0.5,0.5/0.2,0.2,0.2")
+        raise typer.BadParameter(f"{text!r} is neither 'imagenet' nor MEAN/STD such as 0.5,0.5,0.5/0.2,0.2,0.2")
     return mean, std
 
 

@@ -19,7 +19,8 @@ def figures(
         typer.Argument(
             exists=True,
             dir_okay=False,
-            help="From select --out, evaluate --report (report.json), or calibrate --histograms.",
+            metavar="FILE",
+            help="search.json or report.json of --report, or what calibrate --histograms wrote.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write into.")] = Path(),
@@ -29,8 +30,10 @@ def figures(
             "--format", parser=parsing.name(FORMS), metavar="FORMAT", help=f"Of the figures: {', '.join(FORMS)}."
         ),
     ] = "pdf",
-    site: Annotated[str | None, typer.Option(help="Of a histogram, as show lists it. [the typical one]")] = None,
-    channel: Annotated[int | None, typer.Option(min=0, help="Of the site. [the typical one]")] = None,
+    site: Annotated[
+        str | None, typer.Option(help="Of a histogram, as show lists it.", show_default="the typical one")
+    ] = None,
+    channel: Annotated[int | None, typer.Option(min=0, help="Of the site.", show_default="the typical one")] = None,
     alpha: Annotated[
         Any, typer.Option(parser=parsing.fraction, metavar="ALPHA", help="Half width of a histogram's band.")
     ] = "0.3",

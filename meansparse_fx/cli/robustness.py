@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from torch import fx
 
 HISTOGRAM_IMAGES = 64  # of the test images; enough values for a histogram, few enough for any model's memory
-_SEARCH_ATTACKS = ",".join(SEARCH_ATTACKS)
-_DEFAULT_ATTACKS = ",".join(DEFAULT_ATTACKS)
-_DEFAULT_ALPHAS = ",".join(f"{a:g}" for a in ALPHAS)
+_SEARCH_ATTACKS = ", ".join(SEARCH_ATTACKS)
+_DEFAULT_ATTACKS = ", ".join(DEFAULT_ATTACKS)
+_DEFAULT_ALPHAS = ", ".join(f"{a:g}" for a in ALPHAS)
 
 
 def select(
@@ -208,7 +208,9 @@ def evaluate(
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="From evaluate --save-adversarial.")],
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, metavar="FILE", help="From evaluate --save-adversarial.")
+    ],
     model: MeasuredOptions,
     robustbench: Annotated[
         Path | None,

@@ -24,7 +24,7 @@ def calibrate(
             help="Stop when every mean and deviation is known this well: 0.01 is one per cent of the deviation.",
         ),
     ] = None,
-    histograms: Annotated[bool, typer.Option("--histograms", help="Count each channel's values, for plot.")] = False,
+    histograms: Annotated[bool, typer.Option("--histograms", help="Count each channel's values, for figures.")] = False,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Written now and then; the same command goes on from it. Removed at the end.")
     ] = None,
@@ -82,7 +82,9 @@ def calibrate(
         own_file(checkpoint, rank, world).unlink(missing_ok=True)
 
 
-def show(file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Statistics file.")]) -> None:
+def show(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, metavar="FILE", help="Statistics file.")],
+) -> None:
     """Show what a statistics file holds."""
     from ..statistics import Statistics
     from ..statistics.summary import summary_table
@@ -92,7 +94,10 @@ def show(file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help=
 
 
 def merge(
-    files: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Statistics files of one model.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(exists=True, dir_okay=False, metavar="FILE", help="Statistics files of one model."),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Statistics file to write.")],
 ) -> None:
     """Merge statistics of different images into what one pass over all of them would have measured."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -110,7 +111,8 @@ class Cost(Tabled):
     def table(self) -> Table:
         """Return a rich table: MiB moved in both directions and the calls that move them, a row a site; then sums."""
         caption = f"MiB read and written in forward and backward (calls); {self.images} images, {_word(self.dtype)}"
-        table = new_table("site", "before it", *FORMS, left=("before it",), caption=caption)
+        forms = (re.sub("(?<=[-,]) ?", "\n", form) for form in FORMS)
+        table = new_table("site", "before it", *forms, left=("before it",), caption=caption)
         for site in self.sites:
             table.add_row(site.name, site.before, *(_cell(found.both) for found in site.forms.values()))
         table.add_section()

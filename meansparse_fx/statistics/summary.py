@@ -19,7 +19,7 @@ def summary_table(statistics: Statistics) -> Table:
     """Return the statistics as a rich table: ranges, dead channels, extreme ratios, shares inside the band."""
     facts = [f"{key}: {value}" for key, value in statistics.metadata.items()]
     counted = any(s.histogram is not None for s in statistics.values())
-    columns = ["channels", "dead", "values each", "means", "deviations", "most |mean|/std"]
+    columns = ["channels", "dead", "values each", "mean", "std", "most |mean|/std"]
     if counted:
         columns.append(f"% in band at {', '.join(f'{alpha:g}' for alpha in ALPHAS)}")
     title = "\n".join([f"{len(statistics)} sites, {statistics.images} images", *facts])
