@@ -83,7 +83,8 @@ def read_json(path: str | Path, versions: Mapping[str, int]) -> dict[str, Any]:
         values = json.loads(Path(path).read_text("utf-8"))
         kind, version = values["format"], values["version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: no {what} ({error!r}); if an older release wrote it, make it again") from error
+        why = f"{type(error).__name__}: {error}"  # the repr of a UnicodeDecodeError is the whole file
+        raise ArtifactError(f"{path}: no {what} ({why}); if an older release wrote it, make it again") from error
     if kind not in versions:
         raise ArtifactError(f"{path}: holds {kind}, expected {what}")
     if version > versions[kind]:

@@ -124,7 +124,8 @@ def require_file(path: Path, format: str) -> None:
     if format not in FORMATS:
         raise ArtifactError(f"no export format {format!r}: use one of {', '.join(FORMATS)}")
     if path.suffix != FORMATS[format]:
-        raise ArtifactError(f"{path}: a file of format {format!r} ends in {FORMATS[format]}")
+        others = [f"; format {name!r} ends in {suffix}" for name, suffix in FORMATS.items() if suffix == path.suffix]
+        raise ArtifactError(f"{path}: a file of format {format!r} ends in {FORMATS[format]}{''.join(others)}")
     require_place(path)
 
 

@@ -45,8 +45,8 @@ def headline(evaluation: Evaluation, search: AlphaSearch | None = None) -> str:
     base, sparse = evaluation.base.to_dict(), evaluation.sparse.to_dict()
     change = evaluation.clean_change
     text = (
-        f"{evaluation.verdict} On {evaluation.n_test} test images, {describe_alpha(evaluation.alpha)} takes it from "
-        f"{percent(base['worst_case'])} to {percent(sparse['worst_case'])}, and clean accuracy from "
+        f"{evaluation.verdict} On {evaluation.n_test} test images, {describe_alpha(evaluation.alpha)} takes the worst "
+        f"case from {percent(base['worst_case'])} to {percent(sparse['worst_case'])}, and clean accuracy from "
         f"{percent(base['clean'])} to {percent(sparse['clean'])}: {change.points()} points (95 % intervals)."
     )
     if search and not chosen(evaluation, search):

@@ -121,7 +121,8 @@ class Settings:
                     )
             if fingerprint(sparse) != self.statistics.fingerprint:
                 raise StateError(
-                    f"{self.path}: settings of a model with other weights; {self._first_other_weight(sparse)}"
+                    f"{self.path}: settings of a model with other weights; {self._first_other_weight(sparse)}: load "
+                    "the weights that were calibrated, or calibrate again"
                 )
             for row in self.sites:
                 self._set(found[row["name"]], row)

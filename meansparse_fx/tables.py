@@ -51,7 +51,7 @@ class FittingTable(Table):
             dropped.insert(0, name.replace("/\n", "/"))
         if dropped:
             shown.caption = "\n".join(
-                [*([str(self.caption)] if self.caption else []), f"too wide: {', '.join(dropped)}"]
+                [*([str(self.caption)] if self.caption else []), f"left out, too wide: {', '.join(dropped)}"]
             )
         yield from Table.__rich_console__(shown, console, options)
 

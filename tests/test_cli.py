@@ -230,6 +230,12 @@ def test_select(tmp_path, model, data, statistics):
     assert again.exit_code == 0, again.output
     assert all(p.read_bytes() == written[p.name] for p in (tmp_path / "again").iterdir())
     check_error(run("figures", model.partition(":")[0]), "no meansparse_fx.evaluation or meansparse_fx.search")
+    (tmp_path / "binary").write_bytes(b"\xff" * 5000)
+    refused = [run("figures", tmp_path / "binary")]
+    refused += [run("export", model, "--statistics", statistics, "--alpha", tmp_path / "binary", "--out", "a.pt2")]
+    for done in refused:
+        check_error(done, "UnicodeDecodeError")
+        assert len(done.stderr) < 1000  # and not the whole file
 
 
 def test_evaluate_writes_a_report(tmp_path, model, data, statistics):
@@ -275,7 +281,7 @@ def test_errors_are_one_line(tmp_path, model, data, statistics):
     check_error(run(*attack, "--eps", 2), "eps 2 is more")
     check_error(run(*attack, "--attacks", "square/exact"), "uses no gradient")
     baked = ("export", model, "--statistics", statistics, "--alpha", 0.2, "--out")
-    check_error(run(*baked, tmp_path / "a.onnx"), "ends in .pt2")
+    check_error(run(*baked, tmp_path / "a.onnx"), "ends in .pt2; format 'onnx' ends in .onnx")
 
 
 def test_places_that_cannot_be_written(tmp_path, model, data, statistics, monkeypatch):

@@ -264,7 +264,7 @@ def other_activation(net):
 
 
 OTHER_MODELS = {
-    "weights": (other_weights, r"other weights; the first differing site is slope, behind slope.weight"),
+    "weights": (other_weights, r"other weights; the first differing site is slope, behind slope.weight: load the"),
     "site": (one_site_more, r"first differing site is relu_1 \(relu, .*in the file and conv2.1 \(relu, 8"),
     "activation": (other_activation, r"first differing site is relu \(relu, 8 .* in the file and relu \(silu, 8"),
 }

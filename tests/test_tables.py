@@ -40,7 +40,7 @@ def test_numbers_stay_whole_where_columns_are_left_out():
 
 
 def test_what_is_left_out_is_said():
-    assert "too wide: apgd-t/annealed" in as_text(table(), 60)
+    assert "left out, too wide: apgd-t/annealed" in as_text(table(), 60)
     assert "too wide" not in as_text(table(), 120)
 
 

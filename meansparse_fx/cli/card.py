@@ -112,7 +112,8 @@ def _read(path: Path, settings: Settings) -> dict[str, Any]:
         found = json.loads(path.read_text("utf-8"))
         measured, alpha, _, _ = found["calibration"]["fingerprint"], found["alpha"], found["model"], found["headline"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: not a report.json that evaluate --report wrote ({error!r})") from error
+        why = f"{type(error).__name__}: {error}"
+        raise ArtifactError(f"{path}: not a report.json that evaluate --report wrote ({why})") from error
     if measured != settings.statistics.fingerprint:
         raise StateError(f"{path}: of a model with other weights than {settings.path} is of")
     own = {row["name"]: row["alpha"] for row in settings.sites}

@@ -263,7 +263,7 @@ def put_alpha(sparse: fx.GraphModule, written: str | None) -> None:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(
                 f'{written}: not a file that select --out wrote, or JSON such as {{"alpha": {{"layer1": 0.2}}}} '
-                f"({error!r}); settings are given as --settings"
+                f"({type(error).__name__}: {error}); settings are given as --settings"
             ) from error
         if found.get("threat"):
             added(sparse).choice = found

@@ -82,7 +82,8 @@ class Statistics(Mapping[str, ChannelStatistics]):
         """
         if site is not None and site not in self:
             near = difflib.get_close_matches(site, self, 3) or list(self)[:3]
-            raise StatisticsError(f"the statistics have no site {site!r}; there are {', '.join(near)}, ...")
+            more = ", ..." if len(near) < len(self) else ""
+            raise StatisticsError(f"the statistics have no site {site!r}; there are {', '.join(near)}{more}")
         counted = {name: own for name, own in self.items() if site in (None, name) and own.histogram is not None}
         if not counted:
             where = "" if site is None else f"{site}: "
