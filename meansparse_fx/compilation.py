@@ -137,7 +137,7 @@ class CompileReport:
     def plan(self) -> SitePlan:
         """Every candidate site of all graphs."""
         sites = {site.name: site for plan in self._plans.values() for site in plan}
-        return SitePlan(tuple(sites.values()), f"torch.compile in {len(self._plans)} graph(s)")
+        return SitePlan(tuple(sites.values()), f"torch.compile, graphs: {len(self._plans)}")
 
     @property
     def graphs(self) -> tuple[SitePlan, ...]:
@@ -181,7 +181,7 @@ class CompileReport:
         sites = {n: ChannelStatistics(int(m.count), m.mean.clone(), m.m2.clone()) for n, m in self._moments.items()}
         return Statistics(sites, self._fingerprint, images, {"torch": torch.__version__} | (metadata or {}))
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return "transformed before it was compiled: nothing inserted" if self.transformed else str(self.plan)
 
     # What the back end tells it, graph by graph.

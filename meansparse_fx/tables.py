@@ -18,7 +18,7 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\
 
 
 class Tabled:
-    """What prints as its table, as wide as the terminal, and gives it to LaTeX."""
+    """What prints, and shows in a notebook, as its table, as wide as the terminal, and gives it to LaTeX."""
 
     __slots__ = ()
 
@@ -30,7 +30,7 @@ class Tabled:
         """Return `table` as a tabular of the LaTeX package booktabs."""
         return as_latex(self.table())
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return as_text(self.table())
 
 

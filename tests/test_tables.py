@@ -51,6 +51,7 @@ def test_the_terminal_decides(monkeypatch, net, images):
         monkeypatch.setenv("COLUMNS", str(columns))
         for shown in (statistics, sparse.meta["plan"]):
             lines = str(shown).splitlines()
+            assert repr(shown) == str(shown)  # as a notebook shows it
             assert max(map(len, lines)) <= columns
             assert all(any(line.startswith(name) for line in lines) for name in statistics)
 

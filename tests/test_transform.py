@@ -83,6 +83,12 @@ def test_copies_compute_the_same(sparse, images, copier):
     assert base.state_dict().keys() == msfx.restore(sparse).state_dict().keys()
 
 
+def test_restore_refuses_what_is_not_transformed(net, images, sparse):
+    for model in (net, msfx.restore(sparse)):
+        with pytest.raises(StateError, match="restore needs the GraphModule that transform returned"):
+            msfx.restore(model)
+
+
 def test_restore_leaves_a_functional_activation_its_own_weight(images):
     def forward(self, x):
         return torch.nn.functional.prelu(self.conv(x), self.slope.weight)

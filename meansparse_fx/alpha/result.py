@@ -61,7 +61,7 @@ class Refinement:
     moves: tuple[Move, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class AlphaSearch(Tabled):
     """What a search over alpha found.
 

@@ -77,7 +77,7 @@ class SiteCost:
     forms: dict[str, FormCost]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Cost(Tabled):
     """What a model's sites must move; iterable over `SiteCost`, and printing it gives the table.
 

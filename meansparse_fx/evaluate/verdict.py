@@ -30,7 +30,7 @@ _OTHER_ROWS = {"transfer": "the adversarial images found against the other of th
 TELLING = 0.05
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Evaluation(Tabled):
     """The base and the transformed model under the same attacks on the same images.
 
@@ -218,5 +218,5 @@ class Evaluation(Tabled):
         sides = {"base_miou": self.base.miou, "sparse_miou": self.sparse.miou}
         return {name: miou[row] for name, miou in sides.items() if miou}
 
-    def __str__(self) -> str:
-        return Tabled.__str__(self) + "\n" + fill(self.verdict, terminal_width())
+    def __repr__(self) -> str:
+        return Tabled.__repr__(self) + "\n" + fill(self.verdict, terminal_width())

@@ -10,13 +10,20 @@ from torch import fx
 
 from .. import rewrite
 from ..capture.copies import copied
+from ..errors import StateError
 from ..nn import MeanSparse
 from ..rewrite import PREFIX, bypass, operand, replay_call, sharing_copy
 from .uncalled import refuse_hooks
 
 
 def restore(sparse: fx.GraphModule) -> fx.GraphModule:
-    """Return the base model of ``sparse``; parameters and buffers are shared, not copied."""
+    """Return the base model of ``sparse``; parameters and buffers are shared, not copied.
+
+    Raises:
+        StateError: It is not what `transform` returned.
+    """
+    if not isinstance(sparse, fx.GraphModule) or PREFIX not in sparse._modules:
+        raise StateError("restore needs the GraphModule that transform returned")
     base = sharing_copy(sparse)
     with rewrite.editing(base, "restore"):
         for node, operator in rewrite.calls_of(base, MeanSparse):

@@ -147,7 +147,7 @@ class Place:
         return self.readers[0].all_input_nodes[self.position] if self.readers else self.node
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class SitePlan(Tabled):
     """Every candidate site of one captured model, in graph order; iterable, and printing it gives the table.
 

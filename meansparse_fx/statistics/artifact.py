@@ -34,7 +34,7 @@ FORMAT_VERSION = "2"
 _MARKS = ":marks"  # no site's: those have a name
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Statistics(Mapping[str, ChannelStatistics]):
     """The moments of every site of one model, by site name.
 
@@ -67,7 +67,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
     def __len__(self) -> int:
         return len(self.sites)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return as_text(summary_table(self))
 
     def histogram(self, site: str | None = None, channel: int | None = None, alpha: float = 0.3) -> FeatureHistogram:
