@@ -53,7 +53,7 @@ def figures(
         if site is None and channel is not None:
             raise StatisticsError("--channel needs --site")
         histogram = Statistics.load(file).histogram(site, channel, alpha)
-        console().print(f"{histogram.site}, channel {histogram.channel}: {100 * histogram.share:.1f} % in the band")
+        console().print(histogram)
         files = result_files(histogram=histogram, form=form)
     else:
         known = read_json(file, {kind.FORMAT: kind.VERSION for kind in (verdict, result)})

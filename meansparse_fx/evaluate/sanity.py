@@ -170,7 +170,7 @@ def check_chance(low: float, high: float, n: int, finding: str) -> Check:
     """
     passed = (high if n < FEW else low) > 0
     if not passed:
-        finding += ": shifted labels, another order of classes, or images not normalised as in training? Look at a few"
+        finding += ": no trained weights, shifted labels, another order of classes, or no normalisation? Look at a few"
     return Check("base above chance", passed, finding)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class FeatureHistogram:
     """One channel's features before and after its operator (paper, Figure 1).
 
@@ -41,6 +41,9 @@ class FeatureHistogram:
     alpha: float
     share: float
     images: int
+
+    def __repr__(self) -> str:
+        return f"{self.site}, channel {self.channel}, alpha {self.alpha:g}: {100 * self.share:.1f} % in the band"
 
     def figure(self) -> Figure:
         """Return the two histograms, band and mean marked."""
