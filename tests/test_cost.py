@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -147,6 +148,16 @@ def test_table_and_dictionary(preactivation, images, monkeypatch):
     assert (entry["images"], entry["dtype"], len(entry["sites"])) == (2, "float32", 1)
     assert entry["sites"][0]["forms"]["ours, fused"]["forward"] == {"calls": 1, "read": 2304, "written": 2304}
     assert entry["total"] == entry["sites"][0]["forms"]
+    assert "published & branch-free & ours & ours, fused" in found.to_latex()
+
+
+def test_table_breaks_no_word_and_no_number_in_80_columns(preactivation, images, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = str(msfx.cost(preactivation, images))
+    assert {"branch-", "free", "ours,", "fused"} <= set(shown.split())
+    for moves in ("forward", "backward", "both"):
+        (line,) = (line for line in shown.splitlines() if line.startswith("all sites") and moves in line)
+        assert len(re.findall(r"\d\.\d\d \(\d+\)", line)) == 5
 
 
 @pytest.mark.parametrize("form", ["ours", "ours, fused"])

@@ -122,7 +122,7 @@ def _read(path: Path, settings: Settings) -> dict[str, Any]:
         site = differing[0]
         raise StateError(
             f"{path}: evaluated at alpha {evaluated.get(site)} at {site}, where {settings.path} has {own[site]}: "
-            "evaluate with these settings, or save the model that was evaluated"
+            "evaluate with these settings, or msfx.save the model that was evaluated"
         )
     return found
 
