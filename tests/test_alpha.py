@@ -323,7 +323,7 @@ def test_an_uncalibrated_model_is_refused_before_it_is_attacked(net, images, hel
 
 def test_labels_that_the_base_does_not_know_are_remarked_on(sparse, held_out):
     images, labels = held_out
-    with pytest.warns(UserWarning, match="select_alpha: 0 of 24 images right; .*: shifted labels"):
+    with pytest.warns(UserWarning, match="select_alpha: 0 of 24 images right; .*: no trained weights, shifted labels"):
         msfx.select_alpha(sparse, (images, (labels + 1) % (labels.max() + 1)), alphas=(0.1,), **QUICK)
 
 
