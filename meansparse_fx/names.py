@@ -22,6 +22,7 @@ NORMS = ("Linf", "L2")
 
 ATTACKS = (
     "apgd-ce",
+    "apgd-ce-x5",
     "apgd-dlr",
     "apgd-margin",
     "apgd-t",

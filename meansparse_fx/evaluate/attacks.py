@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -81,6 +81,7 @@ class AttackKind:
         reads_graph: It needs the transformed model itself, not a wrapper around it.
         several_gradients: It takes several of one pass, which a compiled program refuses: its backward reuses memory.
         repeats: Gradients taken for one step.
+        longer: Times the steps that are asked for.
         started: It starts at the images that were found against the other model, not at random.
         squares: It changes squares of images.
         maps: It is for label maps ``[N, H, W]``, and only for them.
@@ -93,6 +94,7 @@ class AttackKind:
     reads_graph: bool = False
     several_gradients: bool = False
     repeats: int = 1
+    longer: int = 1
     started: bool = False
     squares: bool = False
     maps: bool = False
@@ -149,7 +151,8 @@ def _common(s: AttackSettings, restarts: int = 1) -> dict:
 
 _KINDS: dict[str, AttackKind] = {
     "apgd-ce": AttackKind(_apgd("ce"), "gradient ascent on cross-entropy with a step size that adapts (AutoAttack)"),
-    "apgd-dlr": AttackKind(_apgd("dlr"), "the same on the difference-of-logits ratio (AutoAttack)", classes=3),
+    "apgd-ce-x5": AttackKind(_apgd("ce"), "apgd-ce of five times the steps", longer=5),
+    "apgd-dlr": AttackKind(_apgd("dlr"), "apgd-ce on the difference-of-logits ratio (AutoAttack)", classes=3),
     "apgd-margin": AttackKind(
         _apgd_margin, "the same on the difference between the largest wrong logit and the right one, whatever its scale"
     ),
@@ -197,7 +200,7 @@ VERSIONS: dict[str, tuple[str, ...]] = {
         "apgd-ce/exact",
         "apgd-ce/identity",
         "apgd-margin/annealed",
-        "apgd-ce/annealed",
+        "apgd-ce-x5/annealed",
         "apgd-t/annealed",
         "square",
         "apgd-start/annealed",
@@ -255,6 +258,7 @@ def attack(
     row = kind(name)
     if not len(images):
         return images
+    settings = replace(settings, steps=row.longer * settings.steps)
     with torch.no_grad():
         logits = logits_of(model, images, labels)  # of all: compilers make another program for a batch of one
     if (misfit := row.misfit(images, logits)) is not None:
