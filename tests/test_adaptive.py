@@ -225,7 +225,9 @@ def test_an_attack_goes_through_its_surrogates_modes_in_order(sparse, images):
     assert seen == [("smooth", s) for s in (3.0, 5.0, 9.0, 17.0, 30.0) for _ in range(40)]
     seen.clear()
     attack("apgd-ce-x5", sparse, images, labels, settings, "annealed")  # 45 steps and the start
-    assert seen == [("smooth", s) for s, n in zip((3.0, 5.0, 9.0, 17.0, 30.0), (10, 9, 9, 9, 9)) for _ in range(n)]
+    assert seen == [
+        ("smooth", s) for s, n in zip((3.0, 5.0, 9.0, 17.0, 30.0), (10, 9, 9, 9, 9), strict=True) for _ in range(n)
+    ]
     seen.clear()
     attack("pgd", sparse, images, labels, settings, "smooth-3")
     assert set(seen) == {("smooth", 3.0)}
