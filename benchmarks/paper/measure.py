@@ -110,14 +110,18 @@ class Laboratory:
         cache_dir: Keeps trained networks, statistics and the attacks' results.
         attacked: Images to attack.
         steps: Replaces each attack's steps, if given.
+
+    Attributes:
+        sparse: Of a network's name: it, transformed and calibrated; one object, whatever is set on it.
+        images: Of a split's name: images that neither training nor calibration saw, and labels.
     """
 
     def __init__(self, data: Path | None, cache_dir: Path, attacked: int, steps: int | None = None) -> None:
         self._data, self._attacked, self._steps = data, attacked, steps
         self._cache = cache_dir if data is not None else cache_dir / "bundled"
         self._cache.mkdir(parents=True, exist_ok=True)
-        self._sparse: Callable[[str], fx.GraphModule] = cache(self._make)
-        self._images: Callable[[str], Data] = cache(self._load)
+        self.sparse: Callable[[str], fx.GraphModule] = cache(self._make)
+        self.images: Callable[[str], Data] = cache(self._load)
 
     def rows(self, number: int, table: Table, advance: Callable[[], object]) -> Iterator[Row]:
         """Yield the rows of a table in its order."""
@@ -130,7 +134,7 @@ class Laboratory:
             advance()
 
     def _outcome(self, cell: Cell, alpha: float) -> ModelOutcome:
-        sparse, threat = self._sparse(cell.network), cell.threat
+        sparse, threat = self.sparse(cell.network), cell.threat
         names = list(operators(sparse))
         on = {names[i]: alpha for i in cell.sites}
         msfx.set_variant(sparse, "mean", centre=cell.centre)
@@ -138,7 +142,7 @@ class Laboratory:
         attacks = (attack.replace("/", ".") for attack in threat.attacks)
         key = (cell.network, cell.split, cell.centre, *attacks, threat.norm, f"{threat.eps:g}", settings.steps)
         path = self._cache / f"{'-'.join(map(str, key))}.safetensors"
-        with on_images(sparse, self._images(cell.split), self._attacked, threat.attacks, settings, path) as trials:
+        with on_images(sparse, self.images(cell.split), self._attacked, threat.attacks, settings, path) as trials:
             # One number where it is the same everywhere: the base is one candidate, whichever sites a cell is about.
             setting = Candidate(alpha if len(on) == len(names) or not alpha else dict.fromkeys(names, 0.0) | on)
             return trials.attack(setting, trials.attacked, lambda: None)

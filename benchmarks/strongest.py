@@ -1,0 +1,120 @@
+"""What does `evaluate`'s default leave to an attacker who runs everything there is?
+
+    python -m benchmarks.strongest --network GELU ReLU PSiLU --data DIRECTORY     the paper's networks, in small
+    python -m benchmarks.strongest --network bundled --alpha 0.1 0.2 0.3 0.4      the bundled one
+    python -m benchmarks.strongest page                                           the table in docs/robustness.md
+
+First the default. Then what it left, in the base or in the transformed model, meets attacks of twice the steps, five
+restarts and other surrogates, and Square from another seed. Goes on where it was killed; hours on one core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import meansparse_fx as msfx
+from meansparse_fx import bundled
+from meansparse_fx.evaluate import PairedDifference
+from meansparse_fx.evaluate.outcome import mean
+
+from .harness import RESULTS, options, read, write
+from .page import markdown
+from .paper.measure import Laboratory
+
+BUNDLED = "bundled"
+BATCH = 100
+STRONGEST = (
+    *("apgd-ce-r5/identity", "apgd-ce-r5/smooth-3", "apgd-ce-r5/annealed", "apgd-dlr-r5/annealed"),
+    *("apgd-margin/smooth", "apgd-t/smooth", "square", "apgd-start/smooth-3"),
+)
+STEPS, SEED = 200, 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One setting; the fields are the CSV's columns.
+
+    Attributes:
+        base, gain, low, high: After the default: accuracy of the base, change with MeanSparse and its 95 % interval.
+        strongest_base, ..., strongest_high: The same after everything.
+    """
+
+    network: str
+    alpha: float
+    images: int
+    base: float
+    gain: float
+    low: float
+    high: float
+    strongest_base: float
+    strongest_gain: float
+    strongest_low: float
+    strongest_high: float
+    torch: str
+
+
+def measure(laboratory: Laboratory, network: str, alpha: float, images: int, cache: Path) -> Row:
+    """Return both evaluations of one setting, each kept in ``cache`` as it comes."""
+    sparse = laboratory.sparse("GELU" if network == BUNDLED else network)
+    split = bundled.load_split("test") if network == BUNDLED else laboratory.images("test")
+    inputs, labels = (part[:images] for part in split)
+    msfx.set_alpha(sparse, alpha)
+    given: dict[str, Any] = {"eps": bundled.EPS, "batch_size": BATCH, "sanity_images": 0}
+    name = f"strongest-{network}-{alpha:g}-{images}"
+    first = msfx.evaluate(sparse, (inputs, labels), checkpoint=cache / f"{name}.default", **given)
+    sides = [outcome.worst.clone() for outcome in (first.base, first.sparse)]
+    left = sides[0] | sides[1]
+    given |= {"attacks": STRONGEST, "steps": STEPS, "seed": SEED, "checkpoint": cache / f"{name}.strongest"}
+    second = msfx.evaluate(sparse, (inputs[left], labels[left]), **given)
+    ends = []
+    for side, outcome in zip(sides, (second.base, second.sparse), strict=True):
+        side[left] &= outcome.worst
+        ends.append(side)
+    figures: list[float] = []
+    for base, own in ((first.base.worst, first.sparse.worst), ends):
+        change = PairedDifference.of(base, own)
+        figures += [mean(base), change.estimate, change.low, change.high]
+    return Row(network, alpha, images, *figures, torch.__version__)
+
+
+def table(rows: list[Row]) -> str:
+    """Return the rows as markdown."""
+    lines = []
+    for row in rows:
+        cells = []
+        for which in ("", "strongest_"):
+            base, gain, low, high = (100 * getattr(row, f"{which}{end}") for end in ("base", "gain", "low", "high"))
+            cells += [f"{base:.1f}", f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]"]
+        lines.append((row.network, f"{row.alpha:g}", f"{row.images}", *cells))
+    return markdown.table(("network", "alpha", "images", "base", "change", "base, strongest", "change"), lines)
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.set_defaults(out=RESULTS / "strongest.csv")
+    parser.add_argument("what", nargs="?", choices=("page",))
+    parser.add_argument("--network", nargs="+", default=[BUNDLED], help="bundled, or of the paper's in small")
+    parser.add_argument("--alpha", nargs="+", type=float, default=[0.4])
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--data", type=Path, help="directory of Fashion-MNIST's IDX files")
+    parser.add_argument("--cache", type=Path, default=Path(".cache/paper"), help="networks and results of attacks")
+    args = parser.parse_args()
+    rows = read(args.out, Row)
+    if args.what == "page":
+        markdown.between_marks(Path(__file__).parents[1] / "docs/robustness.md", "strongest", table(rows))
+        return
+    for network in args.network:
+        laboratory = Laboratory(None if network == BUNDLED else args.data, args.cache, args.images)
+        for alpha in args.alpha:
+            row = measure(laboratory, network, alpha, args.images, args.cache)
+            print(row)
+            rows = [r for r in rows if (r.network, r.alpha) != (network, alpha)] + [row]
+            write(sorted(rows, key=lambda r: (r.network, r.alpha)), args.out)
+
+
+if __name__ == "__main__":
+    main()
