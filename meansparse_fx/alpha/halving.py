@@ -69,9 +69,9 @@ class Trials:
         runs: Sequence[Run],
         settings: AttackSettings,
         ledger: Ledger,
-        full_rows: bool,
-        compile: bool | str | None,
-        amp: torch.dtype | None,
+        full_rows: bool = False,
+        compile: bool | str | None = False,
+        amp: torch.dtype | None = None,
     ) -> None:
         self._sparse, self._data, self._runs, self._settings = sparse, data, runs, settings
         self._ledger, self._full_rows = ledger, full_rows
