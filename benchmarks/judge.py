@@ -218,7 +218,7 @@ def table(rows: list[Row]) -> str:
     counts = (
         f"Of {len(masks)} planted masks {sum(row.convicted for row in masks)} are convicted, of {len(honest)} honest "
         f"cases {sum(row.convicted for row in honest)}. "
-        + "; ".join(f"the base against itself: {words} resampled runs" for words in twice)
+        + "; ".join(f"A/A, the base against itself: {words} resampled runs" for words in twice)
         + f". {rows[0].images} images, {THREAT['steps']} steps, {THREAT['queries']} queries; without `apgd-t`."
     )
     heads = ("case", "kind", "convicted", "verdict", "checks that failed", "worst case", "own gradient")
