@@ -5,7 +5,7 @@ The one place that looks at loaders, the layout of their batches, dtypes, ranges
 Imports errors only.
 """
 
-from .intake import Intake, examples, fitting, labelled
+from .intake import Intake, examples, explaining_misfit, labelled
 from .labels import class_numbers, out_of_range
 from .loaders import BATCH_SIZE, as_batches, batched, count, length, nothing_in
 
@@ -17,7 +17,7 @@ __all__ = [
     "class_numbers",
     "count",
     "examples",
-    "fitting",
+    "explaining_misfit",
     "labelled",
     "length",
     "nothing_in",

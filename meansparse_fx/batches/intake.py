@@ -64,7 +64,7 @@ def examples(images: Any, model: Any) -> Any:
 
 
 @contextmanager
-def fitting(images: Tensor) -> Iterator[None]:
+def explaining_misfit(images: Tensor) -> Iterator[None]:
     """Let the error of a model that cannot take images say which images these are, and what to do."""
     try:
         yield
@@ -164,7 +164,7 @@ class Intake:
         """Raise DataError if a label is none of the model's; how many there are is asked once, with two images."""
         if self._classes is None:
             place = next(itertools.chain(self._model.parameters(), self._model.buffers()), images).device
-            with torch.no_grad(), fitting(images):
+            with torch.no_grad(), explaining_misfit(images):
                 logits = self._model(images[:2].to(place))
             if not isinstance(logits, Tensor) or logits.dim() != (4 if labels.dim() == 3 else 2):
                 return  # what runs the model says what it needs

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from torch import Tensor, fx
 
 from ..arguments import autocast_dtype, number
-from ..batches import fitting
+from ..batches import explaining_misfit
 from ..capture.modes import GRAD_MODE_CALLS
 from ..data import part_of
 from ..errors import CalibrationError, DataError, WriteError
@@ -64,7 +64,7 @@ def calibrate(
         metadata: Facts to keep with the statistics, such as what the data was.
         tolerance: Stop when the standard errors of every channel's mean and deviation are estimated below this
             share of the deviation (0.01: one per cent); the images must come in shuffled order.
-        histograms: Count each channel's values in bins too, for `plot` and `show`.
+        histograms: Count each channel's values in bins too, for `figures` and `show`.
         amp: Run the model under autocast to bfloat16 or float16 (torch's dtype, or its name); moments are measured in
             float32 or better all the same.
         channels_last: Give images to the model in that layout, which its convolutions then keep.
@@ -259,7 +259,7 @@ class _Pass:
 
     def _forward(self, images: Tensor) -> None:
         cast = torch.autocast(self._device.type, self._amp) if self._amp is not None else nullcontext()
-        with fitting(images), cast:
+        with explaining_misfit(images), cast:
             self._observed(images)
 
     def _make_bins(self, first: Totals) -> None:

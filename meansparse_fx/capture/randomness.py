@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
 
 from ..errors import CaptureError
 
@@ -15,48 +16,46 @@ SEEDS = 20  # what happens once in ten runs is missed once in eight
 
 @contextmanager
 def put_back() -> Iterator[Callable[[], bool]]:
-    """Undo what is drawn meanwhile; yield what tells whether anything was."""
-    # In Python's annotations NumPy need not be there; torch imports it where it is.
-    numpy: Any = sys.modules.get("numpy")
-    before = random.getstate(), numpy and numpy.random.get_state()
+    """Undo what is drawn of Python's and NumPy's numbers meanwhile; yield what tells whether anything was."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002, forward may draw from just this one
+    before = _compared(python, numpy)
     try:
-        yield lambda: random.getstate() != before[0] or (numpy and repr(numpy.random.get_state()) != repr(before[1]))
+        yield lambda: _compared(random.getstate(), np.random.get_state()) != before  # noqa: NPY002
     finally:
-        random.setstate(before[0])
-        if numpy:
-            numpy.random.set_state(before[1])
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
-def check_unused(run: Callable[[], Any], differ: Callable[[Any, Any], str | None]) -> None:
-    """Raise CaptureError if what ``run`` returns hangs on them.
+def _compared(python: Any, numpy: Any) -> tuple:
+    kind, keys, *rest = numpy
+    return python, kind, keys.tobytes(), rest
+
+
+def check_unused(run: Callable[[], Any], differ: Callable[[Any, Any], str]) -> None:
+    """Raise CaptureError if what ``run`` returns hangs on Python's or NumPy's numbers, which are drawn from.
 
     Args:
-        differ: Says how two results differ, if they do.
+        differ: Says how two results differ; nothing if they do not.
     """
-    numpy: Any = sys.modules.get("numpy")
     first = None
-    with put_back():
-        for seed in range(SEEDS):
-            random.seed(seed)
-            if numpy:
-                numpy.random.seed(seed)
-            result = run()
-            first = result if first is None else first
-            if differ(result, first):
-                raise CaptureError(
-                    "forward draws random numbers of Python or NumPy, and a graph would repeat the first: draw them "
-                    "with torch"
-                )
+    for seed in range(SEEDS):
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        result = run()
+        first = result if first is None else first
+        if differ(result, first):
+            raise CaptureError(
+                "forward draws random numbers of Python or NumPy, and a graph would repeat the first: draw them "
+                "with torch"
+            )
 
 
-def check_drawn_anew(
-    model: Callable[..., Any], graph: Callable[..., Any], differ: Callable[[Any, Any], str | None]
-) -> None:
+def check_drawn_anew(model: Callable[..., Any], graph: Callable[..., Any], differ: Callable[[Any, Any], str]) -> None:
     """Raise CaptureError if a graph repeats what torch's random numbers were when it was traced.
 
     Args:
         model, graph: Run under torch's generators at ``seed``.
-        differ: Says how two results differ, if they do.
+        differ: Says how two results differ; nothing if they do not.
     """
     if any(differ(graph(seed=seed), model(seed=seed)) for seed in range(1, SEEDS)):
         raise CaptureError(

@@ -91,7 +91,7 @@ def open_sparse(options: ModelOptions, images: ImageSet, logits: Logits = None) 
     Its logits are checked against the labels, if it is clear which they are.
     """
     net = open_model(options)
-    images, examples = _fitting(net, images, device_of(options))
+    images, examples = _gray_if_taken(net, images, device_of(options))
     sparse = transformed(options, net, examples)
     with torch.no_grad():
         output = sparse(examples)
@@ -100,7 +100,7 @@ def open_sparse(options: ModelOptions, images: ImageSet, logits: Logits = None) 
     return images, sparse
 
 
-def _fitting(net: nn.Module, images: ImageSet, device: torch.device) -> tuple[ImageSet, Tensor]:
+def _gray_if_taken(net: nn.Module, images: ImageSet, device: torch.device) -> tuple[ImageSet, Tensor]:
     """Return the images, gray ones of a folder as one channel where the model takes one, and the first two of them."""
     examples = first_images(images, 2, device)
     if examples.shape[1] == 3 and any(isinstance(m, nn.Conv2d) and m.in_channels == 1 for m in net.modules()):

@@ -37,8 +37,8 @@ def lower(graph_module: fx.GraphModule, shared: Mapping[str, MeanSparse], call: 
 def _lower(graph_module: fx.GraphModule, node: fx.Node, operator: MeanSparse, shared: MeanSparse, call: Call) -> None:
     graph, (x, weight) = node.graph, (*node.args, None)[:2]
     with graph.inserting_before(node):
-        name = f"{PREFIX}_{operator.name.replace('.', '_')}"
-        band = [read_buffer(graph_module, f"{name}_{part}", getattr(shared, part)) for part in ("centre", "threshold")]
+        site = f"{PREFIX}_{operator.name.replace('.', '_')}"
+        band = [read_buffer(graph_module, f"{site}_{part}", getattr(shared, part)) for part in ("centre", "threshold")]
         activation = operator.activation
         name, constants = (activation.name, activation.constants) if activation else ("identity", ())
         options = (operator.variant, operator.backward, operator.steepness, operator.backward_steepness)
