@@ -94,7 +94,7 @@ def measure(name: str) -> Row:
             "route": plan.route,
             "checked": results["capture"].checked,
             "rewritten": _counts(site.kind for site in plan.active),
-            "skipped": _counts(site.skipped.split(":")[0] for site in plan if site.skipped),
+            "skipped": _counts(site.refusal.kind for site in plan if site.refusal),
             "nodes": len(sparse.graph.nodes),
             "equal": _difference(sparse(images), expected),
             "gradient": _difference(_gradient(sparse, images), _gradient(model, images)),

@@ -197,10 +197,9 @@ class CompileReport:
         """Return the plan without the sites that the statistics lack, if that is allowed; check the others."""
         if self._statistics is None:
             return plan
-        lacking = [site.name for site in plan.active if site.name not in self._statistics]
+        lacking = {site.name for site in plan.active if site.name not in self._statistics}
         if lacking and self.options.allow_missing:
-            reason = "missing: not in the statistics"
-            sites = (replace(s, skipped=reason) if s.name in lacking else s for s in plan)
+            sites = (s.refused("missing", "not in the statistics") if s.name in lacking else s for s in plan)
             plan = SitePlan(tuple(sites), plan.route)
         channels = {site.name: site.channels for site in plan.active if site.channels is not None}
         known = {name: s for name, s in self._statistics.items() if name in channels}

@@ -56,24 +56,6 @@ class RecordedCall:
         return cls(node.op, node.target, args, kwargs, node.name)
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why a pass leaves a node as it is.
-
-    Attributes:
-        reason: In words.
-        node: It.
-        cure: What a user can do about it, if anything.
-    """
-
-    reason: str
-    node: fx.Node
-    cure: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.cure}" if self.cure else self.reason
-
-
 def operand(node: fx.Node, index: int = 0) -> fx.Node:
     """Return the node that a call reads as its argument ``index``."""
     found = node.args[index]

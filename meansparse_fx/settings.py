@@ -160,7 +160,7 @@ _COMPARED = ("kind", "activation", "channel_dim", "channels", "fused")
 
 
 def _row(site: Site, operator: MeanSparse | None) -> dict[str, Any]:
-    row = {"name": site.name, **site.facts(), "fused": site.fused, "taken": site.skipped is None}
+    row = {"name": site.name, **site.facts(), "fused": site.fused, "taken": site.refusal is None}
     row["published"] = site.published is not None
     return row if operator is None else {**row, "alpha": operator.get_alpha(), "switches": operator.switches()}
 

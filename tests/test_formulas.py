@@ -89,7 +89,7 @@ def network(act: nn.Module) -> nn.Module:
 
 def rows_of(plan: msfx.SitePlan) -> list[tuple[str, str, str]]:
     """Return name, activation and first words of the reason of each site."""
-    return [(s.name, s.activation.name, (s.skipped or "").split(":")[0]) for s in plan]
+    return [(s.name, s.activation.name, s.refusal.kind if s.refusal else "") for s in plan]
 
 
 def rows(model: nn.Module) -> list[tuple[str, str, str]]:
@@ -294,7 +294,8 @@ def test_what_is_in_no_table_is_in_the_plan(act):
     (site,) = msfx.inspect(model, IMAGES)
     name = type(model[1]).__name__
     assert site.name == "1"
-    assert site.skipped.startswith("not known as an activation: ")
+    assert (site.refusal.kind, site.refusal.node) == ("not known as an activation", site.node)
+    assert site.refusal.cure.startswith("if it is one, make it known")
     assert "computed from 0, element by element" in site.skipped
     assert f"meansparse_fx.register_activation({name}, ...)" in site.skipped
     with pytest.raises(SiteError, match=r"none of the 1 candidate sites can be rewritten.*register_activation"):

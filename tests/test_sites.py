@@ -11,6 +11,7 @@ from torch import fx, nn
 from meansparse_fx.capture import capture
 from meansparse_fx.errors import SiteError
 from meansparse_fx.sites import Placement, find_sites
+from meansparse_fx.sites.plan import Refusal
 from tests.models import Functional
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
@@ -60,7 +61,7 @@ def zoo_plan(name):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ZOO])
 def test_zoo(name):
     plan = zoo_plan(name)
-    found = Counter((s.producer, s.channel_dim, len(s.shape), (s.skipped or "").split(":")[0]) for s in plan)
+    found = Counter((s.producer, s.channel_dim, len(s.shape), s.refusal.kind if s.refusal else "") for s in plan)
     assert found == ZOO[name][1]
     assert len({s.name for s in plan}) == len(plan)
     assert all(s.channels == s.shape[s.channel_dim] for s in plan)
@@ -240,10 +241,9 @@ def test_channel_axis(name):
     assert site.channel_dim == expected
     assert site.channels == (None if expected is None else site.shape[expected])
     if expected is None:
-        assert site.skipped == (
-            "channel axis unknown: no layer around it tells; give it by hand, "
-            "Placement(channel_dims={'relu': dimension})"
-        )
+        cure = "give it by hand, Placement(channel_dims={'relu': dimension})"
+        assert site.refusal == Refusal("no layer around it tells", site.node, cure, kind="channel axis unknown")
+        assert site.skipped == f"channel axis unknown: no layer around it tells: {cure}"
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def lines_of(plan) -> list[str]:
     """Return a plan as lines: name, what, channels @ dimension, maker of the input, and the reason if it is skipped."""
     what = ((s.activation.name if s.activation else s.kind) for s in plan)
     return [
-        f"{s.name} {name} {s.channels} @ {s.channel_dim} {s.producer} {(s.skipped or '').partition(':')[0]}".rstrip()
+        f"{s.name} {name} {s.channels} @ {s.channel_dim} {s.producer} {s.refusal.kind if s.refusal else ''}".rstrip()
         for s, name in zip(plan, what, strict=True)
     ]
 

@@ -2,7 +2,7 @@
 
 Shown by operations where both can be recorded and are the same: then it holds for any images of the example's size, in
 batches of two and three. Otherwise by numbers: on two batches both are run, on a copy, and differentiated with respect
-to images and parameters. Imports torch, `recording`, `derivatives` and floor 1.
+to images and parameters. Imports torch, `recording`, `derivatives`, `sites.plan` and floor 1.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from ..errors import CaptureError
 from ..hooks import hint_of_hooks, may_keep
 from ..outputs import difference, flatten
+from ..sites.plan import Refusal
 from ..state import kept_buffers, kept_parameters
 from .copies import copied, state_of
 from .counting import ActivationCounter, WrittenOut, count_activations, hides_an_activation
@@ -32,7 +33,7 @@ from .recording import Forms, Halted, Recording, record
 
 _HERE, _TORCH, _FX = (f"{Path(file).parent}/" for file in (__file__, torch.__file__, fx.__file__))
 _DYNAMO = f"{_TORCH}_dynamo/"  # around everything that is compiled no more
-_OWN_BACKWARD = "own backward: an activation inside of {}, a torch.autograd.Function, which has its own gradient"
+_OWN_BACKWARD = "an activation inside of {}, a torch.autograd.Function, which has its own gradient"
 
 
 def shadow(model: nn.Module) -> nn.Module:
@@ -100,7 +101,8 @@ class Reference:
             )
         for node, function in applied.items():
             if node in own_backwards or (self.recordings and hides_an_activation(function, node.args[2:])):
-                node.meta["skipped"] = _OWN_BACKWARD.format(function.__qualname__)
+                reason = _OWN_BACKWARD.format(function.__qualname__)
+                node.meta["refusal"] = Refusal(reason, node.name, kind="own backward")
         same = bool(self.recordings) and self._records_the_same(graph_module)
         if not same:
             self._check_numbers(graph_module)

@@ -19,10 +19,11 @@ from ..capture.modes import MODE_CALLS
 from ..frozen import FrozenNorm, fused_parts
 from ..hooks import enter, has_hooks, has_own_forward, leave
 from ..nn import MeanSparse
-from ..rewrite import Refusal, operand
+from ..rewrite import operand
 from ..sites.aliases import Overwrites
 from ..sites.flow import carried
 from ..sites.ops import Operators
+from ..sites.plan import Refusal
 from ..sites.shapes import Flow
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -143,7 +144,7 @@ class Finder:
             epilogue or ()
         )[:1]
         if any(self._modes[n] != self._modes[node] for n in moved):
-            other_mode = Refusal("gradients are turned on or off between it and what stands around it", node)
+            other_mode = Refusal("gradients are turned on or off between it and what stands around it", node.name)
             return Surroundings(Branch(source, None, None), None, None, False, None, None, (other_mode,))
         end, shortcut = epilogue or (None, None)
         return Surroundings(branch, total, sum_norm, want_sum, end, shortcut, tuple(refusals))
@@ -160,15 +161,15 @@ class Finder:
     def _norm(self, node: fx.Node, operator: MeanSparse) -> Norm | Refusal | None:
         """Return the frozen norm that ``node`` calls for a single reader; why it cannot be taken; or None."""
         if self._is_hooked(node):
-            return Refusal("a module beside it has hooks", node)
+            return Refusal("a module beside it has hooks", node.name)
         found = self._module_norm(node) or self._function_norm(node)
         if found is None or operator.channel_dim != 1 or len(node.users) != 1:
             return None
         module = found.module
         if module.running_mean is None:
-            return Refusal("the norm has no running statistics", node)
+            return Refusal("the norm has no running statistics", node.name)
         if any(p is not None and p.requires_grad for p in (module.weight, module.bias)):
-            return Refusal("the norm's parameters want gradients", node, _FREEZE)
+            return Refusal("the norm's parameters want gradients", node.name, _FREEZE)
         return None if self._changed(operand(node)) else Norm(node, found)
 
     def _scale(self, value: fx.Node, operator: MeanSparse) -> Scale | Refusal | None:
@@ -186,19 +187,19 @@ class Finder:
         else:
             return None
         if any(len(n.users) != 1 for n in (node, *path)):
-            return Refusal("others read the LayerScale's result, too", node)
+            return Refusal("others read the LayerScale's result, too", node.name)
         if reduce(getattr, str(parameter.target).split("."), self._graph_module).requires_grad:
-            return Refusal("the LayerScale's parameter wants gradients", node, _FREEZE)
+            return Refusal("the LayerScale's parameter wants gradients", node.name, _FREEZE)
         around = (node, *path, parameter, *views)
         if self._changed(x, node) or any(map(self._changed, around)) or self._read_again(node):
-            return Refusal("a value around the LayerScale is overwritten", node)
+            return Refusal("a value around the LayerScale is overwritten", node.name)
         shape = self._flow.shape(views[0] if views else parameter)
         dims = [d - len(shape) for d, size in enumerate(shape) if size > 1]
         axis = dims[0] + len(self._flow.shape(node)) if len(dims) == 1 else None
         for moved in reversed(path):
             axis = carried(moved, self._operators, self._flow, {operand(moved): axis})
         if axis != operator.channel_dim:
-            return Refusal("what it is multiplied by is not one number for each of its channels", node)
+            return Refusal("what it is multiplied by is not one number for each of its channels", node.name)
         return Scale(node, x, parameter, views, not path)
 
     def _parameter(self, node: Any) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
@@ -232,20 +233,20 @@ class Finder:
         if total is None:
             return None
         if self._is_hooked(total):
-            return Refusal("a module beside it has hooks", total)
+            return Refusal("a module beside it has hooks", total.name)
         if len(node.users) != 1 or total.target not in _SUMS:
             return None
         operands = self._operands(total)
         if operands is None:
-            unlike = Refusal("the sum after it is not of two tensors of its shape", total)
+            unlike = Refusal("the sum after it is not of two tensors of its shape", total.name)
             return unlike if len(total.all_input_nodes) == 2 else None
         shortcut = operands[1] if operands[0] is node else operands[0]
         if want_sum:  # which is needed before the shortcut may be there
-            return Refusal("others read the sum before it, so the one after it stays", total)
+            return Refusal("others read the sum before it, so the one after it stays", total.name)
         # The call moves to where the sum is.
         product = branch.scale.node if branch.scale else None
         if self._changed(branch.x, product) or self._changed(shortcut, total) or self._read_again(total):
-            return Refusal("what the sum after it reads is overwritten", total)
+            return Refusal("what the sum after it reads is overwritten", total.name)
         return total, shortcut
 
     def _operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

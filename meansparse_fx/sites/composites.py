@@ -2,12 +2,12 @@
 
 `formulas` is the table; any dialect's graph is looked through by the same code. The operator stands before the whole,
 so all calls of it that read its input read the operator. What is no row of the table, but does what only activations
-do, is named in the plan. Imports `ops`, `pointwise`, `shapes` and floor 1.
+do, is named in the plan. Imports `ops`, `plan`, `pointwise`, `shapes` and floor 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,18 +16,14 @@ from torch import Tensor, fx
 from ..activations import ActivationCall
 from ..formulas import FEATURES, POINTS, WEIGHTS, formula_of, is_affine, is_even
 from .ops import Operators, name_of
+from .plan import Refusal, in_several_steps
 from .pointwise import CASTS, Pieces, is_constant
 from .shapes import Flow
 
 _FARTHEST = 12  # ancestors that a piece is tried from
 _UNKNOWN = "unknown"
-_NOT_KNOWN = (
-    "not known as an activation: {} is computed from {}, element by element, by a function that is in no table; if it "
-    "is one, make it known by meansparse_fx.register_activation({}, ...)"
-)
-_WEIGHT = "gate: part of a {}, which makes a weight of its input and no feature"
-_SHARED = "shared: others read {} inside of it, so that no operator can stand before the activation alone"
-_INPLACE = "in place: the activation overwrites its input in several steps; give it inplace=False"
+_WEIGHT = "part of a {}, which makes a weight of its input and no feature"
+_SHARED = "others read {} inside of it, so that no operator can stand before the activation alone"
 
 _FEATURE_MAKERS = {"conv", "linear", "batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm", "add"}
 _LAYERS = {"conv", "linear"}
@@ -47,7 +43,7 @@ class Composite:
         readers: Those that read the source.
         call: What it is.
         path: The site's name, before repeats are counted.
-        skipped: Why no operator can stand before it; None if one can.
+        refusal: Why no operator can stand before it; None if one can.
     """
 
     source: fx.Node
@@ -55,7 +51,7 @@ class Composite:
     readers: tuple[fx.Node, ...]
     call: ActivationCall
     path: str
-    skipped: str | None
+    refusal: Refusal | None
 
     @property
     def node(self) -> fx.Node:
@@ -69,13 +65,13 @@ def with_composites(
     flow: Flow,
     data: set[fx.Node],
     axes: Mapping[fx.Node, int | None],
-    gates: Mapping[fx.Node, str],
+    gates: Container[fx.Node],
 ) -> Operators:
     """Return ``operators`` that know the composites of ``graph``.
 
     Args:
         data: The nodes computed from the graph's input.
-        gates: Why a node is part of a gate, for each that is.
+        gates: The nodes that are part of a gate.
     """
     finder = _Finder(graph, operators, flow, data, axes, gates)
     for node in reversed(finder.pieces.parents):
@@ -93,13 +89,13 @@ class _Finder:
         flow: Flow,
         data: set[fx.Node],
         axes: Mapping[fx.Node, int | None],
-        gates: Mapping[fx.Node, str],
+        gates: Container[fx.Node],
     ) -> None:
         self._graph, self._operators, self._flow = graph, operators, flow
         self._data, self._axes, self._gates = data, axes, gates
         self.pieces = Pieces(graph, operators, flow, data)
         self.composites: dict[fx.Node, Composite] = {}
-        self.weights: dict[fx.Node, str] = {}
+        self.weights: dict[fx.Node, Refusal] = {}
         self._taken: set[fx.Node] = set()
         self._seen: set[fx.Node] = set()
         self._mixed: set[str] | None = None
@@ -129,7 +125,8 @@ class _Finder:
                 return self._take(root, piece, ActivationCall(name, fused=False))
             if self.pieces.is_closed(piece) and (name := formula_of(values, WEIGHTS)):
                 self._taken.update(piece)
-                self.weights.update({n: _WEIGHT.format(name) for n in piece if self._single(n)})
+                reason = _WEIGHT.format(name)
+                self.weights.update({n: Refusal(reason, n.name, kind="gate") for n in piece if self._single(n)})
                 return
 
     def _copies(self, node: fx.Node) -> bool:
@@ -161,25 +158,32 @@ class _Finder:
         path = self._path(node, _UNKNOWN)
         module = self._operators.modules.get(path)
         target = "the function that computes it, under torch.fx.wrap" if module is None else type(module).__name__
-        reason = _NOT_KNOWN.format(self._operators.word(node), self._operators.label(root), target)
-        self._add(Composite(root, tuple(piece), (), call, path, reason))
+        refusal = Refusal(
+            f"{self._operators.word(node)} is computed from {self._operators.label(root)}, element by element, by a "
+            "function that is in no table",
+            node.name,
+            f"if it is one, make it known by meansparse_fx.register_activation({target}, ...)",
+            kind="not known as an activation",
+        )
+        self._add(Composite(root, tuple(piece), (), call, path, refusal))
 
     def _take(self, root: fx.Node, piece: Sequence[fx.Node], call: ActivationCall) -> None:
         # Names of one value; several where it was overwritten in between.
         sources = {given for n in piece for given in self._given(n, root)}
         # Also those that read what an earlier step of the piece wrote there: h.clamp_(min=0), then h.clamp_(max=6).
         readers = tuple(n for n in piece if not sources.isdisjoint(n.all_input_nodes))
-        reason = None if len(sources) == 1 else _INPLACE
+        in_place = in_several_steps(piece[-1])
+        refusal = None if len(sources) == 1 else in_place
         if not self.pieces.is_closed(piece):
             inside = set(piece)
             shared = next(n for n in piece if not inside.issuperset(self.pieces.readers[n]))
-            reason = _SHARED.format(self._operators.word(shared))
+            refusal = Refusal(_SHARED.format(self._operators.word(shared)), piece[-1].name, kind="shared")
         memory, result = (self._flow.memory.get(n, frozenset()) for n in (root, piece[-1]))
         written = any(self._operators.writes(n) and self._flow.memory.get(n, frozenset()) & memory for n in piece)
         if written and not memory & result:
-            reason = _INPLACE
+            refusal = in_place
         path = self._path(piece[-1], call.name)
-        self._add(Composite(sources.pop(), tuple(piece), readers, replace(call, inplace=written), path, reason))
+        self._add(Composite(sources.pop(), tuple(piece), readers, replace(call, inplace=written), path, refusal))
 
     def _given(self, node: fx.Node, value: fx.Node) -> list[fx.Node]:
         """Return the inputs of a call that hold ``value``."""

@@ -34,7 +34,7 @@ _ROUTE = "torch.compile"
 _ENTRANCE = ("compile_wrapper", eval_frame.__file__)
 _HEAD = re.compile(r"([LG])\['([^']+)'\]")
 _STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
-_NAMELESS = "nameless: the code after the graph break does not know which module it belongs to; move the break"
+_NAMELESS = "the code after the graph break does not know which module it belongs to"
 
 Scope = Mapping[str, Mapping[str, Any]]  # "L": the frame's locals, "G": its globals
 
@@ -139,9 +139,10 @@ class DynamoGraph:
         known = channel_axes(self.graph, operators, flow, given)
         plan = plan_sites(self.graph, operators, flow, known, self.inputs, _ROUTE, placement, earlier)
         named = {node.name for node in callers}
-        refused = {node.name: reason for node, reason in entrances.refused.items()}
-        sites = (replace(s, skipped=refused.get(s.node, s.skipped)) for s in plan)
-        sites = (s if s.node in named else replace(s, skipped=s.skipped or _NAMELESS) for s in sites)
+        sites = (replace(s, refusal=entrances.refused.get(s.node, s.refusal)) for s in plan)
+        sites = (
+            s if s.refusal or s.node in named else s.refused("nameless", _NAMELESS, "move the break") for s in sites
+        )
         plan = SitePlan(tuple(sites), plan.route)
         outputs: Any = self.graph.output_node().args[0]
         return Found(
@@ -231,8 +232,7 @@ def _belongs_to_module(placeholder: fx.Node, scope: Scope) -> bool:
     argument = placeholder.meta.get("grapharg")
     if argument is None:
         return False
-    name = argument.source.name
-    source = name() if callable(name) else name  # a method until torch 2.9
+    source = argument.source.name
     return source.startswith("G[") or any(isinstance(v, nn.Module) for v in _objects_along(source, scope))
 
 

@@ -2,7 +2,7 @@
 
 Where Dynamo leaves only the sigmoid and the product of a Swish, a call that returns its argument marks the place where
 the module's input enters. That call then is the activation, under the module's name, and what the module does inside
-is none. Imports torch, `ops`, `rewrite` and floor 1.
+is none. Imports torch, `ops`, `plan`, `rewrite` and floor 1.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 from ..activations import ActivationCall, match_function, match_module
 from ..rewrite import bypass
 from .ops import CALLS
+from .plan import Refusal, in_several_steps
 
-_BROKEN = "graph break: this graph has only a part of what the activation does; move the break out of its forward"
-_INPLACE = "in place: the activation overwrites its input in several steps; give it inplace=False"
-_SEVERAL = "several inputs: {} tensors enter the activation, and which of them it is applied to is not known"
+_BROKEN = "this graph has only a part of what the activation does"
+_SEVERAL = "{} tensors enter the activation, and which of them it is applied to is not known"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +43,12 @@ class Entrances:
     Attributes:
         known: The activation of each mark, and None for each call inside.
         paths: The path of each mark.
-        refused: Why the activation cannot be rewritten, for the marks that stand there for the plan alone.
+        refused: By name of a mark that stands there for the plan alone: why the activation cannot be rewritten.
     """
 
     known: dict[fx.Node, ActivationCall | None] = field(default_factory=dict)
     paths: dict[fx.Node, str] = field(default_factory=dict)
-    refused: dict[fx.Node, str] = field(default_factory=dict)
+    refused: dict[str, Refusal] = field(default_factory=dict)
 
 
 def entrance(x: Tensor) -> Tensor:
@@ -79,7 +79,6 @@ def mark_entrances(graph: fx.Graph, owners: Mapping[fx.Node, ModuleCall], state:
         sources = [n for n in entering if n not in state and n.op != "get_attr" and _is_tensor(n)]
         if call is None or _is_one_function(nodes, call, sources):
             continue
-        reason = _refusal(owner, call, sources)
         source = next((n for n in (*sources, *entering, *nodes) if _is_tensor(n)), None)
         reader = next((n for n in nodes if source in n.all_input_nodes), None)
         if source is None or reader is None:
@@ -87,8 +86,8 @@ def mark_entrances(graph: fx.Graph, owners: Mapping[fx.Node, ModuleCall], state:
         with graph.inserting_before(reader):
             mark = graph.call_function(entrance, (source,))
         mark.meta = dict(source.meta)
-        if reason is not None:
-            found.refused[mark] = reason
+        if (refusal := _refusal(owner, call, sources, mark)) is not None:
+            found.refused[mark.name] = refusal
         elif sources:
             source.replace_all_uses_with(mark, delete_user_cb=inside.__contains__)
         found.known.update(dict.fromkeys(nodes))
@@ -103,13 +102,13 @@ def remove_entrances(graph: fx.Graph) -> None:
         bypass(mark)
 
 
-def _refusal(owner: ModuleCall, call: ActivationCall, sources: list[fx.Node]) -> str | None:
+def _refusal(owner: ModuleCall, call: ActivationCall, sources: list[fx.Node], mark: fx.Node) -> Refusal | None:
     """Return why a call cannot be rewritten; None if it can, or is computed from parameters alone."""
     if owner.broken:
-        return _BROKEN
+        return Refusal(_BROKEN, mark.name, "move the break out of its forward", kind="graph break")
     if len(sources) > 1:
-        return _SEVERAL.format(len(sources))
-    return _INPLACE if call.inplace and sources else None
+        return Refusal(_SEVERAL.format(len(sources)), mark.name, kind="several inputs")
+    return in_several_steps(mark) if call.inplace and sources else None
 
 
 def _is_one_function(nodes: list[fx.Node], call: ActivationCall, sources: list[fx.Node]) -> bool:

@@ -24,12 +24,6 @@ from .ops import Operators
 from .plan import Placement, Site, SitePlan
 from .shapes import Flow, propagate
 
-_INDEPENDENT = "input-independent: computed from parameters alone, the same for every image"
-_ELSEWHERE = "published: the checkpoint has no operator here"
-_UNKNOWN_AXIS = (
-    "channel axis unknown: no layer around it tells; give it by hand, Placement(channel_dims={{{!r}: dimension}})"
-)
-
 
 def find_sites(
     graph_module: fx.GraphModule, route: str, images: Tensor | None, placement: Placement | None = None
@@ -117,23 +111,25 @@ def plan_sites(
             inside=tuple(calls[n] for n in candidate.inside),
             readers=tuple(n.name for n in operators.readers(node)) if candidate.call else (),
             published=None if candidate.published is None else candidate.published.name,
-            skipped=_INDEPENDENT if node not in data else gates.get(node),
         )
-        if candidate.call and site.skipped is None:
-            site = replace(site, skipped=operators.refusal(node))
-        if candidate.left and site.skipped is None:
-            site = replace(site, skipped=_ELSEWHERE)
-        if site.skipped is None and axis is None:
-            site = replace(site, skipped=_UNKNOWN_AXIS.format(name))
-        if site.published is None:
-            site = replace(site, skipped=site.skipped or placement.refusal(site))
-        elif site.skipped:
+        if node not in data:
+            site = site.refused("input-independent", "computed from parameters alone, the same for every image")
+        elif (refusal := gates.get(node) or (operators.refusal(node) if candidate.call else None)) is not None:
+            site = replace(site, refusal=refusal)
+        elif candidate.left:
+            site = site.refused("published", "the checkpoint has no operator here")
+        elif axis is None:
+            cure = f"give it by hand, Placement(channel_dims={{{name!r}: dimension}})"
+            site = site.refused("channel axis unknown", "no layer around it tells", cure)
+        elif site.published is None:
+            site = replace(site, refusal=placement.refusal(site))
+        if site.refusal is not None and site.published is not None:
             raise SiteError(
-                f"{name}: holds the published operator {site.published} and cannot be taken: {site.skipped}"
+                f"{name}: holds the published operator {site.published} and cannot be taken: {site.refusal}"
             )
         sites.append(site)
     sites = _covered(candidates, sites)
-    inplace = [s for s in sites if s.skipped is None and s.activation and s.activation.inplace]
+    inplace = [s for s in sites if s.refusal is None and s.activation and s.activation.inplace]
     check_inplace(graph, operators, flow, inplace)
     return SitePlan(tuple(sites), route)
 
@@ -147,10 +143,10 @@ def check_channel_dims(placement: Placement, names: set[str]) -> None:
 
 def _covered(candidates: Iterable[Candidate], sites: list[Site]) -> list[Site]:
     """Return the sites without the sums that one activation alone reads, if an operator stands there already."""
-    active = {site.node: site.name for site in sites if site.activation and site.skipped is None}
+    active = {site.node: site.name for site in sites if site.activation and site.refusal is None}
     readers = [active.get(c.reader.name) if c.reader and not c.published else None for c in candidates]
     return [
-        replace(site, skipped=f"covered: read by {reader} alone") if reader and not site.skipped else site
+        site.refused("covered", f"read by {reader} alone") if reader and site.refusal is None else site
         for site, reader in zip(sites, readers, strict=True)
     ]
 

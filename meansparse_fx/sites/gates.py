@@ -2,7 +2,7 @@
 
 A gate pools a tensor over all of space, computes on what is left, and multiplies (or adds, broadcast) the result
 back onto a tensor that was not pooled: squeeze-and-excitation and its relatives. A head is pooled as well, but
-nothing unpooled meets it again. Imports `ops` and `shapes`.
+nothing unpooled meets it again. Imports `ops`, `plan` and `shapes`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from .ops import Operators
+from .plan import Refusal
 from .shapes import Flow, Shape
 
 
@@ -39,14 +40,14 @@ def reachable(graph: fx.Graph, operators: Operators, flow: Flow, inputs: Iterabl
     return found
 
 
-def gated(graph: fx.Graph, operators: Operators, flow: Flow, data: set[fx.Node]) -> dict[fx.Node, str]:
-    """Return why a node is part of a gate, for each that is.
+def gated(graph: fx.Graph, operators: Operators, flow: Flow, data: set[fx.Node]) -> dict[fx.Node, Refusal]:
+    """Return the refusal of each node that is part of a gate.
 
     Args:
         data: The nodes computed from the graph's input.
     """
     pooled: set[fx.Node] = set()
-    reasons: dict[fx.Node, str] = {}
+    refused: dict[fx.Node, Refusal] = {}
     for node in graph.nodes:
         op = operators.op(node)
         inputs = [n for n in node.all_input_nodes[: 1 if op.like else None] if n in data]
@@ -58,13 +59,13 @@ def gated(graph: fx.Graph, operators: Operators, flow: Flow, data: set[fx.Node])
         elif inside and _meets(op.word, flow, node, inside[0]):
             gate, other = inside[0], next(n for n in inputs if n not in pooled)
             reason = _REASONS[op.word].format(operators.label(other))
-            _mark(gate, pooled, reasons, reason)
-    return reasons
+            _mark(gate, pooled, refused, reason)
+    return refused
 
 
 _REASONS = {
-    "mul": "gate: squeeze-and-excitation, pooled then multiplied onto {}",
-    "add": "gate: global context, pooled then added onto {}",
+    "mul": "squeeze-and-excitation, pooled then multiplied onto {}",
+    "add": "global context, pooled then added onto {}",
 }
 
 
@@ -87,11 +88,11 @@ def _extent(shape: Shape) -> int:
     return sum(n > 1 for n in shape[1:])
 
 
-def _mark(gate: fx.Node, pooled: set[fx.Node], reasons: dict[fx.Node, str], reason: str) -> None:
-    """Give ``reason`` to the gate and to all it is computed from since the pooling."""
+def _mark(gate: fx.Node, pooled: set[fx.Node], refused: dict[fx.Node, Refusal], reason: str) -> None:
+    """Refuse, for ``reason``, the gate and all it is computed from since the pooling."""
     waiting = [gate]
     while waiting:
         node = waiting.pop()
-        if node in pooled and node not in reasons:
-            reasons[node] = reason
+        if node in pooled and node not in refused:
+            refused[node] = Refusal(reason, node.name, kind="gate")
             waiting.extend(node.all_input_nodes)

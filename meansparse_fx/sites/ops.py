@@ -17,6 +17,7 @@ from .op_table import ACTIVATION, ELEMENTWISE, FUNCTIONS, LIBRARY_FUNCTIONS, MET
 
 if TYPE_CHECKING:
     from .composites import Composite
+    from .plan import Refusal
 
 CALLS = ("call_function", "call_method", "call_module")
 
@@ -45,7 +46,7 @@ class Operators:
     known: dict[fx.Node, ActivationCall | None] = field(default_factory=dict)
     tensors: Mapping[fx.Node, Tensor] = field(default_factory=dict)
     composites: Mapping[fx.Node, Composite] = field(default_factory=dict)
-    weights: Mapping[fx.Node, str] = field(default_factory=dict)
+    weights: Mapping[fx.Node, Refusal] = field(default_factory=dict)
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule) -> Operators:
@@ -103,7 +104,7 @@ class Operators:
             return replace(call, fused=False) if call and has_hooks(module) else call
         if node.op not in ("call_function", "call_method"):
             return None
-        if "skipped" in node.meta:  # a torch.autograd.Function that calls activations
+        if "refusal" in node.meta:  # a torch.autograd.Function that calls activations
             return ActivationCall(str(node.args[0]).strip("_"), fused=False)
         try:
             return match_function(node.target, node.args, node.kwargs)
@@ -142,12 +143,11 @@ class Operators:
         composite = self.composites.get(node)
         return (node,) if composite is None else composite.readers
 
-    def refusal(self, node: fx.Node) -> str | None:
+    def refusal(self, node: fx.Node) -> Refusal | None:
         """Return why no operator can stand before an activation, by what it is."""
-        if "skipped" in node.meta:
-            return node.meta["skipped"]
         composite = self.composites.get(node)
-        return self.weights.get(node) if composite is None else composite.skipped
+        of_calls = self.weights.get(node) if composite is None else composite.refusal
+        return node.meta.get("refusal", of_calls)
 
     def reader(self, node: fx.Node) -> fx.Node | None:
         """Return the only call that reads a node, those of one composite taken for one; None if there are several."""

@@ -24,6 +24,32 @@ KINDS = ("activation", "residual_sum", "residual_branch")  # that can be asked f
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a node is left as it is; printing it gives all of it in words.
+
+    Attributes:
+        reason: In words.
+        node: Name of the node.
+        cure: What a user can do about it, if anything.
+        kind: Of a site's: what a plan's summary counts, such as ``gate`` or ``placement``.
+    """
+
+    reason: str
+    node: str
+    cure: str = ""
+    kind: str = ""
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.kind, self.reason, self.cure)))
+
+
+def in_several_steps(node: fx.Node) -> Refusal:
+    """Return why an activation that overwrites its input on the way cannot have an operator before it."""
+    reason = "the activation overwrites its input in several steps"
+    return Refusal(reason, node.name, "give it inplace=False", kind="in place")
+
+
+@dataclass(frozen=True, slots=True)
 class Site:
     """One call in the graph where the operator belongs, or would if it were not skipped.
 
@@ -42,7 +68,7 @@ class Site:
         readers: Of an activation: names of the nodes that read the source; several where it is written out.
         inside: Of a residual kind: the names of the activations in its branch.
         published: Name of the published operator's node that stands here already; None if there is none.
-        skipped: None, or why this site is left alone, in words.
+        refusal: None, or why this site is left alone.
         fused: What `transform` took into the operator besides the activation, or why nothing.
     """
 
@@ -58,8 +84,17 @@ class Site:
     readers: tuple[str, ...] = ()
     inside: tuple[str, ...] = ()
     published: str | None = None
-    skipped: str | None = None
+    refusal: Refusal | None = None
     fused: str | None = None
+
+    @property
+    def skipped(self) -> str | None:
+        """None, or why this site is left alone, in words."""
+        return None if self.refusal is None else str(self.refusal)
+
+    def refused(self, kind: str, reason: str, cure: str = "") -> Site:
+        """Return the site, left alone."""
+        return replace(self, refusal=Refusal(reason, self.node, cure, kind))
 
     @property
     def resolution(self) -> tuple[int, ...]:
@@ -112,17 +147,19 @@ class Placement:
             except (re.error, TypeError) as error:
                 raise SiteError(f"placement: {pattern!r} is no regular expression: {error}") from error
 
-    def refusal(self, site: Site) -> str | None:
+    def refusal(self, site: Site) -> Refusal | None:
         """Return why this placement leaves ``site`` alone, or None if it takes it."""
         if site.kind not in self.kinds:
-            return f"placement: kind {site.kind} not asked for"
-        if self.include and not any(re.search(p, site.name) for p in self.include):
-            return "placement: not included"
-        if any(re.search(p, site.name) for p in self.exclude):
-            return "placement: excluded"
-        if self.predicate is not None and not self.predicate(site):
-            return "placement: predicate said no"
-        return None
+            reason = f"kind {site.kind} not asked for"
+        elif self.include and not any(re.search(p, site.name) for p in self.include):
+            reason = "not included"
+        elif any(re.search(p, site.name) for p in self.exclude):
+            reason = "excluded"
+        elif self.predicate is not None and not self.predicate(site):
+            reason = "predicate said no"
+        else:
+            return None
+        return Refusal(reason, site.node, kind="placement")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,12 +205,12 @@ class SitePlan(Tabled):
     @property
     def active(self) -> tuple[Site, ...]:
         """The sites that are rewritten."""
-        return tuple(s for s in self.sites if s.skipped is None)
+        return tuple(s for s in self.sites if s.refusal is None)
 
     @property
     def left(self) -> frozenset[str]:
         """Names of the sites that the placement leaves alone."""
-        return frozenset(s.name for s in self.sites if (s.skipped or "").startswith("placement"))
+        return frozenset(s.name for s in self.sites if s.refusal and s.refusal.kind == "placement")
 
     def with_fusion(self, fused: Mapping[str, str]) -> SitePlan:
         """Return the plan with what was fused at each site, by its name."""
@@ -215,10 +252,10 @@ class SitePlan(Tabled):
 
     def table(self) -> Table:
         """Return the plan as a rich table, one row a site."""
-        skipped = Counter(s.skipped.split(":")[0] for s in self.sites if s.skipped)
+        skipped = Counter(s.refusal.kind for s in self.sites if s.refusal)
         summary = f"{len(self.active)} of {len(self.sites)} sites rewritten, captured by {self.route}"
         if skipped:
-            summary += "; skipped: " + ", ".join(f"{n} {reason}" for reason, n in skipped.items())
+            summary += "; skipped: " + ", ".join(f"{n} {kind}" for kind, n in skipped.items())
         left = ("activation", "input", "after", "status")
         table = new_table(
             "site",
