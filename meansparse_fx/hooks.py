@@ -69,10 +69,11 @@ def has_own_forward(module: nn.Module) -> bool:
 def refuse_global_hooks() -> None:
     """Raise StateError if hooks are registered for all modules: a graph does not call all modules."""
     for kind in ("forward_pre", "forward", "backward_pre", "backward"):
-        hooks = getattr(torch_module, f"_global_{kind}_hooks")
-        if hooks:
+        hook = next(iter(getattr(torch_module, f"_global_{kind}_hooks").values()), None)
+        if hook is not None:
+            name = getattr(hook, "__qualname__", type(hook).__name__)
             raise StateError(
-                f"hooks are registered for every module there is ({_name(next(iter(hooks.values())))}), and a graph "
+                f"hooks are registered for every module there is ({name}), and a graph "
                 "calls only some of the model's: remove them (the handle that register_module_..._hook returned), or "
                 "register them on the modules that are meant"
             )
@@ -195,7 +196,8 @@ def leave(result: Any, module: nn.Module, given: tuple[tuple, dict], backward: B
     if backward is not None:
         result = backward.setup_output_hook(result)
     _, legacy = module._get_backward_hooks()
-    function = getattr(next(_tensors(result), None), "grad_fn", None) if legacy else None
+    first = next((leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)), None) if legacy else None
+    function = getattr(first, "grad_fn", None)
     if function is not None:
         for hook in legacy:
             function.register_hook(functools.partial(hook, module))
@@ -239,13 +241,13 @@ class NoHooks(OrderedDict):
         raise StateError(self.reason)
 
 
-def close(module: nn.Module, reason: str) -> None:
+def forbid_hooks(module: nn.Module, reason: str) -> None:
     """Refuse hooks from now on, with a reason."""
     for kind in _RUNNING:
         module.__dict__[kind] = NoHooks.because(reason)
 
 
-def reopen(module: nn.Module) -> None:
+def allow_hooks(module: nn.Module) -> None:
     """Take hooks again."""
     for kind in _RUNNING:
         if isinstance(module.__dict__[kind], NoHooks):
@@ -272,11 +274,3 @@ def _alike(before: Any, after: Any) -> bool:
         same = isinstance(after, tuple | list) and len(before) == len(after)
         return same and all(map(_alike, before, after))
     return before is after or before == after
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
-
-
-def _name(hook: Callable) -> str:
-    return getattr(hook, "__qualname__", type(hook).__name__)

@@ -52,7 +52,7 @@ def _in_memory(tensor: Tensor) -> Tensor:
     return tensor[tuple(slice(None if stride else 1) for stride in repeats)] if 0 in repeats else tensor
 
 
-def write_back(graph: fx.Graph, root: nn.Module, names: set[str]) -> None:
+def write_buffers_back(graph: fx.Graph, root: nn.Module, names: set[str]) -> None:
     """Let buffers that a traced forward assigned to have their new values once the graph has run.
 
     Until then it reads the old ones.

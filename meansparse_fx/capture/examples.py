@@ -29,6 +29,7 @@ from ..hooks import has_hooks
 from ..sites.ops import is_in_place
 from ..sites.shapes import cheap_fake, keeps_shape
 from .derivatives import check_question
+from .functions import values_of
 from .proxies import (
     FACTORIES,
     SIZES,
@@ -48,9 +49,6 @@ _ANSWERS = (bool, int, float, complex, str, torch.Size, torch.device, torch.dtyp
 
 # They turn a tensor's values into Python's; what images hold must not decide what the graph does.
 _READS_VALUES = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__contains__"}
-
-# Where functions come from that fx records without being told.
-_SEEN_BY_FX = {"torch", "_operator", "math", "None"}
 
 _ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.truediv}
 
@@ -129,7 +127,7 @@ class ExampleTracer(ModelTracer):
     ) -> tuple[Callable, list[Any]]:
         function, (root, images) = super().create_args_for_root(root_fn, is_module, concrete_args)
         size = tuple(self._batches[0].shape[1:])
-        self.create_node("call_function", expect_size, (images.node, size), {}).meta["is_wrapped"] = True
+        self.create_node("call_function", expect_size, (images.node, size), {})
         return function, [root, images]
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
@@ -167,8 +165,6 @@ class ExampleTracer(ModelTracer):
         if first is None and target is getattr:
             return None
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr)
-        if kind == "call_function" and _unknown_to_torch(target):
-            node.meta["is_wrapped"] = True  # or unpickling, which traces the generated code, would run it
         if kind == "get_attr" or (target in (operator.getitem, getattr) and not isinstance(first, Tensor)):
             self._pure.append(node)
         return self._present(node, examples, by_value)
@@ -209,8 +205,7 @@ class ExampleTracer(ModelTracer):
         if kind == "get_attr":
             with self.evaluating():
                 return (operator.attrgetter(target)(self.root),), False
-        proxies: list[ExampleProxy] = []
-        map_aggregate((args, kwargs), lambda a: proxies.append(a) if isinstance(a, ExampleProxy) else None)
+        proxies = values_of(ExampleProxy, (args, kwargs))
         count = max((len(p.examples) for p in proxies), default=1)
         spelled = target if isinstance(target, str) else getattr(target, "__name__", "")
         if count > 1 and spelled in _READS_VALUES:
@@ -226,7 +221,9 @@ class ExampleTracer(ModelTracer):
 
     def _example(self, kind: str, target: Any, args: tuple, kwargs: dict, k: int, varies: bool) -> Any:
         """Return what a node yields for the k-th batch."""
-        args, kwargs = map_aggregate((args, kwargs), lambda a: _example_of(a, k))
+        args, kwargs = map_aggregate(
+            (args, kwargs), lambda a: a.examples[k % len(a.examples)] if isinstance(a, ExampleProxy) else a
+        )
         if kind == "call_method":
             function = getattr(args[0], target)
             args = args[1:]
@@ -269,10 +266,6 @@ class _SizeWatch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _example_of(argument: Any, k: int) -> Any:
-    return argument.examples[k % len(argument.examples)] if isinstance(argument, ExampleProxy) else argument
-
-
 def _like_input(function: Any, args: tuple) -> bool:
     """Return whether a result is known to be like the first argument, which then serves as its example."""
     if not args or not isinstance(args[0], FakeTensor) or torch.is_autocast_enabled(args[0].device.type):
@@ -287,7 +280,3 @@ def _like_input(function: Any, args: tuple) -> bool:
             return x.shape == other.shape and x.dtype == other.dtype and x.stride() == other.stride()
         return x.is_floating_point() and type(other) in (int, float)
     return keeps_shape(function)
-
-
-def _unknown_to_torch(function: Any) -> bool:
-    return function is not getattr and str(function.__module__).partition(".")[0] not in _SEEN_BY_FX

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -22,8 +22,16 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 
+T = TypeVar("T")
 _ScriptFunction = torch.jit.ScriptFunction
 _CALL = _ScriptFunction.__call__
+
+
+def values_of(kind: type[T], arguments: Any) -> list[T]:
+    """Return the values of a kind in arguments that a graph can hold."""
+    found: list[T] = []
+    map_aggregate(arguments, lambda value: found.append(value) if isinstance(value, kind) else None)
+    return found
 
 
 @contextmanager
@@ -46,9 +54,7 @@ def _answer(function: FunctionType, call: Callable[[Callable, tuple, dict], Any]
     own.__kwdefaults__ = function.__kwdefaults__
 
     def answer(args: tuple, kwargs: dict) -> Any:
-        proxies: list[fx.Proxy] = []
-        map_aggregate((args, kwargs), lambda value: proxies.append(value) if isinstance(value, fx.Proxy) else None)
-        return call(function, args, kwargs) if proxies else own(*args, **kwargs)
+        return call(function, args, kwargs) if values_of(fx.Proxy, (args, kwargs)) else own(*args, **kwargs)
 
     return answer
 

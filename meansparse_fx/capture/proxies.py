@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_aggregate
 from torch.fx.proxy import TraceError
 
 from .derivatives import ModelProxy
+from .functions import values_of
 from .tracing import Retrace
 
 SIZES = (2, 3)  # of the example batches: two that differ, and neither is 1, which broadcasts
@@ -226,9 +226,7 @@ def wrapped(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        proxies: list[ExampleProxy] = []
-        map_aggregate((args, kwargs), lambda a: proxies.append(a) if isinstance(a, ExampleProxy) else None)
-        if not proxies:
+        if not (proxies := values_of(ExampleProxy, (args, kwargs))):
             return function(*args, **kwargs)
         if function in FACTORIES and not isinstance(args[0], tuple | list):
             args = (args,)

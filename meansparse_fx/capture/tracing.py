@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
+from functools import partial
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -32,7 +33,7 @@ from ..hooks import (
 )
 from ..outputs import flatten, parts
 from ..published import published_operator
-from ..state import kept_parameters, write_back
+from ..state import kept_parameters, write_buffers_back
 from .copies import state_of
 from .derivatives import (
     ModelProxy,
@@ -49,6 +50,8 @@ from .verify import plain_attention, shadow, source_line
 _CALL = nn.Module.__call__  # taken before a tracer patches it
 _MAX_LEAVES = 16
 _CONTAINERS = {tuple, list, dict, torch.Size}
+# Where functions come from that fx records without being told.
+_SEEN_BY_FX = {"torch", "_operator", "math", "None"}
 _CURE = "return tensors in tuples, lists, dicts, OrderedDicts, named tuples or dataclasses"
 
 # Their fused inference path shows no activation to anyone, so they are traced through or refused, never leaves.
@@ -109,25 +112,21 @@ class ModelTracer(fx.Tracer):
             modes_as_calls(self._call, lambda: not self._evaluating),
             without_checkpoints(),
             expanded_by_tuples(),
-            as_single_calls(registered_functions(), self._registered),
+            as_single_calls(registered_functions(), partial(self.create_proxy, "call_function")),
         ):
             graph = super().trace(root, concrete_args)
         for node in graph.nodes:
             if isinstance(node.type, str):  # an annotation never evaluated: torch before 2.14 cannot pickle it
                 node.type = None
         settle_modes(graph)
-        write_back(graph, self.root, set(self._state_names.values()))
+        write_buffers_back(graph, self.root, set(self._state_names.values()))
         return graph
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return ModelProxy(node, self)
 
     def create_proxy(self, kind: str, target: Any, args: tuple, kwargs: dict, *rest: Any, **options: Any) -> Any:
-        kind, target, args = self.spelled(kind, target, args)
-        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
-        if target is register_hook:
-            proxy.node.meta["is_wrapped"] = True  # or unpickling, which traces the generated code, would run it
-        return proxy
+        return super().create_proxy(*self.spelled(kind, target, args), kwargs, *rest, **options)
 
     def spelled(self, kind: str, target: Any, args: tuple) -> tuple[str, Any, tuple]:
         """Return a call as a graph can hold it: of a tensor hook the hook is read from the model."""
@@ -141,11 +140,6 @@ class ModelTracer(fx.Tracer):
 
     def _apply(self, function: type, run: Callable, args: tuple, kwargs: dict) -> Any:
         return self.create_proxy("call_method", "apply", (self._attribute(function), *args), kwargs)
-
-    def _registered(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        proxy = self.create_proxy("call_function", function, args, kwargs)
-        proxy.node.meta["is_wrapped"] = True  # as what torch.fx.wrap makes: not traced into when it is unpickled
-        return proxy
 
     def _call(self, function: Callable, *args: Any) -> fx.Node:
         return self.create_node("call_function", function, args, {})
@@ -198,7 +192,8 @@ class ModelTracer(fx.Tracer):
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, target, *args, **kwargs)
-        if target in (enter, leave):
+        known = target is getattr or str(getattr(target, "__module__", None)).partition(".")[0] in _SEEN_BY_FX
+        if kind == "call_function" and not known:
             node.meta["is_wrapped"] = True  # or unpickling, which traces the generated code, would run it
         return node
 

@@ -196,16 +196,13 @@ class Reference:
 
     def _other_gradients(self, graph_module: fx.GraphModule, batch: Tensor) -> list[str]:
         """Return the names of those with respect to which a graph has other gradients than the model."""
-        expected = self._own_gradients(batch)
+        own = shadow(self.model)
+        with kept_parameters(own):
+            expected = _gradients(own, batch)
         if expected is None:
             return []
         actual = _gradients(graph_module, batch)
         return [n for n, value in expected.items() if actual is None or not _same_gradient(actual.get(n), value)]
-
-    def _own_gradients(self, batch: Tensor) -> dict[str, Tensor | None] | None:
-        own = shadow(self.model)
-        with kept_parameters(own):
-            return _gradients(own, batch)
 
     def _unsteady(self) -> str:
         """Return why no graph can do what the model does, if it depends on more than the images."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..hooks import close, reopen
+from ..hooks import allow_hooks, forbid_hooks
 from ..nn import MeanSparse
 from ..rewrite import PREFIX
 from ..sites import Placement, SitePlan
@@ -73,19 +73,19 @@ def refuse_hooks(graph_module: fx.GraphModule) -> None:
     for module, path in paths.items():
         if module in taken:
             own = taken[module]
-            close(
+            forbid_hooks(
                 module,
                 f"{path} is a part of the operator {own}, which is called in its place: register the hook on {own}, or "
                 f"on {path} of the base before transforming it",
             )
         elif module not in running:
-            close(
+            forbid_hooks(
                 module,
                 f"the graph makes the calls that {path} makes and does not call {path}: register the hook on a module "
                 "in it, or on the base before transforming it",
             )
         else:
-            reopen(module)
+            allow_hooks(module)
 
 
 def _taken(graph_module: fx.GraphModule) -> Iterator[tuple[nn.Module, str]]:
