@@ -70,17 +70,17 @@ class PGD:
         if self._norm == "Linf":
             return self._eps * (2 * torch.rand(images.shape) - 1).to(images)
         delta = torch.randn(images.shape).to(images)
-        return self._eps * delta / _norm(delta)
+        return self._eps * delta / norm_per_image(delta)
 
     def _direction(self, gradient: Tensor) -> Tensor:
-        return gradient.sign() if self._norm == "Linf" else gradient / _norm(gradient)
+        return gradient.sign() if self._norm == "Linf" else gradient / norm_per_image(gradient)
 
     def _project(self, images: Tensor, x: Tensor) -> Tensor:
         delta = x - images
         if self._norm == "Linf":
             delta = delta.clamp(-self._eps, self._eps)
         else:
-            delta = delta * (self._eps / _norm(delta)).clamp_max(1)
+            delta = delta * (self._eps / norm_per_image(delta)).clamp_max(1)
         return (images + delta).clamp(0, 1)
 
 
@@ -145,7 +145,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.masked_fill(right, -torch.inf).amax(1) - logits[right]
 
 
-def _norm(x: Tensor) -> Tensor:
+def norm_per_image(x: Tensor) -> Tensor:
     """Return each image's L2 norm, shaped to broadcast, never zero."""
     return per_image(x.flatten(1).norm(dim=1).clamp_min(1e-12), x)
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from ..passes.readout import features_of, last_linear, with_readout
 from .attacks import AttackSettings
-from .descent import per_image
+from .descent import norm_per_image, per_image
 
 IMAGES = 32
 INNER = 200  # points of each ball that its readout takes for the image
@@ -134,7 +134,7 @@ def _changed(points: Tensor, images: Tensor, settings: AttackSettings, generator
         delta[square] = settings.eps * anew
     else:
         delta[square] += settings.eps / side ** (len(sizes) / 2) * anew
-        delta = delta * per_image(settings.eps / delta.flatten(1).norm(dim=1).clamp_min(1e-12), delta)
+        delta = delta * (settings.eps / norm_per_image(delta))
     delta = delta.view_as(points)
     return (images + delta).clamp(0, 1)
 
@@ -147,7 +147,7 @@ def _around(image: Tensor, count: int, settings: AttackSettings, generator: torc
         delta = delta.sign() if edge else delta
     else:
         delta = torch.randn(shape, generator=generator)
-        delta = delta / per_image(delta.flatten(1).norm(dim=1), delta)
+        delta = delta / norm_per_image(delta)
         if not edge:
             delta = delta * per_image(torch.rand(count, generator=generator), delta)
     return (image + settings.eps * delta.to(image)).clamp(0, 1)

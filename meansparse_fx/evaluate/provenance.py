@@ -63,9 +63,8 @@ def check_distinct(marks: Tensor) -> Check:
     """Return whether each image is there once, by their marks ``[N]``; a share of `SHARED` may be repeated."""
     repeated = len(marks) - len(marks.unique())
     finding = f"{repeated} of {len(marks)} images equal another of them"
-    if repeated > SHARED * len(marks):
-        finding += ": what counts twice makes intervals too narrow; leave repetitions out"
-    return Check("distinct images", repeated <= SHARED * len(marks), finding)
+    cure = "what counts twice makes intervals too narrow; leave repetitions out"
+    return Check.of("distinct images", repeated <= SHARED * len(marks), finding, cure)
 
 
 def checks_of_choice(choice: Mapping[str, Any] | None, settings: AttackSettings, marks: Tensor) -> Iterator[Check]:
@@ -90,8 +89,11 @@ def checks_of_choice(choice: Mapping[str, Any] | None, settings: AttackSettings,
     if not known:  # of a search that kept none
         return
     count = sum(mark in known for mark in hexadecimal(marks))
-    finding, passed = f"{count} of {len(marks)} images were used to choose alpha", count <= SHARED * len(marks)
-    yield Check("unseen images", passed, finding + ("" if passed else ": too good a gain on them; evaluate on others"))
+    finding, cure = (
+        f"{count} of {len(marks)} images were used to choose alpha",
+        "too good a gain on them; evaluate on others",
+    )
+    yield Check.of("unseen images", count <= SHARED * len(marks), finding, cure)
 
 
 def hexadecimal(marks: Tensor) -> list[str]:

@@ -142,15 +142,17 @@ def evaluate(
         "attacks or backwards": [run.name for run in runs],
         "logits": in_words(logits),
     }
-    rank, world = place(group)
+    (rank, world), batches = place(group), length(as_batches(test, batch_size, pair=True))
     ledger = Ledger(None if checkpoint is None else own_file(Path(checkpoint), rank, world), identity)
     keep = save_adversarial is not None
     compare = PixelComparison if maps else Comparison
     comparison = compare(models, runs, settings, ledger, full_rows, compile, amp, keep)
     with bar(progress and rank == 0) as display, ledger:
         if ledger.batches:
-            say_resumed(display, "batch", ledger.batches, length(as_batches(test, batch_size, pair=True)))
-        task = display.add_task("attack", total=_count(test, batch_size, 2 * len(runs), world), note="")
+            say_resumed(display, "batch", ledger.batches, batches)
+        # Of the first process, for both models.
+        total = None if batches is None else math.ceil(batches / world) * 2 * len(runs)
+        task = display.add_task("attack", total=total, note="")
         seen: list[str] = []
         marks: list[Tensor] = []
         for index, (images, labels) in enumerate(itertools.chain([first], data)):
@@ -205,12 +207,6 @@ def _evidence(
         get_alpha(sparse),
         {name: operator.switches() for name, operator in operators(sparse).items()},
     )
-
-
-def _count(test: Any, batch_size: int, runs: int, world: int) -> int | None:
-    """Return how many attacks on batches the first process will make, if the data says how many batches it has."""
-    found = length(as_batches(test, batch_size, pair=True))
-    return None if found is None else math.ceil(found / world) * runs
 
 
 def _unite(comparison: Comparison, identity: dict[str, Any], seen: list[str], seconds: float, group: Any) -> float:

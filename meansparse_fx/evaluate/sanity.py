@@ -40,6 +40,11 @@ class Check:
     passed: bool
     finding: str
 
+    @classmethod
+    def of(cls, name: str, passed: bool, finding: str, cure: str) -> Check:
+        """Return the check, its finding with what to do where it failed."""
+        return cls(name, passed, finding if passed else f"{finding}: {cure}")
+
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
@@ -52,9 +57,8 @@ class _Rule:
 
     def check(self, which: str, mask: Tensor) -> Check:
         share = 1 - mean(mask)
-        passed = share <= self.most
         finding = f"{100 * share:.1f} % of {len(mask)} images {self.seen}"
-        return Check(f"{self.name}, {which}", passed, finding if passed else f"{finding}: {self.cure}")
+        return Check.of(f"{self.name}, {which}", share <= self.most, finding, self.cure)
 
 
 _RULES = {
@@ -140,9 +144,8 @@ def checks_of_labels(labels: Tensor, classes: int, clean: Tensor) -> Iterator[Ch
     # As many of these as n images of equally frequent classes would show; half of them will do.
     passed = n < FEW or len(counts) >= max(2, classes * (1 - (1 - 1 / classes) ** n) / 2)
     finding = f"{len(counts)} of {classes} classes among {n} images"
-    if not passed:
-        finding += ": the result is of these alone; were the images sorted by class? Draw them from all"
-    yield Check("classes seen", passed, finding)
+    cure = "the result is of these alone; were the images sorted by class? Draw them from all"
+    yield Check.of("classes seen", passed, finding, cure)
 
 
 def check_threat(base: ModelOutcome, sparse: ModelOutcome) -> Iterator[Check]:
@@ -154,11 +157,10 @@ def check_threat(base: ModelOutcome, sparse: ModelOutcome) -> Iterator[Check]:
     shares = ", ".join(f"{100 * share:.1f} % {which}" for which, share in zip(sides, left, strict=True))
     finding = f"of what is right without an attack, the worst case leaves {shares}"
     strong, weak = max(left) < MOST_EXTREME, min(left) > 1 - MOST_EXTREME
+    cure = "too weak a threat to tell; give a larger eps, or stronger attacks"
     if strong:
-        finding += ": too strong a threat to tell the two apart; give a smaller eps (8/255, not 8)"
-    elif weak:
-        finding += ": too weak a threat to tell; give a larger eps, or stronger attacks"
-    yield Check("threat", not (strong or weak), finding)
+        cure = "too strong a threat to tell the two apart; give a smaller eps (8/255, not 8)"
+    yield Check.of("threat", not (strong or weak), finding, cure)
 
 
 def check_chance(low: float, high: float, n: int, finding: str) -> Check:
@@ -168,10 +170,8 @@ def check_chance(low: float, high: float, n: int, finding: str) -> Check:
         low, high: Interval of its accuracy above what the commonest label alone would get.
         n: Images. Of few the interval must leave out everything above chance, of many all that is not.
     """
-    passed = (high if n < FEW else low) > 0
-    if not passed:
-        finding += ": no trained weights, shifted labels, another order of classes, or no normalisation? Look at a few"
-    return Check("base above chance", passed, finding)
+    cure = "no trained weights, shifted labels, another order of classes, or no normalisation? Look at a few"
+    return Check.of("base above chance", (high if n < FEW else low) > 0, finding, cure)
 
 
 def check_unbounded(which: str, left: Tensor) -> Check:
@@ -183,9 +183,8 @@ def check_unbounded(which: str, left: Tensor) -> Check:
     share = mean(left)
     pixels = "the pixels of " if left.is_floating_point() else ""
     finding = f"{100 * share:.1f} % of {pixels}{len(left)} images survive an attack that may change them into any other"
-    if share > MOST_LEFT:
-        finding += ": the attack is blind here, and what other attacks leave means little; try more steps, or another"
-    return Check(f"unbounded attack, {which}", share <= MOST_LEFT, finding)
+    cure = "the attack is blind here, and what other attacks leave means little; try more steps, or another"
+    return Check.of(f"unbounded attack, {which}", share <= MOST_LEFT, finding, cure)
 
 
 def check_power(which: str, missed: Mapping[str, Tensor]) -> Check:
@@ -203,9 +202,8 @@ def check_power(which: str, missed: Mapping[str, Tensor]) -> Check:
         f"{count - int(together.sum())} of {count} planted adversarial examples found ({each}; random search "
         f"{100 * (1 - mean(missed['random search'])):.0f} %)"
     )
-    if share < LEAST_POWER:
-        finding += ": as large a share of the real ones may be missed; try more steps, or another attack"
-    return Check(f"planted examples, {which}", share >= LEAST_POWER, finding)
+    cure = "as large a share of the real ones may be missed; try more steps, or another attack"
+    return Check.of(f"planted examples, {which}", share >= LEAST_POWER, finding, cure)
 
 
 def check_steps(which: str, survived: Tensor) -> Check:
@@ -217,17 +215,13 @@ def check_steps(which: str, survived: Tensor) -> Check:
     count = int((~survived).sum())
     passed = count < IMAGES_MORE or count / len(survived) <= MOST_MORE
     finding = f"{count} of {len(survived)} images that survived everything fall to one more run of twice the steps"
-    if not passed:
-        finding += f": {_INCOMPLETE}"
-    return Check(f"more steps, {which}", passed, finding)
+    return Check.of(f"more steps, {which}", passed, finding, _INCOMPLETE)
 
 
 def check_steps_on_pixels(which: str, lower: float) -> Check:
     """Judge the same by the share of the pixels that one more run of twice the steps gets wrong."""
     finding = f"one more run of twice the steps gets {100 * lower:.2f} % more of the pixels wrong"
-    if lower > MOST_MORE:
-        finding += f": {_INCOMPLETE}"
-    return Check(f"more steps, {which}", lower <= MOST_MORE, finding)
+    return Check.of(f"more steps, {which}", lower <= MOST_MORE, finding, _INCOMPLETE)
 
 
 def check_square(which: str, outcome: ModelOutcome, backwards: Mapping[str, str | None]) -> Check | None:
@@ -244,6 +238,5 @@ def check_square(which: str, outcome: ModelOutcome, backwards: Mapping[str, str 
     count, share = int(alone.sum()), mean(alone)
     passed = share <= MOST_MORE or count < IMAGES_MORE
     finding = f"{count} of {len(alone)} images fall to Square and to no gradient attack"
-    if not passed:
-        finding += ": the gradients are masked, or had too few steps; run stronger attacks before believing any gain"
-    return Check(f"Square against gradients, {which}", passed, finding)
+    cure = "the gradients are masked, or had too few steps; run stronger attacks before believing any gain"
+    return Check.of(f"Square against gradients, {which}", passed, finding, cure)

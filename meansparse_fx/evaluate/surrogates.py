@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import EvaluationError
 from ..nn import MeanSparse
+from .descent import per_image
 
 STEEPNESS = 10.0  # of the smooth gate where none is said: `set_backward`'s
 
@@ -105,8 +106,4 @@ class WithSurrogate(nn.Module):
         self._asked += 1
         logits = self.model(images)
         # A model that lost its gradient is attacked in vain, which the checks say, rather than not at all.
-        return (
-            logits
-            if logits.requires_grad
-            else logits + 0 * images.flatten(1).sum(1).view(-1, *[1] * (logits.dim() - 1))
-        )
+        return logits if logits.requires_grad else logits + per_image(0 * images.flatten(1).sum(1), logits)

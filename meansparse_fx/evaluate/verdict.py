@@ -79,14 +79,8 @@ class Evaluation(Tabled):
     @property
     def masked(self) -> PairedDifference:
         """How much of `exact_gain` attackers who know the operator take away: the gap between the two gains."""
-        exact, worst = (
-            change(before, after)
-            for before, after in (
-                (self.base.worst_of("/exact"), self.sparse.worst_of("/exact")),
-                (self.base.worst, self.sparse.worst),
-            )
-        )
-        return PairedDifference.of_changes(exact - worst)
+        exact = change(self.base.worst_of("/exact"), self.sparse.worst_of("/exact"))
+        return PairedDifference.of_changes(exact - change(self.base.worst, self.sparse.worst))
 
     @property
     def warnings(self) -> list[str]:
@@ -166,12 +160,7 @@ class Evaluation(Tabled):
 
     def to_dict(self) -> dict:
         """Return everything as plain values; accuracies and differences are fractions."""
-        differences = {
-            "clean_change": self.clean_change,
-            "gain": self.gain,
-            "exact_gain": self.exact_gain,
-            "masked": self.masked,
-        }
+        differences = ("clean_change", "gain", "exact_gain", "masked")
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -181,7 +170,7 @@ class Evaluation(Tabled):
             "cumulative": self.cumulative,
             "base": self.base.to_dict(),
             "sparse": self.sparse.to_dict(),
-            **{name: difference.to_dict() for name, difference in differences.items()},
+            **{name: getattr(self, name).to_dict() for name in differences},
             "checks": [asdict(check) for check in self.checks],
             "verdict": self.verdict,
             "seconds": self.seconds,
