@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from ..errors import CalibrationError
-from ..seen import least_marks
 from ..shards import peer_lost, place
 from .totals import Totals
 
-_NO_MARK = 2**63 - 1  # of no image
+T = TypeVar("T")
+
 LOOK_SECONDS = 1.0  # between two looks at the others
 _calls = itertools.count()  # calibrations so far, the same number on every rank: each gets keys of its own
 
@@ -72,34 +71,23 @@ class Ranks:
             with peer_lost(CalibrationError):
                 self._look(sign)
 
-    def gather(self, value: Tensor, point: str) -> list[Tensor]:
-        """Return the tensor of every rank, in order, once all have reached ``point``; shapes must agree."""
+    def gather(self, value: T, point: str) -> list[T]:
+        """Return the value of every rank, in order, once all have reached ``point``; its tensors are on the CPU."""
         if self.world == 1:
             return [value]
+        found: list[Any] = [None] * self.world
         with peer_lost(CalibrationError):
             while not self._look(f"at {point}"):
                 time.sleep(0.02)
-            device = torch.device("cuda") if self._dist.get_backend(self._group) == "nccl" else torch.device("cpu")
-            own = value.to(device)
-            # Not torch.empty_like in inference mode: collectives keep track of versions.
-            with torch.inference_mode(False):
-                own = own.clone()
-                found = [torch.empty_like(own) for _ in range(self.world)]
-                self._dist.all_gather(found, own, group=self._group)
-            return [f.to(value.device) for f in found]
+            with torch.inference_mode(False):  # collectives keep track of versions
+                self._dist.all_gather_object(found, value, group=self._group)
+        return found
 
-    def gather_totals(self, own: Totals, point: str) -> list[Totals]:
-        """Return the totals of every rank, in order."""
-        counts = self.gather(torch.tensor(own.counts), f"{point}, counts")
-        values = self.gather(torch.stack([own.mean, own.m2]), point)
-        return [Totals(tuple(c.tolist()), v[0], v[1], own.sizes) for c, v in zip(counts, values, strict=True)]
-
-    def gather_marks(self, own: Tensor) -> Tensor:
-        """Return the least of the marks of all ranks' images: see `Statistics.marks`."""
-        longest = max(int(n) for n in self.gather(torch.tensor(len(own)), "number of marks"))
-        filled = torch.cat([own, own.new_full((longest - len(own),), _NO_MARK)])
-        found = least_marks(self.gather(filled, "marks"))
-        return found[found < _NO_MARK]
+    def gather_totals(self, own: list[Totals], point: str) -> list[Totals]:
+        """Return totals that every rank has as many of: those of the first, then of the next."""
+        ranks = self.gather([(t.counts, torch.stack([t.mean, t.m2]).cpu()) for t in own], point)
+        pairs = [(counts, values.to(own[0].mean.device)) for rank in ranks for counts, values in rank]
+        return [Totals(counts, values[0], values[1], own[0].sizes) for counts, values in pairs]
 
     def _look(self, sign: str) -> bool:
         """Leave ``sign``, look at the others, and return whether all of them show the same one."""

@@ -24,6 +24,7 @@ from ..kernels import ops
 from ..operators import added, operators, require_transformed, set_statistics
 from ..passes import observe
 from ..progress import bar, say_resumed
+from ..seen import least_marks
 from ..statistics import ChannelStatistics, Statistics, fingerprint, graph_fingerprint
 from .bins import Bins
 from .checkpoint import Checkpoint, Tally
@@ -138,8 +139,7 @@ class _Pass:
         self._precision: Precision | None = None
         self._shape: list[int] = []
         self._checkpoint: Checkpoint | None = None
-        own = torch.tensor(list(bytes.fromhex(self._weights + self._graph)))
-        if any(not torch.equal(theirs, own) for theirs in ranks.gather(own, "start")):
+        if len({*ranks.gather((self._weights, self._graph), "start")}) > 1:
             raise CalibrationError("the processes have different models: load the same weights in each")
 
     def keep(self, path: str | Path, every: float) -> None:
@@ -168,7 +168,7 @@ class _Pass:
         if self._tolerance is not None and self._ranks.world > 1:
             if self._source.batches is None:
                 raise CalibrationError("several processes with a tolerance need loaders that know their length")
-            shared_end = int(max(self._ranks.gather(torch.tensor(self._source.batches), "batches")))
+            shared_end = max(self._ranks.gather(self._source.batches, "batches"))
         if tally.batches:
             say_resumed(display, "batch", tally.batches + 1, self._source.batches)
         task = display.add_task("calibrate", total=self._source.images, completed=tally.images, note="")
@@ -213,22 +213,23 @@ class _Pass:
     def result(self, metadata: dict[str, str]) -> Statistics:
         """Return the statistics of all processes together."""
         tally, ranks = self._tally, self._ranks
-        images = [int(n) for n in ranks.gather(torch.tensor(tally.images), "images")]
-        if not sum(images):
+        images = sum(ranks.gather(tally.images, "images"))
+        if not images:
             raise DataError(self._source.nothing)
-        sites = merge_all(ranks.gather_totals(tally.totals, "end")).by_site()
+        sites = merge_all(ranks.gather_totals([tally.totals], "end")).by_site()
         if tally.bins is not None:
-            tally.bins.counts = torch.stack(ranks.gather(tally.bins.counts, "histograms")).sum(0)
+            counts = ranks.gather(tally.bins.counts.cpu(), "histograms")
+            tally.bins.counts = torch.stack(counts).sum(0).to(self._device)
             counted = zip(sites, tally.bins.by_site(), strict=True)
             sites = [ChannelStatistics(s.count, s.mean, s.m2, histogram) for s, histogram in counted]
-        ranges = torch.stack(ranks.gather(tally.input_range, "range"))
-        # Of one image in the latest batch; the first processes have images if any has.
-        shape = ranks.gather(torch.tensor([*self._shape, *[0] * 8][:8]), "image shape")[0]
+        ranges = torch.stack(ranks.gather(tally.input_range.cpu(), "range"))
+        # Of one image in the latest batch; the first process has images if any has.
+        shape = ranks.gather(self._shape, "image shape")[0]
         facts = {
             "meansparse_fx": version("meansparse_fx"),
             "torch": torch.__version__,
             "input_range": f"{float(ranges[:, 0].min()):g} to {float(ranges[:, 1].max()):g}",
-            "image_shape": "x".join(str(size) for size in shape.tolist() if size),
+            "image_shape": "x".join(map(str, shape)),
         }
         if self._tolerance is not None:
             facts["tolerance"] = f"{self._tolerance:g}, " + ("reached" if self._settled else "not reached")
@@ -237,8 +238,8 @@ class _Pass:
         by_name = dict(zip(self._names, sites, strict=True))
         part = part_of(self._source.data, None if ranks.world > 1 else tally.images)
         seen = () if part is None else (part,)
-        marks = ranks.gather_marks(tally.marks)
-        return Statistics(by_name, self._weights, sum(images), facts | metadata, self._graph, table, seen, marks)
+        marks = least_marks(ranks.gather(tally.marks, "marks"))
+        return Statistics(by_name, self._weights, images, facts | metadata, self._graph, table, seen, marks)
 
     @property
     def _settled(self) -> bool:
@@ -264,7 +265,7 @@ class _Pass:
 
     def _make_bins(self, first: Totals) -> None:
         """Lay the bins around what all processes saw first."""
-        self._tally.bins = Bins.around(merge_all(self._ranks.gather_totals(first, "bins")))
+        self._tally.bins = Bins.around(merge_all(self._ranks.gather_totals([first], "bins")))
         self._tally.bins.watch(self._observers)
 
     def _look_at_precision(self) -> None:
@@ -272,13 +273,5 @@ class _Pass:
         groups = self._tally.groups
         if groups is None or groups.open_batches or len(groups.closed) < MIN_GROUPS // self._ranks.world:
             return
-        point = f"precision {len(groups.closed)} x {groups.length}"
-        counts = self._ranks.gather(torch.tensor([g.counts for g in groups.closed]), f"{point}, counts")
-        values = self._ranks.gather(torch.stack([torch.stack([g.mean, g.m2]) for g in groups.closed]), point)
-        sizes = self._tally.totals.sizes
-        everyone = [
-            Totals(tuple(count.tolist()), mean, m2, sizes)
-            for rank_counts, rank_values in zip(counts, values, strict=True)
-            for count, (mean, m2) in zip(rank_counts, rank_values, strict=True)
-        ]
+        everyone = self._ranks.gather_totals(groups.closed, f"precision {len(groups.closed)} x {groups.length}")
         self._precision = precision(everyone, self._names)
