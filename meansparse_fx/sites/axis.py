@@ -113,7 +113,7 @@ def applied(call: Call) -> int | None:
 
 
 def joined(call: Call) -> int | None:
-    """cat: all operands have the result's dimensions."""
+    """cat: all operands have the result's dimensions; a module's pre-hooks: they return what they are given."""
     return _agreed(call.axes.get(n) for n in _nodes(call.source))
 
 
@@ -221,11 +221,6 @@ def indexed(call: Call) -> int | None:
             dims.append(None if i is None else source)
         source += i is not None
     return dims.index(call.axis) if call.axis in dims else None
-
-
-def entered(call: Call) -> int | None:
-    """What a module's pre-hooks return: arguments like those they are given."""
-    return _agreed(call.axes.get(n) for n in _nodes(call.source))
 
 
 def left(call: Call) -> int | None:

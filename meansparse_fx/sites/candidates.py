@@ -51,9 +51,6 @@ def find_candidates(
 ) -> list[Candidate]:
     """Return the candidates in graph order; of residual connections all, so that names do not depend on the placement.
 
-    Args:
-        data: The nodes computed from the graph's input.
-
     Raises:
         SiteError: A placement is given for a model that holds published operators.
         StateError: One of those was left in the middle of its calibration.

@@ -59,29 +59,9 @@ class Composite:
         return self.nodes[-1]
 
 
-def with_composites(
-    graph: fx.Graph,
-    operators: Operators,
-    flow: Flow,
-    data: set[fx.Node],
-    axes: Mapping[fx.Node, int | None],
-    gates: Container[fx.Node],
-) -> Operators:
-    """Return ``operators`` that know the composites of ``graph``.
+class CompositeFinder:
+    """Finds the composites of one graph, given its channel dimensions and the nodes that are part of a gate."""
 
-    Args:
-        data: The nodes computed from the graph's input.
-        gates: The nodes that are part of a gate.
-    """
-    finder = _Finder(graph, operators, flow, data, axes, gates)
-    for node in reversed(finder.pieces.parents):
-        finder.match(node)
-    for node in reversed(finder.pieces.parents):
-        finder.report(node)
-    return replace(operators, composites=finder.composites, weights=finder.weights)
-
-
-class _Finder:
     def __init__(
         self,
         graph: fx.Graph,
@@ -93,15 +73,23 @@ class _Finder:
     ) -> None:
         self._graph, self._operators, self._flow = graph, operators, flow
         self._data, self._axes, self._gates = data, axes, gates
-        self.pieces = Pieces(graph, operators, flow, data)
-        self.composites: dict[fx.Node, Composite] = {}
-        self.weights: dict[fx.Node, Refusal] = {}
+        self._pieces = Pieces(graph, operators, flow, data)
+        self._composites: dict[fx.Node, Composite] = {}
+        self._weights: dict[fx.Node, Refusal] = {}
         self._taken: set[fx.Node] = set()
         self._seen: set[fx.Node] = set()
         self._mixed: set[str] | None = None
         self._leading: set[fx.Node] | None = None
 
-    def match(self, node: fx.Node) -> None:
+    def find(self) -> Operators:
+        """Return the graph's operators, with its composites among them."""
+        for node in reversed(self._pieces.parents):
+            self._match(node)
+        for node in reversed(self._pieces.parents):
+            self._report(node)
+        return replace(self._operators, composites=self._composites, weights=self._weights)
+
+    def _match(self, node: fx.Node) -> None:
         """Take the smallest piece that ends with ``node`` and is a function of the table."""
         if node in self._taken:
             return
@@ -110,48 +98,48 @@ class _Finder:
         alone = self._single(node)
         root = node
         for _ in range(_FARTHEST):
-            if (parent := self.pieces.parents.get(root)) is None:
+            if (parent := self._pieces.parents.get(root)) is None:
                 return
             root = parent
-            piece = self.pieces.between(root, node)
+            piece = self._pieces.between(root, node)
             if not self._taken.isdisjoint(piece):
                 return
             if (alone and len(piece) == 1) or all(self._is_linear(n) for n in piece):
                 continue
-            values = self.pieces.values(root, piece)
+            values = self._pieces.values(root, piece)
             if values is None:
                 return
             if not (alone or self._is_scaled(piece) or self._guards(node)) and (name := formula_of(values, FEATURES)):
                 return self._take(root, piece, ActivationCall(name, fused=False))
-            if self.pieces.is_closed(piece) and (name := formula_of(values, WEIGHTS)):
+            if self._pieces.is_closed(piece) and (name := formula_of(values, WEIGHTS)):
                 self._taken.update(piece)
                 reason = _WEIGHT.format(name)
-                self.weights.update({n: Refusal(reason, n.name, kind="gate") for n in piece if self._single(n)})
+                self._weights.update({n: Refusal(reason, n.name, kind="gate") for n in piece if self._single(n)})
                 return
 
     def _copies(self, node: fx.Node) -> bool:
         """Return whether a call gives the values it is given: a clone, a cast, dropout."""
-        parent = self.pieces.parents.get(node)
-        values = None if parent is None else self.pieces.values(parent, [node])
+        parent = self._pieces.parents.get(node)
+        values = None if parent is None else self._pieces.values(parent, [node])
         return values is not None and torch.equal(values, POINTS)
 
-    def report(self, node: fx.Node) -> None:
+    def _report(self, node: fx.Node) -> None:
         """Take the largest piece that ends with ``node`` and is in no table, if it looks like an activation."""
         if not self._is_free(node) or node in self._seen:
             return
         root = node
         while self._is_free(root):
-            root = self.pieces.parents[root]
-        piece = self.pieces.between(root, node)
+            root = self._pieces.parents[root]
+        piece = self._pieces.between(root, node)
         self._seen.update(piece)  # what is part of this is no piece of its own
         known = [n for n in piece if n in self._taken or self._single(n)]
         # relu(x) + x is a residual connection around a ReLU; x * tanh(exp(x)) is one function.
-        sums = any(len(self.pieces.operands[n]) > 1 and self._is_linear(n, joins=True) for n in piece)
-        if known and (sums or not self.composites.keys().isdisjoint(known) or not self.pieces.is_closed(piece)):
+        sums = any(len(self._pieces.operands[n]) > 1 and self._is_linear(n, joins=True) for n in piece)
+        if known and (sums or not self._composites.keys().isdisjoint(known) or not self._pieces.is_closed(piece)):
             return
         if all(self._is_linear(n) for n in piece) or not _QUANTISING.isdisjoint(map(name_of, piece)):
             return
-        values = self.pieces.values(root, piece)
+        values = self._pieces.values(root, piece)
         if values is None or is_affine(values) or not self._between_layers(root, node, values):
             return
         call = ActivationCall(_UNKNOWN, fused=False)
@@ -174,9 +162,9 @@ class _Finder:
         readers = tuple(n for n in piece if not sources.isdisjoint(n.all_input_nodes))
         in_place = in_several_steps(piece[-1])
         refusal = None if len(sources) == 1 else in_place
-        if not self.pieces.is_closed(piece):
+        if not self._pieces.is_closed(piece):
             inside = set(piece)
-            shared = next(n for n in piece if not inside.issuperset(self.pieces.readers[n]))
+            shared = next(n for n in piece if not inside.issuperset(self._pieces.readers[n]))
             refusal = Refusal(_SHARED.format(self._operators.word(shared)), piece[-1].name, kind="shared")
         memory, result = (self._flow.memory.get(n, frozenset()) for n in (root, piece[-1]))
         written = any(self._operators.writes(n) and self._flow.memory.get(n, frozenset()) & memory for n in piece)
@@ -187,41 +175,41 @@ class _Finder:
 
     def _given(self, node: fx.Node, value: fx.Node) -> list[fx.Node]:
         """Return the inputs of a call that hold ``value``."""
-        names = self.pieces.renamed.get(node, {})
+        names = self._pieces.renamed.get(node, {})
         return [n for n in node.all_input_nodes if names.get(n, n) is value and not is_constant(n)]
 
     def _add(self, composite: Composite) -> None:
         self._taken.update(composite.nodes)
-        self.composites.update(dict.fromkeys(composite.nodes, composite))
+        self._composites.update(dict.fromkeys(composite.nodes, composite))
 
     def _single(self, node: fx.Node) -> bool:
         """Return whether a call is an activation by itself."""
         return self._operators.activation(node) is not None
 
     def _is_free(self, node: fx.Node) -> bool:
-        return node in self.pieces.parents and node not in self._taken and not self._single(node)
+        return node in self._pieces.parents and node not in self._taken and not self._single(node)
 
     def _is_linear(self, node: fx.Node, joins: bool = False) -> bool:
         """Return whether a call is seen to be affine in what it reads: a sum, or a multiple of one tensor."""
         if self._single(node):
             return False
-        word, operands = self._operators.op(node).word, self.pieces.operands[node]
+        word, operands = self._operators.op(node).word, self._pieces.operands[node]
         if word in ("add", "sub") or name_of(node) in CASTS:
             return True
         if joins or len(operands) > 1 or word not in _LINEAR:
             return False
         divisor = node.args[1] if word == "div" and len(node.args) > 1 else None
-        inputs = [n for n in node.all_input_nodes if n in self._data and not is_constant(n)]
-        return divisor not in inputs and len([a for a in node.args if a in inputs]) == 1
+        inputs = self._tensors(node)
+        return divisor not in inputs and sum(isinstance(a, fx.Node) and a in inputs for a in node.args) == 1
 
     def _is_scaled(self, piece: Sequence[fx.Node]) -> bool:
         """Return whether a piece is one call of an activation, and scaling."""
         others = [n for n in piece if not self._is_linear(n)]
-        return len(others) == 1 and self._single(others[0]) and all(len(self.pieces.operands[n]) == 1 for n in piece)
+        return len(others) == 1 and self._single(others[0]) and all(len(self._pieces.operands[n]) == 1 for n in piece)
 
     def _guards(self, node: fx.Node) -> bool:
         """Return whether all that reads a value needs it not to be negative: a distance, clamped against rounding."""
-        readers = self.pieces.readers[node]
+        readers = self._pieces.readers[node]
         return bool(readers) and all(name_of(reader) in _NOT_OF_NEGATIVES for reader in readers)
 
     def _path(self, node: fx.Node, word: str) -> str:
@@ -239,7 +227,7 @@ class _Finder:
         """Return the paths of the modules that make calls besides those of one element-wise function."""
         mixed = {""}
         for node in self._graph.nodes:
-            if node.op in ("placeholder", "get_attr", "output") or node in self.pieces.parents or is_constant(node):
+            if node.op in ("placeholder", "get_attr", "output") or node in self._pieces.parents or is_constant(node):
                 continue
             if node in self._data and not self._operators.op(node).passes:
                 path = self._operators.enclosing(node)
@@ -254,12 +242,10 @@ class _Finder:
         """Return whether a piece stands where activations do: between layers, on features, and is no gate."""
         if node in self._gates or self._axes.get(root) is None or len(self._flow.shape(root)) < 2:
             return False
-        maker = root
-        while self._operators.op(maker).passes and maker.all_input_nodes:
-            maker = maker.all_input_nodes[0]
-        if not (self._single(maker) or maker in self.composites or self._operators.word(maker) in _FEATURE_MAKERS):
+        maker = self._operators.maker(root)
+        if not (self._single(maker) or maker in self._composites or self._operators.word(maker) in _FEATURE_MAKERS):
             return False
-        mean = is_even(values) or not _OF_MEANS.isdisjoint(map(name_of, self.pieces.between(root, node)))
+        mean = is_even(values) or not _OF_MEANS.isdisjoint(map(name_of, self._pieces.between(root, node)))
         return node in self._leads() and self._is_feature(node, mean)
 
     def _is_feature(self, node: fx.Node, mean: bool) -> bool:
@@ -267,7 +253,7 @@ class _Finder:
         waiting, seen = [node], {node}
         while waiting:
             value = waiting.pop()
-            for reader in self.pieces.readers[value]:
+            for reader in self._pieces.readers[value]:
                 op = self._operators.op(reader)
                 if op.word in ("matmul", "attention"):
                     return False
@@ -281,6 +267,7 @@ class _Finder:
         return True
 
     def _tensors(self, node: fx.Node) -> set[fx.Node]:
+        """Return what a call reads that depends on the images."""
         return {n for n in node.all_input_nodes if n in self._data and not is_constant(n)}
 
     def _leads(self) -> set[fx.Node]:

@@ -131,10 +131,7 @@ class DynamoGraph:
         entrances = mark_entrances(self.graph, self.owners, state)
         callers = self.callers | entrances.paths
         flow = recorded(self.graph)
-        model = self.model or nn.Module()
-        modules = dict(model.named_modules(remove_duplicate=False))
-        paths = {id(m): path for path, m in model.named_modules()}
-        operators = Operators(modules, paths, callers, entrances.known, self.state)
+        operators = Operators.of(self.model or nn.Module(), callers=callers, known=entrances.known, tensors=self.state)
         given = {node: axis for node, value in self.inputs.items() if (axis := axis_of(value)) is not None}
         known = channel_axes(self.graph, operators, flow, given)
         plan = plan_sites(self.graph, operators, flow, known, self.inputs, _ROUTE, placement, earlier)

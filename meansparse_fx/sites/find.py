@@ -17,7 +17,7 @@ from ..activations import ActivationCall
 from ..errors import SiteError
 from .aliases import check_inplace
 from .candidates import Candidate, find_candidates
-from .composites import with_composites
+from .composites import CompositeFinder
 from .flow import channel_axes, expected_axes
 from .gates import gated, reachable
 from .ops import Operators
@@ -82,9 +82,9 @@ def plan_sites(
         inputs: The nodes that depend on the images.
         earlier: Given how often the graph calls each path, returns how often graphs before it did.
     """
-    data = reachable(graph, operators, flow, inputs)
+    data = reachable(graph, operators, flow, inputs)  # what is computed from the images
     gates = gated(graph, operators, flow, data)
-    operators = with_composites(graph, operators, flow, data, known, gates)
+    operators = CompositeFinder(graph, operators, flow, data, known, gates).find()
     expected = expected_axes(graph, operators, flow)
     candidates = find_candidates(graph, operators, flow, data, placement)
     names = _names(candidates, earlier)
@@ -105,7 +105,7 @@ def plan_sites(
             channel_dim=axis,
             channels=None if axis is None else shape[axis],
             shape=shape,
-            producer=_producer(source, operators),
+            producer=operators.word(operators.maker(source)),
             node=node.name,
             source=source.name,
             inside=tuple(calls[n] for n in candidate.inside),
@@ -187,10 +187,3 @@ def _given(placement: Placement, name: str, shape: tuple[int, ...]) -> int:
     if not -len(shape) <= dim < len(shape):
         raise SiteError(f"{name}: placement gives channel dimension {dim}, its input has shape {list(shape)}")
     return dim % len(shape)
-
-
-def _producer(node: fx.Node, operators: Operators) -> str:
-    """Return the word for what makes a site's input, looking through what changes nothing in eval mode."""
-    while operators.op(node).passes and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return operators.word(node)

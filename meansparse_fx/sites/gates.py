@@ -41,11 +41,7 @@ def reachable(graph: fx.Graph, operators: Operators, flow: Flow, inputs: Iterabl
 
 
 def gated(graph: fx.Graph, operators: Operators, flow: Flow, data: set[fx.Node]) -> dict[fx.Node, Refusal]:
-    """Return the refusal of each node that is part of a gate.
-
-    Args:
-        data: The nodes computed from the graph's input.
-    """
+    """Return the refusal of each node that is part of a gate."""
     pooled: set[fx.Node] = set()
     refused: dict[fx.Node, Refusal] = {}
     for node in graph.nodes:
@@ -56,7 +52,7 @@ def gated(graph: fx.Graph, operators: Operators, flow: Flow, data: set[fx.Node])
             continue
         if len(inside) == len(inputs) or (op.pools and _pools_space(op.word, flow, node, inputs)):
             pooled.add(node)
-        elif inside and _meets(op.word, flow, node, inside[0]):
+        elif inside and (op.word == "mul" or (op.word == "add" and flow.shape(inside[0]) != flow.shape(node))):
             gate, other = inside[0], next(n for n in inputs if n not in pooled)
             reason = _REASONS[op.word].format(operators.label(other))
             _mark(gate, pooled, refused, reason)
@@ -67,10 +63,6 @@ _REASONS = {
     "mul": "squeeze-and-excitation, pooled then multiplied onto {}",
     "add": "global context, pooled then added onto {}",
 }
-
-
-def _meets(word: str, flow: Flow, node: fx.Node, gate: fx.Node) -> bool:
-    return word == "mul" or (word == "add" and flow.shape(gate) != flow.shape(node))
 
 
 def _pools_space(word: str, flow: Flow, node: fx.Node, inputs: list[fx.Node]) -> bool:

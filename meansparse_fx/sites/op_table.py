@@ -50,18 +50,23 @@ ELEMENTWISE = Op(carry=axis.elementwise)
 _REDUCTION = Op(carry=axis.reduced, pools=True)
 _RESHAPE = Op("reshape", axis.regrouped, may_alias=True)
 
-# Rows of names: functions in torch, torch.nn.functional and operator, and tensor methods.
-_ROWS: tuple[tuple[str, Op], ...] = (
-    ("conv1d conv_transpose1d", Op("conv", axis.before_spatial(1), wants=-2)),
-    ("conv2d conv_transpose2d", Op("conv", axis.before_spatial(2), wants=-3)),
-    ("conv3d conv_transpose3d", Op("conv", axis.before_spatial(3), wants=-4)),
-    ("batch_norm", Op("batch_norm", axis.second, wants=1)),
-    ("instance_norm", Op("instance_norm", axis.second, wants=1)),
-    ("group_norm", Op("group_norm", axis.second, wants=1)),
-    ("layer_norm", Op("layer_norm", axis.layer_norm, wants=-1)),
-    ("rms_norm", Op("rms_norm", axis.layer_norm, wants=-1)),
-    ("linear bilinear", Op("linear", axis.last, wants=-1)),
-    ("embedding", Op(carry=axis.last)),
+
+def _pool(dims: int) -> Op:
+    return Op("pool", axis.trailing(dims), pools=True)
+
+
+# Names of functions in torch, torch.nn.functional and operator, and of tensor methods; the operator; types of modules.
+_ROWS: tuple[tuple[Any, ...], ...] = (
+    ("conv1d conv_transpose1d", Op("conv", axis.before_spatial(1), wants=-2), nn.Conv1d, nn.ConvTranspose1d),
+    ("conv2d conv_transpose2d", Op("conv", axis.before_spatial(2), wants=-3), nn.Conv2d, nn.ConvTranspose2d),
+    ("conv3d conv_transpose3d", Op("conv", axis.before_spatial(3), wants=-4), nn.Conv3d, nn.ConvTranspose3d),
+    ("batch_norm", Op("batch_norm", axis.second, wants=1), batchnorm._NormBase),
+    ("instance_norm", Op("instance_norm", axis.second, wants=1), instancenorm._InstanceNorm),
+    ("group_norm", Op("group_norm", axis.second, wants=1), nn.GroupNorm),
+    ("layer_norm", Op("layer_norm", axis.layer_norm, wants=-1), nn.LayerNorm),
+    ("rms_norm", Op("rms_norm", axis.layer_norm, wants=-1), nn.RMSNorm),
+    ("linear bilinear", Op("linear", axis.last, wants=-1), nn.Linear, nn.Bilinear),
+    ("embedding", Op(carry=axis.last), nn.Embedding),
     ("add add_ iadd __add__ __iadd__ __radd__", Op("add", axis.elementwise)),
     ("mul mul_ imul multiply multiply_ __mul__ __imul__ __rmul__", Op("mul", axis.elementwise)),
     ("sub sub_ isub rsub subtract __sub__ __rsub__ __isub__", Op("sub", axis.elementwise)),
@@ -76,18 +81,20 @@ _ROWS: tuple[tuple[str, Op], ...] = (
     ("sinh cosh atan erfc logaddexp heaviside square_ exp_ log_ sqrt_ reciprocal_ abs_ neg_", ELEMENTWISE),
     ("clamp_min_ clamp_max_ clip_ tan asin acos asinh acosh atanh arctan arcsinh arctanh exp2 sinc", ELEMENTWISE),
     ("fmax fmin float_power hypot sgn logit erfinv xlogy copysign expit ndtr log_ndtr log2 int bool", ELEMENTWISE),
-    ("softmax log_softmax softmin gumbel_softmax normalize cumsum local_response_norm", Op(carry=axis.same)),
+    ("softmax log_softmax softmin", Op(carry=axis.same), nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin),
+    ("gumbel_softmax normalize cumsum local_response_norm", Op(carry=axis.same), nn.LocalResponseNorm),
     ("roll flip sort", Op(carry=axis.same)),
     ("clone", Op(carry=axis.same)),
     ("contiguous to type type_as float half bfloat16 double cpu cuda", Op(carry=axis.same, may_alias=True)),
     (
         "dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout stochastic_depth",
         Op("dropout", axis.same, passes=True, may_alias=True),
+        dropout._DropoutNd,
     ),
     ("permute", Op("permute", axis.permuted)),
     ("transpose transpose_ swapaxes swapdims", Op("permute", axis.transposed)),
     ("movedim moveaxis", Op("permute", axis.moved)),
-    ("view reshape flatten ravel unflatten squeeze unsqueeze squeeze_ unsqueeze_", _RESHAPE),
+    ("view reshape flatten ravel unflatten squeeze unsqueeze squeeze_ unsqueeze_", _RESHAPE, nn.Flatten, nn.Unflatten),
     ("reshape_as view_as", Op("reshape", axis.regrouped, like=True, may_alias=True)),
     ("expand repeat tile", Op(carry=axis.stretched)),
     ("expand_as", Op("expand", axis.stretched, like=True)),
@@ -98,22 +105,28 @@ _ROWS: tuple[tuple[str, Op], ...] = (
     ("unbind", Op("slice", axis.dropped(0))),
     ("select", Op("slice", axis.dropped())),
     ("getitem __getitem__", Op("slice", axis.indexed)),
-    ("pad interpolate upsample", Op(carry=axis.resized)),
-    ("pixel_shuffle pixel_unshuffle", Op("shuffle", axis.before_spatial(2))),
-    ("channel_shuffle", Op("shuffle", axis.second)),
-    ("avg_pool1d max_pool1d max_pool1d_with_indices lp_pool1d", Op("pool", axis.trailing(1), pools=True)),
-    ("avg_pool2d max_pool2d max_pool2d_with_indices lp_pool2d", Op("pool", axis.trailing(2), pools=True)),
-    ("avg_pool3d max_pool3d max_pool3d_with_indices", Op("pool", axis.trailing(3), pools=True)),
-    ("adaptive_avg_pool1d adaptive_max_pool1d", Op("pool", axis.trailing(1), pools=True)),
-    ("adaptive_avg_pool2d adaptive_max_pool2d", Op("pool", axis.trailing(2), pools=True)),
-    ("adaptive_avg_pool3d adaptive_max_pool3d", Op("pool", axis.trailing(3), pools=True)),
+    ("pad", Op(carry=axis.resized), padding._ConstantPadNd, padding._CircularPadNd),
+    ("", Op(carry=axis.resized), padding._ReflectionPadNd, padding._ReplicationPadNd),
+    ("interpolate upsample", Op(carry=axis.resized), nn.Upsample),
+    ("pixel_shuffle pixel_unshuffle", Op("shuffle", axis.before_spatial(2)), nn.PixelShuffle, nn.PixelUnshuffle),
+    ("channel_shuffle", Op("shuffle", axis.second), nn.ChannelShuffle),
+    ("avg_pool1d max_pool1d max_pool1d_with_indices lp_pool1d", _pool(1), nn.AvgPool1d, nn.MaxPool1d),
+    ("avg_pool2d max_pool2d max_pool2d_with_indices lp_pool2d", _pool(2), nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d),
+    ("avg_pool3d max_pool3d max_pool3d_with_indices", _pool(3), nn.AvgPool3d, nn.MaxPool3d),
+    ("adaptive_avg_pool1d adaptive_max_pool1d", _pool(1), nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d),
+    ("adaptive_avg_pool2d adaptive_max_pool2d", _pool(2), nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+    ("adaptive_avg_pool3d adaptive_max_pool3d", _pool(3), nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d),
     ("mean sum amax amin max min norm var std logsumexp nanmean median", _REDUCTION),
     ("matmul bmm mm baddbmm addmm __matmul__", Op("matmul", axis.product, pools=True)),
     ("scaled_dot_product_attention", Op("attention", axis.attended)),
-    ("multi_head_attention_forward", Op("attention", axis.last)),
+    ("multi_head_attention_forward", Op("attention", axis.last), nn.MultiheadAttention),
     ("apply", Op("function", axis.applied)),
+    ("", ELEMENTWISE, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Tanhshrink, nn.Hardsigmoid, nn.Hardtanh, nn.Softsign),
+    ("", ELEMENTWISE, nn.SELU, nn.CELU, nn.RReLU, nn.Threshold, nn.Softshrink, nn.Hardshrink),
+    ("", Op("identity", axis.same, passes=True, may_alias=True), nn.Identity),
+    ("", Op("rnn", axis.last), nn.RNNBase),
 )
-METHODS = {name: op for names, op in _ROWS for name in names.split()}
+METHODS: dict[str, Op] = {name: op for names, op, *_ in _ROWS for name in names.split()}
 FUNCTIONS: dict[Any, Op] = {
     function: op
     for name, op in METHODS.items()
@@ -121,7 +134,7 @@ FUNCTIONS: dict[Any, Op] = {
     if function is not None
 } | {
     getattr: Op(carry=axis.attribute, may_alias=True),
-    enter: Op("hooks", axis.entered, may_alias=True),
+    enter: Op("hooks", axis.joined, may_alias=True),
     leave: Op("hooks", axis.left, like=True, may_alias=True),
 }
 
@@ -132,38 +145,4 @@ LIBRARY_FUNCTIONS = {
 }
 
 # The nearest row in a module's list of base classes counts.
-MODULES: dict[type[nn.Module], Op] = {
-    **{t: METHODS["conv1d"] for t in (nn.Conv1d, nn.ConvTranspose1d)},
-    **{t: METHODS["conv2d"] for t in (nn.Conv2d, nn.ConvTranspose2d)},
-    **{t: METHODS["conv3d"] for t in (nn.Conv3d, nn.ConvTranspose3d)},
-    batchnorm._NormBase: METHODS["batch_norm"],
-    instancenorm._InstanceNorm: METHODS["instance_norm"],
-    nn.GroupNorm: METHODS["group_norm"],
-    nn.LayerNorm: METHODS["layer_norm"],
-    nn.RMSNorm: METHODS["rms_norm"],
-    nn.Linear: METHODS["linear"],
-    nn.Bilinear: METHODS["linear"],
-    nn.Embedding: METHODS["embedding"],
-    nn.Identity: Op("identity", axis.same, passes=True, may_alias=True),
-    dropout._DropoutNd: METHODS["dropout"],
-    **{t: METHODS["avg_pool1d"] for t in (nn.AvgPool1d, nn.MaxPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d)},
-    **{t: METHODS["avg_pool2d"] for t in (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)},
-    **{t: METHODS["avg_pool3d"] for t in (nn.AvgPool3d, nn.MaxPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d)},
-    nn.LPPool2d: METHODS["lp_pool2d"],
-    nn.Upsample: METHODS["interpolate"],
-    **{
-        t: METHODS["pad"]
-        for t in (padding._ConstantPadNd, padding._ReflectionPadNd, padding._ReplicationPadNd, padding._CircularPadNd)
-    },
-    nn.PixelShuffle: METHODS["pixel_shuffle"],
-    nn.PixelUnshuffle: METHODS["pixel_shuffle"],
-    nn.ChannelShuffle: METHODS["channel_shuffle"],
-    nn.Flatten: _RESHAPE,
-    nn.Unflatten: _RESHAPE,
-    nn.LocalResponseNorm: METHODS["normalize"],
-    nn.MultiheadAttention: METHODS["multi_head_attention_forward"],
-    nn.RNNBase: Op("rnn", axis.last),
-    **{t: METHODS["softmax"] for t in (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin)},
-    **{t: ELEMENTWISE for t in (nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Tanhshrink, nn.Hardsigmoid, nn.Hardtanh)},
-    **{t: ELEMENTWISE for t in (nn.SELU, nn.CELU, nn.RReLU, nn.Threshold, nn.Softsign, nn.Softshrink, nn.Hardshrink)},
-}
+MODULES: dict[type[nn.Module], Op] = {kind: op for _, op, *kinds in _ROWS for kind in kinds}

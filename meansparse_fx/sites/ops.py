@@ -49,16 +49,16 @@ class Operators:
     weights: Mapping[fx.Node, Refusal] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, graph_module: fx.GraphModule) -> Operators:
-        """Return the look-up for ``graph_module``."""
-        modules = dict(graph_module.named_modules(remove_duplicate=False))
-        paths = {id(m): path for path, m in graph_module.named_modules()}
+    def of(cls, root: nn.Module, **known: Any) -> Operators:
+        """Return the look-up for a graph over the modules of ``root``; ``known`` are other attributes."""
+        modules = dict(root.named_modules(remove_duplicate=False))
+        paths = {id(m): path for path, m in root.named_modules()}
         for module in modules.values():
             # A published checkpoint made its place a sequence of two: what was there before goes by the old name.
             if type(module) is nn.Sequential and len(module) == 2:
                 added = [child for child in module if published_operator(child) is not None]
                 paths |= {id(child): paths[id(module)] for child in module if len(added) == 1 and child is not added[0]}
-        return cls(modules, paths)
+        return cls(modules, paths, **known)
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """Return the module a node calls, if it calls one."""
@@ -163,6 +163,12 @@ class Operators:
         owner = self.modules.get(path) or node.graph.owning_module
         tensor = getattr(owner, name, None)
         return tensor if isinstance(tensor, Tensor) else None
+
+    def maker(self, node: fx.Node) -> fx.Node:
+        """Return what makes a node's value, looking through what changes nothing in eval mode."""
+        while self.op(node).passes and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        return node
 
     def word(self, node: fx.Node) -> str:
         """Return what the plan calls a node."""

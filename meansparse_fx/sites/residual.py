@@ -31,11 +31,7 @@ class Residual:
 
 
 def residuals(graph: fx.Graph, operators: Operators, flow: Flow, data: set[fx.Node]) -> list[Residual]:
-    """Return the residual connections of a graph, in order.
-
-    Args:
-        data: The nodes computed from the graph's input.
-    """
+    """Return the residual connections of a graph, in order."""
     above: dict[fx.Node, int] = {}  # ancestors and the node itself, one bit each
     bits: dict[fx.Node, int] = {}
     activations: list[fx.Node] = []
