@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..batches import labelled
 from ..errors import EvaluationError
 from ..evaluate.attacks import AttackSettings
 from ..evaluate.ledger import Ledger, model_identity
-from ..evaluate.outcome import ModelOutcome, PairedDifference, mean
+from ..evaluate.outcome import PairedDifference, mean
 from ..evaluate.plan import fitting, plan_runs, warn_if_wide
 from ..evaluate.provenance import check_calibration, check_distinct, hexadecimal, require_units
 from ..evaluate.sanity import checks_of_labels
@@ -146,11 +147,15 @@ def select_alpha(
         if not per_site:
             return _remembered(sparse, search)
         group = added(sparse).plan.stages().__getitem__ if per_site == "stage" else per_site
-        refine = _CoordinateSearch(trials, list(operators(sparse)), group, variant, clean_budget, significance)
+        groups: dict[str, list[str]] = {}
+        for site in operators(sparse):
+            groups.setdefault(group(site) if callable(group) else site, []).append(site)
         tried = _proposals(grid, alpha, search.leader)
         if own_grid is not None:
             tried = sorted({*own_grid} - {alpha})
-        refinement, by_site = refine.from_alpha(alpha, tried, stops, display)
+        refinement, by_site = _site_by_site(
+            trials, groups, candidates[alpha, variant], tried, stops, clean_budget, significance, display
+        )
         taken = any(move.taken for move in refinement.moves)
         return _remembered(sparse, replace(search, alpha=by_site if taken else alpha, refinement=refinement))
 
@@ -186,63 +191,40 @@ def _attack_in_rungs(
     display.update(task, completed=total, note=f"base: worst case {mean(base.worst):.1%}")
 
 
-class _CoordinateSearch:
-    """One group of sites after the other, each tried at other alphas."""
-
-    def __init__(
-        self,
-        trials: Trials,
-        sites: Sequence[str],
-        per_site: bool | str | Callable[[str], str],
-        variant: str,
-        clean_budget: float,
-        significance: float,
-    ) -> None:
-        self._trials, self._variant, self._budget, self._significance = trials, variant, clean_budget, significance
-        self._groups: dict[str, list[str]] = {}
-        for site in sites:
-            self._groups.setdefault(per_site(site) if callable(per_site) else site, []).append(site)
-
-    def from_alpha(
-        self, start: float, proposals: Sequence[float], stops: Sequence[int], display: Progress
-    ) -> tuple[Refinement, dict[str, float]]:
-        """Return what was tried and the mapping that stands at the end."""
-        tests = len(proposals) * len(self._groups)
-        task = display.add_task("site by site", total=tests, note="")
-        alphas = {site: start for sites in self._groups.values() for site in sites}
-        base = self._trials.outcome(Candidate(0.0, self._variant))
-        standing, moves = self._trials.attack(Candidate(start, self._variant), stops[-1], lambda: None), []
-        for group, sites in self._groups.items():
-            for alpha in proposals:
-                trial = alphas | dict.fromkeys(sites, alpha)
-                move, outcome = self._try(group, alpha, trial, base, standing, stops, self._significance / tests)
-                moves.append(move)
-                if move.taken:
-                    alphas, standing = trial, outcome
-                display.update(task, advance=1, note=f"worst case {mean(standing.worst):.1%}")
-        return Refinement(start, standing, tuple(moves)), alphas
-
-    def _try(
-        self,
-        group: str,
-        alpha: float,
-        trial: dict[str, float],
-        base: ModelOutcome,
-        standing: ModelOutcome,
-        stops: Sequence[int],
-        significance: float,
-    ) -> tuple[Move, ModelOutcome]:
-        candidate = Candidate(trial, self._variant)
-        outcome = self._trials.outcome(candidate)
-        if not within_budget(base, outcome, self._budget):
-            return Move(group, alpha, mean(outcome.clean), 0, None, False), outcome
-        for stop in stops:
-            outcome = self._trials.attack(candidate, stop, lambda: None)
-            change = PairedDifference.of(standing.worst[:stop], outcome.worst)
-            if change.estimate <= 0:
-                break
-        taken = stop == stops[-1] and better(standing, outcome, significance)
-        return Move(group, alpha, mean(outcome.clean), len(outcome.worst), change, taken), outcome
+def _site_by_site(
+    trials: Trials,
+    groups: Mapping[str, Sequence[str]],
+    start: Candidate,
+    proposals: Sequence[float],
+    stops: Sequence[int],
+    clean_budget: float,
+    significance: float,
+    display: Progress,
+) -> tuple[Refinement, dict[str, float]]:
+    """Try each group of sites at other alphas, one after the other; return what was tried, and what stands then."""
+    assert isinstance(start.alpha, float)
+    tests = len(proposals) * len(groups)
+    task = display.add_task("site by site", total=tests, note="")
+    alphas = {site: start.alpha for sites in groups.values() for site in sites}
+    base = trials.outcome(Candidate(0.0, start.variant))
+    standing, moves = trials.attack(start, stops[-1], lambda: None), []
+    for (group, sites), alpha in product(groups.items(), proposals):
+        trial = alphas | dict.fromkeys(sites, alpha)
+        candidate, change, taken = Candidate(trial, start.variant), None, False
+        outcome = trials.outcome(candidate)
+        if within_budget(base, outcome, clean_budget):
+            for stop in stops:
+                outcome = trials.attack(candidate, stop, lambda: None)
+                change = PairedDifference.of(standing.worst[:stop], outcome.worst)
+                if change.estimate <= 0:
+                    break
+            taken = stop == stops[-1] and better(standing, outcome, significance / tests)
+        attacked = 0 if change is None else len(outcome.worst)
+        moves.append(Move(group, alpha, mean(outcome.clean), attacked, change, taken))
+        if taken:
+            alphas, standing = trial, outcome
+        display.update(task, advance=1, note=f"worst case {mean(standing.worst):.1%}")
+    return Refinement(start.alpha, standing, tuple(moves)), alphas
 
 
 def _proposals(grid: Sequence[float], start: float, leader: float) -> list[float]:
