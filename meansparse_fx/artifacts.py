@@ -216,6 +216,15 @@ def understanding(path: str | Path) -> Iterator[None]:
         raise ArtifactError(f"{path}: damaged, or not written by this package ({problem}): make it again") from error
 
 
+def in_form(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> Tensor:
+    """Return a tensor that a file holds, or raise ValueError; a size of None may be any."""
+    found = tensors[name]
+    sizes = zip(found.shape, shape, strict=False)
+    if found.dtype != dtype or found.dim() != len(shape) or any(asked not in (None, own) for own, asked in sizes):
+        raise ValueError(f"{name} of another form")
+    return found
+
+
 def whole_number(value: Any) -> int:
     """Return a count that a header holds, or raise ValueError."""
     if type(value) is not int or not 0 <= value < 2**63:

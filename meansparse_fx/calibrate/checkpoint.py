@@ -124,9 +124,7 @@ class Checkpoint:
             tensors = {name: value.to(device) for name, value in tensors.items()}
 
             def pair(name: str) -> Tensor:  # [2, K]
-                if (tensors[name].dtype, tensors[name].shape) != (torch.float64, (2, len(tally.totals.mean))):
-                    raise ValueError(f"{name} of another form")
-                return tensors[name]
+                return artifacts.in_form(tensors, name, torch.float64, (2, len(tally.totals.mean)))
 
             def totals(name: str) -> Totals:
                 counts = tuple(map(artifacts.whole_number, header["counts"][name]))
@@ -135,12 +133,9 @@ class Checkpoint:
                 mean, m2 = pair(name)
                 return Totals(counts, mean, m2, sizes)
 
-            tally.totals, tally.input_range = totals("totals"), tensors["input_range"]
-            if (tally.input_range.dtype, tally.input_range.shape) != (torch.float64, (2,)):
-                raise ValueError("input range of another form")
-            if ((marks := tensors["marks"]).dtype, marks.dim()) != (torch.int64, 1):
-                raise ValueError("marks of images of another form")
-            tally.marks = marks
+            tally.totals = totals("totals")
+            tally.input_range = artifacts.in_form(tensors, "input_range", torch.float64, (2,))
+            tally.marks = artifacts.in_form(tensors, "marks", torch.int64, (None,))
             tally.batches, tally.images = (artifacts.whole_number(header[name]) for name in ("batches", "images"))
             if tally.groups is not None:
                 kept = {name: artifacts.whole_number(value) for name, value in header["groups"].items()}
@@ -149,8 +144,7 @@ class Checkpoint:
                 tally.groups.length = kept["length"]
             if "histograms" in tensors:
                 low, width = pair("edges")
-                if (counts := tensors["histograms"]).dtype != torch.int64 or counts.shape != (len(low), BINS):
-                    raise ValueError("histograms of another form")
+                counts = artifacts.in_form(tensors, "histograms", torch.int64, (len(low), BINS))
                 tally.bins = Bins(low, width, counts, sizes.tolist())
             self._digests = {int(index): value for index, value in header["digests"].items()}
 

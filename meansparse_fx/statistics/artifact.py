@@ -237,23 +237,21 @@ class Statistics(Mapping[str, ChannelStatistics]):
                     raise TypeError(f"{fact!r} where {kind.__name__} belongs")
             if not all(isinstance(row, dict) for row in facts[-1].values()):
                 raise TypeError("rows of its table are no tables")
-            marks = tensors.get(_MARKS, least_marks([]))
-            if (marks.dtype, marks.dim()) != (torch.int64, 1):
-                raise ValueError("marks of images of another form")
+            marks = artifacts.in_form({_MARKS: least_marks([])} | tensors, _MARKS, torch.int64, (None,))
             return cls(sites, *facts, seen, marks), header.get("settings")
 
 
 def _site(tensors: Mapping[str, Tensor], name: str, count: int) -> ChannelStatistics:
-    mean, m2, histogram = tensors[f"{name}:mean"], tensors[f"{name}:m2"], None
-    parts = [mean, m2]
+    channels = len(tensors[f"{name}:mean"])
+
+    def vector(part: str) -> Tensor:
+        return artifacts.in_form(tensors, f"{name}:{part}", torch.float64, (channels,))
+
+    histogram = None
     if f"{name}:histogram" in tensors:
-        parts += [tensors[f"{name}:{part}"] for part in ("low", "width", "histogram")]
-        histogram = ChannelHistogram(*parts[2:])
-    forms = [(t.dtype, t.shape[:1], t.dim()) for t in parts]
-    expected = [(torch.float64, mean.shape[:1], 1)] * 4 + [(torch.int64, mean.shape[:1], 2)]
-    if forms != expected[: len(parts)]:
-        raise ValueError(f"{name}: moments of another form")
-    return ChannelStatistics(artifacts.whole_number(count), mean, m2, histogram)
+        counts = artifacts.in_form(tensors, f"{name}:histogram", torch.int64, (channels, None))
+        histogram = ChannelHistogram(vector("low"), vector("width"), counts)
+    return ChannelStatistics(artifacts.whole_number(count), vector("mean"), vector("m2"), histogram)
 
 
 def fingerprint(model: nn.Module) -> str:
