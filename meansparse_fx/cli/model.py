@@ -9,7 +9,7 @@ import typer
 
 from ..names import FORMATS
 from . import parsing
-from .options import Alpha, MeasuredOptions, ModelOptions
+from .options import Alpha, MeasuredOptions, ModelOptions, one_of
 
 Shape = Annotated[
     tuple | None,
@@ -41,12 +41,7 @@ def export(
     model: MeasuredOptions,
     out: Annotated[Path, typer.Option(help="File to write: .pt2, or .onnx.")],
     alpha: Alpha = None,
-    format: Annotated[
-        Any,
-        typer.Option(
-            parser=parsing.name(FORMATS), metavar="FORMAT", help=f"Of {', '.join(FORMATS)}: see docs/export.md."
-        ),
-    ] = "export",
+    format: Annotated[Any, one_of(FORMATS, "FORMAT", f"Of {', '.join(FORMATS)}: see docs/export.md.")] = "export",
     shape: Shape = None,
     fixed_batch: Annotated[
         int | None, typer.Option(min=1, help="Take exactly this many images at a time; otherwise any number.")

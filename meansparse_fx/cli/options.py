@@ -8,7 +8,7 @@ model one more option, add one field to `ModelOptions`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -41,10 +41,6 @@ LogitsName = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Of the attacks.")]
-Amp = Annotated[
-    Any,
-    typer.Option(parser=parsing.name(AUTOCAST), metavar="DTYPE", help=f"Autocast the model: {' or '.join(AUTOCAST)}."),
-]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Do one batch, say how long all of them would take, and keep nothing.")
 ]
@@ -56,6 +52,19 @@ Alpha = Annotated[
         "what looked best to select, whatever it chose. Else that of --settings.",
     ),
 ]
+
+
+def file_argument(help: str) -> Any:
+    """Return the argument that is a file which another command wrote."""
+    return typer.Argument(exists=True, dir_okay=False, metavar="FILE", help=help)
+
+
+def one_of(known: Iterable[str], metavar: str, help: str, *names: str) -> Any:
+    """Return an option that is one name of several."""
+    return typer.Option(*names, parser=parsing.name(known), metavar=metavar, help=help)
+
+
+Amp = Annotated[Any, one_of(AUTOCAST, "DTYPE", f"Autocast the model: {' or '.join(AUTOCAST)}.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +91,7 @@ class ModelOptions:
             "0.5,0.5,0.5/0.2,0.2,0.2.",
         ),
     ] = None
-    placement: Annotated[
-        Any,
-        typer.Option(
-            parser=parsing.name(PLACEMENTS), metavar="NAME", help=f"Sites to take: of {', '.join(PLACEMENTS)}."
-        ),
-    ] = "activations"
+    placement: Annotated[Any, one_of(PLACEMENTS, "NAME", f"Sites to take: of {', '.join(PLACEMENTS)}.")] = "activations"
     include: Annotated[
         list[str] | None,
         typer.Option(metavar="REGEX", help="Take only sites in whose name it is found; may be given several times."),
@@ -174,7 +178,7 @@ class ThreatOptions:
     eps: Annotated[
         Any, typer.Option(parser=parsing.fraction, metavar="EPS", help="Radius of the ball: 0.1, 8/255, ...")
     ] = "8/255"
-    norm: Annotated[Any, typer.Option(parser=parsing.name(NORMS), metavar="NORM", help="Linf or L2.")] = "Linf"
+    norm: Annotated[Any, one_of(NORMS, "NORM", "Linf or L2.")] = "Linf"
     backwards: Annotated[
         Any,
         typer.Option(
@@ -184,10 +188,6 @@ class ThreatOptions:
         ),
     ] = "exact,identity"
     seed: Seed = 0
-
-    def as_arguments(self) -> dict[str, Any]:
-        """Return the arguments of `select_alpha` and `evaluate`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +211,10 @@ class PaceOptions:
         typer.Option(dir_okay=False, help="Keep results here as they come, and go on from them if the file exists."),
     ] = None
 
-    def as_arguments(self) -> dict[str, Any]:
-        """Return the arguments of `select_alpha` and `evaluate`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+def as_arguments(*groups: ThreatOptions | PaceOptions) -> dict[str, Any]:
+    """Return the arguments of `select_alpha` and `evaluate` that groups of options are."""
+    return {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
 
 
 def with_groups_as_options(command: Callable[..., None]) -> Callable[..., None]:

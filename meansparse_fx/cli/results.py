@@ -9,27 +9,17 @@ import typer
 
 from ..errors import StatisticsError
 from . import parsing
+from .options import file_argument, one_of
 
 FORMS = ("pdf", "png", "svg")
 
 
 def figures(
     file: Annotated[
-        Path,
-        typer.Argument(
-            exists=True,
-            dir_okay=False,
-            metavar="FILE",
-            help="search.json or report.json of --report, or what calibrate --histograms wrote.",
-        ),
+        Path, file_argument("search.json or report.json of --report, or what calibrate --histograms wrote.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write into.")] = Path(),
-    form: Annotated[
-        Any,
-        typer.Option(
-            "--format", parser=parsing.name(FORMS), metavar="FORMAT", help=f"Of the figures: {', '.join(FORMS)}."
-        ),
-    ] = "pdf",
+    form: Annotated[Any, one_of(FORMS, "FORMAT", f"Of the figures: {', '.join(FORMS)}.", "--format")] = "pdf",
     site: Annotated[
         str | None, typer.Option(help="Of a histogram, as show lists it.", show_default="the typical one")
     ] = None,

@@ -24,6 +24,8 @@ from .options import (
     Queries,
     Steps,
     ThreatOptions,
+    as_arguments,
+    file_argument,
 )
 
 if TYPE_CHECKING:
@@ -97,8 +99,7 @@ def select(
         steps=steps,
         queries=queries,
         logits=logits,
-        **threat.as_arguments(),
-        **pace.as_arguments(),
+        **as_arguments(threat, pace),
     )
     if dry_run:
         estimate(images, data.batch_size, lambda batches: search_in(batches, checkpoint=None, progress=False))
@@ -178,8 +179,7 @@ def evaluate(
         steps=steps,
         queries=queries,
         logits=logits,
-        **threat.as_arguments(),
-        **pace.as_arguments(),
+        **as_arguments(threat, pace),
     )
     if dry_run:  # the checks, which look at a hundred images whatever there are, come on top
         single: Any = partial(attack, sanity_images=0, checkpoint=None, progress=False)
@@ -208,9 +208,7 @@ def evaluate(
 
 
 def verify(
-    file: Annotated[
-        Path, typer.Argument(exists=True, dir_okay=False, metavar="FILE", help="From evaluate --save-adversarial.")
-    ],
+    file: Annotated[Path, file_argument("From evaluate --save-adversarial.")],
     model: MeasuredOptions,
     robustbench: Annotated[
         Path | None,

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import StatisticsError
 from . import parsing
-from .options import Amp, DataOptions, DryRun, ModelOptions
+from .options import Amp, DataOptions, DryRun, ModelOptions, file_argument
 
 
 def calibrate(
@@ -83,7 +83,7 @@ def calibrate(
 
 
 def show(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, metavar="FILE", help="Statistics file.")],
+    file: Annotated[Path, file_argument("Statistics file.")],
 ) -> None:
     """Show what a statistics file holds."""
     from ..statistics import Statistics
@@ -94,10 +94,7 @@ def show(
 
 
 def merge(
-    files: Annotated[
-        list[Path],
-        typer.Argument(exists=True, dir_okay=False, metavar="FILE", help="Statistics files of one model."),
-    ],
+    files: Annotated[list[Path], file_argument("Statistics files of one model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Statistics file to write.")],
 ) -> None:
     """Merge statistics of different images into what one pass over all of them would have measured."""
