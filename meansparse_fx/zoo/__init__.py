@@ -1,7 +1,6 @@
 """Floor 5: from a short text to a model."""
 
-from ..names import IMAGENET, SPECS
 from .models import Normalised, input_shape, load_model
 from .weights import load_weights, read_state_dict
 
-__all__ = ["IMAGENET", "SPECS", "Normalised", "input_shape", "load_model", "load_weights", "read_state_dict"]
+__all__ = ["Normalised", "input_shape", "load_model", "load_weights", "read_state_dict"]
