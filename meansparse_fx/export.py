@@ -162,10 +162,6 @@ def _write_export(program: ExportedProgram, path: Path) -> None:
         raise ArtifactError(f"torch.export.save cannot write what the model returns: {error}") from error
 
 
-def _write_aoti(program: ExportedProgram, path: Path) -> None:
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-
-
 def _write_onnx(program: ExportedProgram, path: Path) -> None:
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise ArtifactError(f"ONNX export needs {' and '.join(missing)}: pip install 'meansparse_fx[onnx]'")
@@ -186,8 +182,8 @@ def _write_onnx(program: ExportedProgram, path: Path) -> None:
     model.save(path, external_data=False)
 
 
-_WRITERS: dict[str, Callable[[ExportedProgram, Path], None]] = {
+_WRITERS: dict[str, Callable[[ExportedProgram, Path], object]] = {
     "export": _write_export,
-    "aoti": _write_aoti,
+    "aoti": lambda program, path: torch._inductor.aoti_compile_and_package(program, package_path=str(path)),
     "onnx": _write_onnx,
 }

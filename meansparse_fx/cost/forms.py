@@ -135,15 +135,6 @@ def _with(operator: Callable[[Tensor, Region], Tensor]) -> Form:
     return form
 
 
-def _published(u: Tensor, region: Region) -> Tensor:
-    # The branch asks for the value of alpha: a number with data, which is no tensor of the model's size.
-    return published(u, region.vector(), region.vector(), torch.tensor(0.25), region.channel_dim)
-
-
-def _branch_free(u: Tensor, region: Region) -> Tensor:
-    return branch_free(u, region.vector(), region.vector(), region.channel_dim)
-
-
 _library = torch.library.Library("meansparse_fx_cost", "DEF")
 _library.define("call(Tensor[] reads, int writes) -> Tensor[]")
 _library.impl("call", lambda reads, writes: [torch.empty_like(reads[0]) for _ in range(writes)], "Meta")
@@ -200,8 +191,9 @@ def _options(region: Region, want_sum: bool) -> Options:
 
 FORMS: dict[str, Form] = {
     "base": _with(lambda u, region: u),
-    "published": _with(_published),
-    "branch-free": _with(_branch_free),
+    # The branch asks for the value of alpha: a number with data, which is no tensor of the model's size.
+    "published": _with(lambda u, r: published(u, r.vector(), r.vector(), torch.tensor(0.25), r.channel_dim)),
+    "branch-free": _with(lambda u, r: branch_free(u, r.vector(), r.vector(), r.channel_dim)),
     "ours": _ours,
     "ours, fused": _fused,
 }

@@ -203,11 +203,7 @@ def _counted(form: Form, region: Region) -> FormCost:
     gradients = [torch.empty_like(result) for result in results]
     with Tally(values) as backward:
         torch.autograd.grad(results, inputs, gradients)
-    kept = kept_bytes(lambda: _read_on(form(region, inputs)), smallest=values)
+    # The square stands for the layer that reads y: like a convolution, it keeps its input.
+    kept = kept_bytes(lambda: form(region, inputs)[0].square(), smallest=values)
     there, back = (Moves(t.calls, t.read, t.written) for t in (forward, backward))
     return FormCost(there, back, kept)
-
-
-def _read_on(results: tuple[Tensor, ...]) -> Tensor:
-    """Return what stands for the layer that reads y: like a convolution, it keeps its input."""
-    return results[0].square()

@@ -133,10 +133,6 @@ def _fab(targeted: bool, restarts: int = 1) -> Build:
     return build
 
 
-def _square(model: nn.Module, s: AttackSettings, _: int) -> Perturber:
-    return SquareAttack(model, n_queries=s.queries, p_init=0.8, resc_schedule=False, **_common(s))
-
-
 def _adaptive(power: int) -> Build:
     return lambda model, s, _: Adaptive(model, s.norm, s.eps, s.steps, s.seed, power)
 
@@ -164,7 +160,10 @@ _KINDS: dict[str, AttackKind] = {
         _fab(True), "steps to the boundary of each of the nearest wrong classes (AutoAttack)", several_gradients=True
     ),
     "square": AttackKind(
-        _square, "random search by queries; needs no gradient, so none can be masked", gradient=False, squares=True
+        lambda model, s, _: SquareAttack(model, n_queries=s.queries, p_init=0.8, resc_schedule=False, **_common(s)),
+        "random search by queries; needs no gradient, so none can be masked",
+        gradient=False,
+        squares=True,
     ),
     "pgd": AttackKind(
         lambda model, s, _: PGD(model, s.norm, s.eps, s.steps, s.seed),

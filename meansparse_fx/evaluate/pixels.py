@@ -66,14 +66,6 @@ def mean_iou(counts: Tensor) -> float:
     return float((both / either)[either > 0].mean())
 
 
-def _masked(entropy: Tensor, right: Tensor, done: float) -> Tensor:
-    return entropy * right
-
-
-def _balanced(entropy: Tensor, right: Tensor, done: float) -> Tensor:
-    return entropy * torch.where(right, 1 - done / 2, done / 2)
-
-
 def _jensen_shannon(entropy: Tensor, right: Tensor, done: float) -> Tensor:
     p = (-entropy).exp()  # of the label: the divergence depends on nothing else
     return math.log(2) - (p * entropy + (1 + p) * p.log1p()) / 2
@@ -83,9 +75,12 @@ Loss = Callable[[Tensor, Tensor, float], Tensor]  # cross-entropy, right [N, H, 
 
 # What a pixel that is wrong already may still pull: of plain cross-entropy it takes most of the gradient.
 LOSSES: dict[str, tuple[Loss, str]] = {
-    "pgd-masked": (_masked, "cross-entropy of the pixels that are still right (Croce, Singh and Hein, 2024)"),
+    "pgd-masked": (
+        lambda entropy, right, done: entropy * right,
+        "cross-entropy of the pixels that are still right (Croce, Singh and Hein, 2024)",
+    ),
     "pgd-balanced": (
-        _balanced,
+        lambda entropy, right, done: entropy * torch.where(right, 1 - done / 2, done / 2),
         "cross-entropy, first of right pixels, in the end of right and wrong ones alike (SegPGD; Gu et al., 2022)",
     ),
     "pgd-js": (

@@ -74,18 +74,10 @@ def _before_activation(place: Place, operator: MeanSparse) -> None:
         redirect_later_readers(source, call, holder)
 
 
-def _before_sum(place: Place, operator: MeanSparse) -> None:
-    insert_module_before(place.readers, place.source, f"{PREFIX}.{place.site.name}")
-
-
-def _after_sum(place: Place, operator: MeanSparse) -> None:
-    insert_module_after(place.node, f"{PREFIX}.{place.site.name}")
-
-
-_INSERT: dict[str, Callable[[Place, MeanSparse], None]] = {
+_INSERT: dict[str, Callable[[Place, MeanSparse], object]] = {
     "activation": _before_activation,
-    "residual_branch": _before_sum,
-    "residual_sum": _after_sum,
+    "residual_branch": lambda place, own: insert_module_before(place.readers, place.source, f"{PREFIX}.{own.name}"),
+    "residual_sum": lambda place, own: insert_module_after(place.node, f"{PREFIX}.{own.name}"),
 }
 
 

@@ -88,7 +88,8 @@ class DynamoGraph:
         sources = {n: next(reversed(stack.values()))[0] for n, stack in stacks.items()}
         stack_above = _callers()
         running = [m for f in stack_above if isinstance(m := f.f_locals.get("self"), nn.Module)]
-        model = running[-1] if running else _first_module(sources.values(), scope)
+        along = (value for source in sources.values() for value in _objects_along(source, scope))
+        model = running[-1] if running else next((v for v in along if isinstance(v, nn.Module)), None)
         names = {id(m): path for path, m in model.named_modules()} if model is not None else {}
         callers = {n: _path(source, scope, names) for n, source in sources.items()}
         reason: Any = graph_module.compile_subgraph_reason
@@ -217,11 +218,6 @@ def _is_traced_activation(module: Any) -> bool:
     """Return whether a module is an activation that Dynamo traces into; torch's own are functions to it."""
     foreign = isinstance(module, nn.Module) and not type(module).__module__.startswith("torch.nn.")
     return foreign and match_module(module) is not None
-
-
-def _first_module(sources: Iterable[str], scope: Scope) -> nn.Module | None:
-    modules = (v for source in sources for v in _objects_along(source, scope) if isinstance(v, nn.Module))
-    return next(modules, None)
 
 
 def _belongs_to_module(placeholder: fx.Node, scope: Scope) -> bool:

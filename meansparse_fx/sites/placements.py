@@ -15,10 +15,6 @@ def _branch_with_activation(site: Site) -> bool:
     return site.kind != "residual_branch" or bool(site.inside)
 
 
-def _not_after_sum(site: Site) -> bool:
-    return site.producer != "add"
-
-
 _SUMS = Placement(kinds=("activation", "residual_sum"))
 
 PLACEMENTS: dict[str, Placement] = {
@@ -34,7 +30,7 @@ PLACEMENTS: dict[str, Placement] = {
     # ConvNeXt-L: before GELU and at the end of the branch.
     "robustbench:convnext": Placement(kinds=("activation", "residual_branch"), predicate=_branch_with_activation),
     # RaWideResNet-101-2 on ImageNet: before each activation but the block's last, which follows the residual sum.
-    "robustbench:rawrn-imagenet": Placement(predicate=_not_after_sum),
+    "robustbench:rawrn-imagenet": Placement(predicate=lambda site: site.producer != "add"),
 }
 
 

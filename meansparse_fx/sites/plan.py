@@ -256,23 +256,17 @@ class SitePlan(Tabled):
         summary = f"{len(self.active)} of {len(self.sites)} sites rewritten, captured by {self.route}"
         if skipped:
             summary += "; skipped: " + ", ".join(f"{n} {kind}" for kind, n in skipped.items())
-        left = ("activation", "input", "after", "status")
-        table = new_table(
-            "site",
-            "activation",
-            "input",
-            "channels",
-            "after",
-            "status",
-            left=left,
-            optional=("input",),
-            caption=summary,
+        columns, left = (
+            ("activation", "input", "channels", "after", "status"),
+            ("activation", "input", "after", "status"),
         )
+        table = new_table("site", *columns, left=left, optional=("input",), caption=summary)
         for s in self.sites:
             what = s.activation.name if s.activation else s.kind
             axis = "?" if s.channel_dim is None else f"{s.channels} @ dim {s.channel_dim}"
             shape = "x".join(["N", *map(str, s.shape[1:])])
-            table.add_row(s.name, what, shape, axis, s.producer, s.skipped or _rewritten(s))
+            fused = "" if s.fused is None else f"; fused: {s.fused}"
+            table.add_row(s.name, what, shape, axis, s.producer, s.skipped or f"rewritten{fused}")
         return table
 
 
@@ -301,7 +295,3 @@ def _is_stage(sites: Sequence[Site], depth: int) -> bool:
 
 def _children(sites: Sequence[Site], depth: int) -> list[list[Site]]:
     return [list(group) for _, group in groupby(sites, key=lambda site: site.name.split(".")[: depth + 1])]
-
-
-def _rewritten(site: Site) -> str:
-    return "rewritten" if site.fused is None else f"rewritten; fused: {site.fused}"
