@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import ArtifactError, WriteError
+from .errors import ArtifactError, WriteError, first_line
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -196,7 +196,7 @@ def _rescued(name: str, make: Callable[[Path], object]) -> str:
 
 def _reason(error: Exception) -> str:
     """Return what went wrong, without the path."""
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def remove_partial(path: str | Path) -> None:
@@ -212,7 +212,7 @@ def understanding(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        problem = f"it lacks {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        problem = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
         raise ArtifactError(f"{path}: damaged, or not written by this package ({problem}): make it again") from error
 
 

@@ -1,4 +1,4 @@
-"""Floor 1: the error types. Every message says what, where (the site's name) and what to do.
+"""Floor 1: the error types, and the first line of others'. Every message says what, where (the site) and what to do.
 
 Imports nothing of this package.
 """
@@ -51,3 +51,13 @@ class DataError(CalibrationError, EvaluationError):
 
 class ModelError(MeanSparseError):
     """A model cannot be built as asked: unknown name, file without the function, weights that do not fit."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; its type if it says nothing.
+
+    Example:
+        >>> first_line(RuntimeError("no such device\\nCompile with ...")), first_line(AssertionError())
+        ('no such device', 'AssertionError')
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

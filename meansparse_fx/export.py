@@ -19,7 +19,7 @@ from .artifacts import require_place, write_whole
 from .batches import examples
 from .capture.copies import copied
 from .capture.derivatives import own_derivatives
-from .errors import ArtifactError, CaptureError
+from .errors import ArtifactError, CaptureError, first_line
 from .hooks import has_hooks
 from .names import FORMATS
 from .operators import operators, require_transformed
@@ -113,7 +113,7 @@ def export(
         except RuntimeError as error:
             if "PytorchStreamWriter" not in str(error):  # torch's OSError
                 raise
-            raise OSError(str(error).splitlines()[0]) from error
+            raise OSError(first_line(error)) from error
 
     write_whole(path, write)
     return path

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils.data import Sampler
 
-from .errors import ArtifactError
+from .errors import ArtifactError, first_line
 
 _calls: Counter[tuple[int, ...]] = Counter()  # of `gather` by group: each call gets keys of its own
 
@@ -72,7 +72,7 @@ def peer_lost(kind: type[Exception]) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise kind(
-            f"lost another process ({str(error).splitlines()[0]}). Checkpoints, if asked for, are kept: start again"
+            f"lost another process ({first_line(error)}). Checkpoints, if asked for, are kept: start again"
         ) from error
 
 

@@ -1039,8 +1039,8 @@ def test_an_attack_that_leaves_its_ball_is_refused(sparse, monkeypatch, norm, mo
     move(moved)
     eps = 1.0 if move(torch.full((2, 3, 9, 9), 0.5)).abs().max() in (1e-3, 1.001) else 0.1
     built = type("Moving", (), {"perturb": lambda self, images, labels: moved})()
-    row = replace(attacks.kind("apgd-ce"), build=lambda model, settings, classes: built)
-    monkeypatch.setattr(attacks, "kind", lambda name: row)
+    row = replace(attacks.attack_kind("apgd-ce"), build=lambda model, settings, classes: built)
+    monkeypatch.setattr(attacks, "attack_kind", lambda name: row)
 
     def run():
         return attack("apgd-ce", sparse, images, torch.zeros(2).long(), AttackSettings(eps, norm))

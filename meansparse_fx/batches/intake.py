@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from .labels import class_numbers, out_of_range
 from .loaders import as_batches, batched, collate, is_sample, nothing_in, parts
 from .tensors import as_tensor, is_array
@@ -71,7 +71,7 @@ def explaining_misfit(images: Tensor) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        shape, problem = list(images.shape), str(error).partition("\n")[0]
+        shape, problem = list(images.shape), first_line(error)
         if images.dim() == 4 and shape[3] in _CHANNELS and shape[1] not in _CHANNELS:
             raise DataError(f"images {shape} have their channels last: images.permute(0, 3, 1, 2)") from error
         if images.dim() == 3:

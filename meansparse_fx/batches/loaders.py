@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from .tensors import is_array
 
 BATCH_SIZE = 128  # of what does not come in batches: a tensor, a Dataset, single images
@@ -118,7 +118,7 @@ def collate(samples: list[Any]) -> Any:
         return default_collate(samples)
     except (TypeError, RuntimeError) as error:
         cure = "give the data set a transform such as ToTensor()" if isinstance(error, TypeError) else "resize them"
-        raise DataError(f"images that make no batch, {cure}: {str(error).splitlines()[0]}") from error
+        raise DataError(f"images that make no batch, {cure}: {first_line(error)}") from error
 
 
 def _whole(data: Any, pair: bool) -> tuple[Any, Any] | None:

@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.fx.proxy import TraceError
 
 from ..activations import match_module, registered_functions
-from ..errors import CaptureError
+from ..errors import CaptureError, first_line
 from ..hooks import (
     enter,
     has_foreign_hooks,
@@ -286,7 +286,7 @@ def trace(model: nn.Module, make_tracer: Callable[[frozenset[type]], ModelTracer
 def _where_tracing_stopped(error: Exception, path: str, module: nn.Module) -> str:
     frame = source_line(error)
     where = f"{path} ({type(module).__name__})" if path else type(module).__name__
-    reason = str(error).strip().split("\n")[0]
+    reason = first_line(error)
     if any("_functorch" in f.filename for f in traceback.extract_tb(error.__traceback__)):
         reason = "a transform of torch.func, which no graph holds, inside of forward"
     return (

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, fx, nn
 
 from ..data import ImageSet, load_images
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from ..evaluate.attacks import AttackSettings
 from ..evaluate.plan import plan_runs
 from ..outputs import Logits, logits_in
@@ -45,7 +45,7 @@ def device_of(options: ModelOptions) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ModelError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"device {name!r} cannot be used here: {first_line(error)}") from error
     return device
 
 

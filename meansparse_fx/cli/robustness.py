@@ -222,6 +222,7 @@ def verify(
     """
     import torch
 
+    from ..artifacts import write_whole
     from ..evaluate import Evidence, external_evaluation, verify
     from .loading import console, device_of, open_model, transformed
 
@@ -230,7 +231,7 @@ def verify(
     found = verify(file, sparse, logits=logits)
     console().print(str(found), highlight=False)
     if robustbench is not None:
-        torch.save(external_evaluation(file), robustbench)
+        write_whole(robustbench, lambda place: torch.save(external_evaluation(file), place))
     if not found.holds:
         raise typer.Exit(1)
 

@@ -22,7 +22,7 @@ from ..names import NORMS
 from ..outputs import logits_of
 from .descent import PGD, Adaptive, Margin
 from .pixels import LOSSES, PixelPGD
-from .surrogates import WithSurrogate, surrogate, switch
+from .surrogates import WithSurrogate, surrogate, switch_backward
 
 _LOGGER = logging.getLogger("meansparse_fx.attacks")
 
@@ -211,7 +211,7 @@ VERSIONS: dict[str, tuple[str, ...]] = {
 NAMES = (*_KINDS, *VERSIONS)
 
 
-def kind(name: str) -> AttackKind:
+def attack_kind(name: str) -> AttackKind:
     """Return the row of an attack.
 
     Raises:
@@ -254,7 +254,7 @@ def attack(
     Raises:
         EvaluationError: The attack or the backward does not exist, needs more classes, or left the ball.
     """
-    row = kind(name)
+    row = attack_kind(name)
     if not len(images):
         return images
     settings = replace(settings, steps=row.longer * settings.steps)
@@ -267,7 +267,7 @@ def attack(
         if not row.reads_graph:
             model = WithSurrogate(model, chosen, gradients, row.repeats)
         elif len(chosen.modes) == 1:
-            switch(model, *chosen.modes[0])
+            switch_backward(model, *chosen.modes[0])
         else:
             raise EvaluationError(f"{name} reads the model's graph and takes one backward mode, not {backward}")
     devices = [images.device] if images.is_cuda else []

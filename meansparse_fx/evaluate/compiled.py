@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import EvaluationError
-from .attacks import kind
+from .attacks import attack_kind
 from .plan import Run
 
 
@@ -88,6 +88,6 @@ class Attacked:
 
     def by(self, run: Run, which: str) -> nn.Module:
         """Return what ``run`` attacks: the model itself where the attack needs it."""
-        row = kind(run.attack)
+        row = attack_kind(run.attack)
         itself = row.reads_graph or (self._compiled and row.several_gradients)
         return (self._models if itself else self._fast)[which]

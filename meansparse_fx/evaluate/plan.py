@@ -18,7 +18,7 @@ from ..arguments import items
 from ..errors import EvaluationError
 from ..operators import operators, switched
 from ..outputs import logits_of
-from .attacks import AttackSettings, attack, expand, kind
+from .attacks import AttackSettings, attack, attack_kind, expand
 from .surrogates import surrogate
 
 # Change of all values at once, of [0, 1], that turns any image into plain gray (Linf), or most of them (L2, where the
@@ -47,7 +47,7 @@ class Run:
     @property
     def started(self) -> bool:
         """Whether it begins at images found against the other model."""
-        return kind(self.attack).started
+        return attack_kind(self.attack).started
 
 
 def plan_runs(attacks: Sequence[str], backwards: Sequence[str], seed: int) -> list[Run]:
@@ -66,17 +66,17 @@ def plan_runs(attacks: Sequence[str], backwards: Sequence[str], seed: int) -> li
     named = [name.partition("/") for name in expand(attacks)]
     for mode in map(str, items(backwards)):
         surrogate(mode)
-        found |= {(name, mode): None for name, slash, _ in named if not slash and kind(name).gradient}
+        found |= {(name, mode): None for name, slash, _ in named if not slash and attack_kind(name).gradient}
     for name, slash, own in named:
         if slash:
             surrogate(own)
-        if slash and not kind(name).gradient:
+        if slash and not attack_kind(name).gradient:
             raise EvaluationError(f"{name} uses no gradient, so it has no backward: write {name}, not {name}/{own}")
-        if slash or not kind(name).gradient:
+        if slash or not attack_kind(name).gradient:
             found[name, own or None] = None
     if not found:
         raise EvaluationError("no attack asked for: give at least one, and for gradient attacks a backward")
-    order = sorted(found, key=lambda pair: (kind(pair[0]).started, pair[1] != "exact", pair[1] is None))
+    order = sorted(found, key=lambda pair: (attack_kind(pair[0]).started, pair[1] != "exact", pair[1] is None))
     return [Run(name, mode, seed + i) for i, (name, mode) in enumerate(order)]
 
 
@@ -96,7 +96,7 @@ def fitting(
     images = images[:2].to(next(itertools.chain(model.parameters(), model.buffers()), images).device)
     with torch.no_grad():
         logits = logits_of(model, images, None if labels is None else labels[:2])
-    misfits = {run: kind(run.attack).misfit(images, logits) for run in runs}
+    misfits = {run: attack_kind(run.attack).misfit(images, logits) for run in runs}
     for run, misfit in misfits.items():
         if misfit is not None and (run.attack in named or all(misfits.values())):
             raise EvaluationError(f"{run.attack} {misfit}")

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..operators import switched
-from .attacks import AttackSettings, kind
+from .attacks import AttackSettings, attack_kind
 from .compiled import Attacked
 from .descent import margin, per_image
 from .ledger import Masks
 from .plan import Run, correct, perturbed
 from .planted import IMAGES, nearest, plant, single_target
-from .surrogates import surrogate, switch
+from .surrogates import surrogate, switch_backward
 
 STEP = 0.1  # of eps: a step along the gradient must raise the loss
 TINY = 1e-3  # of eps: a change that must change the logits
@@ -85,7 +85,7 @@ def search_planted(model: nn.Module, probed: Probed, runs: Sequence[Run], settin
         return {}
     found: dict[str, Tensor] = {"planted/random search": planted.random}
     for run in runs:
-        if not (run.started or kind(run.attack).reads_graph):
+        if not (run.started or attack_kind(run.attack).reads_graph):
             made = perturbed(planted.model, run, planted.images, planted.labels, single_target(settings))
             found[f"planted/{run.name}"] = correct(planted.model, made, planted.labels)
     return found
@@ -118,7 +118,7 @@ def _gradients(model: nn.Module, right: Probed, runs: Sequence[Run], settings: A
     slope, rises = (torch.zeros(len(right.images), dtype=torch.bool) for _ in range(2))
     with switched(model):
         for mode in modes:
-            switch(model, *mode)
+            switch_backward(model, *mode)
             x = right.images.clone().requires_grad_()
             with torch.enable_grad():
                 logits = model(x)
@@ -142,7 +142,7 @@ def _once_more(
         return {}
     again, more = replace(run, seed=run.seed + 1000), replace(settings, steps=2 * settings.steps)
     target = attacked.by(run, which)
-    watched = target if kind(run.attack).reads_graph else _Watched(target, left)
+    watched = target if attack_kind(run.attack).reads_graph else _Watched(target, left)
     made = perturbed(watched, again, left.images, left.labels, more)
     survived = correct(model, made, left.labels).cpu()
     found = {"twice the steps": survived}

@@ -76,7 +76,7 @@ def surrogate(name: str) -> Surrogate:
     return _smooth(steepness)
 
 
-def switch(model: nn.Module, mode: str, steepness: float) -> None:
+def switch_backward(model: nn.Module, mode: str, steepness: float) -> None:
     """Set the backward mode of all operators of a model; it may have none."""
     for module in model.modules():
         if isinstance(module, MeanSparse):
@@ -102,7 +102,7 @@ class WithSurrogate(nn.Module):
         if not (torch.is_grad_enabled() and images.requires_grad):
             return self.model(images)
         step = self._asked // self._repeats % self._gradients
-        switch(self.model, *self._surrogate.at(step, self._gradients))
+        switch_backward(self.model, *self._surrogate.at(step, self._gradients))
         self._asked += 1
         logits = self.model(images)
         # A model that lost its gradient is attacked in vain, which the checks say, rather than not at all.

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..artifacts import read_json, write_json
 from ..tables import Tabled, as_csv, new_table, terminal_width
-from .attacks import kind
+from .attacks import attack_kind
 from .outcome import ModelOutcome, PairedDifference, change, mean
 from .sanity import Check
 from .surrogates import surrogate
@@ -125,7 +125,7 @@ class Evaluation(Tabled):
     def legend(self) -> dict[str, str]:
         """Return in a line each what the attacks do that were run, and, by ``/name``, the gradients that they used."""
         pairs = [name.partition("/") for name in self.sparse.robust]
-        attacks = {name: _OTHER_ROWS.get(name) or kind(name).summary for name, _, _ in pairs}
+        attacks = {name: _OTHER_ROWS.get(name) or attack_kind(name).summary for name, _, _ in pairs}
         return attacks | {f"/{mode}": surrogate(mode).summary for _, slash, mode in pairs if slash}
 
     @classmethod

@@ -79,7 +79,7 @@ class CompositeFinder:
         self._taken: set[fx.Node] = set()
         self._seen: set[fx.Node] = set()
         self._mixed: set[str] | None = None
-        self._leading: set[fx.Node] | None = None
+        self._known_before_layers: set[fx.Node] | None = None
 
     def find(self) -> Operators:
         """Return the graph's operators, with its composites among them."""
@@ -109,7 +109,9 @@ class CompositeFinder:
             values = self._pieces.values(root, piece)
             if values is None:
                 return
-            if not (alone or self._is_scaled(piece) or self._guards(node)) and (name := formula_of(values, FEATURES)):
+            if not (alone or self._is_scaled(piece) or self._must_not_be_negative(node)) and (
+                name := formula_of(values, FEATURES)
+            ):
                 return self._take(root, piece, ActivationCall(name, fused=False))
             if self._pieces.is_closed(piece) and (name := formula_of(values, WEIGHTS)):
                 self._taken.update(piece)
@@ -207,7 +209,7 @@ class CompositeFinder:
         others = [n for n in piece if not self._is_linear(n)]
         return len(others) == 1 and self._single(others[0]) and all(len(self._pieces.operands[n]) == 1 for n in piece)
 
-    def _guards(self, node: fx.Node) -> bool:
+    def _must_not_be_negative(self, node: fx.Node) -> bool:
         """Return whether all that reads a value needs it not to be negative: a distance, clamped against rounding."""
         readers = self._pieces.readers[node]
         return bool(readers) and all(name_of(reader) in _NOT_OF_NEGATIVES for reader in readers)
@@ -246,7 +248,7 @@ class CompositeFinder:
         if not (self._single(maker) or maker in self._composites or self._operators.word(maker) in _FEATURE_MAKERS):
             return False
         mean = is_even(values) or not _OF_MEANS.isdisjoint(map(name_of, self._pieces.between(root, node)))
-        return node in self._leads() and self._is_feature(node, mean)
+        return node in self._before_layers() and self._is_feature(node, mean)
 
     def _is_feature(self, node: fx.Node, mean: bool) -> bool:
         """Return whether nobody takes a piece's result for a gate, attention's logits, or part of a norm or a mean."""
@@ -270,11 +272,11 @@ class CompositeFinder:
         """Return what a call reads that depends on the images."""
         return {n for n in node.all_input_nodes if n in self._data and not is_constant(n)}
 
-    def _leads(self) -> set[fx.Node]:
+    def _before_layers(self) -> set[fx.Node]:
         """Return the nodes whose values some later layer reads."""
-        if self._leading is None:
-            self._leading = set()
+        if self._known_before_layers is None:
+            self._known_before_layers = set()
             for node in reversed(self._graph.nodes):
-                if any(u in self._leading or self._operators.op(u).word in _LAYERS for u in node.users):
-                    self._leading.add(node)
-        return self._leading
+                if any(u in self._known_before_layers or self._operators.op(u).word in _LAYERS for u in node.users):
+                    self._known_before_layers.add(node)
+        return self._known_before_layers

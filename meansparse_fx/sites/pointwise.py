@@ -62,7 +62,7 @@ class Pieces:
                 for value in values:
                     self.readers[value].append(node)
             if values and node in data and not is_constant(node) and self._is_pointwise(node, values):
-                self._plant(node, tuple(dict.fromkeys(values)))
+                self._add_to_tree(node, tuple(dict.fromkeys(values)))
             if operators.writes(node) and node.args and isinstance(node.args[0], fx.Node):
                 first[node] = first.get(node.args[0], node.args[0])
                 latest[first[node]] = node
@@ -112,7 +112,7 @@ class Pieces:
             return isinstance(node.kwargs.get("other", (*node.args, None)[1]), fx.Node)
         return op.carry is axis.elementwise or name in CASTS
 
-    def _plant(self, node: fx.Node, operands: tuple[fx.Node, ...]) -> None:
+    def _add_to_tree(self, node: fx.Node, operands: tuple[fx.Node, ...]) -> None:
         parent: fx.Node | None = operands[0]
         for operand in operands[1:]:
             other: fx.Node | None = operand

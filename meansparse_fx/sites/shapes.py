@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from ..errors import SiteError
+from ..errors import SiteError, first_line
 from ..hooks import entering, has_hooks, has_own_forward, may_keep
 from ..published import published_operator
 from ..state import kept_buffers
@@ -73,7 +73,7 @@ def propagate(graph_module: fx.GraphModule, images: Tensor) -> Flow:
                     return _Recorder(graph_module).record(images.clone())
             except Exception as error:
                 raise SiteError(
-                    f"the model fails under torch.no_grad(): {str(error).split(chr(10))[0]}. What wants gradients in "
+                    f"the model fails under torch.no_grad(): {first_line(error)}. What wants gradients in "
                     "forward goes under torch.enable_grad()"
                 ) from error
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import some
-from ..errors import ArtifactError, ModelError
+from ..errors import ArtifactError, ModelError, first_line
 
 # Modules that wrap a model or a part of it put their names into those of the tensors.
 _WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -131,9 +131,8 @@ def read_checkpoint(path: str | Path) -> Any:
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        first = (str(error) or type(error).__name__).splitlines()[0]
         raise ArtifactError(
-            f"{path}: truncated, or neither safetensors nor a plain state_dict ({first}); files that need "
+            f"{path}: truncated, or neither safetensors nor a plain state_dict ({first_line(error)}); files that need "
             "unpickling are not read: save model.state_dict()"
         ) from error
 
