@@ -7,6 +7,7 @@ do, is named in the plan. Imports `ops`, `plan`, `pointwise`, `shapes` and floor
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -78,8 +79,6 @@ class CompositeFinder:
         self._weights: dict[fx.Node, Refusal] = {}
         self._taken: set[fx.Node] = set()
         self._seen: set[fx.Node] = set()
-        self._mixed: set[str] | None = None
-        self._known_before_layers: set[fx.Node] | None = None
 
     def find(self) -> Operators:
         """Return the graph's operators, with its composites among them."""
@@ -219,12 +218,11 @@ class CompositeFinder:
         path = self._operators.enclosing(node)
         if node.op == "call_module":
             path = path.rpartition(".")[0]
-        if self._mixed is None:
-            self._mixed = self._mixed_modules()
-        if path not in self._mixed:
+        if path not in self._mixed_modules:
             return path
         return f"{path}.{word}" if path else word
 
+    @functools.cached_property
     def _mixed_modules(self) -> set[str]:
         """Return the paths of the modules that make calls besides those of one element-wise function."""
         mixed = {""}
@@ -248,7 +246,7 @@ class CompositeFinder:
         if not (self._single(maker) or maker in self._composites or self._operators.word(maker) in _FEATURE_MAKERS):
             return False
         mean = is_even(values) or not _OF_MEANS.isdisjoint(map(name_of, self._pieces.between(root, node)))
-        return node in self._before_layers() and self._is_feature(node, mean)
+        return node in self._before_layers and self._is_feature(node, mean)
 
     def _is_feature(self, node: fx.Node, mean: bool) -> bool:
         """Return whether nobody takes a piece's result for a gate, attention's logits, or part of a norm or a mean."""
@@ -272,11 +270,11 @@ class CompositeFinder:
         """Return what a call reads that depends on the images."""
         return {n for n in node.all_input_nodes if n in self._data and not is_constant(n)}
 
+    @functools.cached_property
     def _before_layers(self) -> set[fx.Node]:
         """Return the nodes whose values some later layer reads."""
-        if self._known_before_layers is None:
-            self._known_before_layers = set()
-            for node in reversed(self._graph.nodes):
-                if any(u in self._known_before_layers or self._operators.op(u).word in _LAYERS for u in node.users):
-                    self._known_before_layers.add(node)
-        return self._known_before_layers
+        found: set[fx.Node] = set()
+        for node in reversed(self._graph.nodes):
+            if any(u in found or self._operators.op(u).word in _LAYERS for u in node.users):
+                found.add(node)
+        return found
