@@ -89,10 +89,8 @@ def checks_of_choice(choice: Mapping[str, Any] | None, settings: AttackSettings,
     if not known:  # of a search that kept none
         return
     count = sum(mark in known for mark in hexadecimal(marks))
-    finding, cure = (
-        f"{count} of {len(marks)} images were used to choose alpha",
-        "too good a gain on them; evaluate on others",
-    )
+    finding = f"{count} of {len(marks)} images were used to choose alpha"
+    cure = "too good a gain on them; evaluate on others"
     yield Check.of("unseen images", count <= SHARED * len(marks), finding, cure)
 
 

@@ -256,11 +256,9 @@ class SitePlan(Tabled):
         summary = f"{len(self.active)} of {len(self.sites)} sites rewritten, captured by {self.route}"
         if skipped:
             summary += "; skipped: " + ", ".join(f"{n} {kind}" for kind, n in skipped.items())
-        columns, left = (
-            ("activation", "input", "channels", "after", "status"),
-            ("activation", "input", "after", "status"),
-        )
-        table = new_table("site", *columns, left=left, optional=("input",), caption=summary)
+        columns = ("site", "activation", "input", "channels", "after", "status")
+        left = [column for column in columns if column != "channels"]
+        table = new_table(*columns, left=left, optional=("input",), caption=summary)
         for s in self.sites:
             what = s.activation.name if s.activation else s.kind
             axis = "?" if s.channel_dim is None else f"{s.channels} @ dim {s.channel_dim}"
