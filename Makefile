@@ -31,10 +31,10 @@ test-lowest: export OMP_NUM_THREADS ?= 1
 test-lowest: .venv-lowest/.installed
 	.venv-lowest/bin/python -m pytest -q -n $(WORKERS) -m "not slow"
 
-# Faults planted one at a time in a module, and those that no test noticed; SAMPLE=40 plants some, AGAIN=log what an
-# earlier run's print says survived.
+# Faults planted one at a time in a module, and those that no test noticed; SAMPLE=40 plants some (SEED=1: others), AGAIN=log
+# what an earlier run's print says survived.
 mutants: .venv/.installed
-	$(BIN)/python tests/mutants.py $(MODULE) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(AGAIN),--again $(AGAIN)) --workers $(WORKERS)
+	$(BIN)/python tests/mutants.py $(MODULE) $(if $(SAMPLE),--sample $(SAMPLE) --seed $(or $(SEED),0)) $(if $(AGAIN),--again $(AGAIN)) --workers $(WORKERS)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Do the fast tests notice a fault? Plants one at a time and runs the tests that reach its line until one fails.
 
     make mutants MODULE=meansparse_fx/sites/gates.py              # all faults
-    make mutants MODULE=meansparse_fx/sites/axis.py SAMPLE=40     # some, drawn by a fixed seed
+    make mutants MODULE=meansparse_fx/sites/axis.py SAMPLE=40     # some, drawn by a fixed seed; SEED=1 draws others
     make mutants MODULE=meansparse_fx/sites/axis.py AGAIN=log     # those that survived the run that printed this
 
 Prints the survivors; what is known of them is in tests/mutants.md. One process imports torch, the package and the tests
@@ -52,15 +52,18 @@ TESTS = {
     "meansparse_fx/sites": "sites fuse activations formulas transform fuzz_graphs",
     "meansparse_fx/passes/lower": "backend",
     "meansparse_fx/passes/inline": "backend",
+    "meansparse_fx/passes/logits": "outputs evaluate adaptive",
+    "meansparse_fx/passes/readout": "judge",
+    "meansparse_fx/passes/reveal": "adaptive",
     "meansparse_fx/passes/instrument": "backend",
     "meansparse_fx/passes/write_back": "backend",
     "meansparse_fx/passes/fuse": "fuse hooks",
     "meansparse_fx/passes/surroundings": "fuse hooks",
     "meansparse_fx/passes": "transform calibrate hooks fuse published",
-    "meansparse_fx/statistics": "statistics settings calibrate fuzz_files",
+    "meansparse_fx/statistics": "statistics settings calibrate report fuzz_files",
     "meansparse_fx/calibrate": "calibrate fuzz_files distributed",
-    "meansparse_fx/evaluate": "evaluate judge adaptive fuzz_files",
-    "meansparse_fx/alpha": "alpha report",
+    "meansparse_fx/evaluate": "evaluate judge adaptive segmentation report fuzz_files",
+    "meansparse_fx/alpha": "alpha report evaluate",
     "kernels/reference": "semantics operator_derivatives fused",
     **dict.fromkeys(
         ("kernels/operator", "kernels/autograd", "kernels/lowering"),
@@ -105,6 +108,8 @@ def faults(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
             return
         case ast.Call(args=[a, b, *rest]) if not any(isinstance(x, ast.Starred) for x in (a, b)):
             yield "arguments swapped", ast.Call(node.func, [b, a, *rest], node.keywords)
+        case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+            return
         case ast.If() | ast.IfExp() | ast.While():
             for value in (True, False) if not isinstance(node, ast.While) else (False,):
                 changed = copy.copy(node)
@@ -372,7 +377,8 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="+", type=Path)
-    parser.add_argument("--sample", type=int, default=0, help="how many faults of each module; all by default")
+    parser.add_argument("--sample", type=int, default=0, help="how many faults, of all modules together; all by default")
+    parser.add_argument("--seed", type=int, default=0, help="draws another sample")
     parser.add_argument("--again", type=Path, help="what an earlier run printed: only its survivors are planted")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--tests", default="", help="names of test files instead of the table's")
@@ -390,10 +396,10 @@ def main() -> None:
         if args.again:
             survivors = {line.removesuffix(": survives") for line in args.again.read_text().splitlines()}
             found = [m for m in found if str(m) in survivors]
-        if 0 < args.sample < len(found):
-            found = random.Random(str(module)).sample(found, args.sample)
         planted += found
         names += (args.tests or next(row for start, row in TESTS.items() if str(module).startswith(start))).split()
+    if 0 < args.sample < len(planted):
+        planted = random.Random(args.seed).sample(planted, args.sample)
     tests = [f"tests/test_{name}.py" for name in dict.fromkeys(names)]
     late, early = ([m for m in planted if m.late is flag] for flag in (True, False))
     run = Run(late, args.workers)

@@ -22,6 +22,8 @@ from meansparse_fx.statistics import (
     fingerprint,
     weight_digests,
 )
+from meansparse_fx.statistics.histogram import stored_histogram
+from meansparse_fx.statistics.summary import summary_table
 
 
 def observed(x: torch.Tensor, splits: list[int], dim: int = 1) -> ChannelStatistics:
@@ -358,3 +360,51 @@ def test_statistics_without_histograms_say_so():
         some().histogram()
     with pytest.raises(StatisticsError, match=r"^b: no histograms"):
         some().histogram("b", 0)
+
+
+def of(count: int, mean: list[float], std: list[float], *histogram: list[list[float]]) -> ChannelStatistics:
+    tensors = [torch.tensor(values).double() for values in (mean, std, *histogram[:2])]
+    counted = ChannelHistogram(*tensors[2:], torch.tensor(histogram[2])) if histogram else None
+    return ChannelStatistics(count, tensors[0], tensors[1].square() * count, counted)
+
+
+def test_the_summary_has_a_row_a_site():
+    """Half and three quarters of the values lie in the bin of the mean, of which the bands take 0.1, 0.2 and 0.3."""
+    counted = of(12_000, [1, -2, 0], [0.5, 4, 0], [0, -4, 0], [1, 4, 1], [[50, 50], [3, 1], [9, 0]])
+    sites = {"a": counted, "b": of(4, [3], [2]), "dead": of(4, [3], [0])}
+    table = summary_table(Statistics(sites, "abc", 20, {"data": "noise"}, "g"))
+    assert [list(column.cells) for column in table.columns] == [
+        ["a", "b", "dead"], ["3", "1", "1"], ["1", "", "1"], ["12,000", "4", "4"], ["-2 to 1", "3 to 3", "3 to 3"],
+        ["0 to 4", "2 to 2", "0 to 0"], ["2", "1.5", ""], [" 6.7  13.3  20.0", "", ""],
+    ]  # fmt: skip
+    assert (table.title, table.caption) == ("3 sites, 20 images\ndata: noise", "weights abc, graph g")
+    del sites["a"]
+    table = summary_table(Statistics(sites, "abc", 20, {}))
+    assert (len(table.columns), table.caption) == (7, "weights abc")
+
+
+@pytest.mark.parametrize(
+    ("alpha", "after", "share"),
+    [
+        (1.0, [0.1, 0.1, 0.5, 0.3], 0.3),  # half of the two bins beside the mean
+        (4.0, [0, 0, 1, 0], 1.0),
+        (0.0, [0.1, 0.2, 0.4, 0.3], 0.0),
+    ],
+)
+def test_a_stored_histogram_moves_the_band_to_the_bin_of_the_mean(alpha, after, share):
+    got = stored_histogram("s", of(10, [2.0], [0.5], [-1], [1], [[0, 1, 2, 4, 3, 0]]), 0, alpha, 7)
+    assert got.edges.tolist() == [0, 1, 2, 3, 4]
+    assert got.before.tolist() == [0.1, 0.2, 0.4, 0.3]
+    assert (got.mean, got.threshold) == (2, alpha / 2 or -1)
+    np.testing.assert_allclose((*got.after, got.share), (*after, share), atol=1e-15)
+
+
+@pytest.mark.parametrize(("mean", "after"), [(-9.0, [1, 0]), (9.0, [0, 1])])
+def test_a_mean_outside_of_the_stored_histogram_is_in_its_last_bin(mean, after):
+    got = stored_histogram("s", of(4, [mean], [10.0], [0], [1], [[3, 1]]), 0, 2.0, 7)
+    assert got.after.tolist() == after
+
+
+def test_a_stored_histogram_without_values_shows_all_its_bins():
+    got = stored_histogram("s", of(0, [0.0], [0.0], [0], [1], [[0, 0]]), 0, 0.2, 0)
+    assert (got.edges.tolist(), got.before.tolist(), got.share) == ([0, 1, 2], [0, 0], 0)
