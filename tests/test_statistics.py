@@ -377,6 +377,7 @@ def test_the_summary_has_a_row_a_site():
         ["a", "b", "dead"], ["3", "1", "1"], ["1", "", "1"], ["12,000", "4", "4"], ["-2 to 1", "3 to 3", "3 to 3"],
         ["0 to 4", "2 to 2", "0 to 0"], ["2", "1.5", ""], [" 6.7  13.3  20.0", "", ""],
     ]  # fmt: skip
+    assert str(table.columns[-1].header) == "% in band at 0.1, 0.2, 0.3"
     assert (table.title, table.caption) == ("3 sites, 20 images\ndata: noise", "weights abc, graph g")
     del sites["a"]
     table = summary_table(Statistics(sites, "abc", 20, {}))
@@ -405,6 +406,7 @@ def test_a_mean_outside_of_the_stored_histogram_is_in_its_last_bin(mean, after):
     assert got.after.tolist() == after
 
 
-def test_a_stored_histogram_without_values_shows_all_its_bins():
+def test_a_stored_histogram_of_one_value_and_of_none():
+    assert stored_histogram("s", of(1, [0.5], [0], [0], [1], [[1, 0]]), 0, 0.2, 1).before.tolist() == [1]
     got = stored_histogram("s", of(0, [0.0], [0.0], [0], [1], [[0, 0]]), 0, 0.2, 0)
     assert (got.edges.tolist(), got.before.tolist(), got.share) == ([0, 1, 2], [0, 0], 0)
