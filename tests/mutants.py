@@ -377,7 +377,9 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="+", type=Path)
-    parser.add_argument("--sample", type=int, default=0, help="how many faults, of all modules together; all by default")
+    parser.add_argument(
+        "--sample", type=int, default=0, help="how many faults, of all modules together; all by default"
+    )
     parser.add_argument("--seed", type=int, default=0, help="draws another sample")
     parser.add_argument("--again", type=Path, help="what an earlier run printed: only its survivors are planted")
     parser.add_argument("--workers", type=int, default=2)

@@ -13,11 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import meansparse_fx as msfx
+from meansparse_fx.calibrate.bins import Bins
+from meansparse_fx.calibrate.checkpoint import Tally
 from meansparse_fx.calibrate.convergence import Groups, Precision, precision
 from meansparse_fx.calibrate.source import Source
 from meansparse_fx.calibrate.totals import Totals, merge_all
 from meansparse_fx.data import ImageSet
 from meansparse_fx.errors import ArtifactError, CalibrationError, StateError, StatisticsError
+from meansparse_fx.observer import ChannelMoments
 from meansparse_fx.passes import observe
 
 
@@ -255,6 +258,50 @@ def test_checkpoints_of_something_else_are_refused(net, images, tmp_path):
         msfx.calibrate(sparse, images.split(3), **keeping)
 
 
+def test_a_loader_that_has_become_shorter_is_refused(net, images, tmp_path):
+    """One that does not say how long it is, so that only what it yields can tell."""
+
+    def loader(count: int, at: int = 99):
+        return (batch for batch in Failing(images.split(3)[:count], at))
+
+    sparse = msfx.transform(net, images)
+    keeping = {"checkpoint": tmp_path / "c", "every": 0, "progress": False}
+    with pytest.raises(Interrupted):
+        msfx.calibrate(sparse, loader(4, 3), **keeping)
+    with pytest.raises(CalibrationError, match="a checkpoint after 3 batches, more than the loader has now: remove it"):
+        msfx.calibrate(sparse, loader(2), **keeping)
+
+
+def test_what_a_killed_process_left_is_removed(net, images, tmp_path):
+    (tmp_path / ".c.1a2b.partial").touch()
+    sparse = msfx.transform(net, images)
+    msfx.calibrate(sparse, images.split(3), checkpoint=tmp_path / "c", progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_the_first_bad_batch_is_named():
+    observer = ChannelMoments("site", 2, 1)
+    tally = Tally([observer], torch.device("cpu"), grouped=False)
+    for value in (torch.inf, 0.0, torch.nan):
+        tally.add(observer(torch.tensor([[1.0, value], [2.0, 3.0]])))
+    with pytest.raises(CalibrationError, match="site: NaN or inf in the site's input, first in batch 0"):
+        tally.refuse_non_finite()
+
+
+def test_totals_of_one_value_and_of_none():
+    empty = Totals.empty([1, 1], torch.device("cpu"))
+    total = empty.merge(Totals((1, 0), *torch.tensor([[5.0, 0], [0, 0]]).double(), empty.sizes))
+    assert (total.counts, total.mean.tolist(), total.m2.tolist()) == ((1, 0), [5, 0], [0, 0])
+
+
+def test_statistics_can_take_part_in_autograd(net, images):
+    """What inference mode makes cannot."""
+    stats = msfx.calibrate(msfx.transform(net, images), [images], histograms=True, progress=False)
+    site = stats["relu"]
+    tensors = [site.mean, site.m2, site.histogram.low, site.histogram.width, site.histogram.counts]
+    assert not any(tensor.is_inference() for tensor in tensors)
+
+
 def test_non_finite_values_keep_the_checkpoint_before_them(net, images, tmp_path):
     bad = images.clone()
     bad[7, 0, 3, 3] = float("inf")
@@ -342,6 +389,14 @@ def test_groups_stay_few_and_lose_nothing():
 
 
 # Histograms
+
+
+def test_bins_reach_eight_deviations_to_each_side():
+    """Of each channel's own mean; one without a deviation has bins as one of deviation 1."""
+    bins = Bins.around(Totals((4, 4), *torch.tensor([[3.0, 5.0], [4 * 2.0**2, 0.0]]).double(), torch.tensor([1, 1])))
+    assert bins.low.tolist() == [3 - 8 * 2, 5 - 8]
+    assert (bins.low + 256 * bins.width).tolist() == [3 + 8 * 2, 5 + 8]
+    assert bins.counts.shape == (2, 256)
 
 
 def test_histograms_count_every_value(net, images, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import os
 import signal
@@ -9,12 +11,22 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 import meansparse_fx as msfx
+from meansparse_fx.calibrate import ranks
+from meansparse_fx.calibrate.ranks import Ranks
+from meansparse_fx.calibrate.totals import Totals
+from meansparse_fx.errors import CalibrationError
+from meansparse_fx.seen import least_marks
 from meansparse_fx.shards import ShardSampler
 
 SOURCE = """
@@ -142,6 +154,169 @@ def test_shards_are_every_image_once(world, length) -> None:
     shards = [list(ShardSampler(length, rank, world)) for rank in range(world)]
     assert sorted(i for shard in shards for i in shard) == list(range(length))
     assert [len(ShardSampler(length, rank, world)) for rank in range(world)] == [len(s) for s in shards]
+
+
+# Ranks in threads of one process: gloo is real, only what torch keeps once a process is shared.
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Run a function of a group in WORLD threads, each a rank; return what each returns, or the error of ours."""
+    monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
+    monkeypatch.setattr(ranks, "_calls", itertools.repeat(0))
+    monkeypatch.setattr(ranks, "LOOK_SECONDS", 0.01)
+
+    def start(world: int, work) -> list:
+        store = dist.HashStore()
+        monkeypatch.setattr(distributed_c10d, "_get_default_store", lambda: store)
+
+        def one(rank: int):
+            group = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, world, timedelta(seconds=10))
+            try:
+                return work(group)
+            except CalibrationError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(world) as pool:
+            return list(pool.map(one, range(world)))
+
+    return start
+
+
+def test_ranks_gather_in_order(threads) -> None:
+    def work(group):
+        with Ranks(group, timeout=5) as own:
+            return own.gather(torch.tensor([own.rank, 7]), "here"), own.gather(torch.tensor(0.5 + own.rank), "there")
+
+    for here, there in threads(3, work):
+        assert [h.tolist() for h in here] == [[0, 7], [1, 7], [2, 7]]
+        assert [float(t) for t in there] == [0.5, 1.5, 2.5]
+
+
+def test_ranks_gather_totals_and_marks(threads) -> None:
+    marks = [[5, 9], [], [-3, 9, 2**62]]
+
+    def work(group):
+        with Ranks(group, timeout=5) as own:
+            mean = torch.arange(3).double() + own.rank
+            totals = Totals((own.rank, 2**60 + own.rank), mean, mean + 10, torch.tensor([1, 2]))
+            found = own.gather_totals(totals, "end")
+            return found, own.gather_marks(least_marks([torch.tensor(marks[own.rank], dtype=torch.int64)]))
+
+    for totals, together in threads(3, work):
+        assert together.tolist() == [-3, 5, 9, 2**62]
+        for rank, got in enumerate(totals):
+            assert got.counts == (rank, 2**60 + rank)
+            assert (got.mean.tolist(), got.m2.tolist()) == (
+                [rank, 1 + rank, 2 + rank],
+                [10 + rank, 11 + rank, 12 + rank],
+            )
+
+
+def test_a_rank_that_fails_is_known_to_the_others(threads) -> None:
+    def work(group):
+        with Ranks(group, timeout=5) as own:
+            if own.rank == 1:
+                raise CalibrationError("no luck")
+            own.gather(torch.zeros(1), "end")
+
+    first, second, third = threads(3, work)
+    assert second == "no luck"
+    assert all("failed: " in error and error.endswith("no luck") for error in (first, third))
+
+
+def test_a_failure_is_seen_between_batches_too(threads) -> None:
+    def work(group):
+        with Ranks(group, timeout=5) as own:
+            if own.rank == 0:
+                raise CalibrationError("no luck")
+            for batch in range(1000):
+                own.heartbeat(f"batch {batch}")
+                time.sleep(0.01)
+
+    assert threads(2, work) == ["no luck", "rank 0 failed: no luck"]
+
+
+def test_a_silent_rank_counts_as_dead(threads) -> None:
+    """Its last sign and the timeout are in the error; one that gives signs at the same place is alive, however slow."""
+
+    def work(group):
+        with Ranks(group, timeout=0.3) as own:
+            if own.rank == 1:
+                for _ in range(12):  # twice the timeout
+                    own.heartbeat("batch 4")
+                    time.sleep(0.05)
+                time.sleep(0.8)
+                raise CalibrationError("awake too late")
+            began = time.monotonic()
+            try:
+                own.gather(torch.zeros(1), "end")
+            finally:
+                assert time.monotonic() - began > 0.8
+
+    error, _ = threads(2, work)
+    assert "rank 1 died or hangs: no sign of life for 0.3 s, the last was 'batch 4'" in error
+
+
+def test_a_rank_that_never_came_counts_as_dead(threads) -> None:
+    def work(group):
+        time.sleep(0.4 * group.rank())
+        with Ranks(group, timeout=0.1) as own:
+            own.gather(torch.zeros(1), "end")
+
+    assert "rank 1 died or hangs: no sign of life for 0.1 s, the last was 'none'" in threads(2, work)[0]
+
+
+def test_signs_are_rare(threads, monkeypatch) -> None:
+    """A sign a `LOOK_SECONDS`, not one a batch: the store is one process for all."""
+    monkeypatch.setattr(ranks, "LOOK_SECONDS", 60.0)
+
+    def work(group):
+        with Ranks(group, timeout=5) as own:
+            for batch in range(5):
+                own.heartbeat(f"batch {batch}")
+            return own._read(own.rank)
+
+    assert threads(2, work) == ["batch 0 #1"] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "count", "seen"),
+    [({"histograms": True}, 46, 46), ({"tolerance": 0.05}, 46, 36), ({"histograms": True}, 2, 2)],
+)
+def test_ranks_calibrate_as_one(threads, net, options, count, seen) -> None:
+    """Uneven shards, two images a batch; with a tolerance all stop after as many batches; one may have no image."""
+    images = torch.rand(count, 3, 9, 9, generator=torch.Generator().manual_seed(0)).double()
+    sparse = msfx.transform(net.double(), images[:2])
+    copies = [copy.deepcopy(sparse) for _ in range(3)]
+
+    def work(group):
+        own = list(images[group.rank() :: 3].split(2)) if group.rank() < count else []
+        return msfx.calibrate(copies[group.rank()], own, group=group, timeout=10, progress=False, **options)
+
+    found = threads(3, work)
+    one = msfx.calibrate(sparse, images[:seen].split(2), progress=False)
+    for got in found:
+        assert got.metadata == found[0].metadata
+        assert got.metadata.get("tolerance", "0.05, reached") == "0.05, reached"
+        check_equal(got, one)
+        if "histograms" in options:
+            assert all(site.histogram.counts.sum(1).tolist() == [site.count] * len(site.mean) for site in got.values())
+
+
+def test_ranks_refuse_different_models_and_a_checkpoint_of_histograms(threads, net, tmp_path) -> None:
+    images = torch.rand(4, 3, 9, 9)
+    copies = [msfx.transform(net, images) for _ in range(2)]
+
+    def work(group, **options):
+        msfx.calibrate(copies[group.rank()], [images], group=group, timeout=10, progress=False, **options)
+
+    for option in ({"tolerance": 0.1}, {"histograms": True}):
+        errors = threads(2, partial(work, checkpoint=tmp_path / "c", **option))
+        assert all("a checkpoint goes with neither tolerance nor histograms" in error for error in errors)
+    with torch.no_grad():
+        copies[1].conv1.weight.add_(1)
+    assert all("the processes have different models" in error for error in threads(2, work))
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ class Tally:
             low, high = (value.double() for value in images.aminmax())
             least, greatest = torch.minimum(self.input_range[0], low), torch.maximum(self.input_range[1], high)
             self.input_range = torch.stack([least, greatest])
-        bad = ~(batch.mean.isfinite() & batch.m2.isfinite()).all() & (self._first_bad < 0)
+        bad = ~batch.m2.isfinite().all() & (self._first_bad < 0)  # nor is m2 where the mean is not
         self._first_bad = torch.where(bad, self.batches, self._first_bad)
         self._marks.append(image_marks(images))
         self.batches += 1
@@ -79,7 +79,7 @@ class Tally:
         if (batch := int(self._first_bad)) < 0:
             return
         for observer, moments in zip(self._observers, self.totals.by_site(), strict=True):
-            if not (moments.mean.isfinite().all() and moments.m2.isfinite().all()):
+            if not moments.m2.isfinite().all():
                 raise CalibrationError(
                     f"{observer.name}: NaN or inf in the site's input, first in batch {batch}: check the data and "
                     "weights"

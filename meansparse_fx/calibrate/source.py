@@ -67,7 +67,7 @@ class Source:
         if start and self._by_index:
             assert isinstance(loader, DataLoader)
             order = list(loader.batch_sampler)  # type: ignore[arg-type]
-            chosen = [i for i in again if i < len(order)] + list(range(start, len(order)))
+            chosen = [*again, *range(start, len(order))]
             part = DataLoader(
                 loader.dataset,
                 batch_sampler=[order[i] for i in chosen],
@@ -81,7 +81,7 @@ class Source:
             )
             batches = zip(chosen, part, strict=True)
         elif isinstance(loader, Sequence):
-            batches = ((i, loader[i]) for i in [*again, *range(start, len(loader))] if i < len(loader))
+            batches = ((i, loader[i]) for i in [*again, *range(start, len(loader))])
         else:
             batches = ((i, batch) for i, batch in enumerate(batched(loader)) if i >= start or i in again)
         for index, batch in batches:
