@@ -80,6 +80,20 @@ ARITHMETIC = {
     **{ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.Pow: ast.Mult, ast.Mod: ast.FloorDiv},
 }
 
+# Arguments that only assert, that say where a warning points, and looks of figures.
+HARMLESS = {
+    "strict",
+    "stacklevel",
+    "linewidth",
+    "lw",
+    "elinewidth",
+    "zorder",
+    "ms",
+    "mew",
+    "markersize",
+    "capsize",
+    "pad",
+}
 SYMMETRIC = {"max", "min", "equal", "hypot", "maximum", "minimum"}  # functions of which swapped arguments are no fault
 
 
@@ -145,6 +159,7 @@ def mutants(path: Path) -> list[Mutant]:
         ]
         outer += [node.exc] if isinstance(node, ast.Raise) else []
         outer += [node] if isinstance(node, ast.JoinedStr | ast.Assert) else []
+        outer += [node.value] if isinstance(node, ast.keyword) and node.arg in HARMLESS else []
         left |= {inner for part in outer if part is not None for inner in ast.walk(part)}
         if isinstance(node, ast.FunctionDef | ast.Lambda):
             body = node.body if isinstance(node.body, list) else [node.body]

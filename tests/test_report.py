@@ -244,6 +244,26 @@ def test_alpha_figure_says_what_was_measured_and_how_well(alpha):
     assert "2 %" in [text.get_text() for text in bottom.texts], "what falls off the axes stands at the edge"
 
 
+def points(axes, marker: str) -> list[tuple[float, float]]:
+    """Return the places of an axes' markers, from left to right."""
+    found = [line.get_xydata() for line in axes.lines if line.get_marker() == marker]
+    return sorted({tuple(place) for line in found for place in line.round(6).tolist()})
+
+
+def test_alpha_figure_has_a_clean_point_an_alpha_and_the_base_and_its_budget_as_lines():
+    figure = early_search().figure()
+    top, bottom = figure.axes
+    assert points(top, "o") == [(0, 0.9), (0.2, 0.9), (0.3, 0.9), (0.6, 0.85)]
+    lines = [line for axes in figure.axes for line in axes.lines if list(line.get_xdata()) == [0, 1]]
+    assert [list(line.get_ydata()) for line in lines] == [pytest.approx([y, y]) for y in (0.9, 0.897, 0.54)]
+    legend = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert {"clean, 95 % interval", "allowed: 0.3 points less", "worst case, given up early"} <= legend
+    # At the edge, 10 points under the base's 54 %, stands only what lies under it: 0.6, with 2 %.
+    assert points(bottom, "v") == [(0.6, 0.44)]
+    for axes in figure.axes:
+        assert [axes.yaxis.get_major_formatter()(y) for y in (0.5, -0.5)] == ["50 %", "\N{MINUS SIGN}50 %"]
+
+
 def test_alpha_figure_leaves_what_was_given_up_early_apart():
     bottom = early_search().figure().axes[1]
     lines = [line for line in bottom.lines if line.get_marker() in tuple("os^")]
@@ -282,6 +302,19 @@ def test_tradeoff_figure_has_a_point_an_alpha_and_the_base_as_a_cross():
     hollow = [line for line in axes.lines if line.get_marker() == "o" and line.get_markerfacecolor() == "none"]
     # Given up early: 1 of 25 images fewer than the base, so 4 points under the base's 60 %; and the choice's ring.
     assert sorted(line.get_ydata()[0] for line in hollow) == pytest.approx([0.56, 0.7])
+
+
+def test_tradeoff_figure_of_a_search_by_site():
+    """It is a place of its own; an accuracy far below the base's stretches neither axis."""
+    search = early_search()
+    search.outcomes[1.0] = outcome(20, 30, 2)
+    for alpha, diamonds in (({"relu": 0.3, "gelu": 0.2}, [(0.89, 0.71)]), (0.3, [])):
+        refined = replace(search, alpha=alpha, refinement=Refinement(0.3, outcome(89, 73, 71), ()))
+        (axes,) = refined.figure(tradeoff=True).axes
+        assert points(axes, "D") == diamonds
+        assert ("by site" in {text.get_text() for text in axes.texts}) == bool(diamonds)
+        assert axes.get_xlim()[0] > 0.8
+        assert axes.get_ylim()[0] > 0.4
 
 
 def test_tradeoff_figure_where_the_base_is_the_choice(search):
