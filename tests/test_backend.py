@@ -442,10 +442,10 @@ breaks_graphs = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tens
 
 
 class Block(nn.Module):
-    def __init__(self, breaks: bool) -> None:
+    def __init__(self, breaks: bool, act: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 3, 1)
-        self.act = nn.ReLU(inplace=True)
+        self.act = act(inplace=True)
         self.breaks = breaks
 
     def forward(self, x):
@@ -469,6 +469,17 @@ class Broken(nn.Module):
 
     def forward(self, x):
         return self.act(self.conv(self.blocks(x)))
+
+
+@breaks_graphs
+def test_what_an_activation_of_no_kernel_overwrites_in_another_graph_is_overwritten(images):
+    broken, whole = Block(True, nn.SELU).eval(), Block(False, nn.SELU).eval()
+    whole.load_state_dict(broken.state_dict())
+    sparse, stats = calibrated(whole, images)
+    msfx.set_alpha(sparse, 0.4)
+    compiled = plug_in(broken, fullgraph=False, statistics=stats, alpha=0.4)
+    for own, expected in zip(gradients(compiled, images), gradients(sparse, images), strict=True):
+        torch.testing.assert_close(own, expected)
 
 
 @pytest.fixture

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import meansparse_fx as msfx
 from meansparse_fx.errors import CaptureError, SiteError, StateError
 from meansparse_fx.export import to_exported_program
+from meansparse_fx.passes import refuse_hooks
 from tests.test_published import Published
 
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -488,3 +489,18 @@ def test_activations_in_an_own_forward_are_sites():
     model.softsign.forward = lambda x: x + 1
     assert [s.activation.name for s in msfx.inspect(model, IMAGES).active] == ["silu", "relu", "gelu"]
     assert_same(model, msfx.transform(model, IMAGES))
+
+
+def test_a_module_of_two_names_takes_hooks_whichever_is_called():
+    conv = nn.Conv2d(3, 3, 1)
+    for name in ("a", "b"):
+        graph = fx.Graph()
+        graph.output(graph.call_module(name, (graph.placeholder("x"),)))
+        module = fx.GraphModule({"a": conv, "b": conv, "other": nn.ReLU()}, graph)
+        module.add_submodule("a", conv)
+        module.add_submodule("b", conv)
+        module.add_submodule("other", nn.ReLU())
+        refuse_hooks(module)
+        conv.register_forward_hook(lambda *args: None).remove()
+        with pytest.raises(StateError, match="does not call other"):
+            module.other.register_forward_hook(lambda *args: None)

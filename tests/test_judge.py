@@ -22,6 +22,7 @@ from meansparse_fx.evaluate.probes import Probed, examine, search_planted
 from meansparse_fx.evaluate.sanity import check_power
 from meansparse_fx.nn import MeanSparse
 from meansparse_fx.passes.readout import features_of, last_linear, with_readout
+from tests.models import Functional
 
 
 @pytest.fixture
@@ -47,6 +48,10 @@ def test_features_are_what_the_last_layer_reads(sparse, images):
     convolutional = nn.Sequential(nn.Conv2d(3, 4, 9), nn.ReLU(), nn.Flatten()).eval()
     assert last_linear(msfx.transform(convolutional, images)) is None
     assert plant(msfx.transform(convolutional, images), images, SETTINGS) is None
+    functional = Functional(
+        lambda self, x: F.linear(self.body(x), self.head.weight), body=convolutional, head=nn.Linear(4, 3)
+    )
+    assert torch.equal(features_of(msfx.transform(functional.eval(), images))(images), convolutional(images))
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])

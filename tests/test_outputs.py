@@ -20,6 +20,7 @@ from meansparse_fx.cli import app
 from meansparse_fx.errors import ArtifactError, CaptureError, EvaluationError
 from meansparse_fx.export import export, to_exported_program
 from meansparse_fx.outputs import flatten, logits_in
+from meansparse_fx.passes import returning_logits
 from tests.models import Functional
 
 IMAGES = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -217,6 +218,18 @@ def test_attacks_meet_the_logits_alone(kind, logits, fuse, tmp_path):
         searched.append(search.to_dict())
     assert found[0] == found[1]
     assert searched[0] == searched[1]
+
+
+def test_a_model_that_returns_its_logits_is_attacked_as_it_is():
+    """So that its forward hooks stay allowed."""
+    model = network("")
+    model.register_forward_hook(lambda module, args, output: None)
+    sparse = msfx.transform(model, IMAGES)
+    assert returning_logits(sparse) is sparse
+    with pytest.raises(EvaluationError, match="forward hooks"):
+        returning_logits(sparse, lambda output: output[:, 1:])
+    doubled = returning_logits(msfx.transform(network(""), IMAGES), lambda output: 2 * output)
+    assert torch.equal(doubled(IMAGES), 2 * network("")(IMAGES))
 
 
 def test_without_a_name_the_keys_are_said():

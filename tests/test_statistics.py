@@ -328,6 +328,20 @@ def test_a_share_counts_what_lies_inside_of_each_bin():
         assert got.tolist() == [share, 0]
 
 
+def test_a_share_of_one_value_and_of_none():
+    histogram = ChannelHistogram(torch.zeros(2).double(), torch.ones(2).double(), torch.tensor([[0, 1], [0, 0]]))
+    assert histogram.share_inside(torch.ones(2).double(), torch.ones(2).double()).tolist() == [1, 0]
+
+
+def test_few_images_of_many_are_the_same_images():
+    """All of the small set are in the large one, of which they are a thousandth."""
+    large = replace(some(0), marks=torch.arange(10_000))
+    small = replace(some(1), marks=torch.arange(10))
+    for one, other in ((large, small), (small, large)):
+        with pytest.raises(StatisticsError, match="cannot merge: 100 % of the images of one are in the other"):
+            one.merge(other)
+
+
 def test_other_activations_are_refused():
     stats = replace(some(), table={"b": {"activation": "relu"}, "a.act": {}})
     channels = {"a.act": 3, "b": 4}
@@ -360,6 +374,8 @@ def test_statistics_without_histograms_say_so():
         some().histogram()
     with pytest.raises(StatisticsError, match=r"^b: no histograms"):
         some().histogram("b", 0)
+    with pytest.raises(StatisticsError, match=r"no site 'z'; there are a\.act, b$"):
+        some().histogram("z")
 
 
 def of(count: int, mean: list[float], std: list[float], *histogram: list[list[float]]) -> ChannelStatistics:

@@ -321,6 +321,13 @@ def test_train_mode_says_once_what_stays_off(images):
     assert sparse.get_submodule("1").training
 
 
+def test_train_mode_names_three_and_counts_the_others(images):
+    for n, rest in ((3, r"\. To train"), (5, r" and 2 more\. To train")):
+        sparse = msfx.transform(nn.Sequential(*(Dropping() for _ in range(n))).eval(), images)
+        with pytest.warns(UserWarning, match=rf"0 \(Dropping\), 1 \(Dropping\), 2 \(Dropping\){rest}"):
+            sparse.train()
+
+
 def test_train_mode_says_nothing_where_nothing_stays_off(net, images):
     msfx.transform(net, images).train()
 

@@ -6,7 +6,6 @@ what a checkpoint would compute again is kept.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -28,10 +27,9 @@ def inline_checkpoints(graph_module: fx.GraphModule) -> bool:
                 setattr(graph_module, name, getattr(body, str(node.target)))
                 given[node] = graph.get_attr(name)
             results: Any = graph.graph_copy(body.graph, given)
-        for taken in list(call.users):
-            if taken.target is operator.getitem:
-                taken.replace_all_uses_with(results[taken.args[1]])
-                graph.erase_node(taken)
+        for taken in list(call.users):  # getitem: a checkpoint returns a tuple
+            taken.replace_all_uses_with(results[taken.args[1]])
+            graph.erase_node(taken)
         graph.erase_node(call)
         if not attribute.users:
             graph.erase_node(attribute)

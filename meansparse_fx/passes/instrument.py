@@ -26,7 +26,7 @@ class Moments(nn.Module):
     def __init__(self, channels: int, device: torch.device) -> None:
         super().__init__()
         for name, shape in (("count", ()), ("mean", (channels,)), ("m2", (channels,))):
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64, device=device), persistent=False)
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64, device=device))
 
 
 def accumulate(x: Tensor, count: Tensor, mean: Tensor, m2: Tensor, channel_dim: int) -> Tensor:

@@ -57,7 +57,7 @@ def read_buffer(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.No
 
     while name in graph_module._buffers:
         name += "_"
-    graph_module.register_buffer(name, value, persistent=False)
+    graph_module.register_buffer(name, value)
     if (sources := getattr(graph_module, "_param_name_to_source", None)) is not None:
         sources[name] = LocalSource(name)
     return graph_module.graph.get_attr(name)

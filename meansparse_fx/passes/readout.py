@@ -17,7 +17,7 @@ NAME = "meansparse_readout"
 def last_linear(model: fx.GraphModule) -> fx.Node | None:
     """Return the last linear layer's node, or None."""
     for node in reversed(model.graph.nodes):
-        if node.op == "call_function" and node.target is F.linear:
+        if node.target is F.linear:
             return node
         if node.op == "call_module" and isinstance(model.get_submodule(node.target), nn.Linear):
             return node

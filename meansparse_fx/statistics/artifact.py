@@ -207,9 +207,8 @@ class Statistics(Mapping[str, ChannelStatistics]):
             "table": self.table,
             "metadata": self.metadata,
             "seen": self.seen,
+            "settings": settings,
         }
-        if settings is not None:
-            header["settings"] = settings
         artifacts.write(path, FORMAT, FORMAT_VERSION, header, tensors, rescue=True)
 
     @classmethod
