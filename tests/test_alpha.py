@@ -297,6 +297,38 @@ def test_alpha_by_stage(sparse, held_out):
         msfx.select_alpha(sparse, held_out, per_site="block", **options)
 
 
+def test_each_candidate_is_tried_with_its_variant(sparse, held_out, monkeypatch):
+    """With an attack that breaks every image of a model with the variant mean, the base among them."""
+    variant = msfx.operators(sparse)["relu"]
+    rig(monkeypatch, lambda model, images: torch.full((len(images),), variant.variant == "mean"))
+    options = {"alphas": (0.2,), "variants": ("mean", "edge"), "clean_budget": 1.0, **QUICK}
+    search = msfx.select_alpha(sparse, held_out, **options)
+    assert (search.variant, search.alpha) == ("edge", 0.2)
+    assert int(search.outcomes[0.2].worst.sum()) == 24
+
+
+def test_the_leader_is_within_the_budget():
+    rows = {0.0: outcome(900, 700), 0.1: outcome(899, 710), 0.2: outcome(850, 800)}
+    assert AlphaSearch(0.0, rows, 0.003).leader == 0.1
+    assert AlphaSearch(0.0, rows, 0.1).leader == 0.2
+
+
+@pytest.mark.parametrize(
+    "option", [{"significance": 0.0}, {"significance": 1.0}, {"clean_budget": -0.1}, {"clean_budget": 1.1}]
+)
+def test_budget_and_significance_are_shares(sparse, held_out, option):
+    with pytest.raises(
+        EvaluationError, match=f"got {option.get('clean_budget', 0.003)} and {option.get('significance', 0.05):g}"
+    ):
+        msfx.select_alpha(sparse, held_out, **option, **QUICK)
+
+
+def test_no_clean_accuracy_may_be_lost(sparse, held_out, monkeypatch):
+    """A budget of 0; the attack breaks what is not changed, so that only clean accuracy speaks against it."""
+    rig(monkeypatch, lambda model, images: torch.full((len(images),), not float(msfx.operators(model)["relu"].alpha)))
+    assert msfx.select_alpha(sparse, held_out, alphas=(1e-6,), clean_budget=0.0, **QUICK).alpha == 1e-6
+
+
 def test_candidates_by_site_are_told_apart():
     names = {str(Candidate(a)) for a in (0.1, 0.2, {"a": 0.1, "b": 0.2}, {"a": 0.2, "b": 0.1})}
     assert len(names) == 4

@@ -352,6 +352,8 @@ def test_results_come_back_from_their_files(tmp_path):
     assert (back.uniform, back.leader, back.threat) == (search.uniform, search.leader, search.threat)
     assert torch.equal(back.base.robust["apgd-ce/exact"], search.base.robust["apgd-ce/exact"])
     assert (str(back), back.to_csv(), back.to_latex()) == (str(search), search.to_csv(), search.to_latex())
+    assert "by site" in list(search.table().columns[0].cells)
+    assert "by site" not in list(replace(search, alpha=0.3).table().columns[0].cells)
     result = evaluation(outcome(90, 72, 70), alpha={"relu": 0.3})
     result.save(tmp_path / "e.json")
     again = Evaluation.load(tmp_path / "e.json")
