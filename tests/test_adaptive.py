@@ -191,6 +191,15 @@ def test_versions_are_autoattacks_own():
     assert expand(["standard", "square", "rand"]) == [*VERSIONS["standard"], *VERSIONS["rand"]]
 
 
+def test_pgd_starts_anywhere_in_its_ball():
+    for norm, mean in (("Linf", 0.05), ("L2", 0.1)):
+        start = descent.PGD(nn.Identity(), norm, 0.1, 1, 0)._start(torch.zeros(4, 3, 32, 32)).flatten(1)
+        radius = start.abs() if norm == "Linf" else start.norm(dim=1)
+        assert 0.0999 < radius.max() < 0.10001
+        assert radius.mean() == pytest.approx(mean, rel=0.02)
+        assert start.mean() == pytest.approx(0, abs=0.002)
+
+
 def test_runs_put_the_operators_own_gradient_first_queries_and_starts_last():
     names = [run.name for run in plan_runs(["square", "apgd-ce", "pgd"], ["identity", "exact"], 5)]
     assert names == ["apgd-ce/exact", "pgd/exact", "apgd-ce/identity", "pgd/identity", "square"]
@@ -199,6 +208,7 @@ def test_runs_put_the_operators_own_gradient_first_queries_and_starts_last():
     assert [run.name for run in plan_runs(own, ["identity"], 0)] == [
         "apgd-ce/exact", "apgd-ce/identity", "pgd/smooth-3", "square", "apgd-start/identity",
     ]  # fmt: skip
+    assert [run.name for run in plan_runs(["pgd/smooth-0.5"], ["exact"], 0)] == ["pgd/smooth-0.5"]
     for name, message in [("square/exact", "uses no gradient"), ("pgd/steep", "unknown backward 'steep'"),
                           ("pgd/smooth-0", "unknown backward"), ("pdg/exact", "unknown attack")]:  # fmt: skip
         with pytest.raises(EvaluationError, match=message):

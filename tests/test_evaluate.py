@@ -37,6 +37,7 @@ from meansparse_fx.evaluate import (
 )
 from meansparse_fx.evaluate.attacks import VERSIONS, AttackSettings, attack
 from meansparse_fx.evaluate.compiled import Attacked, FastModel, compile_mode, padded
+from meansparse_fx.evaluate.outcome import _at_most
 from meansparse_fx.evaluate.plan import perturbed, plan_runs
 from meansparse_fx.nn import MeanSparse
 from meansparse_fx.operators import added
@@ -162,6 +163,32 @@ def test_where_nothing_changed_the_interval_is_that_of_changed_images(n):
         pytest.approx(most, abs=1e-6),
         1,
     )
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (3, 1), (1, 4), (0, 5), (6, 0)])
+@pytest.mark.parametrize("difference", [-0.3, 0.0, 0.1, 0.5])
+def test_a_net_change_is_as_rare_as_among_the_likeliest_shares(gained, lost, difference):
+    """Of ten images: the likeliest shares that differ by so much from a grid, all outcomes counted."""
+    n, same = 10, 10 - gained - lost
+    down = np.linspace(max(0, -difference), (1 - difference) / 2, 400_001)
+    shares = np.stack([down + difference, down, (1 - 2 * down - difference).clip(0)])
+    likelihood = np.prod(shares ** np.array([[gained], [lost], [same]]), 0)
+    up, down, rest = shares[:, likelihood.argmax()]
+    expected = sum(
+        math.comb(n, g) * math.comb(n - g, k) * up**g * down**k * rest ** (n - g - k)
+        for g in range(n + 1)
+        for k in range(n + 1 - g)
+        if g - k <= gained - lost
+    )
+    assert _at_most(gained, lost, n, difference) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_progress_bar_ends_at_its_end(sparse, test_set, monkeypatch):
+    displays = []
+    run = sys.modules["meansparse_fx.evaluate.run"]
+    monkeypatch.setattr(run, "bar", lambda enabled: displays.append(progress.bar(enabled)) or displays[-1])
+    msfx.evaluate(sparse, test_set, eps=0.05, steps=2, attacks=("pgd",), sanity_images=0)
+    assert [task.finished for task in displays[0].tasks] == [True]
 
 
 def test_interval_and_test_are_right_whatever_the_truth():
@@ -1023,7 +1050,7 @@ def test_lists_leave_out_what_needs_more_classes(images):
     ("norm", "move", "leaves"),
     [
         ("Linf", lambda x: x.add_(0.1), False),
-        ("Linf", lambda x: x[0, 0, 0, 0].add_(0.1001), True),
+        ("Linf", lambda x: x[0, 0, 0, 0].add_(0.1 + 5e-6), True),
         ("Linf", lambda x: x[0, 0, 0, 0].fill_(torch.nan), True),
         ("L2", lambda x: x[:, 0, 0, 0].add_(0.1), False),
         ("L2", lambda x: x[1, 0, 0, :2].add_(0.08), True),  # 0.08 * sqrt(2) = 0.113

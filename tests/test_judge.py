@@ -18,7 +18,7 @@ from meansparse_fx.evaluate.compiled import Attacked
 from meansparse_fx.evaluate.outcome import ModelOutcome
 from meansparse_fx.evaluate.plan import correct, perturbed, plan_runs
 from meansparse_fx.evaluate.planted import _around, nearest, plant, single_target
-from meansparse_fx.evaluate.probes import Probed, examine, search_planted
+from meansparse_fx.evaluate.probes import Probed, _gradients, examine, search_planted
 from meansparse_fx.evaluate.sanity import check_power
 from meansparse_fx.nn import MeanSparse
 from meansparse_fx.passes.readout import features_of, last_linear, with_readout
@@ -52,6 +52,15 @@ def test_features_are_what_the_last_layer_reads(sparse, images):
         lambda self, x: F.linear(self.body(x), self.head.weight), body=convolutional, head=nn.Linear(4, 3)
     )
     assert torch.equal(features_of(msfx.transform(functional.eval(), images))(images), convolutional(images))
+
+
+@pytest.mark.parametrize(("value", "label", "rises"), [(0, 0, False), (0.5, 0, True), (1, 0, True), (1, 1, False)])
+def test_a_step_that_leaves_the_images_range_raises_nothing(value, label, rises):
+    """The margin falls with the brightness for label 0, and rises with it for label 1."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False)).requires_grad_(False)
+    model[1].weight.copy_(torch.tensor([[1.0] * 4, [0.0] * 4]))
+    right = Probed(torch.full((1, 1, 2, 2), float(value)), torch.tensor([label]))
+    assert _gradients(model, right, plan_runs(["pgd"], ["exact"], 0), SETTINGS)["rises"].tolist() == [rises]
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])

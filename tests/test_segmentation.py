@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 import meansparse_fx as msfx
@@ -143,6 +144,14 @@ def test_prints_and_is_kept(sparse, images, maps, tmp_path):
     assert len(result.figure().axes) == 2
 
 
+@pytest.mark.parametrize(("norm", "reach"), [("Linf", 1.0), ("L2", math.sqrt(3 * 8 * 8))])
+def test_the_unbounded_attack_reaches_every_image(sparse, images, maps, monkeypatch, norm, reach):
+    radii, perturbed = set(), segmentation.perturbed
+    monkeypatch.setattr(segmentation, "perturbed", lambda *args: radii.add(args[-1].eps) or perturbed(*args))
+    msfx.evaluate(sparse, (images, maps), norm=norm, attacks=("pgd-masked/exact",), sanity_images=2, **QUICK)
+    assert radii == {0.05, reach}
+
+
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("attack", pixels.LOSSES)
 def test_attacks_find_more_than_noise_does(sparse, images, maps, attack, norm):
@@ -221,6 +230,7 @@ def test_killed_and_resumed_to_the_same_result(sparse, images, maps, tmp_path, m
     assert result.to_dict() | {"seconds": 0} == expected
     attacks = 2 * 2 * 5 + 2 * 2 * 4  # models, batches, runs; and of the checks
     assert next(made) - 2 == attacks, "nothing is done twice"
+    assert not [name for name in load_file(tmp_path / "kept") if name.endswith(":images")], "none is kept longer"
 
 
 def test_differences_are_judged_by_flipped_signs():
