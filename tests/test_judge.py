@@ -17,7 +17,7 @@ from meansparse_fx.evaluate.attacks import AttackSettings
 from meansparse_fx.evaluate.compiled import Attacked
 from meansparse_fx.evaluate.outcome import ModelOutcome
 from meansparse_fx.evaluate.plan import correct, perturbed, plan_runs
-from meansparse_fx.evaluate.planted import _around, nearest, plant, single_target
+from meansparse_fx.evaluate.planted import _around, _changed, nearest, plant, single_target
 from meansparse_fx.evaluate.probes import Probed, _gradients, examine, search_planted
 from meansparse_fx.evaluate.sanity import check_power
 from meansparse_fx.nn import MeanSparse
@@ -52,6 +52,20 @@ def test_features_are_what_the_last_layer_reads(sparse, images):
         lambda self, x: F.linear(self.body(x), self.head.weight), body=convolutional, head=nn.Linear(4, 3)
     )
     assert torch.equal(features_of(msfx.transform(functional.eval(), images))(images), convolutional(images))
+
+
+def test_a_changed_square_weighs_as_much_as_what_was_there():
+    """In L2, of one channel: where the square is not, all is divided by the root of two; the whole has the radius."""
+    images = torch.full((1, 1, 12, 12), 0.5)
+    points = images.clone()
+    points[0, 0, 0, 0] += 0.1
+    outside = []
+    for seed in range(20):
+        changed = _changed(points, images, AttackSettings(0.1, "L2"), torch.Generator().manual_seed(seed)) - images
+        assert float(changed.norm()) == pytest.approx(0.1, rel=1e-5)
+        outside += [float(changed[0, 0, 0, 0])] if changed[0, 0, 0, 1] == changed[0, 0, 1, 0] == 0 else []
+    assert len(outside) > 9
+    assert outside == pytest.approx([0.1 / math.sqrt(2)] * len(outside), rel=1e-4)
 
 
 @pytest.mark.parametrize(("value", "label", "rises"), [(0, 0, False), (0.5, 0, True), (1, 0, True), (1, 1, False)])

@@ -15,6 +15,7 @@ from torch import nn
 import meansparse_fx as msfx
 from meansparse_fx.errors import DataError, EvaluationError
 from meansparse_fx.evaluate import PairedDifference, ledger, pixels, segmentation
+from meansparse_fx.evaluate.descent import STEP
 
 QUICK: dict = {"steps": 6, "progress": False, "eps": 0.05}
 
@@ -142,6 +143,14 @@ def test_prints_and_is_kept(sparse, images, maps, tmp_path):
     assert again.to_dict() == json.loads(json.dumps(result.to_dict()))
     assert torch.equal(again.sparse.worst, result.sparse.worst)
     assert len(result.figure().axes) == 2
+
+
+def test_steps_shrink_from_half_the_radius_to_nothing():
+    attack = pixels.PixelPGD(nn.Identity(), "Linf", 0.1, 8, 0, "pgd-masked")
+    steps = []
+    for attack._done in (0.0, 1 / 3, 0.5, 1.0):
+        steps.append(float(STEP * 0.1 * attack._direction(torch.ones(1, 3, 2, 2)).max()))
+    assert steps == pytest.approx([0.05, 0.0375, 0.025, 0.0])
 
 
 @pytest.mark.parametrize(("norm", "reach"), [("Linf", 1.0), ("L2", math.sqrt(3 * 8 * 8))])
