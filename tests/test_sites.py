@@ -247,6 +247,31 @@ def test_channel_axis(name):
 
 
 @pytest.mark.parametrize(
+    ("layer", "rank", "axis", "producer"),
+    [
+        (nn.Conv1d(4, 6, 1), 3, 1, "conv"),
+        (nn.Conv3d(4, 6, 1), 5, 1, "conv"),
+        (nn.ConvTranspose1d(4, 6, 1), 3, 1, "conv"),
+        (nn.ConvTranspose2d(4, 6, 1), 4, 1, "conv"),
+        (nn.ConvTranspose3d(4, 6, 1), 5, 1, "conv"),
+        (nn.Linear(4, 6), 3, 2, "linear"),
+        (nn.BatchNorm1d(4), 3, 1, "batch_norm"),
+        (nn.InstanceNorm1d(4, affine=True), 3, 1, "instance_norm"),
+        (nn.GroupNorm(2, 4), 4, 1, "group_norm"),
+        (nn.LayerNorm(4), 3, 2, "layer_norm"),
+        (nn.RMSNorm(4), 3, 2, "rms_norm"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_layers_say_where_their_channels_are(layer, rank, axis, producer):
+    images = torch.rand(2, *[4] * (rank - 1), generator=torch.Generator().manual_seed(0))
+    (behind,) = sites_of(lambda self, x: F.relu(self.layer(x)), images, layer=layer)
+    assert (behind.channel_dim, behind.channels, behind.producer) == (axis, behind.shape[axis], producer)
+    (before,) = sites_of(lambda self, x: self.layer(F.relu(x)), images, layer=layer)
+    assert (before.channel_dim, before.channels, before.producer) == (axis, 4, "input")
+
+
+@pytest.mark.parametrize(
     ("module", "images", "expected"),
     [
         (nn.MultiheadAttention(8, 2, batch_first=True), IMAGES[:, 0], 2),
