@@ -19,7 +19,7 @@ from meansparse_fx.evaluate.outcome import ModelOutcome
 from meansparse_fx.evaluate.plan import correct, perturbed, plan_runs
 from meansparse_fx.evaluate.planted import _around, _changed, nearest, plant, single_target
 from meansparse_fx.evaluate.probes import Probed, _gradients, examine, search_planted
-from meansparse_fx.evaluate.sanity import check_power
+from meansparse_fx.evaluate.sanity import check_power, check_unbounded
 from meansparse_fx.nn import MeanSparse
 from meansparse_fx.passes.readout import features_of, last_linear, with_readout
 from tests.models import Functional
@@ -128,6 +128,14 @@ def test_power_is_judged_by_all_attacks_together():
     assert check.passed
     assert check.finding.startswith("19 of 20 planted adversarial examples found (a 50 %, b 45 %; random search 0 %)")
     assert not check_power("base", missed | {"b": n >= 7}).passed
+
+
+def test_what_survives_an_unbounded_attack_is_said_with_its_meaning():
+    blind = "50.0 % of 4 images survive an attack that may change them into any other: the attack is blind here"
+    assert check_unbounded("base", torch.arange(4) < 2).finding.startswith(blind)
+    passed = check_unbounded("base", torch.zeros(4))
+    whole = "0.0 % of the pixels of 4 images survive an attack that may change them into any other"
+    assert (passed.passed, passed.finding) == (True, whole)
 
 
 class Around(nn.Module):

@@ -195,7 +195,7 @@ def check_power(which: str, missed: Mapping[str, Tensor]) -> Check:
     """
     runs = {name: mask for name, mask in missed.items() if name != "random search"}
     count = len(next(iter(runs.values())))
-    together = ModelOutcome(next(iter(runs.values())) | True, runs).worst
+    together = ModelOutcome(next(iter(runs.values())), runs).worst
     share = 1 - mean(together)
     each = ", ".join(f"{name} {100 * (1 - mean(mask)):.0f} %" for name, mask in runs.items())
     finding = (
