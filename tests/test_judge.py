@@ -54,16 +54,18 @@ def test_features_are_what_the_last_layer_reads(sparse, images):
     assert torch.equal(features_of(msfx.transform(functional.eval(), images))(images), convolutional(images))
 
 
-def test_a_changed_square_weighs_as_much_as_what_was_there():
+@pytest.mark.parametrize("shape", [(1, 1, 12, 12), (1, 144)], ids=str)
+def test_a_changed_square_weighs_as_much_as_what_was_there(shape):
     """In L2, of one channel: where the square is not, all is divided by the root of two; the whole has the radius."""
-    images = torch.full((1, 1, 12, 12), 0.5)
+    images = torch.full(shape, 0.5)
     points = images.clone()
-    points[0, 0, 0, 0] += 0.1
+    points.view(-1)[0] += 0.1
     outside = []
-    for seed in range(20):
+    for seed in range(30):
         changed = _changed(points, images, AttackSettings(0.1, "L2"), torch.Generator().manual_seed(seed)) - images
         assert float(changed.norm()) == pytest.approx(0.1, rel=1e-5)
-        outside += [float(changed[0, 0, 0, 0])] if changed[0, 0, 0, 1] == changed[0, 0, 1, 0] == 0 else []
+        first, beside, below = changed.view(-1)[[0, 1, 12]].tolist()
+        outside += [first] if beside == below == 0 else []
     assert len(outside) > 9
     assert outside == pytest.approx([0.1 / math.sqrt(2)] * len(outside), rel=1e-4)
 
