@@ -171,7 +171,7 @@ def threads(monkeypatch):
         monkeypatch.setattr(distributed_c10d, "_get_default_store", lambda: store)
 
         def one(rank: int):
-            group = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, world, timedelta(seconds=10))
+            group = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, world, timedelta(seconds=60))
             try:
                 return work(group)
             except CalibrationError as error:
@@ -185,7 +185,7 @@ def threads(monkeypatch):
 
 def test_ranks_gather_in_order(threads) -> None:
     def work(group):
-        with Ranks(group, timeout=5) as own:
+        with Ranks(group, timeout=60) as own:
             return own.gather(torch.tensor([own.rank, 7]), "here"), own.gather(torch.tensor(0.5 + own.rank), "there")
 
     for here, there in threads(3, work):
@@ -197,7 +197,7 @@ def test_ranks_gather_totals_and_marks(threads) -> None:
     marks = [[5, 9], [], [-3, 9, 2**62]]
 
     def work(group):
-        with Ranks(group, timeout=5) as own:
+        with Ranks(group, timeout=60) as own:
             mean = torch.arange(3).double() + own.rank
             totals = Totals((own.rank, 2**60 + own.rank), mean, mean + 10, torch.tensor([1, 2]))
             found = own.gather_totals(totals, "end")
@@ -215,7 +215,7 @@ def test_ranks_gather_totals_and_marks(threads) -> None:
 
 def test_a_rank_that_fails_is_known_to_the_others(threads) -> None:
     def work(group):
-        with Ranks(group, timeout=5) as own:
+        with Ranks(group, timeout=60) as own:
             if own.rank == 1:
                 raise CalibrationError("no luck")
             own.gather(torch.zeros(1), "end")
@@ -227,7 +227,7 @@ def test_a_rank_that_fails_is_known_to_the_others(threads) -> None:
 
 def test_a_failure_is_seen_between_batches_too(threads) -> None:
     def work(group):
-        with Ranks(group, timeout=5) as own:
+        with Ranks(group, timeout=60) as own:
             if own.rank == 0:
                 raise CalibrationError("no luck")
             for batch in range(1000):
@@ -241,21 +241,21 @@ def test_a_silent_rank_counts_as_dead(threads) -> None:
     """Its last sign and the timeout are in the error; one that gives signs at the same place is alive, however slow."""
 
     def work(group):
-        with Ranks(group, timeout=0.3) as own:
+        with Ranks(group, timeout=1.0) as own:
             if own.rank == 1:
-                for _ in range(12):  # twice the timeout
+                for _ in range(20):  # twice the timeout
                     own.heartbeat("batch 4")
-                    time.sleep(0.05)
-                time.sleep(0.8)
+                    time.sleep(0.1)
+                time.sleep(2)
                 raise CalibrationError("awake too late")
             began = time.monotonic()
             try:
                 own.gather(torch.zeros(1), "end")
             finally:
-                assert time.monotonic() - began > 0.8
+                assert time.monotonic() - began > 1.5
 
     error, _ = threads(2, work)
-    assert "rank 1 died or hangs: no sign of life for 0.3 s, the last was 'batch 4'" in error
+    assert "rank 1 died or hangs: no sign of life for 1 s, the last was 'batch 4'" in error
 
 
 def test_a_rank_that_never_came_counts_as_dead(threads) -> None:
@@ -272,7 +272,7 @@ def test_signs_are_rare(threads, monkeypatch) -> None:
     monkeypatch.setattr(ranks, "LOOK_SECONDS", 60.0)
 
     def work(group):
-        with Ranks(group, timeout=5) as own:
+        with Ranks(group, timeout=60) as own:
             for batch in range(5):
                 own.heartbeat(f"batch {batch}")
             return own._read(own.rank)
@@ -292,7 +292,7 @@ def test_ranks_calibrate_as_one(threads, net, options, count, seen) -> None:
 
     def work(group):
         own = list(images[group.rank() :: 3].split(2)) if group.rank() < count else []
-        return msfx.calibrate(copies[group.rank()], own, group=group, timeout=10, progress=False, **options)
+        return msfx.calibrate(copies[group.rank()], own, group=group, timeout=60, progress=False, **options)
 
     found = threads(3, work)
     one = msfx.calibrate(sparse, images[:seen].split(2), progress=False)
@@ -309,7 +309,7 @@ def test_ranks_refuse_different_models_and_a_checkpoint_of_histograms(threads, n
     copies = [msfx.transform(net, images) for _ in range(2)]
 
     def work(group, **options):
-        msfx.calibrate(copies[group.rank()], [images], group=group, timeout=10, progress=False, **options)
+        msfx.calibrate(copies[group.rank()], [images], group=group, timeout=60, progress=False, **options)
 
     for option in ({"tolerance": 0.1}, {"histograms": True}):
         errors = threads(2, partial(work, checkpoint=tmp_path / "c", **option))

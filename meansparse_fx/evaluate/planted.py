@@ -161,8 +161,8 @@ class _Readout(nn.Module):
 
     def __init__(self, weights: Tensor, offsets: Tensor, margin: float, classes: int) -> None:
         super().__init__()
-        self.register_buffer("weights", weights, persistent=False)
-        self.register_buffer("offsets", offsets, persistent=False)
+        self.register_buffer("weights", weights)
+        self.register_buffer("offsets", offsets)
         self.margin, self.classes = margin, classes
         self.rows: Tensor | None = None
 
@@ -181,7 +181,7 @@ class _PlantedModel(nn.Module):
     def __init__(self, graph: fx.GraphModule, readout: _Readout, anchors: Tensor) -> None:
         super().__init__()
         self._graph, self._readout = graph, readout
-        self.register_buffer("anchors", anchors, persistent=False)
+        self.register_buffer("anchors", anchors)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``[N, K]`` by the readout of the image in whose ball each of ``images`` lies."""
