@@ -22,7 +22,7 @@ NORMS = ("Linf", "L2")
 
 ATTACKS = (
     "apgd-ce",
-    "apgd-ce-x5",
+    "apgd-nearest",
     "apgd-dlr",
     "apgd-margin",
     "apgd-t",

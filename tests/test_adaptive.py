@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -177,6 +179,38 @@ def test_targeted_attacks_take_the_classes_there_are():
         assert attack(name, model, x, model(x).argmax(1), AttackSettings(eps=0.01, steps=2)).shape == x.shape
 
 
+class MeanOfPixels(nn.Module):
+    """Two classes: the mean of an image against a half; keeps the means of what it was asked a gradient of."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def forward(self, x):
+        if x.requires_grad:
+            self.asked.append([round(mean, 1) for mean in x.detach().flatten(1).mean(1).tolist()])
+        mean = x.flatten(1).mean(1)
+        return torch.stack([mean, 1 - mean], 1)
+
+
+def test_nearest_goes_on_with_the_images_that_came_nearest_and_survived(monkeypatch):
+    margins = []
+    dlr_loss = descent.Nearest.dlr_loss
+    monkeypatch.setattr(descent.Nearest, "dlr_loss", lambda *args: margins.append(1) or dlr_loss(*args))
+    x = torch.linspace(0.5, 0.95, 19)[:, None, None, None].expand(19, 1, 8, 8).contiguous()  # 0.025 apart
+    y = torch.zeros(19, dtype=torch.long)
+    model = MeanOfPixels()
+    found = attack("apgd-nearest", model, x, y, AttackSettings(eps=0.06, steps=2))
+    broken = found.flatten(1).mean(1) < 0.5
+    assert broken.tolist() == [True] * 3 + [False] * 16  # 0.5, 0.525 and 0.55 are within eps
+    assert torch.equal(found[~broken], x[~broken])
+    sizes = [len(asked) for asked in model.asked]
+    assert sizes == [19] * 11 + [3] * 8 * 11  # an eighth of 19 images, rounded up, in eight more descents of 10 steps
+    assert len(margins) == 4 * 11  # every other of them on the margin
+    # 0.575, 0.6 and 0.625 are next, each moved by 0.06 at most.
+    assert all(0.5 <= mean <= 0.7 for asked in model.asked[11:] for mean in asked)
+
+
 def test_versions_are_autoattacks_own():
     from pyautoattack import AutoAttack
 
@@ -234,10 +268,11 @@ def test_an_attack_goes_through_its_surrogates_modes_in_order(sparse, images):
     attack("apgd-ce-eot20", sparse, images, labels, settings, "annealed")
     assert seen == [("smooth", s) for s in (3.0, 5.0, 9.0, 17.0, 30.0) for _ in range(40)]
     seen.clear()
-    attack("apgd-ce-x5", sparse, images, labels, settings, "annealed")  # 45 steps and the start
-    assert seen == [
+    attack("apgd-nearest", sparse, images, labels, replace(settings, eps=1e-4), "annealed")  # 45 steps and the start
+    descent = [
         ("smooth", s) for s, n in zip((3.0, 5.0, 9.0, 17.0, 30.0), (10, 9, 9, 9, 9), strict=True) for _ in range(n)
     ]
+    assert seen == 9 * descent
     seen.clear()
     attack("pgd", sparse, images, labels, settings, "smooth-3")
     assert set(seen) == {("smooth", 3.0)}

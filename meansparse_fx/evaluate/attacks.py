@@ -20,7 +20,7 @@ from ..arguments import items, number, whole
 from ..errors import EvaluationError
 from ..names import NORMS
 from ..outputs import logits_of
-from .descent import PGD, Adaptive, Margin
+from .descent import PGD, Adaptive, Margin, Nearest
 from .pixels import LOSSES, PixelPGD
 from .surrogates import WithSurrogate, surrogate, switch_backward
 
@@ -147,7 +147,12 @@ def _common(s: AttackSettings, restarts: int = 1) -> dict:
 
 _KINDS: dict[str, AttackKind] = {
     "apgd-ce": AttackKind(_apgd("ce"), "gradient ascent on cross-entropy with a step size that adapts (AutoAttack)"),
-    "apgd-ce-x5": AttackKind(_apgd("ce"), "apgd-ce of five times the steps", longer=5),
+    "apgd-nearest": AttackKind(
+        lambda model, s, _: Nearest(model, n_iter=s.steps, loss="ce", **_common(s), logger=_LOGGER),
+        "apgd-ce of five times the steps, then eight more on the eighth of the images that came nearest to being "
+        "broken, by turns on margin and cross-entropy",
+        longer=5,
+    ),
     "apgd-dlr": AttackKind(_apgd("dlr"), "apgd-ce on the difference-of-logits ratio (AutoAttack)", classes=3),
     "apgd-margin": AttackKind(
         _apgd_margin, "the same on the difference between the largest wrong logit and the right one, whatever its scale"
@@ -199,7 +204,7 @@ VERSIONS: dict[str, tuple[str, ...]] = {
         "apgd-ce/exact",
         "apgd-ce/identity",
         "apgd-margin/annealed",
-        "apgd-ce-x5/annealed",
+        "apgd-nearest/annealed",
         "apgd-t/annealed",
         "square",
         "apgd-start/annealed",

@@ -139,6 +139,36 @@ class Margin(APGDAttack):
         return torch.where(per_image(standing.bool(), images), images, found)
 
 
+class Nearest(Margin):
+    """One descent on all images, then several on those whose margin came nearest to zero: few of the others ever break.
+
+    Of 263 test images that three shorter runs left of docs/paper.md's ReLU and GELU networks at alpha 0.4, twenty
+    longer runs broke 12, each 0 to 4 of them. By the margin after 100 steps on cross-entropy 11 of them were in the
+    nearest eighth.
+    """
+
+    FRACTION, MORE = 8, 8  # an eighth of the images, eight times: the cost of one descent on all
+
+    def perturb(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return adversarial images ``[N, C, H, W]``; those not broken as they were."""
+        torch.manual_seed(self.seed)
+        self.init_hyperparam(images)
+        found, standing = images.clone(), torch.arange(len(images), device=images.device)
+        for turn in range(1 + self.MORE):
+            self.loss = ("ce", "dlr")[turn % 2]
+            x, y = images[standing], labels[standing]
+            best, unbroken, _, adversarial = self.attack_single_run(x.clone(), y.clone())
+            found[standing[unbroken == 0]] = adversarial[unbroken == 0]
+            if not turn:
+                with torch.no_grad():
+                    came = margin(self.model(best), y).masked_fill(unbroken == 0, -torch.inf)
+                unbroken = unbroken.bool() & (came >= came.topk(-(-len(images) // self.FRACTION)).values[-1])
+            standing = standing[unbroken.bool()]
+            if not len(standing):
+                break
+        return found
+
+
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the largest wrong logit less the right one, ``[N]``, of logits ``[N, K]`` and labels ``[N]``."""
     right = F.one_hot(labels, logits.shape[1]).bool()
