@@ -16,9 +16,10 @@ as many images. What was asked is counted, and stands in each row: image passes,
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -41,35 +42,24 @@ CONTENDERS = {
 }
 
 
-@dataclass(slots=True)
-class Passes:
-    """How many images went through a model, forward and backward."""
-
-    forward_images: int = 0
-    backward_images: int = 0
-
-
 @contextmanager
-def counted(model: nn.Module) -> Iterator[Passes]:
-    """Count the images that go through a model: forward, and backward where their gradient is wanted and taken."""
-    passes = Passes()
-
-    def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        passes.forward_images += len(inputs[0])
+def counted(model: nn.Module) -> Iterator[Counter]:
+    """Count the ``forward_images`` that go through a model, and ``backward_images`` where their gradient is taken."""
+    passes = Counter(forward_images=0, backward_images=0)
 
     def backward(gradient: Tensor) -> None:
-        passes.backward_images += len(gradient)
+        passes["backward_images"] += len(gradient)
 
-    def behind(_: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+    def forward(_: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+        passes["forward_images"] += len(inputs[0])
         if logits.requires_grad:
             logits.register_hook(backward)
 
-    hooks = [model.register_forward_pre_hook(before), model.register_forward_hook(behind)]
+    hook = model.register_forward_hook(forward)
     try:
         yield passes
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
 
 
 def contenders(model: nn.Module, images: Tensor, mode: str | None = None) -> dict[str, nn.Module]:
@@ -98,11 +88,10 @@ def run(
     for name, model in models.items():
         with counted(model) as passes[name]:
             calls[name]()
-    assert passes["base"].forward_images, "an attack that asks nothing of its model"
-    asked = {name: asdict(own) for name, own in passes.items()}
-    rows = measure("attack", case, calls, "base", device, repetitions, asked, warm_up=0)
+    assert passes["base"]["forward_images"], "an attack that asks nothing of its model"
+    rows = measure("attack", case, calls, "base", device, repetitions, passes, warm_up=0)
     # Per image pass, a backward one counted as two forward ones, as the operations are.
-    work = {name: own.forward_images + 2 * own.backward_images for name, own in passes.items()}
+    work = {name: own["forward_images"] + 2 * own["backward_images"] for name, own in passes.items()}
     return [replace(row, ratio_per_pass=row.ratio * work["base"] / work[row.contender]) for row in rows]
 
 
@@ -121,12 +110,6 @@ def unbroken(
     return images[standing][:count], labels[standing][:count]
 
 
-def bundled_data(count: int, device: str) -> tuple[Tensor, Tensor]:
-    """Return the first selection images and their labels."""
-    images, labels = bundled.load_split("selection")
-    return images[:count].to(device), labels[:count].to(device)
-
-
 def main() -> None:
     parser = options(__doc__, repetitions=5)
     parser.add_argument("--images", type=int, default=32, help="images of an attack")
@@ -135,27 +118,26 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=250, help="of Square; AutoAttack's own: 5000")
     parser.add_argument("--compile", metavar="MODE", help="of torch.compile")
     args = parser.parse_args()
-    # Half the radius that the images stood at: none breaks on the way, and all models do the same work.
     settings = AttackSettings(bundled.EPS, steps=args.steps, queries=args.queries)
-    small = replace(settings, eps=bundled.EPS / 2)
-    pool = bundled_data(max(args.pool, args.images), args.device)
-    models = contenders(bundled.load_model().to(args.device), pool[0], args.compile)
-    chosen = unbroken(models, pool, args.steps, args.images)
-    sizes = f"{args.images} images, {args.steps} steps"
-    rest = (args.device, args.repetitions)
-    rows: list[Row] = []
-    standard = f"bundled autoattack standard, {sizes}, {args.queries} queries"
-    for case, names in ((f"bundled apgd-ce, {sizes}", ("apgd-ce",)), (standard, VERSIONS["standard"])):
-        rows += run(case, names, models, chosen, small, *rest)
-        report(rows, args.out)  # after each: a run that is stopped keeps what it had
+    images, labels = (part[: max(args.pool, args.images)].to(args.device) for part in bundled.load_split("selection"))
+    own = contenders(bundled.load_model().to(args.device), images, args.compile)
+    # Half the radius that the images stood at: none breaks on the way, and all models do the same work.
+    standing = (own, unbroken(own, (images, labels), args.steps, args.images), replace(settings, eps=bundled.EPS / 2))
     torch.manual_seed(0)
     model = build("WRN-16-4").to(args.device)
     images = torch.rand(args.images, 3, 32, 32, device=args.device)
     with torch.no_grad():
         labels = model(images).argmax(1)
-    models, wider = contenders(model, images, args.compile), replace(settings, eps=8 / 255)
-    rows += run(f"WRN-16-4 apgd-ce, {sizes}", ("apgd-ce",), models, (images, labels), wider, *rest)
-    report(rows, args.out)
+    wide = (contenders(model, images, args.compile), (images, labels), replace(settings, eps=8 / 255))
+    sizes = f"{args.images} images, {args.steps} steps"
+    rows: list[Row] = []
+    for case, names, asked in (
+        (f"bundled apgd-ce, {sizes}", ("apgd-ce",), standing),
+        (f"bundled autoattack standard, {sizes}, {args.queries} queries", VERSIONS["standard"], standing),
+        (f"WRN-16-4 apgd-ce, {sizes}", ("apgd-ce",), wide),
+    ):
+        rows += run(case, names, *asked, args.device, args.repetitions)
+        report(rows, args.out)  # after each: a run that is stopped keeps what it had
 
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ of all, and what that does to accuracy.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import importlib
-import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,7 +25,9 @@ from torch import Tensor, nn
 import meansparse_fx as msfx
 from meansparse_fx import bundled
 from meansparse_fx.data import ImageSet, load_images
+from meansparse_fx.errors import ModelError
 from meansparse_fx.statistics import Statistics
+from meansparse_fx.zoo import load_model
 
 from .harness import Call, Row, measure, options, report
 
@@ -40,11 +41,10 @@ def models(device: str) -> dict[str, tuple[nn.Module, list[Tensor]]]:
     # All 6,000: what a pass costs once, some 25 milliseconds, must not weigh.
     images = torch.cat([bundled.load_split(name)[0] for name in bundled.SPLITS])
     cases = {"bundled, 6,000 images 1x28x28": (bundled.load_model(), list(images.split(BATCH)))}
-    if importlib.util.find_spec("torchvision"):
-        noise = torch.rand(32, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-        torch.manual_seed(0)
-        resnet = importlib.import_module("torchvision.models").resnet18().eval()
-        cases["resnet18, 32 images 3x224x224"] = (resnet, list(noise.split(16)))
+    noise = torch.rand(32, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    with contextlib.suppress(ModelError):  # torchvision is not installed
+        cases["resnet18, 32 images 3x224x224"] = (load_model("torchvision:resnet18"), list(noise.split(16)))
     return {name: (model.to(device), [b.to(device) for b in data]) for name, (model, data) in cases.items()}
 
 

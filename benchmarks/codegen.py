@@ -8,6 +8,7 @@ element. Instructions are counted statically, so both sides of a branch count; w
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import re
 import subprocess
@@ -201,19 +202,16 @@ def _amd(assembly: str) -> dict:
 
 def cases(targets: list[str], activations: list[str], dtypes: list[str]) -> Iterator[Case]:
     """Yield every kernel with every activation, then the other cases with ReLU."""
-    for target in targets:
-        for dtype in dtypes:
-            for form in LAYOUTS:
-                for activation in activations:
-                    for kernel in ("forward", "backward"):
-                        yield Case(kernel, activation, dtype, form, target)
-                for kernel in CASES:
-                    if kernel not in ("forward", "backward") and not (form == "7x7" and kernel.startswith("moments")):
-                        yield Case(kernel, "relu", dtype, form, target)
-                for variant in ("edge", "smooth"):
-                    yield Case("forward", "relu", dtype, form, target, variant)
-                for backward in ("identity", "smooth"):
-                    yield Case("backward", "relu", dtype, form, target, "mean", backward)
+    for target, dtype, form in itertools.product(targets, dtypes, LAYOUTS):
+        for activation, kernel in itertools.product(activations, ("forward", "backward")):
+            yield Case(kernel, activation, dtype, form, target)
+        for kernel in CASES:
+            if kernel not in ("forward", "backward") and not (form == "7x7" and kernel.startswith("moments")):
+                yield Case(kernel, "relu", dtype, form, target)
+        for variant in ("edge", "smooth"):
+            yield Case("forward", "relu", dtype, form, target, variant)
+        for backward in ("identity", "smooth"):
+            yield Case("backward", "relu", dtype, form, target, "mean", backward)
 
 
 HEADS = ("kernel", "activation", "variant", "dtype", "layout", "target", "regs", "spill", "smem")

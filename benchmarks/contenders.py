@@ -5,9 +5,8 @@ write it, to stand beside ours.
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,9 @@ from torch import Tensor, fx, nn
 from meansparse_fx.cost.forms import branch_free, published
 from meansparse_fx.kernels.reference import ACTIVATIONS
 from meansparse_fx.nn import MeanSparse
+from meansparse_fx.zoo import load_model
+
+from . import zoo_models
 
 
 class Block(nn.Module):
@@ -57,42 +59,17 @@ class WideResNet(nn.Module):
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-class Unavailable(Exception):
-    """The package that a model comes from is not installed here."""
-
-
-def _of(package: str, build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    def checked() -> nn.Module:
-        if importlib.util.find_spec(package) is None:
-            raise Unavailable(f"{package} is not installed")
-        return build()
-
-    return checked
-
-
-def _torchvision(name: str) -> Callable[[], nn.Module]:
-    return _of("torchvision", lambda: getattr(importlib.import_module("torchvision.models"), name)())
-
-
-def _robustbench(name: str) -> nn.Module:
-    return importlib.import_module(".zoo_models", __package__).build(f"robustbench:{name}")
-
-
-def _timm(name: str) -> nn.Module:
-    return importlib.import_module("timm").create_model(name)
-
-
 # Name -> how to build it, and the side of its images. The small RaWRN is RaWRN-70-16, its depth 2, 2, 2, its stages 32,
 # 64 and 128 channels wide.
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "WRN-16-4": (lambda: WideResNet(16, 4), 32),
     "WRN-28-10": (lambda: WideResNet(28, 10), 32),
     "WRN-70-16": (lambda: WideResNet(70, 16), 32),
-    "RaWRN-small": (_of("robustbench", lambda: _robustbench("Linf/cifar10/Peng2023Robust")), 32),
-    "ResNet-50": (_torchvision("resnet50"), 224),
-    "ConvNeXt-T": (_torchvision("convnext_tiny"), 224),
-    "Swin-T": (_torchvision("swin_t"), 224),
-    "Swin-L": (_of("timm", lambda: _timm("swin_large_patch4_window7_224")), 224),
+    "RaWRN-small": (partial(zoo_models.build, "robustbench:Linf/cifar10/Peng2023Robust"), 32),
+    "ResNet-50": (partial(load_model, "torchvision:resnet50"), 224),
+    "ConvNeXt-T": (partial(load_model, "torchvision:convnext_tiny"), 224),
+    "Swin-T": (partial(load_model, "torchvision:swin_t"), 224),
+    "Swin-L": (partial(load_model, "timm:swin_large_patch4_window7_224"), 224),
 }
 
 
@@ -103,17 +80,13 @@ def build(name: str) -> nn.Module:
     What starts at 0 or 1, or next to it, is moved: a mistake made with it would not be seen in the logits.
 
     Raises:
-        Unavailable: Its package is not installed.
+        ModelError: Its package is not installed.
     """
     model = MODELS[name][0]().eval()
     for path, parameter in model.named_parameters():
         if "layer_scale" in path:  # ConvNeXt's, which starts with 1e-6
             parameter.fill_(0.3)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 1.5)
-            module.bias.normal_(std=0.1)
+    zoo_models.perturb(model)
     return model
 
 

@@ -24,7 +24,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 Call = Callable[[], object]
 Make = Callable[[], Call]  # makes a call, on the stream that is current
 
@@ -138,22 +139,11 @@ def device_ms(make: Make, milliseconds: float = 20.0) -> float | None:
     return do_bench(graph.replay, warmup=milliseconds / 4, rep=milliseconds, return_mode="median")
 
 
-def host_ms(call: Call, rounds: int = 5) -> float:
+def host_ms(call: Call) -> float:
     """Return the wall time until the host is through with a call, of many without a synchronisation."""
-    call()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    number = max(2, min(20, int(0.01 / (time.perf_counter() - start))))  # some ten milliseconds a round
-    times = []
-    for _ in range(rounds):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(number):
-            call()
-        times.append(1e3 * (time.perf_counter() - start) / number)
-    torch.cuda.synchronize()
+    ((once,),) = in_turns({"": call}, "cuda", 1, warm_up=1).values()
+    number = max(2, min(20, int(10 / once)))  # some ten milliseconds a round
+    ((*times,),) = in_turns({"": call}, "cuda", 5, warm_up=0, number=number).values()
     return statistics.median(times)
 
 
@@ -168,8 +158,15 @@ def on_gpu(makes: Mapping[str, Make], baseline: str | Mapping[str, str], skip: C
     return found
 
 
-def in_turns(calls: Mapping[str, Call], device: str, repetitions: int, warm_up: int) -> dict[str, list[float]]:
-    """Return each call's wall times in milliseconds; they take turns, so that the machine's moods hit all alike."""
+def in_turns(
+    calls: Mapping[str, Call], device: str, repetitions: int, warm_up: int, number: int = 1
+) -> dict[str, list[float]]:
+    """Return each call's wall times in milliseconds; they take turns, so that the machine's moods hit all alike.
+
+    Args:
+        number: Calls of a turn. One is timed with a synchronisation; of many, that are timed without, two more come
+            first, for others were in the caches.
+    """
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -178,10 +175,14 @@ def in_turns(calls: Mapping[str, Call], device: str, repetitions: int, warm_up: 
     for _ in range(repetitions):
         for name, call in calls.items():
             synchronize()
+            if number > 1:
+                call(), call()
             start = time.perf_counter()
-            call()
-            synchronize()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            for _ in range(number):
+                call()
+            if number == 1:
+                synchronize()
+            times[name].append(1e3 * (time.perf_counter() - start) / number)
     return times
 
 

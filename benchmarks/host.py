@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
@@ -27,7 +26,7 @@ from meansparse_fx.kernels.operator import Operator
 from meansparse_fx.kernels.records import Options, Vectors
 from meansparse_fx.nn import MeanSparse
 
-from .harness import Call, Row, options, place, provenance, ratio_of, report, write
+from .harness import Call, Row, in_turns, options, place, provenance, ratio_of, report, write
 
 SHAPE = (2, 64, 4, 4)
 BACKWARD = "forward+backward: "
@@ -92,24 +91,6 @@ def calls(device: str) -> dict[str, Call]:
     }
 
 
-def measure(found: Mapping[str, Call], rounds: int, number: int = 20) -> dict[str, list[float]]:
-    """Return by name the milliseconds that a call takes in each round; in a round all take turns."""
-    times: dict[str, list[float]] = {name: [] for name in found}
-    for call in found.values():
-        for _ in range(10):
-            call()
-    for _ in range(rounds):
-        for name, call in found.items():
-            call(), call()  # others were in the caches
-            start = time.perf_counter()
-            for _ in range(number):
-                call()
-            times[name].append(1e3 * (time.perf_counter() - start) / number)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-    return times
-
-
 def run(rounds: int) -> list[Row]:
     """Return a row a call, its ratio to ReLU alone, or to convolution, norm and ReLU."""
     torch.set_num_threads(1)
@@ -118,7 +99,7 @@ def run(rounds: int) -> list[Row]:
         if device == "cpu":
             stack.enter_context(mock.patch.dict("os.environ", MEANSPARSE_FX_LOWERING="triton"))
             stack.enter_context(stubbed_launch())
-        times = measure(calls(device), rounds)
+        times = in_turns(calls(device), device, rounds, warm_up=10, number=20)
     where = place(device) | ({} if device == "cuda" else {"device": "no GPU: the launch is stubbed"})
     rows = []
     for name, own in times.items():

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 import meansparse_fx as msfx
+from meansparse_fx.errors import ModelError
 
-from .contenders import MODELS, Unavailable, build
+from .contenders import MODELS, build
 from .harness import options, report
 
 
@@ -57,7 +58,7 @@ def main() -> None:
     for name in args.model:
         try:
             rows += counts(name)
-        except Unavailable as reason:
+        except ModelError as reason:
             print(f"skipped {name}: {reason}")
     report(rows, args.out, "bytes an image, float32")
 

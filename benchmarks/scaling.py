@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,10 @@ from torch import nn
 
 import meansparse_fx as msfx
 from meansparse_fx.capture import capture
+from meansparse_fx.errors import ModelError
 
 from .calibration import over
-from .contenders import MODELS, Unavailable, WideResNet
+from .contenders import MODELS, WideResNet
 from .contenders import build as build_model
 from .harness import Call, in_turns, options, place, report
 
@@ -55,52 +57,32 @@ class Scaling:
     threads: int
 
 
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """Where it runs, and how often."""
-
-    device: str
-    repetitions: int
-
-    def seconds(self, *calls: Call) -> list[float]:
-        """Return the median seconds of each call, taken in turns, after one of each that is not counted."""
-        times = in_turns({str(i): call for i, call in enumerate(calls)}, self.device, self.repetitions, warm_up=1)
-        return [statistics.median(own) / 1e3 for own in times.values()]
-
-    def row(
-        self, what: str, case: str, size: int, unit: str, seconds: float, beside: float | None, formula: str = ""
-    ) -> Scaling:
-        """Return the row of one measurement."""
-        where = place(self.device)
-        return Scaling(what, case, size, unit, seconds, beside, formula, self.repetitions, **where)
+Figures = tuple[str, str, int, str, float, float | None, str]  # the first columns
+Timed = Callable[..., list[float]]  # returns the median seconds of each call that it is given
 
 
-def transform_rows(bench: Bench, depths: list[int]) -> list[Scaling]:
-    """Return the rows of transform against nodes, one a depth."""
-    images = torch.rand(2, 3, 32, 32, device=bench.device)
-    rows = []
+def transform_rows(timed: Timed, device: str, depths: list[int]) -> Iterator[Figures]:
+    """Yield transform against nodes, one a depth."""
+    images = torch.rand(2, 3, 32, 32, device=device)
     for depth in depths:
         torch.manual_seed(0)
-        model = WideResNet(depth, 1).eval().to(bench.device)
+        model = WideResNet(depth, 1).eval().to(device)
         nodes = len(capture(model, images).graph_module.graph.nodes)
-        calls = (lambda model=model: msfx.transform(model, images), over([images] * 4, model))
-        transform, beside = bench.seconds(*calls)
-        rows.append(bench.row("transform", f"WRN-{depth}-1", nodes, "nodes", transform, beside))
-    return rows
+        transform, beside = timed(lambda model=model: msfx.transform(model, images), over([images] * 4, model))
+        yield "transform", f"WRN-{depth}-1", nodes, "nodes", transform, beside, ""
 
 
-def calibration_rows(bench: Bench, images: list[int], channels: list[int], batch: int) -> list[Scaling]:
-    """Return the rows of calibration against images at the least channels, and against channels at the least images."""
+def calibration_rows(
+    timed: Timed, device: str, images: list[int], channels: list[int], batch: int
+) -> Iterator[Figures]:
+    """Yield calibration against images at the least channels, and against channels at the least images."""
     sizes = [(count, min(channels), count, "images") for count in images]
     sizes += [(min(images), count, count, "channels") for count in channels]
-    rows = []
     for count, width, size, unit in sizes:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU()).eval().to(bench.device)
-        batches = list(torch.rand(count, 3, 32, 32, device=bench.device).split(batch))
-        calibrated, plain = bench.seconds(*passes(model, batches))
-        rows.append(bench.row("calibration", f"{count} images, {width} channels", size, unit, calibrated, plain))
-    return rows
+        model = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU()).eval().to(device)
+        calls = passes(model, list(torch.rand(count, 3, 32, 32, device=device).split(batch)))
+        yield "calibration", f"{count} images, {width} channels", size, unit, *timed(*calls), ""
 
 
 def passes(model: nn.Module, batches: list[torch.Tensor]) -> tuple[Call, Call]:
@@ -109,30 +91,27 @@ def passes(model: nn.Module, batches: list[torch.Tensor]) -> tuple[Call, Call]:
     return lambda: msfx.calibrate(sparse, batches, progress=False), over(batches, model)
 
 
-def plan_rows(bench: Bench, name: str, batch: int, batches: int, devices: list[int]) -> list[Scaling]:
-    """Return a model's measured passes, and the plan that follows from them."""
+def plan_rows(timed: Timed, device: str, name: str, batch: int, batches: int, devices: list[int]) -> Iterator[Figures]:
+    """Yield a model's measured passes, and the plan that follows from them."""
     torch.manual_seed(0)
     side = MODELS[name][1]
-    model = build_model(name).to(bench.device)
-    data = [torch.rand(batch, 3, side, side, device=bench.device)] * batches
+    model = build_model(name).to(device)
+    data = [torch.rand(batch, 3, side, side, device=device)] * batches
     (short, plain), (long, _) = passes(model, data), passes(model, data + data)
-    half, whole, beside = bench.seconds(short, long, plain)
+    half, whole, beside = timed(short, long, plain)
     count = batch * batches
-    rows = [
-        bench.row("calibration", name, count, "images", half, beside),
-        bench.row("calibration", name, 2 * count, "images", whole, None),
-    ]
+    yield "calibration", name, count, "images", half, beside, ""
+    yield "calibration", name, 2 * count, "images", whole, None, ""
     once = min(max(0.0, 2 * half - whole), whole / 2)  # noise must not make an image cost nothing
     each = (whole - once) / (2 * count)
     sparse = msfx.transform(model, data[0][:2])
     one, other = (msfx.calibrate(sparse, [part], progress=False) for part in (data[0], 1 - data[0][:1]))
-    (merging,) = bench.seconds(lambda: one.merge(other))
+    (merging,) = timed(lambda: one.merge(other))
     for number in devices:
         seconds = once + IMAGES / number * each + (number - 1) * merging
         formula = f"{once:.3g} s + {IMAGES:,} images / {number} * {1e3 * each:.3g} ms"
         formula += f" + {number - 1} merges * {1e3 * merging:.3g} ms"
-        rows.append(bench.row("plan", name, number, "devices", seconds, None, formula))
-    return rows
+        yield "plan", name, number, "devices", seconds, None, formula
 
 
 def main() -> None:
@@ -145,13 +124,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--batches", type=int, default=1, help="of the plan's shorter pass")
     args = parser.parse_args()
-    bench = Bench(args.device, args.repetitions)
-    rows = transform_rows(bench, args.depth) + calibration_rows(bench, args.images, args.channels, args.batch)
+
+    def timed(*calls: Call) -> list[float]:
+        times = in_turns({str(i): call for i, call in enumerate(calls)}, args.device, args.repetitions, warm_up=1)
+        return [statistics.median(own) / 1e3 for own in times.values()]
+
+    found = [*transform_rows(timed, args.device, args.depth)]
+    found += calibration_rows(timed, args.device, args.images, args.channels, args.batch)
     for name in args.plan:
         try:
-            rows += plan_rows(bench, name, args.batch, args.batches, args.devices)
-        except Unavailable as reason:
+            found += plan_rows(timed, args.device, name, args.batch, args.batches, args.devices)
+        except ModelError as reason:
             print(f"skipped the plan for {name}: {reason}")
+    rows = [Scaling(*figures, args.repetitions, **place(args.device)) for figures in found]
     shown = ("what", "case", "size", "unit", "seconds", "beside", "formula")
     report(rows, args.out, f"scaling on {rows[0].device}, {rows[0].threads} threads", shown)
 

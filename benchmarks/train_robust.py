@@ -29,18 +29,14 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def main() -> None:
-    parser = options(__doc__, out="directory of the files")
+    parser = options(__doc__, out="")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the files")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--subsets-only", action="store_true", help="write the images, keep the weights")
     args = parser.parse_args()
-    if args.out is None:
-        parser.error("the following arguments are required: --out")
     x, y = load_idx(args.data, "train")
     x_test, y_test = load_idx(args.data, "t10k")
     args.out.mkdir(parents=True, exist_ok=True)
     write_subsets((x, y), (x_test, y_test), args.out / "fashion_mnist_subset.npz")
-    if args.subsets_only:
-        return
     recipe = Recipe()
     model = train(recipe, x, y)
     record = asdict(recipe) | {"torch": torch.__version__, "clean_t10k": accuracy(model, x_test, y_test)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,8 @@ class Laboratory:
             if network != "GELU":
                 raise SystemExit(f"{network}: only the bundled network is at hand without --data")
             return bundled.load_model().requires_grad_(False), bundled.load_split("calibration")[0]
-        return trained(NETWORKS[network], self._data, self._cache), load_idx(self._data, "train")[0]
+        load = partial(load_idx, self._data, "train")
+        return trained(NETWORKS[network], load, self._cache), load()[0]
 
     def _load(self, split: str) -> Data:
         """Return 2,000 images, none of them in the bundled selection and test sets."""

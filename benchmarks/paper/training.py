@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from meansparse_fx import register_activation
+from meansparse_fx.artifacts import write_whole
 from meansparse_fx.bundled.network import FashionResNet
-from meansparse_fx.data import load_idx
 
 
 class PSiLU(nn.Module):
@@ -153,11 +153,11 @@ def train(recipe: Recipe, x: Tensor, y: Tensor) -> nn.Module:
     return model.eval()
 
 
-def trained(recipe: Recipe, data: Path, cache: Path) -> nn.Module:
+def trained(recipe: Recipe, load: Callable[[], tuple[Tensor, Tensor]], cache: Path) -> nn.Module:
     """Return the network of a recipe in eval mode, frozen; from ``cache`` if it was trained before.
 
     Args:
-        data: Directory of Fashion-MNIST's IDX files.
+        load: Returns images and labels to train on.
     """
     path = cache / f"{recipe.activation}-{recipe.method}-{recipe.digest}.safetensors"
     if path.exists():
@@ -166,7 +166,7 @@ def trained(recipe: Recipe, data: Path, cache: Path) -> nn.Module:
         model = model.eval().to(memory_format=torch.channels_last)
     else:
         print(f"training {recipe}", flush=True)
-        model = train(recipe, *load_idx(data, "train"))
+        model = train(recipe, *load())
         save(model, path, asdict(recipe))
     return model.requires_grad_(False)
 
@@ -174,7 +174,5 @@ def trained(recipe: Recipe, data: Path, cache: Path) -> nn.Module:
 def save(model: nn.Module, path: Path, recipe: dict) -> None:
     """Write a network's weights, its recipe beside them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
-    save_file(state, partial, metadata={"recipe": json.dumps(recipe)})
-    partial.replace(path)
+    write_whole(path, lambda place: save_file(state, place, metadata={"recipe": json.dumps(recipe)}))
