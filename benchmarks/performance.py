@@ -2,33 +2,36 @@
 
     python -m benchmarks.performance [--results DIRECTORY] [--docs DIRECTORY] [--readme FILE] [--summary]
 
-Nothing is measured here. What no file has is "not measured" on the page, whose prose is in benchmarks/page/.
+Nothing is measured here. What no file has is "not measured" on the page, whose template is in benchmarks/page/.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from .harness import RESULTS, options
-from .page.markdown import between_marks
-from .page.plots import models_figure, roofline_figure
-from .page.results import Results, load
-from .page.sections import SECTIONS, headline, kernels_on_gpus, summary
+from matplotlib.figure import Figure
 
-TEMPLATE = Path(__file__).parent / "page" / "performance.md"
-ROOT = Path(__file__).parents[1]
+from .harness import RESULTS, ROOT, options
+from .page import sections
+from .page.markdown import between_marks, render
+from .page.plots import models_figure, roofline_figure
+from .page.results import Results, load, mark
+from .page.targets import TARGETS, wins
+
 PAGE = "performance.md"
 PLOTS = {"performance-models.png": models_figure, "performance-roofline.png": roofline_figure}
 
 
+def plots(results: Results) -> dict[str, Figure]:
+    """Return the plots that have a point, by file."""
+    return {name: figure for name, draw in PLOTS.items() if (figure := draw(results)) is not None}
+
+
 def page(results: Results) -> str:
     """Return the page's text."""
-    text = TEMPLATE.read_text()
-    for name in re.findall(r"!\[.*\]\((.*)\)\n\n", text):
-        if PLOTS[name](results) is None:  # a plot without a point is left out
-            text = re.sub(rf"!\[.*\]\({re.escape(name)}\)\n\n", "", text)
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: SECTIONS[found[1]](results), text)
+    rows = {"targets": [target.line(results) for target in TARGETS], "wins": wins(results)}
+    known = vars(sections) | {"mark": mark, "results": results, "figures": plots(results)}
+    return render(Path(sections.__file__).with_name(PAGE), **known | rows)
 
 
 def main() -> None:
@@ -41,14 +44,12 @@ def main() -> None:
     results = load(args.results)
     args.docs.mkdir(parents=True, exist_ok=True)
     (args.docs / PAGE).write_text(page(results))
-    for name, draw in PLOTS.items():
-        figure = draw(results)
-        if figure is not None:
-            figure.savefig(args.docs / name)
-    between_marks(args.readme, "performance", headline(results))
-    between_marks(args.docs / "kernels.md", "performance", kernels_on_gpus(results))
+    for name, figure in plots(results).items():
+        figure.savefig(args.docs / name)
+    between_marks(args.readme, "performance", sections.headline(results))
+    between_marks(args.docs / "kernels.md", "performance", sections.kernels_on_gpus(results))
     if args.summary:
-        print(summary(results))
+        print(sections.summary(results))
     print(args.docs / PAGE)
 
 

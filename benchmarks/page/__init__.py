@@ -1,3 +1,3 @@
-"""How pages are made: `markdown` has tables and marks, `results` reads files, `targets` judges, `sections` and `plots`
-write docs/performance.md, whose prose is in `performance.md`: its {{words}} become what the sections return.
+"""How pages are made: each is a template for Jinja, prose and tables, which `markdown` renders. For docs/performance.md
+`results` reads the files, `targets` judges them, `sections` has what the template calls, and `plots` draws.
 """

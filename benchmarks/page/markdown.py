@@ -6,7 +6,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, StrictUndefined
+
 END = "<!-- end -->"
+
+
+def render(template: Path, **given: Any) -> str:
+    """Return a page made of its template for Jinja, which knows what is ``given``."""
+    style = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = Environment(**style, undefined=StrictUndefined)
+    return environment.from_string(template.read_text()).render(given)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, space: str = "") -> str:

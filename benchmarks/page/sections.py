@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, each made from results; where there are none it says so."""
+"""What the template of docs/performance.md calls, each made from results; where there are none it says so."""
 
 from __future__ import annotations
 
@@ -11,96 +11,51 @@ from ..harness import Row
 from ..models import CONTENDERS, Case
 from . import markdown
 from .results import MEASURED, Results, Source, mark
-from .targets import TARGETS, wins
+from .targets import TARGETS
 
 NOTHING = "Not measured: there is no file of this in `benchmarks/results/`."
 MIB = 2**20
-# Which form of the counts a contender of benchmarks.models is.
-FORMS = {
-    "published module": "published",
-    "branch-free module": "branch-free",
-    "ours": "ours",
-    "ours, fused": "ours, fused",
-}
+# Contenders of benchmarks.models that are a form of the counts, which knows no modules.
+FORMS = ("published module", "branch-free module", "ours", "ours, fused")
 table = functools.partial(markdown.table, space=" ")
 
 
-def _each(sources: Sequence[Source], content: Callable[[Source], str]) -> str:
-    """Return what each file says under its name and machine, if it says something."""
-    said = [(source, content(source)) for source in sources]
+def each(sources: Sequence[Source], caller: Callable[[Source], str]) -> str:
+    """Return what ``caller`` has each file say under its name and machine, if it says something."""
+    said = [(source, caller(source).strip()) for source in sources]
     return "\n\n".join(f"**{s.where}** (`{s.name}`)\n\n{text}" for s, text in said if text) or NOTHING
 
 
-def of_each(benchmark: str) -> Callable[[Callable[[Source], str]], Callable[[Results], str]]:
-    """Return what makes a section of all files of a benchmark out of what makes it of one."""
-
-    def decorate(content: Callable[[Source], str]) -> Callable[[Results], str]:
-        return functools.wraps(content)(lambda results: _each(getattr(results, benchmark), content))
-
-    return decorate
-
-
-def _text(row: Any, field: str, form: str = "{:.2f}", marked: bool = False, scale: float = 1) -> str:
+def text(row: Any, field: str, form: str = "{:.2f}", marked: bool = False, scale: float = 1) -> str:
     """Return a figure of a row, and its mark; empty where there is none."""
     value = None if row is None else getattr(row, field)
     return "" if value is None else form.format(scale * value) + (mark(row) if marked else "")
 
 
-def _ratio(row: Row | None, field: str = "ratio") -> str:
-    return _text(row, field, marked=True)
+def ratio(row: Row | None, field: str = "ratio") -> str:
+    """Return a ratio of a row, and its mark."""
+    return text(row, field, marked=True)
 
 
-def targets(results: Results) -> str:
-    """Return the table of targets."""
-    heads = ("target", "limit", "verdict", "figures", "file")
-    return markdown.table(heads, [target.line(results) for target in TARGETS], left=5)
-
-
-def rivals(results: Results) -> str:
-    """Return how often each of ours is faster and slower than each rival."""
-    rows = [
-        (f"{words} (`{file}`)", str(won), str(lost), f"{middle:.2f}")
-        for file, words, won, lost, middle in wins(results)
-    ]
-    return table(("rows of one run", "ours faster", "ours slower", "median of the ratio"), rows) or NOTHING
-
-
-@of_each("models")
-def models(source: Source) -> str:
-    """Return the times of whole models."""
-    return "\n\n".join(_times(source))
-
-
-def _times(source: Source) -> Iterator[str]:
-    """Yield a table for each baseline, and one of the time on the device alone."""
+def times(source: Source) -> str:
+    """Return the times of whole models: a table for each baseline, and one of the time on the device alone."""
+    tables = []
     for base in ("base", "base compiled", "base reduce-overhead"):
         beside = [n for n in source.contenders if n != base and CONTENDERS.get(n, ("",))[0] == base]
         heads = ("case", base, *(name.removesuffix(base.removeprefix("base")) for name in beside))
-        for words, time, ratio in (
+        for words, time, field in (
             ("", "milliseconds", "ratio"),
             ("On the device alone:\n\n", "device_ms", "device_ratio"),
         ):
             rows = []
             for case, found in source.cases.items():
-                cells = [_ratio(found.get(name), ratio) for name in beside]
+                cells = [ratio(found.get(name), field) for name in beside]
                 if base in found and any(cells):
                     long = (getattr(found[base], time) or 0) >= 3
-                    rows.append((case, _text(found[base], time, "{:.1f} ms" if long else "{:.2f} ms"), *cells))
+                    rows.append((case, text(found[base], time, "{:.1f} ms" if long else "{:.2f} ms"), *cells))
             if rows:
-                yield words + table(heads, rows)
-
-
-@of_each("models")
-def memory(source: Source) -> str:
-    """Return bytes kept, peak, launches, graphs and compile seconds, where they were asked for."""
-    heads = ("case", "contender", "kept, MiB", "peak, MiB", "launches", "graphs", "compile, s")
-    rows = []
-    for row in source.rows:
-        kept = _text(row, "kept_bytes", "{:.1f}", scale=1 / MIB) if row.kept_bytes else ""
-        peak = _text(row, "peak_bytes", "{:.1f}", scale=1 / MIB)
-        rest = [_text(row, name, "{}") for name in ("launches", "graphs")]
-        rows.append((row.case, row.contender, kept, peak, *rest, _text(row, "compile_seconds", "{:.1f}")))
-    return table(heads, [row for row in rows if any(row[2:])])
+                tables.append(words + table(heads, rows))
+    return "\n\n".join(tables)
 
 
 def counts(results: Results) -> str:
@@ -122,9 +77,9 @@ def extras(results: Results, source: Source) -> Iterator[tuple[str, Row, float, 
     for found in source.cases.values():
         base = found.get("base")
         case = Case.read(base.case) if base else None
-        for contender, form in FORMS.items():
+        for contender in FORMS:
             row = found.get(contender)
-            extra = case and row and extra_bytes(results, case.model, form, case.mode)
+            extra = case and row and extra_bytes(results, case.model, contender.removesuffix(" module"), case.mode)
             if row and row.milliseconds is not None and extra is not None and case.dtype == "float32":
                 yield contender, row, extra * case.batch / MIB, (row.ratio - 1) * base.milliseconds
 
@@ -138,20 +93,6 @@ def extra_bytes(results: Results, model: str, form: str, mode: str) -> int | Non
     return forward if mode == "forward" else forward + own.backward_bytes - base.backward_bytes
 
 
-def roofline(results: Results) -> str:
-    """Return the counted extra bytes of each measured form beside its measured extra time, and their quotient."""
-
-    def content(source: Source) -> str:
-        rows = []
-        for name, row, extra, longer in extras(results, source):
-            bandwidth = f"{extra * MIB / longer / 1e6:.1f}" if extra * longer > 0 else ""
-            rows.append((f"{row.case}, {name}{mark(row)}", f"{extra:+.1f}", f"{longer:+.2f}", bandwidth))
-        return table(("over the base", "counted, MiB", "measured, ms", "GB/s"), rows)
-
-    return _each(results.models, content) if results.counts else NOTHING
-
-
-@of_each("kernels")
 def kernels(source: Source) -> str:
     """Return the operator alone, beside the activation and other ways to compute it."""
     names = ("clone", "meansparse_fx", "meansparse_fx, compiled", "torch operators", "published form")
@@ -160,77 +101,17 @@ def kernels(source: Source) -> str:
         timed = [(name, field) for field in ("device_ms", "host_ms") for name in ("torch activation", "meansparse_fx")]
         lines = [("case", *beside, *(f"{name}, {field[:-3]}, µs" for name, field in timed))]
         for case, found in source.cases.items():
-            times = [_text(found.get(name), field, "{:.1f}", True, 1e3) for name, field in timed]
-            lines.append((case, *(_ratio(found.get(name), "of_clone") for name in beside), *times))
+            times = [text(found.get(name), field, "{:.1f}", True, 1e3) for name, field in timed]
+            lines.append((case, *(ratio(found.get(name), "of_clone") for name in beside), *times))
         columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
         heads, *rows = zip(*columns, strict=True)
         return "As shares of the clone's bandwidth:\n\n" + table(heads, rows)
     rows = []
     for case, found in source.cases.items():
-        alone = _text(found.get("torch activation"), "milliseconds", "{:.2f} ms")  # moments have none
-        share = _text(found["meansparse_fx"], "of_clone", "{:.0%}")
-        rows.append((case, alone, *(_ratio(found.get(name)) for name in names), share))
+        alone = text(found.get("torch activation"), "milliseconds", "{:.2f} ms")  # moments have none
+        share = text(found["meansparse_fx"], "of_clone", "{:.0%}")
+        rows.append((case, alone, *(ratio(found.get(name)) for name in names), share))
     return table(("case", "activation alone", *names, "of the clone's bandwidth"), rows)
-
-
-@of_each("host")
-def host(source: Source) -> str:
-    """Return what calls cost on the host."""
-    rows = []
-    for row in source.rows:
-        span = ["host_ms"] if row.host_ms is not None else ["low", "high"]
-        words = " to ".join(_text(row, end, "{:.3g}", scale=1e3) for end in span)
-        rows.append((f"{row.case}: {row.contender}", words + mark(row)))
-    return table(("call", "µs"), rows)
-
-
-def calibration(results: Results) -> str:
-    """Return calibration beside the plain pass, and how many images it takes."""
-
-    def content(source: Source) -> str:
-        rows = []
-        for row in source.rows:
-            time = f"{row.milliseconds:,.{0 if row.milliseconds >= 100 else 3}f}"
-            rows.append((row.case, row.contender, time, f"{row.ratio:.2f}", row.baseline))
-        return table(("case", "contender", "ms", "ratio", "to"), rows)
-
-    parts = [_each(results.calibration, content)]
-    if results.images:
-        rows = []
-        for need in results.images:
-            words = f"{100 * need.tolerance:g} %" if need.tolerance else "all images"
-            rows.append((words, f"{need.images:,}", f"{100 * need.accuracy:.2f}"))
-        parts.append("How many images a tolerance takes (`calibration-images.csv`):")
-        parts.append(table(("tolerance", "images", "accuracy at alpha 0.3, %"), rows))
-    return "\n\n".join(parts)
-
-
-@of_each("attack")
-def attacks(source: Source) -> str:
-    """Return the attacks' times over the base's."""
-    rows = []
-    for row in source.rows:
-        passes = f"{row.forward_images or 0:,} / {row.backward_images or 0:,}"
-        time, per_pass = f"{row.milliseconds:,.0f}", _text(row, "ratio_per_pass")
-        rows.append((row.case, row.contender, time, _ratio(row), per_pass, passes))
-    return table(("case", "contender", "ms", "over base", "per pass", "images forward / backward"), rows)
-
-
-@of_each("scaling")
-def scaling(source: Source) -> str:
-    """Return what was measured of growth, and the plans with their formula."""
-    rows = []
-    for row in source.rows:
-        each = f"{1e3 * row.seconds / row.size:.3g}" if row.what == "transform" else ""
-        figures = (f"{row.size:,} {row.unit}", f"{row.seconds:,.3g}", _text(row, "beside", "{:.3g}"), each)
-        rows.append((f"{row.what}, {row.case}", *figures, row.formula))
-    return table(("what", "size", "seconds", "beside", "ms a node", "computed from"), rows)
-
-
-SECTIONS: dict[str, Callable[[Results], str]] = {
-    function.__name__: function
-    for function in (targets, rivals, models, memory, counts, roofline, kernels, host, calibration, attacks, scaling)
-}
 
 
 def kernels_on_gpus(results: Results) -> str:
@@ -248,7 +129,7 @@ def kernels_on_gpus(results: Results) -> str:
             rows.append((what, str(len(found)), _span(found, "of_clone"), worst.case))
         return table(("what", "shapes", "share of the clone's bandwidth", "the worst"), rows)
 
-    return _each([source for source in results.kernels if source.gpu], content)
+    return each([source for source in results.kernels if source.gpu], content)
 
 
 def summary(results: Results) -> str:
