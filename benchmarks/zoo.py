@@ -1,6 +1,6 @@
 """Transform a fixed list of models, and write what became of each as a table.
 
-    python -m benchmarks.zoo [--extra] [--only PATTERN] [--fresh] [--out FILE] [--doc FILE]
+    python -m benchmarks.zoo [--extra] [--only PATTERN] [--fresh] [--out FILE]
 
 Every RobustBench architecture, the families of timm and of torchvision, with random weights; on one core about a
 quarter of an hour. With --extra instead models of transformers, segmentation_models_pytorch and open_clip, which have
@@ -20,7 +20,7 @@ import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,12 @@ from meansparse_fx.outputs import flatten
 from meansparse_fx.zoo import input_shape
 
 from . import harness
-from .harness import RESULTS, options, place
-from .page.markdown import table
+from .harness import RESULTS, ROOT, options, place
+from .page.markdown import render
 from .zoo_models import EXTRA, MODELS, build, library
 
-DOC = Path(__file__).parents[1] / "docs" / "zoo.md"
-PAGES = Path(__file__).parent / "page"  # its prose, zoo.md and zoo-extra.md
+DOC = ROOT / "docs" / "zoo.md"
+PAGE = Path(__file__).parent / "page" / "zoo.md"
 SMALL = 96  # pixels; models that insist on a size of their own get it
 
 
@@ -186,53 +186,21 @@ def write(rows: dict[str, Row], path: Path) -> None:
 
 # The page.
 
-_COLUMNS = ("model", "image", "route", "checked", "rewritten", "skipped", "nodes", "at alpha 0")
-_COLUMNS += ("input gradient bitwise", "forward", "capture", "find", "transform")
-
 
 def page(rows: Sequence[Row], extra: Sequence[Row] = ()) -> str:
     """Return docs/zoo.md, of the list and of other libraries' models."""
     captured = [row for row in rows if row.route]
-    failed = table(("model", "why"), [(row.model, _cell(row.error)) for row in rows if not row.route], left=2)
-    text = (PAGES / "zoo.md").read_text().format(
-        captured=len(captured),
-        all=len(rows),
-        share=len(captured) / len(rows),
-        routes="\n".join(f"- {n} by {route}." for route, n in Counter(r.route for r in captured).most_common()),
-        operations=sum(row.checked == "operations" for row in captured),
-        numbers=sum(row.checked == "numbers" for row in captured),
-        equal=_spoken(Counter("bitwise" if row.equal == "bitwise" else "within rounding" for row in captured)),
-        gradient=_spoken(Counter(row.gradient for row in captured)),
-        rewritten=_total(captured, "rewritten"),
-        skipped=_total(captured, "skipped"),
+    return render(
+        PAGE, rows=rows, extra=extra, captured=captured, Counter=Counter, spoken=_spoken, total=_total, cell=_cell,
+        equal=_spoken("bitwise" if row.equal == "bitwise" else "within rounding" for row in captured),
+        bitwise=sum(row.equal == row.gradient == "bitwise" for row in extra),
         where="; ".join(sorted({f"{row.device}, torch {row.torch}, {row.threads} threads" for row in rows})),
-        failed=f"## What failed\n\n{failed}\n\n" if failed else "",
-        table=_table(captured),
+        libraries="; ".join(sorted({row.torch for row in extra})),
     )  # fmt: skip
-    if extra:
-        text += (PAGES / "zoo-extra.md").read_text().format(
-            captured=sum(bool(row.route) for row in extra),
-            all=len(extra),
-            bitwise=sum(row.equal == row.gradient == "bitwise" for row in extra),
-            where="; ".join(sorted({row.torch for row in extra})),
-            table=_table([row for row in extra if row.route]),
-        )  # fmt: skip
-        text += "".join(f"\n{row.model} fails: {_cell(row.error)}\n" for row in extra if not row.route)
-    return text
 
 
-def _table(rows: Sequence[Row]) -> str:
-    lines = []
-    for r in rows:
-        gradient = "yes" if r.gradient == "bitwise" else r.gradient
-        seconds = (f"{s:.2f}" for s in (r.forward_cpu_s, r.capture_cpu_s, r.find_cpu_s, r.transform_cpu_s))
-        words = (r.model, str(r.image), r.route, r.checked, r.rewritten, r.skipped, str(r.nodes), r.equal)
-        lines.append((*words, gradient, *seconds))
-    return table(_COLUMNS, lines, left=len(_COLUMNS))
-
-
-def _spoken(counts: Counter) -> str:
-    return ", ".join(f"{count} {word}" for word, count in counts.most_common())
+def _spoken(words: Iterable[str] | Counter) -> str:
+    return ", ".join(f"{count} {word}" for word, count in Counter(words).most_common())
 
 
 def _total(rows: Sequence[Row], column: str) -> str:
@@ -255,7 +223,6 @@ def main() -> None:
     parser.add_argument("--extra", action="store_true", help="models of other libraries")
     parser.add_argument("--only", default="", metavar="PATTERN", help="models whose name matches this expression")
     parser.add_argument("--fresh", action="store_true", help="measure also what the CSV holds")
-    parser.add_argument("--doc", type=Path, default=DOC)
     args = parser.parse_args()
     os.environ["MEANSPARSE_FX_LOWERING"] = "eager"
     torch.backends.mha.set_fastpath_enabled(False)  # rounds differently, and transform turns it off, too
@@ -271,7 +238,7 @@ def main() -> None:
         write(rows, args.out)
         gc.collect()
     both = (read(RESULTS / "zoo.csv"), rows) if args.extra else (rows, read(RESULTS / "zoo-extra.csv"))
-    args.doc.write_text(page(*([found[name] for name in (*MODELS, *EXTRA) if name in found] for found in both)))
+    DOC.write_text(page(*([found[name] for name in (*MODELS, *EXTRA) if name in found] for found in both)))
 
 
 if __name__ == "__main__":
