@@ -16,12 +16,10 @@ from pathlib import Path
 
 from meansparse_fx.progress import bar
 
-from ..harness import RESULTS, options, read, write
+from ..harness import RESULTS, ROOT, options, read, write
 from .measure import Laboratory, Row
 from .page import print_table, write_page
 from .tables import TABLES
-
-ROOT = Path(__file__).parents[2]
 
 
 def main() -> None:

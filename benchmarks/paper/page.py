@@ -1,4 +1,4 @@
-"""docs/paper.md and its plots, from the result files: our numbers beside the paper's, with the same sign or not."""
+"""docs/paper.md, of the template page.md, and its plots, from the result files: our numbers beside the paper's."""
 
 from __future__ import annotations
 
@@ -11,53 +11,27 @@ from meansparse_fx.plots import LIGHT, picture, prepare
 
 from .. import choice
 from ..harness import read, show
-from ..page.markdown import points, table
+from ..page.markdown import points, render, table
 from .measure import Row
 from .published import change
 from .tables import NETWORKS, SITES, TABLES
 
-# What the numbers of a table cannot say themselves.
-NOTES = {
-    1: "The paper's columns are RaWideResNet (beside GELU) and WideResNet (beside ReLU) on CIFAR-10, without row 0.1.",
-    4: "Square uses no gradient, so there is none for an attacker to replace. PSiLU is not in "
-    "the paper's table: it stands here because its change in table 2 is the largest.",
-    5: "The paper does not give its lambda; ours are in `meansparse_fx/evaluate/descent.py`.",
-    7: "The paper's radii are 1 to 4 of 255; beside them stand ours, which leave the base about as little.",
-    9: "Radii as multiples of what the network was trained against: the paper's 2, 4, 6, 8, 12, 16 of 255.",
-    10: "Sites in graph order: 0 is the stem's. The paper's network has 17; its first and last stand beside ours.",
-    12: "The paper's networks are others: WRN-94-16 +1.85, RaWRN-70-16 +1.16, WRN-70-16 (CIFAR-100) +2.29, "
-    "Swin-L +0.36, ConvNeXt-L +1.16 points.",
-}
 HEADINGS = ("column", "row", "clean", "own", "change", "worst", "change", "paper")
 
 
 def write_page(results: Path, docs: Path) -> None:
     """Write paper.md and paper-TABLE.png into ``docs``, from the files in ``results``; missing tables are said."""
     measured = {number: rows for number in TABLES if (rows := read(results / f"paper-{number}.csv", Row))}
-    parts = []
-    for number, asked in TABLES.items():
-        parts.append(f"## Table {number}: {asked.title}\n")
-        if number in NOTES:
-            parts.append(NOTES[number] + "\n")
-        if number not in measured:
-            parts.append(f"Not measured yet: `python -m benchmarks.paper {number}`.\n")
-            continue
-        rows = measured[number]
-        if missing := [column for column in asked.columns if column not in {row.column for row in rows}]:
-            parts.append(f"Not measured yet: {', '.join(missing)}.\n")
-        if blind := dict.fromkeys(r.column for r in rows if r.worst is None and r.attacks != "square"):
-            parts.append(f"**Not measured yet against attackers who know the operator: {', '.join(blind)}.**\n")
-        parts.append(_finding(number, rows) + "\n")
-        if asked.row == "alpha" and len({row.row for row in rows}) > 3:
-            (docs / f"paper-{number}.png").write_bytes(picture(_figure(number, rows)))
-            parts.append(f"![Change of robust accuracy over alpha, table {number}](paper-{number}.png)\n")
-        lines = _lines(number, rows)
-        firsts = [not at or line[0] != lines[at - 1][0] for at, line in enumerate(lines)]
-        lines = [line if first else ("", *line[1:]) for line, first in zip(lines, firsts, strict=True)]
-        parts.append(table((HEADINGS[0], asked.row, *HEADINGS[2:]), lines, left=2) + "\n")
-    text = Path(__file__).with_name("page.md").read_text()
-    given = {"summary": _summary(measured), "tables": "\n".join(parts), "choice": _choice(results / "choice.csv")}
-    (docs / "paper.md").write_text(text.format(sites=SITES, networks=len(NETWORKS), **given))
+    over_alpha = [number for number in measured if TABLES[number].row == "alpha"]
+    figures = [number for number in over_alpha if len({row.row for row in measured[number]}) > 3]
+    for number in figures:
+        (docs / f"paper-{number}.png").write_bytes(picture(_figure(number, measured[number])))
+    text = render(
+        Path(__file__).with_name("page.md"), TABLES=TABLES, SITES=SITES, networks=len(NETWORKS), measured=measured,
+        summary=_summary(measured), finding=_finding, figures=figures, lines=_lines, points=points,
+        choice=read(results / "choice.csv", choice.Row),
+    )  # fmt: skip
+    (docs / "paper.md").write_text(text)
 
 
 def print_table(number: int, rows: Sequence[Row]) -> None:
@@ -97,7 +71,7 @@ def _summary(measured: dict[int, list[Row]]) -> str:
         cells += [str(sum(p > 0 for p in paper)), str(sum(p < 0 for p in paper))] if paper else ["", ""]
         lines.append(cells)
     heads = ("table", "settings", "own gradient: above", "below", "those who know: above", "below")
-    return table((*heads, "paper: above", "below"), lines) + "\n"
+    return table((*heads, "paper: above", "below"), lines)
 
 
 def _finding(number: int, rows: Sequence[Row]) -> str:
@@ -110,31 +84,6 @@ def _finding(number: int, rows: Sequence[Row]) -> str:
             same = sum(c * p > 0 for c, p in compared)
             words.append(f"{name} the change has the paper's sign in {same} of {len(compared)} settings.")
     return " ".join(words)
-
-
-def _choice(path: Path) -> str:
-    """Return what choosing buys, on images of their own."""
-    rows = read(path, choice.Row)
-    if not rows:
-        return "## What the choice of alpha buys\n\nNot measured yet: `python -m benchmarks.choice`."
-    found = [row for row in rows if row.chosen and row.search != "base"]
-    aim = any(row.worst_change >= 0.02 and row.worst_low > 0 and row.clean_change >= -0.003 for row in rows)
-    heads = ("search", "setting", "chosen beyond noise", "selection: worst case", "test: clean", "own gradient")
-    lines = []
-    for row in rows:
-        cells = [f"{100 * value:.1f}" for value in (row.clean, row.own, row.worst)]
-        looked, selected = "", ""
-        if row.search != "base":
-            looked, selected = "yes" if row.chosen else "no, it looked best", points(row, "selection")
-            changes = (f"{100 * row.clean_change:+.1f}", points(row, "own"), points(row, "worst"))
-            cells = [f"{cell} {change}" for cell, change in zip(cells, changes, strict=True)]
-        lines.append((row.search, row.setting, looked, selected, *cells))
-    text = Path(__file__).with_name("choice.md").read_text().removesuffix("\n")
-    return text.format(
-        selection=max(row.selection_images for row in rows), attacked=rows[0].attacked, searches=len(rows) - 1,
-        chosen=len(found), real=sum(row.worst_low > 0 for row in found), aim="reached" if aim else "missed",
-        table=table((*heads, "worst case"), lines, left=3),
-    )  # fmt: skip
 
 
 def _figure(number: int, rows: Sequence[Row]) -> Figure:
