@@ -26,9 +26,9 @@ from meansparse_fx import bundled
 from meansparse_fx.alpha import SEARCH_ATTACKS
 from meansparse_fx.evaluate import Evaluation, ModelOutcome
 
-from .harness import RESULTS, options, read, write
+from .harness import RESULTS, ROOT, options, read, write
 from .page import markdown
-from .paper.training import ACTIVATIONS, Recipe, train
+from .paper.training import ACTIVATIONS, Recipe, trained
 
 ATTACKS = (*SEARCH_ATTACKS, "square", "apgd-start/annealed")
 THREAT: dict[str, Any] = {"eps": bundled.EPS, "steps": 30, "queries": 300, "batch_size": 250, "attacks": ATTACKS}
@@ -161,13 +161,9 @@ def captured(model: nn.Module, alpha: Any = 0.0, **variant: str) -> fx.GraphModu
 
 def network(activation: str, epochs: int, cache: Path) -> nn.Module:
     """Return a network trained adversarially on the bundled calibration images."""
-    path = cache / f"{activation}-{epochs}.pt"
     recipe = Recipe(activation=activation, epochs=epochs, steps=2, step_size=0.075, compile=False)
-    if not path.exists():
-        torch.save(train(recipe, *bundled.load_split("calibration")).state_dict(), path)
-    model = bundled.network.FashionResNet(ACTIVATIONS[activation])
-    model.load_state_dict(torch.load(path, weights_only=True))
-    return model.eval()
+    model = trained(recipe, lambda: bundled.load_split("calibration"), cache)
+    return model.to(memory_format=torch.contiguous_format)
 
 
 def judge(name: str, case: Case, images: int) -> Row:
@@ -212,22 +208,7 @@ def _resampled(outcome: ModelOutcome, index: Tensor) -> ModelOutcome:
 
 def table(rows: list[Row]) -> str:
     """Return the rows as markdown, a sentence of counts before them."""
-    masks = [row for row in rows if row.kind.startswith("mask")]
-    honest = [row for row in rows if row.kind == "honest"]
-    twice = [f"{row.verdict[0].lower()}{row.verdict[1:]}" for row in rows if row.kind == "same against same"]
-    counts = (
-        f"Of {len(masks)} planted masks {sum(row.convicted for row in masks)} are convicted, of {len(honest)} honest "
-        f"cases {sum(row.convicted for row in honest)}. "
-        + "; ".join(f"A/A, the base against itself: {words} resampled runs" for words in twice)
-        + f". {rows[0].images} images, {THREAT['steps']} steps, {THREAT['queries']} queries; without `apgd-t`."
-    )
-    heads = ("case", "kind", "convicted", "verdict", "checks that failed", "worst case", "own gradient")
-    lines = []
-    for row in rows:
-        gain, low, high, own = (f"{100 * value:+.1f}" for value in (row.gain, row.low, row.high, row.own))
-        words = (row.case, row.kind, "yes" if row.convicted else "no", row.verdict, row.failed)
-        lines.append((*words, f"{gain} [{low}, {high}]", own))
-    return f"{counts}\n\n{markdown.table(heads, lines, left=5)}"
+    return markdown.render(Path(markdown.__file__).with_name("judge.md"), rows=rows, threat=THREAT).removesuffix("\n")
 
 
 def main() -> None:
@@ -240,7 +221,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = read(args.out, Row)
     if args.what == "page":
-        markdown.between_marks(Path(__file__).parents[1] / "docs/robustness.md", "judge", table(rows))
+        markdown.between_marks(ROOT / "docs/robustness.md", "judge", table(rows))
         return
     args.cache.mkdir(parents=True, exist_ok=True)
     known = cases(args.cache)

@@ -21,7 +21,7 @@ from meansparse_fx import bundled
 from meansparse_fx.evaluate import PairedDifference
 from meansparse_fx.evaluate.outcome import mean
 
-from .harness import RESULTS, options, read, write
+from .harness import RESULTS, ROOT, options, read, write
 from .page import markdown
 from .paper.measure import Laboratory
 
@@ -105,7 +105,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = read(args.out, Row)
     if args.what == "page":
-        markdown.between_marks(Path(__file__).parents[1] / "docs/robustness.md", "strongest", table(rows))
+        markdown.between_marks(ROOT / "docs/robustness.md", "strongest", table(rows))
         return
     for network in args.network:
         laboratory = Laboratory(None if network == BUNDLED else args.data, args.cache, args.images)
