@@ -208,7 +208,7 @@ def _resampled(outcome: ModelOutcome, index: Tensor) -> ModelOutcome:
 
 def table(rows: list[Row]) -> str:
     """Return the rows as markdown, a sentence of counts before them."""
-    return markdown.render(Path(markdown.__file__).with_name("judge.md"), rows=rows, threat=THREAT).removesuffix("\n")
+    return markdown.render("judge.md", rows=rows, threat=THREAT)
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ from .harness import RESULTS, ROOT, options
 from .page import sections
 from .page.markdown import between_marks, render
 from .page.plots import models_figure, roofline_figure
-from .page.results import Results, load, mark
-from .page.targets import TARGETS, wins
+from .page.results import Results, load
+from .page.targets import wins
 
 PAGE = "performance.md"
 PLOTS = {"performance-models.png": models_figure, "performance-roofline.png": roofline_figure}
@@ -29,9 +29,8 @@ def plots(results: Results) -> dict[str, Figure]:
 
 def page(results: Results) -> str:
     """Return the page's text."""
-    rows = {"targets": [target.line(results) for target in TARGETS], "wins": wins(results)}
-    known = vars(sections) | {"mark": mark, "results": results, "figures": plots(results)}
-    return render(Path(sections.__file__).with_name(PAGE), **known | rows)
+    # The template calls what is in sections.
+    return render(PAGE, **vars(sections), results=results, wins=wins, figures=plots(results))
 
 
 def main() -> None:

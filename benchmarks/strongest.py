@@ -83,14 +83,7 @@ def measure(laboratory: Laboratory, network: str, alpha: float, images: int, cac
 
 def table(rows: list[Row]) -> str:
     """Return the rows as markdown."""
-    lines = []
-    for row in rows:
-        cells = []
-        for which in ("", "strongest_"):
-            base, gain, low, high = (100 * getattr(row, f"{which}{end}") for end in ("base", "gain", "low", "high"))
-            cells += [f"{base:.1f}", f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]"]
-        lines.append((row.network, f"{row.alpha:g}", f"{row.images}", *cells))
-    return markdown.table(("network", "alpha", "images", "base", "change", "base, strongest", "change"), lines)
+    return markdown.render("strongest.md", rows=rows)
 
 
 def main() -> None:

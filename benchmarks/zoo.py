@@ -39,7 +39,6 @@ from .page.markdown import render
 from .zoo_models import EXTRA, MODELS, build, library
 
 DOC = ROOT / "docs" / "zoo.md"
-PAGE = Path(__file__).parent / "page" / "zoo.md"
 SMALL = 96  # pixels; models that insist on a size of their own get it
 
 
@@ -191,7 +190,7 @@ def page(rows: Sequence[Row], extra: Sequence[Row] = ()) -> str:
     """Return docs/zoo.md, of the list and of other libraries' models."""
     captured = [row for row in rows if row.route]
     return render(
-        PAGE, rows=rows, extra=extra, captured=captured, Counter=Counter, spoken=_spoken, total=_total, cell=_cell,
+        "zoo.md", rows=rows, extra=extra, captured=captured, Counter=Counter, spoken=_spoken, total=_total, cell=_cell,
         equal=_spoken("bitwise" if row.equal == "bitwise" else "within rounding" for row in captured),
         bitwise=sum(row.equal == row.gradient == "bitwise" for row in extra),
         where="; ".join(sorted({f"{row.device}, torch {row.torch}, {row.threads} threads" for row in rows})),

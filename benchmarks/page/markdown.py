@@ -11,11 +11,11 @@ from jinja2 import Environment, StrictUndefined
 END = "<!-- end -->"
 
 
-def render(template: Path, **given: Any) -> str:
-    """Return a page made of its template for Jinja, which knows what is ``given``."""
+def render(template: str, **given: Any) -> str:
+    """Return a page made of its template in this folder, which knows what is ``given``."""
     style = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = Environment(**style, undefined=StrictUndefined)
-    return environment.from_string(template.read_text()).render(given)
+    return environment.from_string(Path(__file__).with_name(template).read_text()).render(given)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, space: str = "") -> str:
@@ -46,7 +46,7 @@ def between_marks(path: Path, maker: str, text: str) -> None:
     _, mark, behind = rest.partition(END)
     if not mark:
         raise SystemExit(f"{path} lacks the marks {start.strip()} and {END}")
-    path.write_text(f"{before}{start}{text}\n{END}{behind}")
+    path.write_text(f"{before}{start}{text.strip()}\n{END}{behind}")
 
 
 def points(row: Any, which: str) -> str:

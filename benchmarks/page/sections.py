@@ -58,20 +58,6 @@ def times(source: Source) -> str:
     return "\n\n".join(tables)
 
 
-def counts(results: Results) -> str:
-    """Return the counted bytes and calls, by model."""
-    forms = list(dict.fromkeys(count.form for count in results.counts))
-    rows = []
-    for model in dict.fromkeys(count.model for count in results.counts):
-        own = [results.count(model, form) for form in forms]
-        for way in ("forward", "backward"):
-            cells = [
-                f"{getattr(c, f'{way}_bytes') / MIB:.2f} ({getattr(c, f'{way}_calls') / c.sites:.1f})" for c in own
-            ]
-            rows.append((f"{model}, {own[0].sites} sites, {way}", *cells))
-    return table(("MiB an image (calls a site)", *forms), rows) or NOTHING
-
-
 def extras(results: Results, source: Source) -> Iterator[tuple[str, Row, float, float]]:
     """Yield form, row, the MiB that it moves more than the base and the milliseconds that it takes longer, a call."""
     for found in source.cases.values():

@@ -1,4 +1,4 @@
-"""docs/paper.md, of the template page.md, and its plots, from the result files: our numbers beside the paper's."""
+"""docs/paper.md, and its plots, from the result files: our numbers beside the paper's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_page(results: Path, docs: Path) -> None:
     for number in figures:
         (docs / f"paper-{number}.png").write_bytes(picture(_figure(number, measured[number])))
     text = render(
-        Path(__file__).with_name("page.md"), TABLES=TABLES, SITES=SITES, networks=len(NETWORKS), measured=measured,
+        "paper.md", TABLES=TABLES, SITES=SITES, networks=len(NETWORKS), measured=measured,
         summary=_summary(measured), finding=_finding, figures=figures, lines=_lines, points=points,
         choice=read(results / "choice.csv", choice.Row),
     )  # fmt: skip
