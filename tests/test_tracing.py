@@ -284,6 +284,10 @@ def by_counting_images(self, x):
     return torch.stack([F.relu(x[i]) for i in range(x.shape[0])])
 
 
+def by_splitting(self, x):  # into one part at 2 and at 3 images
+    return torch.cat([F.relu(part) for part in x.split(4)])
+
+
 def by_each_image(self, x):
     return torch.stack([F.relu(image) for image in x])
 
@@ -322,6 +326,7 @@ def by_gradient(self, x):
         (by_number_of_value, r"item() asks for values that are computed from the images"),
         (by_batch_size, "a branch depends on the batch size: True for 2 and False for 3 images"),
         (by_counting_images, "a number is needed here, and it depends on the batch size"),
+        (by_splitting, "the number of tensors depends on the batch size"),
         (by_each_image, "a loop runs as often as there are images in a batch"),
         (by_number_found, "a branch depends on a number that is computed from the images"),
         (by_transform, "a transform of torch.func, which no graph holds, inside of forward"),
@@ -336,6 +341,30 @@ def test_what_one_graph_cannot_answer_for_all_names_its_line(function, reason):
     assert reason in message
     last = function.__code__.co_firstlineno + 2
     assert f"{__file__}:{last}" in message or f"{__file__}:{last - 1}" in message
+
+
+@pytest.mark.parametrize(
+    ("decide", "others"),
+    [
+        (lambda n: 2 if n == 1 else 3, 1),
+        (lambda n: 2 if n > 8 else 3, 9),
+        (lambda n: min(n, 4), 5),
+        (lambda n: max(n, 4), 8),
+        (lambda n: n // 4 + 1, 4),
+        (lambda n: math.ceil(n / 4), 5),
+        (lambda n: 2 if n else 3, 0),
+    ],
+)
+def test_batches_about_which_the_examples_say_nothing_are_refused(decide, others):
+    """At 2 and 3 images all agree, so that the graph was taken for any number of them."""
+    model = Functional(lambda self, x: F.relu(x) * decide(x.shape[0]) if x.shape[1] == 4 else x).eval()
+    graph_module = capture(model, IMAGES).graph_module
+    for copied in (graph_module, pickle.loads(pickle.dumps(graph_module))):
+        with pytest.raises(CaptureError, match=rf"decides by the number of images, {__file__}:\d+.*without the batch"):
+            copied(torch.randn(others, 4, 8, 8))
+        assert torch.equal(copied(IMAGES), model(IMAGES))
+    with pytest.raises(CaptureError, match="decides by the number of images"):
+        find_sites(graph_module, BY_EXAMPLE, torch.randn(others, 4, 8, 8))
 
 
 def test_without_images_there_is_a_hint():

@@ -1,7 +1,7 @@
 """Floor 2: a symbolic trace that asks the example images where plain proxies have no answer.
 
 The graph holds for images of the example's size and for any batch size. Examples are computed without data where every
-operator allows it. Imports torch, `tracing`, `proxies`, `sites.ops`, `sites.shapes` and floor 1.
+operator allows it. Imports torch, `tracing`, `proxies`, `limits`, `sites.ops`, `sites.shapes` and floor 1.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import _symbolic_trace
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import TraceError
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..activations import match_module
-from ..errors import CaptureError
 from ..hooks import has_hooks
 from ..sites.ops import is_in_place
 from ..sites.shapes import cheap_fake, keeps_shape
 from .derivatives import check_question
 from .functions import values_of
+from .limits import SizeWatch, expect_answer, expect_size
 from .proxies import (
     FACTORIES,
     SIZES,
@@ -43,12 +42,16 @@ from .proxies import (
     wrapped,
 )
 from .tracing import ModelTracer, Traced, trace
+from .verify import source_line
 
 # What may answer a question while tracing: a number or a description that both batches agree on.
 _ANSWERS = (bool, int, float, complex, str, torch.Size, torch.device, torch.dtype, torch.layout, torch.memory_format)
 
 # They turn a tensor's values into Python's; what images hold must not decide what the graph does.
 _READS_VALUES = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__contains__"}
+
+_SPLITS = {"split", "chunk", "tensor_split"}
+_HOW_MANY = "the number of tensors depends on the batch size"
 
 _ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.truediv}
 
@@ -86,15 +89,6 @@ def trace_by_example(model: nn.Module, images: Tensor) -> Traced:
             else:
                 traced.graph._tracer_cls = ModelTracer  # unpickling a GraphModule makes one, without examples
                 return traced
-
-
-def expect_size(images: Tensor, size: tuple[int, ...]) -> None:
-    """Raise CaptureError unless ``images`` are ``[N, *size]``. First call of a graph that holds for one size only."""
-    if tuple(images.shape[1:]) != size:
-        raise CaptureError(
-            f"this graph was captured for images of shape {['N', *size]} and got {list(images.shape)}: "
-            "capture the model again with example images of that size"
-        )
 
 
 class ExampleTracer(ModelTracer):
@@ -161,13 +155,25 @@ class ExampleTracer(ModelTracer):
             raise TraceError(f"{target} gives {type(first).__name__} for one batch size and not for another")
         settled = not (by_value and isinstance(first, int | float | torch.Size))
         if settled and isinstance(first, _ANSWERS) and all(e == first for e in examples):
+            if len(examples) > 1 and any(type(a) is NumberProxy for a in args):
+                self.expect(self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs)), first)
             return first
         if first is None and target is getattr:
             return None
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr)
         if kind == "get_attr" or (target in (operator.getitem, getattr) and not isinstance(first, Tensor)):
             self._pure.append(node)
+        if str(getattr(target, "__name__", target)) in _SPLITS and len(first) == 1:
+            dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+            if len({e[0].shape[dim] for e in examples}) > 1:  # both are too small to be split, and others are not
+                raise TraceError(_HOW_MANY)
         return self._present(node, examples, by_value)
+
+    def expect(self, number: fx.Node, answer: Any) -> None:
+        """Let the graph refuse batches of which ``number`` is not what answered the model."""
+        frame = source_line()
+        line = f"{frame.filename}:{frame.lineno}, `{frame.line}`"
+        self.create_node("call_function", expect_answer, (number, answer, line), {}).meta["is_wrapped"] = True
 
     def _present(self, node: fx.Node, examples: tuple, by_value: bool) -> Any:
         """Return what the model sees of a new node: containers are real ones, of proxies."""
@@ -183,7 +189,7 @@ class ExampleTracer(ModelTracer):
             return {key: self._part(whole, key) for key in first}
         if type(first) in (tuple, list, torch.Size):
             if len({len(e) for e in examples}) > 1:
-                raise TraceError("the number of tensors depends on the batch size")
+                raise TraceError(_HOW_MANY)
             container = Sizes if type(first) is torch.Size else type(first)
             return container(self._part(whole, i) for i in range(len(first)))
         return whole
@@ -215,7 +221,7 @@ class ExampleTracer(ModelTracer):
         if is_in_place(spelled) and args and isinstance(args[0], ExampleProxy) and len(args[0].examples) == 1:
             # Parameters are the model's own: change a copy. From here on it depends on what it was changed by.
             args[0].examples = tuple(args[0].examples[0].clone() for _ in range(count))
-        with _SizeWatch() if count > 1 and self._fake is None else contextlib.nullcontext() as watch:
+        with SizeWatch() if count > 1 and self._fake is None else contextlib.nullcontext() as watch:
             examples = tuple(self._example(kind, target, args, kwargs, k, count > 1) for k in range(count))
         return examples, any(p.by_value for p in proxies) or bool(watch and watch.by_value)
 
@@ -250,20 +256,6 @@ class ExampleTracer(ModelTracer):
                 yield
         finally:
             self._evaluating = before
-
-
-class _SizeWatch(TorchDispatchMode):
-    """Notices operators whose result has a size that depends on values. Examples without data cannot have them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by_value = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        masks = args[1] if func is torch.ops.aten.index.Tensor else ()
-        masked = any(mask is not None and mask.dtype in (torch.bool, torch.uint8) for mask in masks)
-        self.by_value |= masked or torch.Tag.dynamic_output_shape in func.tags
-        return func(*args, **(kwargs or {}))
 
 
 def _like_input(function: Any, args: tuple) -> bool:

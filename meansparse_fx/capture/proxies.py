@@ -163,6 +163,7 @@ class NumberProxy(ExampleProxy):
             raise TraceError("a branch depends on a number that is computed from the images")
         answers = [bool(example) for example in self.examples]
         if len(set(answers)) == 1:
+            self.tracer.expect(self.node, answers[0])
             return answers[0]
         cases = " and ".join(f"{answer} for {n}" for answer, n in zip(answers, SIZES, strict=True))
         raise TraceError(f"a branch depends on the batch size: {cases} images")

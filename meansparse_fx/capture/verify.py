@@ -264,9 +264,9 @@ def _gradients(model: nn.Module, images: Tensor) -> dict[str, Tensor | None] | N
     return dict(zip(wanted, found, strict=False))
 
 
-def source_line(error: BaseException) -> traceback.FrameSummary:
-    """Return the line that an error came from: the last of the user's or of a library's, torch's if there is none."""
-    everything = list(traceback.extract_tb(error.__traceback__))
+def source_line(error: BaseException | None = None) -> traceback.FrameSummary:
+    """Return the line that runs, or that an error came from: the last of the user's or of a library's, or torch's."""
+    everything = list(traceback.extract_tb(error.__traceback__) if error else traceback.extract_stack())
     frames = [f for f in everything if not f.filename.startswith((_HERE, _FX, _DYNAMO, contextlib.__file__))]
     frames = frames or everything
     return ([f for f in frames if not f.filename.startswith(_TORCH)] or frames)[-1]

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from ..errors import SiteError, first_line
+from ..errors import CaptureError, SiteError, first_line
 from ..hooks import entering, has_hooks, has_own_forward, may_keep
 from ..published import published_operator
 from ..state import kept_buffers
@@ -71,6 +71,8 @@ def propagate(graph_module: fx.GraphModule, images: Tensor) -> Flow:
             try:
                 with torch.random.fork_rng([images.device] if images.is_cuda else []):
                     return _Recorder(graph_module).record(images.clone())
+            except CaptureError:  # the graph takes no batch of this size
+                raise
             except Exception as error:
                 raise SiteError(
                     f"the model fails under torch.no_grad(): {first_line(error)}. What wants gradients in "
