@@ -5,6 +5,7 @@ Knows modules and tensors, nothing of graphs. Imports torch and the errors only.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,8 +41,7 @@ class FrozenNorm:
         ]
         if torch.compiler.is_compiling():
             return self._computed(tensors)
-        # Loading weights or moving the model changes these; asking costs a microsecond, computing four launches.
-        state = [None if t is None else (t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        state = [None if t is None else _content(t) for t in tensors]  # asking costs 2 us, computing four launches
         if self._affine is None or state != self._state:
             self._affine, self._state = self._computed(tensors), state
         return self._affine
@@ -57,6 +57,13 @@ class FrozenNorm:
             scale = scale if weight is None else scale * weight
             shift = -mean * scale
             return scale, shift if bias is None else shift + bias
+
+
+def _content(tensor: Tensor) -> object:
+    """Return what is another where a tensor holds other values; on devices it overlooks ``tensor.data.mul_(2)``."""
+    if tensor.is_cpu and tensor.is_contiguous():
+        return ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 @dataclass(frozen=True, slots=True, eq=False)

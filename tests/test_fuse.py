@@ -276,6 +276,20 @@ def test_new_weights_count(model, images):
     torch.testing.assert_close(fused(images), plain(images), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    "write", [lambda t: t.data.mul_(2), lambda t: t.numpy().__imul__(2), lambda t: t.mul_(2)], ids=["data", "numpy", ""]
+)
+def test_a_norm_that_is_written_to_counts(model, images, write):
+    """By whatever way: the version that autograd counts is the same after ``.data.mul_`` and through NumPy."""
+    fused, plain = calibrated(model, images, fuse="all"), calibrated(model, images)
+    fused(images)
+    for own in (fused, plain):
+        for key, buffer in own.named_buffers():
+            if key.endswith("running_var"):
+                write(buffer)
+    torch.testing.assert_close(fused(images), plain(images), rtol=1e-9, atol=1e-11)
+
+
 def test_a_layer_scale_in_new_memory_counts(images):
     model = build(LayerScaled)
     fused, plain = calibrated(model, images, fuse="all"), calibrated(model, images)
