@@ -367,6 +367,24 @@ def test_batches_about_which_the_examples_say_nothing_are_refused(decide, others
         find_sites(graph_module, BY_EXAMPLE, torch.randn(others, 4, 8, 8))
 
 
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda self, x: x.masked_fill(x < 0, torch.finfo(x.dtype).min / 16),
+        lambda self, x: x if x.dtype is torch.float32 else -x,
+        lambda self, x: x if self.layer.weight.dtype is torch.float32 else -x,
+        lambda self, x: x * x.element_size(),
+    ],
+)
+def test_images_of_another_dtype_than_forward_was_told_are_refused(asks):
+    def forward(self, x):
+        return F.relu(asks(self, x) if x.shape[1] == 4 else x)
+
+    graph_module = captured_by_example(forward, layer=nn.Conv2d(4, 4, 1)).bfloat16()
+    with pytest.raises(CaptureError, match=r"answered torch.float32 .* the images are torch.bfloat16: transform the"):
+        graph_module(IMAGES.bfloat16())
+
+
 def test_without_images_there_is_a_hint():
     with pytest.raises(CaptureError, match="To go on, pass example images"):
         capture(Functional(lambda self, x: F.relu(x) if x.shape[1] > 2 else x).eval())

@@ -50,6 +50,8 @@ _ANSWERS = (bool, int, float, complex, str, torch.Size, torch.device, torch.dtyp
 # They turn a tensor's values into Python's; what images hold must not decide what the graph does.
 _READS_VALUES = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__contains__"}
 
+_ASK_DTYPE = {"is_floating_point", "is_complex", "element_size", "type"}
+
 _SPLITS = {"split", "chunk", "tensor_split"}
 _HOW_MANY = "the number of tensors depends on the batch size"
 
@@ -103,6 +105,7 @@ class ExampleTracer(ModelTracer):
         self.conditions = conditions
         self._fake = FakeTensorMode(allow_non_fake_inputs=True) if conditions.fake else None
         self._batches = batches
+        self._asked_dtype = False  # by the model, and then answered for good
         self._pure: list[fx.Node] = []  # sizes, parameters and parts of tuples: without readers they are nothing
         self._autowrap_search.append(torch)
         self._autowrap_function_ids |= {id(factory) for factory in FACTORIES}
@@ -111,6 +114,9 @@ class ExampleTracer(ModelTracer):
         wrapping = mock.patch.object(_symbolic_trace, "_create_wrapped_func", wrapped)
         with replaced_builtins(self.conditions.namespaces), wrapping:
             graph = super().trace(root, concrete_args)
+        if self._asked_dtype:
+            first = next(n for n in graph.nodes if n.target is expect_size)
+            first.args = (*first.args, self._batches[0].dtype)
         for node in reversed(self._pure):
             if not node.users:
                 graph.erase_node(node)
@@ -157,13 +163,14 @@ class ExampleTracer(ModelTracer):
         if settled and isinstance(first, _ANSWERS) and all(e == first for e in examples):
             if len(examples) > 1 and any(type(a) is NumberProxy for a in args):
                 self.expect(self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs)), first)
+            self._asked_dtype |= isinstance(first, torch.dtype) or _name(target) in _ASK_DTYPE
             return first
         if first is None and target is getattr:
             return None
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr)
         if kind == "get_attr" or (target in (operator.getitem, getattr) and not isinstance(first, Tensor)):
             self._pure.append(node)
-        if str(getattr(target, "__name__", target)) in _SPLITS and len(first) == 1:
+        if _name(target) in _SPLITS and len(first) == 1:
             dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
             if len({e[0].shape[dim] for e in examples}) > 1:  # both are too small to be split, and others are not
                 raise TraceError(_HOW_MANY)
@@ -173,7 +180,7 @@ class ExampleTracer(ModelTracer):
         """Let the graph refuse batches of which ``number`` is not what answered the model."""
         frame = source_line()
         line = f"{frame.filename}:{frame.lineno}, `{frame.line}`"
-        self.create_node("call_function", expect_answer, (number, answer, line), {}).meta["is_wrapped"] = True
+        self.create_node("call_function", expect_answer, (number, answer, line), {})
 
     def _present(self, node: fx.Node, examples: tuple, by_value: bool) -> Any:
         """Return what the model sees of a new node: containers are real ones, of proxies."""
@@ -213,7 +220,7 @@ class ExampleTracer(ModelTracer):
                 return (operator.attrgetter(target)(self.root),), False
         proxies = values_of(ExampleProxy, (args, kwargs))
         count = max((len(p.examples) for p in proxies), default=1)
-        spelled = target if isinstance(target, str) else getattr(target, "__name__", "")
+        spelled = _name(target)
         if count > 1 and spelled in _READS_VALUES:
             raise TraceError(f"{spelled}() asks for values that are computed from the images")
         if count > 1 and target is getattr:
@@ -256,6 +263,10 @@ class ExampleTracer(ModelTracer):
                 yield
         finally:
             self._evaluating = before
+
+
+def _name(target: Any) -> str:
+    return target if isinstance(target, str) else getattr(target, "__name__", "")
 
 
 def _like_input(function: Any, args: tuple) -> bool:

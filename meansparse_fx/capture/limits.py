@@ -14,12 +14,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import CaptureError
 
 
-def expect_size(images: Tensor, size: tuple[int, ...]) -> None:
-    """Raise CaptureError unless ``images`` are ``[N, *size]``. First call of a graph that holds for one size only."""
+def expect_size(images: Tensor, size: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    """Raise CaptureError unless ``images`` are ``[N, *size]``, of a dtype that forward asked for.
+
+    First call of a graph that holds for one size only.
+    """
     if tuple(images.shape[1:]) != size:
         raise CaptureError(
             f"this graph was captured for images of shape {['N', *size]} and got {list(images.shape)}: "
             "capture the model again with example images of that size"
+        )
+    if dtype is not None and images.dtype != dtype:
+        raise CaptureError(
+            f"forward asks for a dtype, was answered {dtype} when this graph was captured, and the images are "
+            f"{images.dtype}: transform the model as it is in that dtype, with example images of it"
         )
 
 
