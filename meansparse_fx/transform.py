@@ -142,6 +142,7 @@ def transform(
     own = added(sparse)
     own.plan = sparse.meta["plan"] = plan.without_nodes()
     own.placement, own.fuse, own.frozen = placement, fuse, captured.frozen
+    own.watch(sparse, captured.read)
     if kept is not None:
         kept.put_into(sparse)
     own.placement = replace(placement, predicate=None)

@@ -13,11 +13,12 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import v2
 
+import meansparse_fx as msfx
 from meansparse_fx.capture import ROUTES, capture
 from meansparse_fx.capture.counting import count_activations
 from meansparse_fx.capture.examples import trace_by_example
 from meansparse_fx.capture.tracing import trace
-from meansparse_fx.errors import CaptureError
+from meansparse_fx.errors import CaptureError, StateError
 from meansparse_fx.sites import find_sites
 from meansparse_fx.sites.shapes import cheap_fake
 from tests.models import Functional
@@ -105,6 +106,26 @@ def test_values_of_parameters_and_buffers():
     graph_module = captured_by_example(forward, own=Coefficients())
     assert "own.weight" in targets(graph_module)  # the graph still reads what is no question
     assert "item" not in targets(graph_module)
+
+
+@pytest.mark.parametrize("copier", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_other_weights_than_answered_the_model_are_not_loaded(copier):
+    """The branch and the number were the old ones, silently."""
+
+    def forward(self, x):
+        return F.relu(x if self.own.on else -x) * self.own.steps.item() * self.own.weight
+
+    model = Functional(forward, own=Coefficients()).eval()
+    sparse = copier(msfx.transform(model, IMAGES, placement=msfx.Placement(channel_dims={"relu": 1})))
+    weights = model.state_dict()
+    sparse.load_state_dict({**sparse.state_dict(), **weights, "own.weight": torch.tensor(3.0)})  # read by the graph
+    assert torch.equal(sparse(IMAGES), model(IMAGES) * 12)
+    for name, other in (("own.on", False), ("own.steps", 3)):
+        with pytest.raises(StateError, match=f"a branch of {name}, and the graph holds for the value it had"):
+            sparse.load_state_dict({**weights, name: torch.tensor(other)}, strict=False)
+    with pytest.raises(StateError, match=r"own.steps"):
+        sparse.load_state_dict({**weights, "own.steps": torch.tensor(3)}, strict=False, assign=True)
+    sparse.load_state_dict(weights, strict=False)
 
 
 def test_sizes_computed_by_numpy():

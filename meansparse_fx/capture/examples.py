@@ -22,10 +22,8 @@ from torch.fx import _symbolic_trace
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import TraceError
 
-from ..activations import match_module
-from ..hooks import has_hooks
 from ..sites.ops import is_in_place
-from ..sites.shapes import cheap_fake, keeps_shape
+from ..sites.shapes import cheap_fake, like_input
 from .derivatives import check_question
 from .functions import values_of
 from .limits import SizeWatch, expect_answer, expect_size
@@ -54,8 +52,6 @@ _ASK_DTYPE = {"is_floating_point", "is_complex", "element_size", "type"}
 
 _SPLITS = {"split", "chunk", "tensor_split"}
 _HOW_MANY = "the number of tensors depends on the batch size"
-
-_ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.truediv}
 
 
 def trace_by_example(model: nn.Module, images: Tensor) -> Traced:
@@ -163,6 +159,8 @@ class ExampleTracer(ModelTracer):
         if settled and isinstance(first, _ANSWERS) and all(e == first for e in examples):
             if len(examples) > 1 and any(type(a) is NumberProxy for a in args):
                 self.expect(self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs)), first)
+            if _name(target) in _READS_VALUES:
+                self.note_read(*args)
             self._asked_dtype |= isinstance(first, torch.dtype) or _name(target) in _ASK_DTYPE
             return first
         if first is None and target is getattr:
@@ -181,6 +179,15 @@ class ExampleTracer(ModelTracer):
         frame = source_line()
         line = f"{frame.filename}:{frame.lineno}, `{frame.line}`"
         self.create_node("call_function", expect_answer, (number, answer, line), {})
+
+    def note_read(self, *values: Any) -> None:
+        """Remember of which parameters and buffers the values answered the model: those that ``values`` are made of."""
+        waiting = [a.node for a in values if isinstance(a, ExampleProxy)]
+        while waiting:
+            node = waiting.pop()
+            waiting += node.all_input_nodes
+            if node.op == "get_attr":
+                self.read[str(node.target)] = None
 
     def _present(self, node: fx.Node, examples: tuple, by_value: bool) -> Any:
         """Return what the model sees of a new node: containers are real ones, of proxies."""
@@ -245,7 +252,7 @@ class ExampleTracer(ModelTracer):
         if not (varies and self._fake):
             with self.evaluating():
                 return function(*args, **kwargs)
-        if _like_input(function, args):
+        if like_input(function, args):
             return args[0]
         try:
             with self.evaluating(), self._fake:
@@ -267,19 +274,3 @@ class ExampleTracer(ModelTracer):
 
 def _name(target: Any) -> str:
     return target if isinstance(target, str) else getattr(target, "__name__", "")
-
-
-def _like_input(function: Any, args: tuple) -> bool:
-    """Return whether a result is known to be like the first argument, which then serves as its example."""
-    if not args or not isinstance(args[0], FakeTensor) or torch.is_autocast_enabled(args[0].device.type):
-        return False
-    if isinstance(function, nn.Module) and has_hooks(function):
-        return False
-    if isinstance(function, nn.Module) and match_module(function) is not None:
-        return True
-    if function in _ARITHMETIC and len(args) == 2:
-        x, other = args
-        if isinstance(other, Tensor):
-            return x.shape == other.shape and x.dtype == other.dtype and x.stride() == other.stride()
-        return x.is_floating_point() and type(other) in (int, float)
-    return keeps_shape(function)

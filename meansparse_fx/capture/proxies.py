@@ -139,6 +139,7 @@ class TensorProxy(ExampleProxy):
     def _value(self) -> Tensor:
         if len(self.examples) > 1:
             raise TraceError("a number or a branch depends on values that are computed from the images")
+        self.tracer.note_read(self)
         return self.examples[0].detach()
 
 

@@ -41,12 +41,14 @@ class Capture:
         checked: By what it was seen to compute what the model computes: its ``operations``, which holds for any images
             of the example's size, or its ``numbers`` on the example images; empty if unchecked.
         frozen: The modules that asked for their mode while they were traced, with their types: they stay in eval mode.
+        read: Names of the parameters and buffers whose values answered the model while it was traced.
     """
 
     graph_module: fx.GraphModule
     route: str
     checked: str = ""
     frozen: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
 
 
 @as_python()
@@ -91,7 +93,7 @@ def _capture(model: nn.Module, images: Tensor | None) -> Capture:
             frozen = _frozen(traced)
             if reference is None:
                 return Capture(graph_module, f"{route.name}, unverified", frozen=frozen)
-            return Capture(graph_module, route.name, _check(reference, graph_module, traced), frozen)
+            return Capture(graph_module, route.name, _check(reference, graph_module, traced), frozen, traced.read)
         except CaptureError as failure:
             failures.append(failure)
     # Each route answers more than the one before it: where the last one stops is what the model has to change.

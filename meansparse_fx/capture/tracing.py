@@ -66,12 +66,14 @@ class Traced:
         root: The throwaway copy of the model it was traced on.
         opaque: Why tracing stopped in modules that became leaves: activations in their functions are hidden.
         entered: Paths of the modules that were traced into, the root's first: empty.
+        read: Names of the parameters and buffers whose values answered the model.
     """
 
     graph: fx.Graph
     root: nn.Module
     opaque: tuple[str, ...] = ()
     entered: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
 
 
 class Retrace(Exception):
@@ -102,6 +104,7 @@ class ModelTracer(fx.Tracer):
         self._leaves = leaves | frozenset(registry.get_notrace_modules() if registry else ())
         self._state_names: dict[int, str] = {}
         self.entered: dict[str, None] = {"": None}
+        self.read: dict[str, None] = {}
         self._attributes: dict[int, fx.Proxy] = {}  # what the graph calls and no graph can write down, by id
         self._evaluating = False  # what runs now is no part of the graph
         self.looking: Callable[[FrameType], bool] = lambda caller: False  # see `applied_by`
@@ -162,13 +165,8 @@ class ModelTracer(fx.Tracer):
             return False  # forward gave it a weight
         if match_module(m) is not None or published_operator(m) is not None or isinstance(m, torch.jit.ScriptModule):
             return True
-        if (
-            type(m) in self._leaves
-            or _asks_for_types(m)
-            or (super().is_leaf_module(m, module_qualified_name) and not has_own_forward(m))
-        ):
-            return not _hides_activations(m)
-        return False
+        whole = super().is_leaf_module(m, module_qualified_name) and not has_own_forward(m)
+        return (type(m) in self._leaves or _asks_for_types(m) or whole) and not _hides_activations(m)
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         # A module that the model holds in a list, or shares through its class, has no path: it is traced into.
@@ -270,7 +268,8 @@ def trace(model: nn.Module, make_tracer: Callable[[frozenset[type]], ModelTracer
         tracer = make_tracer(frozenset(leaves))
         try:
             with plain_attention(), kept_parameters(root):
-                return Traced(tracer.trace(root), root, tuple(leaves.values()), tuple(tracer.entered))
+                graph = tracer.trace(root)
+                return Traced(graph, root, tuple(leaves.values()), tuple(tracer.entered), tuple(tracer.read))
         except (CaptureError, Retrace):
             raise
         except Exception as error:

@@ -7,11 +7,13 @@ of them stay in eval mode, as they were traced. Changes no graph.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
+from ..errors import StateError
 from ..hooks import allow_hooks, forbid_hooks
 from ..nn import MeanSparse
 from ..rewrite import PREFIX
@@ -41,6 +43,13 @@ class Added(nn.Module):
         self.statistics: Statistics | None = None
         self.choice: dict[str, Any] | None = None
         self.frozen: tuple[str, ...] = ()
+        self._watched: tuple[tuple[nn.Module, str, Tensor], ...] = ()  # owner, its parameter's or buffer's name, value
+        self.register_load_state_dict_post_hook(_refuse_other_answers)
+
+    def watch(self, model: nn.Module, names: Iterable[str]) -> None:
+        """Let load_state_dict refuse other values of parameters and buffers whose values answered the model."""
+        owners = ((model.get_submodule(name.rpartition(".")[0]), name) for name in names)
+        self._watched = tuple((m, name, getattr(m, name.rpartition(".")[2]).detach().clone()) for m, name in owners)
 
     def train(self, mode: bool = True) -> Added:
         """Set the mode as every module does."""
@@ -54,6 +63,15 @@ class Added(nn.Module):
             )
             self.frozen = ()
         return super().train(mode)
+
+
+def _refuse_other_answers(added: Added, keys: Any) -> None:
+    for owner, name, value in added._watched:
+        if not torch.equal(getattr(owner, name.rpartition(".")[2]).to(value), value):
+            raise StateError(
+                f"forward makes a number or a branch of {name}, and the graph holds for the value it had: load the "
+                "weights into the base model and transform that"
+            )
 
 
 def refuse_hooks(graph_module: fx.GraphModule) -> None:

@@ -6,6 +6,7 @@ Imports torch and floor 1.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from ..activations import match_module
 from ..errors import CaptureError, SiteError, first_line
 from ..hooks import entering, has_hooks, has_own_forward, may_keep
 from ..published import published_operator
@@ -26,6 +28,8 @@ from ..state import kept_buffers
 # convolution took as long as eight other operators.
 _NORMS: set[Any] = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm}
 _NORMS |= {F.batch_norm, F.group_norm, F.layer_norm}
+
+_ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.truediv}
 
 _UNKNOWN_SIZE = 8191  # stands for a size that depends on values; a prime, so that no other sizes multiply to it
 
@@ -145,6 +149,22 @@ def cheap_fake(target: Any, args: tuple) -> Tensor | None:
     if type(target) is nn.Conv2d:
         return _convolved(target, args[0])
     return torch.empty_like(args[0]) if keeps_shape(target) else None
+
+
+def like_input(function: Any, args: tuple) -> bool:
+    """Return whether a result is known to be like the first argument, which then serves as its example."""
+    if not args or not isinstance(args[0], FakeTensor) or torch.is_autocast_enabled(args[0].device.type):
+        return False
+    if isinstance(function, nn.Module) and has_hooks(function):
+        return False
+    if isinstance(function, nn.Module) and match_module(function) is not None:
+        return True
+    if function in _ARITHMETIC and len(args) == 2:
+        x, other = args
+        if isinstance(other, Tensor):
+            return x.shape == other.shape and x.dtype == other.dtype and x.stride() == other.stride()
+        return x.is_floating_point() and type(other) in (int, float)
+    return keeps_shape(function)
 
 
 def keeps_shape(target: Any) -> bool:
