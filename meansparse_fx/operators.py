@@ -221,4 +221,10 @@ def switched(model: nn.Module) -> Iterator[None]:
 
 
 def _find(model: nn.Module) -> dict[str, MeanSparse]:
-    return {m.name: m for m in model.modules() if isinstance(m, MeanSparse)}
+    every = [m for m in model.modules() if isinstance(m, MeanSparse)]
+    found = {m.name: m for m in every}
+    if len(found) < len(every):
+        raise StateError(
+            f"{type(model).__name__} holds several transformed models, whose sites share names: pass each by itself"
+        )
+    return found

@@ -98,6 +98,26 @@ def test_restore_leaves_a_functional_activation_its_own_weight(images):
     assert torch.equal(base(images), model(images))
 
 
+def test_what_was_restored_is_transformed_again(images):
+    """Activations that its graph does not call refuse hooks, those of capture too."""
+    model = Functional(lambda self, x: self.own(x), own=nn.ReLU(), unused=nn.ReLU()).eval()
+    placement = msfx.Placement(channel_dims={"own": 1})
+    sparse = msfx.transform(model, images, placement=placement)
+    again = msfx.transform(msfx.restore(sparse), images, placement=placement)
+    assert list(msfx.operators(again)) == list(msfx.operators(sparse))
+    assert torch.equal(again(images), model(images))
+    with pytest.raises(StateError, match="does not call unused"):
+        again.unused.register_forward_hook(print)
+
+
+def test_several_transformed_models_are_switched_one_by_one(sparse):
+    """All switches found operators by name: they set those of the last model alone."""
+    for verb in (lambda m: msfx.set_alpha(m, 0.1), lambda m: msfx.set_backward(m, "identity"), msfx.get_alpha):
+        with pytest.raises(StateError, match="ModuleList holds several transformed models, whose sites share names"):
+            verb(nn.ModuleList([sparse, copy.deepcopy(sparse)]))
+    assert msfx.get_alpha(nn.ModuleList([sparse, sparse])) == 0
+
+
 def test_restore_gives_the_base_back(net, images, sparse, sites):
     msfx.set_alpha(sparse, 0.4)
     base = msfx.restore(sparse)
