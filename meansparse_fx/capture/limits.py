@@ -33,7 +33,7 @@ def expect_size(images: Tensor, size: tuple[int, ...], dtype: torch.dtype | None
 
 def expect_answer(number: Any, answer: Any, line: str) -> None:
     """Raise CaptureError unless a number of this batch is, or is as true as, what the example batches agreed on."""
-    if (bool(number) if isinstance(answer, bool) else number) != answer:
+    if not ((number if answer else not number) if isinstance(answer, bool) else number == answer):
         raise CaptureError(
             f"the model decides by the number of images, {line}, and the graph holds for batches that give what 2 and "
             "3 images give there: pass such batches, or write that line without the batch size"
