@@ -253,6 +253,11 @@ class CompileReport:
     def _check(self) -> None:
         plan = self.plan
         skipped = {s.name: s.skipped for s in plan if s.skipped}
+        if not plan.sites:
+            raise SiteError(
+                "no activation is in what Dynamo captured; if the model calls some, it does so in a loop with a graph "
+                "break or under torch._dynamo.disable, which Python runs: take what transform(model, images) returns"
+            )
         if not plan.active:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
             raise SiteError(f"none of the {len(plan)} candidate sites can be rewritten ({reasons})")
