@@ -189,6 +189,16 @@ def test_images_take_the_models_dtype(x):
         assert Intake(Model().to(dtype)).images(x.to(given)).dtype == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_attacked_models_take_float32(x, y, dtype):
+    """Attacks give images of float32, whatever the test images were of: torch's own error came out of them."""
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 3)).to(dtype), x.to(dtype)
+    with pytest.raises(DataError, match=r"of another dtype, and attacks compute in float32: transform model.float\(\)"):
+        list(labelled((images, y), 2, model))
+    (found, _), *_ = labelled((images, y), 2, model.float())
+    assert found.dtype == torch.float32
+
+
 REFUSED = {
     "labels beyond": (
         lambda x, y: [(x[:4], y[:4]), (x[4:], y[4:] + 1)],

@@ -78,6 +78,8 @@ def explaining_misfit(images: Tensor) -> Iterator[None]:
             cure = "images.unsqueeze(1) gives them an axis of one channel"
         elif "channels" in problem and images.dim() == 4 and shape[1] in _CHANNELS:
             cure = "images.mean(1, keepdim=True) has one channel, images.expand(-1, 3, -1, -1) three of one"
+        elif "type" in problem and "same" in problem:
+            cure = "its weights are of another dtype, and attacks compute in float32: transform model.float()"
         else:
             cure = "give images such as the model was trained on; a loader yields (images, labels), in that order"
         raise DataError(f"the model fails on images {shape} of {images.dtype} ({problem}): {cure}") from error
@@ -116,6 +118,7 @@ class Intake:
         if raw_labels is None:
             raise DataError("the loader must yield (images, labels) batches, and there are no labels in this one")
         images = self._floats(raw)
+        images = images.float() if images.is_floating_point() else images  # in which attacks compute
         if images.dim() < 2 or not images.is_floating_point() or (len(images) and not images.numel()):
             raise DataError(f"images {list(images.shape)} of {images.dtype}: expected floats [N, C, H, W] in [0, 1]")
         if len(images):
