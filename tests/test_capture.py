@@ -433,6 +433,15 @@ def test_what_is_not_made_of_python_is_refused(name):
         capture(model, IMAGES)
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning", "ignore:.*deprecated.*:DeprecationWarning")
+def test_what_is_to_be_quantised_is_none_yet():
+    """torchvision's quantizable models add by a FloatFunctional, which was refused as quantised."""
+    adding = Functional(lambda self, x: self.add.add_relu(x, x), add=torch.ao.nn.quantized.FloatFunctional()).eval()
+    graph_module = capture(adding, IMAGES).graph_module
+    assert torch.equal(graph_module(IMAGES), F.relu(2 * IMAGES))
+    assert count_activations(graph_module) == 1
+
+
 def test_torchscript_without_activations_is_called_as_it_is():
     model = nn.Sequential(scripted(Normalising().eval()), Plain()).eval()
     graph_module = capture(model, IMAGES).graph_module

@@ -87,8 +87,8 @@ def _foreign(module: nn.Module) -> str | None:
     graph = getattr(module, "graph", None)
     if isinstance(graph, fx.Graph) and any(isinstance(node.target, OpOverload) for node in graph.nodes):
         return f"is a graph of aten operators, as torch.export makes it, without the names of modules: {_ORIGINAL}"
-    # Dynamic ones, whose inputs are floating point, hold a LinearPackedParams, too.
-    if _QUANTISED.match(f"{kind.__module__}.") and kind.__name__ != "LinearPackedParams":
+    # Dynamic ones, whose inputs are floating point, hold a LinearPackedParams, too; models to be quantised add by one.
+    if _QUANTISED.match(f"{kind.__module__}.") and kind.__name__ not in ("LinearPackedParams", "FloatFunctional"):
         return "is quantised, and the operator computes in floating point: transform the model before quantising it"
     parameters = (*module._parameters.values(), *module._buffers.values())
     if any(p is not None and nn.parameter.is_lazy(p) for p in parameters):
