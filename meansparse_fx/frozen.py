@@ -61,9 +61,10 @@ class FrozenNorm:
 
 def _content(tensor: Tensor) -> object:
     """Return what is another where a tensor holds other values; on devices it overlooks ``tensor.data.mul_(2)``."""
-    if tensor.is_cpu and tensor.is_contiguous():
-        return ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    pointer = tensor.data_ptr()
+    if pointer and tensor.is_cpu and tensor.is_contiguous():  # fake ones have no memory
+        return ctypes.string_at(pointer, tensor.numel() * tensor.element_size())
+    return pointer, 0 if tensor.is_inference() else tensor._version
 
 
 @dataclass(frozen=True, slots=True, eq=False)

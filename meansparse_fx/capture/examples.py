@@ -168,7 +168,7 @@ class ExampleTracer(ModelTracer):
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr)
         if kind == "get_attr" or (target in (operator.getitem, getattr) and not isinstance(first, Tensor)):
             self._pure.append(node)
-        if _name(target) in _SPLITS and len(first) == 1:
+        if _name(target) in _SPLITS and isinstance(first, tuple | list) and len(first) == 1:
             dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
             if len({e[0].shape[dim] for e in examples}) > 1:  # both are too small to be split, and others are not
                 raise TraceError(_HOW_MANY)

@@ -67,7 +67,8 @@ class Added(nn.Module):
 
 def _refuse_other_answers(added: Added, keys: Any) -> None:
     for owner, name, value in added._watched:
-        if not torch.equal(getattr(owner, name.rpartition(".")[2]).to(value), value):
+        held = getattr(owner, name.rpartition(".")[2], None)
+        if held is not None and not held.is_meta and not torch.equal(held.to(value), value):
             raise StateError(
                 f"forward makes a number or a branch of {name}, and the graph holds for the value it had: load the "
                 "weights into the base model and transform that"
