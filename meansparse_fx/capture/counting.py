@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ..activations import match_function, match_module
 from ..formulas import FEATURES, POINTS, formula_of
-from ..hooks import reopen
+from ..hooks import allow_hooks
 from ..published import published_operator
 from .derivatives import applied_by
 from .dispatched import tensors
@@ -68,7 +68,7 @@ class ActivationCounter(TorchFunctionMode):
         self._watching = ExitStack()
         for module in model.modules():
             if match_module(module) is not None:
-                reopen(module)  # of a graph that does not call it, as `restore` returns them: hooks are refused
+                allow_hooks(module)  # of a graph that does not call it, as `restore` returns them: hooks are refused
                 module.register_forward_pre_hook(self._enter)
                 module.register_forward_hook(self._leave, prepend=True)  # its own hooks call what they call
 
