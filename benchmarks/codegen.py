@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from meansparse_fx.kernels import elementwise, layout, moments
-from meansparse_fx.kernels.device_activations import ACTIVATIONS, compile_time_constants
+from meansparse_fx.kernels.device_activations import ACTIVATIONS, activation_constexprs
 from meansparse_fx.kernels.layout import Layout, layout_of
 from meansparse_fx.kernels.moments import Tiles, tiles_of
 
@@ -107,9 +107,8 @@ class Case:
 def compile_case(case: Case) -> triton.compiler.CompiledKernel:
     """Return the kernel compiled for the case's target, pointers aligned to 16 bytes as torch allocates them."""
     function = KERNELS[case.kernel.split("+")[0]]
-    row = ACTIVATIONS[case.activation]
-    known = {"VALUE": row.value, "GRADIENT": row.gradient} | compile_time_constants(CONSTANTS.get(case.activation, ()))
-    known |= {"VARIANT": case.variant, "BACKWARD": case.backward, "WEIGHT_STRIDE": 1}
+    known = activation_constexprs(case.activation, CONSTANTS.get(case.activation, ()), None)
+    known |= {"WEIGHT_STRIDE": 1, "VARIANT": case.variant, "BACKWARD": case.backward}
     _, _, pointers = CASES[case.kernel]
     known |= {"FROM_SUM": "grad_sum_ptr" in pointers} | case.plan.constexprs
     given = {"x_ptr", "grad_ptr", "grad_x_ptr", "centre_ptr", "threshold_ptr", "parts_ptr", *pointers}

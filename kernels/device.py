@@ -85,11 +85,13 @@ def place_in_slabs(
 
 @triton.jit
 def load_channel(ptr, index, CHANNELS: tl.constexpr, STRIDE: tl.constexpr = 1):
-    """A per-channel vector in float32, broadcastable against the elements."""
-    channel, following, crosses = index
-    value = tl.load(ptr + channel * STRIDE).to(tl.float32)
-    if CHANNELS == "pair":
-        value = tl.where(crosses, tl.load(ptr + following * STRIDE).to(tl.float32), value)
+    """A per-channel vector in float32, broadcastable against the elements; None where its pointer is."""
+    value = None
+    if ptr is not None:
+        channel, following, crosses = index
+        value = tl.load(ptr + channel * STRIDE).to(tl.float32)
+        if CHANNELS == "pair":
+            value = tl.where(crosses, tl.load(ptr + following * STRIDE).to(tl.float32), value)
     return value
 
 
@@ -120,39 +122,39 @@ def sparsify(u, centre, threshold, steepness, VARIANT: tl.constexpr):
     Without a band (``none``) s is u.
     """
     distance = u - centre
-    if VARIANT == "smooth":
-        gate = smooth_gate(distance, threshold, steepness)
-        s = tl.where((threshold >= 0) & (tl.abs(distance) < float("inf")), centre + distance * gate, u)
+    s = u
+    if VARIANT == "mean":
+        s = tl.where(tl.abs(distance) <= threshold, centre, u)
     elif VARIANT == "edge":
         edge = tl.where(distance < 0, centre - threshold, centre + threshold)
         s = tl.where(tl.abs(distance) <= threshold, edge, u)
-    elif VARIANT == "none":
-        s = u
-    else:
-        s = tl.where(tl.abs(distance) <= threshold, centre, u)
+    elif VARIANT == "smooth":
+        _, gate = smooth_gate(distance, threshold, steepness)
+        s = tl.where((threshold >= 0) & (tl.abs(distance) < float("inf")), centre + distance * gate, u)
     return s
 
 
 @triton.jit
 def smooth_gate(distance, threshold, steepness):
-    """sigmoid(steepness * (|d| / threshold - 1)); divides per channel, by no less than float32's smallest normal."""
-    inverse_threshold = 1.0 / tl.maximum(threshold, 1.1754943508222875e-38)
-    return tl.sigmoid(steepness * (tl.abs(distance) * inverse_threshold - 1.0))
+    """|d| / threshold and sigmoid(steepness * (|d| / threshold - 1)).
+
+    Divides per channel, by no less than float32's smallest normal.
+    """
+    relative = tl.abs(distance) * (1.0 / tl.maximum(threshold, 1.1754943508222875e-38))
+    return relative, tl.sigmoid(steepness * (relative - 1.0))
 
 
 @triton.jit
 def sparsify_gradient(grad, u, centre, threshold, steepness, VARIANT: tl.constexpr, BACKWARD: tl.constexpr):
     """grad * ds/du: zero inside the band (exact), one (identity), or that of the smooth gate (smooth)."""
     distance = u - centre
-    if BACKWARD == "identity":
-        grad_u = grad
-    elif BACKWARD == "smooth" or VARIANT == "smooth":
+    grad_u = grad
+    if BACKWARD == "smooth" or (BACKWARD == "exact" and VARIANT == "smooth"):
         # d/du [d * g] = g + |d| / threshold * steepness * g * (1 - g),   d = u - centre
-        gate = smooth_gate(distance, threshold, steepness)
-        relative = tl.abs(distance) * (1.0 / tl.maximum(threshold, 1.1754943508222875e-38))
+        relative, gate = smooth_gate(distance, threshold, steepness)
         # Far out this is infinity times zero; its limit is zero.
         tail = tl.where(gate < 1.0, relative * steepness * gate * (1.0 - gate), 0.0)
         grad_u = tl.where((threshold >= 0) & (tl.abs(distance) < float("inf")), grad * (gate + tail), grad)
-    else:
+    elif BACKWARD == "exact":
         grad_u = tl.where(tl.abs(distance) <= threshold, 0.0, grad)
     return grad_u

@@ -1,9 +1,10 @@
-"""Triton device functions of the activations: value and derivative, one table row each.
+"""Triton device functions of the activations: ``(s, grad, weight, A, B) -> y, grad_s``, one function each.
 
-Everything works on float32 tiles in registers. The forms hold in the interpreter, in PTX and on AMD alike (no
-libdevice), stay finite where the function is, and pass NaN as torch does: a ReLU written with `tl.maximum` or
-with `tl.where(s > 0, s, 0)` would turn NaN into 0, so comparisons ask for what is to be changed. Values go to the
-function's limit at infinity.
+A kernel takes the one of the two results that it wants, and the compiler drops the other. A and B are the activation's
+constants, weight its learned slope or None. Everything works on float32 tiles in registers. The forms hold in the
+interpreter, in PTX and on AMD alike (no libdevice), stay finite where the function is, and pass NaN as torch does: a
+ReLU written with `tl.maximum` or with `tl.where(s > 0, s, 0)` would turn NaN into 0, so comparisons ask for what is to
+be changed. Values go to the function's limit at infinity.
 
 Floor 0, imported only where a kernel is launched: importing this module imports triton.
 """
@@ -11,33 +12,16 @@ Floor 0, imported only where a kernel is launched: importing this module imports
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
-class Row(NamedTuple):
-    """The device functions of one activation; names and constants as in `reference.ACTIVATIONS`.
-
-    Attributes:
-        value: ``(s, weight, A, B) -> y``; A and B are the activation's constants, compile-time values.
-        gradient: ``(grad, s, weight, A, B) -> grad_s``.
-    """
-
-    value: Any
-    gradient: Any
-
-
 @triton.jit
-def identity(s, weight, A: tl.constexpr, B: tl.constexpr):
-    return s
-
-
-@triton.jit
-def identity_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
-    return grad
+def identity(s, grad, weight, A: tl.constexpr, B: tl.constexpr):
+    return s, grad
 
 
 @triton.jit
@@ -47,56 +31,29 @@ def not_below_float32(s):
 
 
 @triton.jit
-def relu(s, weight, A: tl.constexpr, B: tl.constexpr):
-    return tl.where(s < 0, 0.0, s)
+def relu(s, grad, weight, A: tl.constexpr, B: tl.constexpr):
+    return tl.where(s < 0, 0.0, s), tl.where(s <= 0, 0.0, grad)
 
 
 @triton.jit
-def relu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
-    return tl.where(s <= 0, 0.0, grad)
+def relu6(s, grad, weight, A: tl.constexpr, B: tl.constexpr):
+    y = tl.where(s < 0, 0.0, tl.where(s > 6, 6.0, s))
+    return y, tl.where((s <= 0) | (s >= 6), 0.0, grad)
 
 
 @triton.jit
-def relu6(s, weight, A: tl.constexpr, B: tl.constexpr):
-    return tl.where(s < 0, 0.0, tl.where(s > 6, 6.0, s))
+def leaky_relu(s, grad, weight, A: tl.constexpr, B: tl.constexpr):
+    slope = A if weight is None else weight
+    return tl.where(s > 0, s, s * slope), tl.where(s > 0, grad, grad * slope)
 
 
 @triton.jit
-def relu6_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
-    return tl.where((s <= 0) | (s >= 6), 0.0, grad)
-
-
-@triton.jit
-def leaky_relu(s, weight, A: tl.constexpr, B: tl.constexpr):
-    return tl.where(s > 0, s, s * A)
-
-
-@triton.jit
-def leaky_relu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
-    return tl.where(s > 0, grad, grad * A)
-
-
-@triton.jit
-def prelu(s, weight, A: tl.constexpr, B: tl.constexpr):
-    return tl.where(s > 0, s, s * weight)
-
-
-@triton.jit
-def prelu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
-    return tl.where(s > 0, grad, grad * weight)
-
-
-@triton.jit
-def elu(s, weight, A: tl.constexpr, B: tl.constexpr):
+def elu(s, grad, weight, A: tl.constexpr, B: tl.constexpr):
     # expm1 by its series near 0, where exp(s) - 1 would cancel; at -0.3 both are within 3e-7 of it, relatively.
     series = s * (1 + s * (1 / 2 + s * (1 / 6 + s * (1 / 24 + s * (1 / 120 + s * (1 / 720))))))
-    return tl.where(s > 0, s, A * tl.where(s > -0.3, series, tl.exp(s) - 1))
-
-
-@triton.jit
-def elu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    y = tl.where(s > 0, s, A * tl.where(s > -0.3, series, tl.exp(s) - 1))
     # d/ds A (exp(s) - 1) = A exp(s)
-    return tl.where(s <= 0, grad * (A * tl.exp(s)), grad)
+    return y, tl.where(s <= 0, grad * (A * tl.exp(s)), grad)
 
 
 @triton.jit
@@ -118,75 +75,59 @@ def normal_cdf(s):
 
 
 @triton.jit
-def gelu(s, weight, A: tl.constexpr, B: tl.constexpr):
-    s = not_below_float32(s)
-    return s * normal_cdf(s)
-
-
-@triton.jit
-def gelu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+def gelu(s, grad, weight, A: tl.constexpr, B: tl.constexpr):
+    cdf = normal_cdf(s)
     # d/ds s Phi(s) = Phi(s) + s phi(s),   phi(s) = exp(-s^2 / 2) / sqrt(2 pi)
-    return grad * (normal_cdf(s) + s * (0.3989422804014327 * tl.exp(-0.5 * s * s)))
+    return not_below_float32(s) * cdf, grad * (cdf + s * (0.3989422804014327 * tl.exp(-0.5 * s * s)))
 
 
 @triton.jit
-def gelu_tanh(s, weight, A: tl.constexpr, B: tl.constexpr):
-    s = not_below_float32(s)
+def gelu_tanh(s, grad, weight, A: tl.constexpr, B: tl.constexpr):
+    finite = not_below_float32(s)
     # (1 + tanh z) / 2 = sigmoid(2 z),   2 z = 2 sqrt(2 / pi) (s + 0.044715 s^3)
-    return s * tl.sigmoid(s * (1.5957691216057308 + 0.07135481282553487 * s * s))
-
-
-@triton.jit
-def gelu_tanh_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    y = finite * tl.sigmoid(finite * (1.5957691216057308 + 0.07135481282553487 * finite * finite))
     # d/ds s sigmoid(v) = sigmoid(v) + s v' sigmoid(v) (1 - sigmoid(v)),   v = 2 z as above
     s = tl.clamp(s, -100.0, 100.0, propagate_nan=tl.PropagateNan.ALL)  # beyond, infinity times zero
     square = s * s
     gate = tl.sigmoid(s * (1.5957691216057308 + 0.07135481282553487 * square))
-    return grad * (gate + s * (1.5957691216057308 + 0.2140644384766046 * square) * (gate * (1 - gate)))
+    return y, grad * (gate + s * (1.5957691216057308 + 0.2140644384766046 * square) * (gate * (1 - gate)))
 
 
 @triton.jit
-def silu(s, weight, A: tl.constexpr, B: tl.constexpr):
-    s = not_below_float32(s)
-    return s * tl.sigmoid(s)
+def silu(s, grad, weight, A: tl.constexpr, B: tl.constexpr):
+    """Also with a learned slope w: y = s sigmoid(w s)."""
+    v = s if weight is None else s * weight
+    gate = tl.sigmoid(v)
+    # d/ds s sigmoid(w s) = sigmoid(w s) (1 + w s (1 - sigmoid(w s)))
+    return not_below_float32(s) * gate, grad * (gate * (1 + v * (1 - gate)))
 
 
 @triton.jit
-def silu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
-    # d/ds s sigmoid(s) = sigmoid(s) (1 + s (1 - sigmoid(s)))
-    gate = tl.sigmoid(s)
-    return grad * (gate * (1 + s * (1 - gate)))
+def pssilu(s, grad, weight, A: tl.constexpr, B: tl.constexpr):
+    # d/ds s (g - A) / (1 - A) = (g - A + w s g (1 - g)) / (1 - A),   g = sigmoid(w s)
+    gate = tl.sigmoid(s * weight)
+    y = s * (gate - A) * (1 / (1 - A))
+    return y, grad * (gate - A + s * weight * gate * (1 - gate)) * (1 / (1 - A))
 
 
 @triton.jit
-def hardswish(s, weight, A: tl.constexpr, B: tl.constexpr):
-    s = not_below_float32(s)
-    return s * tl.minimum(tl.maximum(s + 3, 0.0), 6.0) * (1 / 6)
-
-
-@triton.jit
-def hardswish_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+def hardswish(s, grad, weight, A: tl.constexpr, B: tl.constexpr):
+    finite = not_below_float32(s)
+    y = finite * tl.minimum(tl.maximum(finite + 3, 0.0), 6.0) * (1 / 6)
     # d/ds s (s + 3) / 6 = s / 3 + 1 / 2 between -3 and 3
-    return tl.where(s <= -3, 0.0, tl.where(s < 3, grad * (s * (1 / 3) + 0.5), grad))
+    return y, tl.where(s <= -3, 0.0, tl.where(s < 3, grad * (s * (1 / 3) + 0.5), grad))
 
 
 @triton.jit
-def mish(s, weight, A: tl.constexpr, B: tl.constexpr):
-    s = not_below_float32(s)
+def mish(s, grad, weight, A: tl.constexpr, B: tl.constexpr):
     # tanh(log(1 + e)) = n / (n + 2),   e = exp(s), n = e (e + 2); it is 1 in float32 from s = 9 on
-    e = tl.exp(tl.where(s > 20, 20.0, s))
-    n = e * (e + 2)
-    return s * (n / (n + 2))
-
-
-@triton.jit
-def mish_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
-    # d/ds s t = t + s (1 - t^2) sigmoid(s),   t = n / (n + 2),   1 - t^2 = 4 (1 + e)^2 / (n + 2)^2
     clamped = tl.where(s > 20, 20.0, s)
     e = tl.exp(clamped)
     n = e * (e + 2)
+    y = not_below_float32(s) * (n / (n + 2))
+    # d/ds s t = t + s (1 - t^2) sigmoid(s),   t = n / (n + 2),   1 - t^2 = 4 (1 + e)^2 / (n + 2)^2
     inverse = 1 / (n + 2)
-    return grad * (n * inverse + clamped * (4 * e * (1 + e) * inverse) * inverse)
+    return y, grad * (n * inverse + clamped * (4 * e * (1 + e) * inverse) * inverse)
 
 
 @triton.jit
@@ -200,68 +141,35 @@ def log1p_to_one(e):
 
 
 @triton.jit
-def softplus(s, weight, A: tl.constexpr, B: tl.constexpr):
+def softplus(s, grad, weight, A: tl.constexpr, B: tl.constexpr):
     # log(1 + exp(z)) = max(z, 0) + log1p(exp(-|z|)),   z = A s
     z = s * A
-    return tl.where(z > B, s, (tl.maximum(z, 0.0) + log1p_to_one(tl.exp(-tl.abs(z)))) * (1 / A))
-
-
-@triton.jit
-def softplus_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
+    y = tl.where(z > B, s, (tl.maximum(z, 0.0) + log1p_to_one(tl.exp(-tl.abs(z)))) * (1 / A))
     # d/ds log(1 + exp(A s)) / A = sigmoid(A s)
-    return tl.where(s * A > B, grad, grad * tl.sigmoid(s * A))
+    return y, tl.where(z > B, grad, grad * tl.sigmoid(z))
 
 
-@triton.jit
-def psilu(s, weight, A: tl.constexpr, B: tl.constexpr):
-    s = not_below_float32(s)
-    return s * tl.sigmoid(s * weight)
-
-
-@triton.jit
-def psilu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
-    # d/ds s sigmoid(w s) = sigmoid(w s) (1 + w s (1 - sigmoid(w s)))
-    gate = tl.sigmoid(s * weight)
-    return grad * (gate * (1 + s * weight * (1 - gate)))
-
-
-@triton.jit
-def pssilu(s, weight, A: tl.constexpr, B: tl.constexpr):
-    return s * (tl.sigmoid(s * weight) - A) * (1 / (1 - A))
-
-
-@triton.jit
-def pssilu_gradient(grad, s, weight, A: tl.constexpr, B: tl.constexpr):
-    # d/ds s (g - A) / (1 - A) = (g - A + w s g (1 - g)) / (1 - A),   g = sigmoid(w s)
-    gate = tl.sigmoid(s * weight)
-    return grad * (gate - A + s * weight * gate * (1 - gate)) * (1 / (1 - A))
-
-
-ACTIVATIONS: dict[str, Row] = {
-    "identity": Row(identity, identity_gradient),
-    "relu": Row(relu, relu_gradient),
-    "relu6": Row(relu6, relu6_gradient),
-    "leaky_relu": Row(leaky_relu, leaky_relu_gradient),
-    "prelu": Row(prelu, prelu_gradient),
-    "elu": Row(elu, elu_gradient),
-    "gelu": Row(gelu, gelu_gradient),
-    "gelu_tanh": Row(gelu_tanh, gelu_tanh_gradient),
-    "silu": Row(silu, silu_gradient),
-    "swish": Row(silu, silu_gradient),
-    "hardswish": Row(hardswish, hardswish_gradient),
-    "mish": Row(mish, mish_gradient),
-    "softplus": Row(softplus, softplus_gradient),
-    "psilu": Row(psilu, psilu_gradient),
-    "pssilu": Row(pssilu, pssilu_gradient),
+ACTIVATIONS: dict[str, Any] = {  # names and constants as in `reference.ACTIVATIONS`
+    "identity": identity,
+    "relu": relu,
+    "relu6": relu6,
+    "leaky_relu": leaky_relu,
+    "prelu": leaky_relu,
+    "elu": elu,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "silu": silu,
+    "swish": silu,
+    "hardswish": hardswish,
+    "mish": mish,
+    "softplus": softplus,
+    "psilu": silu,
+    "pssilu": pssilu,
 }
 
 
-def compile_time_constants(constants: Sequence[float]) -> dict[str, float]:
-    """Return an activation's constants as the kernels' A and B."""
+def activation_constexprs(name: str, constants: Sequence[float], weight: Tensor | None) -> dict[str, Any]:
+    """Return the compile-time arguments of an activation, in the order in which all kernels take them."""
     first, second = (*map(float, constants), 0.0, 0.0)[:2]
-    return {"A": first, "B": second}
-
-
-def weight_stride(weight: Tensor | None) -> int:
-    """Return 1 for a slope per channel, 0 for one that all channels share."""
-    return 0 if weight is None or weight.numel() == 1 else 1
+    stride = 0 if weight is None or weight.numel() == 1 else 1  # of a slope that all channels share: 0
+    return {"ACTIVATION": ACTIVATIONS[name], "A": first, "B": second, "WEIGHT_STRIDE": stride}

@@ -42,7 +42,7 @@ def forward_kernel(
     input_scale_ptr, input_shift_ptr, layer_scale_ptr, sum_scale_ptr, sum_shift_ptr,
     vectors, tail, period, period_multiplier, period_shift, inner, inner_multiplier, inner_shift,
     slab, slab_multiplier, slab_shift, outer_stride, steepness,
-    VALUE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, VARIANT: tl.constexpr, WEIGHT_STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, A: tl.constexpr, B: tl.constexpr, WEIGHT_STRIDE: tl.constexpr, VARIANT: tl.constexpr,
     CHANNELS: tl.constexpr, STRIDED: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr,
     V: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
@@ -58,9 +58,7 @@ def forward_kernel(
         x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0)
         centre = load_channel(centre_ptr, channel, CHANNELS)
         threshold = load_channel(threshold_ptr, channel, CHANNELS)
-        weight = None
-        if weight_ptr is not None:
-            weight = load_channel(weight_ptr, channel, CHANNELS, WEIGHT_STRIDE)
+        weight = load_channel(weight_ptr, channel, CHANNELS, WEIGHT_STRIDE)
         v = residual_sum(
             x, residual_ptr, input_scale_ptr, input_shift_ptr, layer_scale_ptr, channel, offsets, mask, CHANNELS
         )
@@ -70,7 +68,7 @@ def forward_kernel(
             tl.store(sum_ptr + offsets, rounded, mask=mask)
             v = rounded.to(tl.float32)
         u = affine(v, sum_scale_ptr, sum_shift_ptr, channel, CHANNELS)
-        y = VALUE(sparsify(u, centre, threshold, steepness, VARIANT), weight, A, B)
+        y = ACTIVATION(sparsify(u, centre, threshold, steepness, VARIANT), u, weight, A, B)[0]
         if shortcut_ptr is not None:
             y += tl.load(shortcut_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -83,8 +81,8 @@ def backward_kernel(
     input_scale_ptr, input_shift_ptr, layer_scale_ptr, sum_scale_ptr, sum_shift_ptr,
     vectors, tail, period, period_multiplier, period_shift, inner, inner_multiplier, inner_shift,
     slab, slab_multiplier, slab_shift, outer_stride, steepness, gate_steepness,
-    GRADIENT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, VARIANT: tl.constexpr, BACKWARD: tl.constexpr,
-    WEIGHT_STRIDE: tl.constexpr, FROM_SUM: tl.constexpr,
+    ACTIVATION: tl.constexpr, A: tl.constexpr, B: tl.constexpr, WEIGHT_STRIDE: tl.constexpr, VARIANT: tl.constexpr,
+    BACKWARD: tl.constexpr, FROM_SUM: tl.constexpr,
     CHANNELS: tl.constexpr, STRIDED: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr,
     V: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
@@ -101,9 +99,7 @@ def backward_kernel(
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         centre = load_channel(centre_ptr, channel, CHANNELS)
         threshold = load_channel(threshold_ptr, channel, CHANNELS)
-        weight = None
-        if weight_ptr is not None:
-            weight = load_channel(weight_ptr, channel, CHANNELS, WEIGHT_STRIDE)
+        weight = load_channel(weight_ptr, channel, CHANNELS, WEIGHT_STRIDE)
         v = x.to(tl.float32)
         if not FROM_SUM:
             v = residual_sum(
@@ -113,9 +109,8 @@ def backward_kernel(
         s = u  # exact, and not the smooth variant: s differs from u only where the gradient is zero
         if BACKWARD != "exact" or VARIANT == "smooth":
             s = sparsify(u, centre, threshold, steepness, VARIANT)
-        grad_u = sparsify_gradient(
-            GRADIENT(grad, s, weight, A, B), u, centre, threshold, gate_steepness, VARIANT, BACKWARD
-        )
+        grad_s = ACTIVATION(s, grad, weight, A, B)[1]
+        grad_u = sparsify_gradient(grad_s, u, centre, threshold, gate_steepness, VARIANT, BACKWARD)
         grad_v = affine(grad_u, sum_scale_ptr, None, channel, CHANNELS)
         if grad_sum_ptr is not None:
             grad_v += tl.load(grad_sum_ptr + offsets, mask=mask, other=0.0).to(tl.float32)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .composition import Wanted
-from .device_activations import ACTIVATIONS, compile_time_constants, weight_stride
+from .device_activations import activation_constexprs
 from .elementwise import backward_kernel, forward_kernel
 from .layout import DTYPES, Layout, fits, is_laid_out_like, laid_out_like, layout_of
 from .records import Options, Vectors
@@ -32,8 +32,7 @@ def forward_runner(
     if not fits(layout):
         return None
     constexprs = {
-        "VALUE": ACTIVATIONS[options.activation].value, **compile_time_constants(options.constants),
-        "VARIANT": options.variant, "WEIGHT_STRIDE": weight_stride(vectors.weight),
+        **activation_constexprs(options.activation, options.constants, vectors.weight), "VARIANT": options.variant,
     }  # fmt: skip
     given = _places(x, x, x if options.want_sum else None, residual, shortcut, *vectors)
     launch = Launch(forward_kernel, given, layout, (float(options.steepness),), constexprs, x.device)
@@ -75,9 +74,8 @@ def backward_runner(
     if not fits(layout):
         return None
     constexprs = {
-        "GRADIENT": ACTIVATIONS[options.activation].gradient, **compile_time_constants(options.constants),
-        "VARIANT": options.variant, "BACKWARD": options.backward, "WEIGHT_STRIDE": weight_stride(vectors.weight),
-        "FROM_SUM": from_sum,
+        **activation_constexprs(options.activation, options.constants, vectors.weight),
+        "VARIANT": options.variant, "BACKWARD": options.backward, "FROM_SUM": from_sum,
     }  # fmt: skip
     numbers = float(options.steepness), float(options.gate_steepness or 0.0)
     scaled, gathers = vectors.scaled, vectors.gapped

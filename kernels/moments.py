@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import layout
-from .device_activations import ACTIVATIONS, compile_time_constants, weight_stride
+from .device_activations import activation_constexprs
 
 _SIZES = ["outer", "rows", "cols", "outer_stride", "steps", "parts", "channel_stride"]
 
@@ -141,7 +141,7 @@ def moments_kernel(
     weight_ptr,  # [C]
     parts_ptr,  # [3, C, parts]: count, mean relative to the channel's first element, M2
     outer, rows, cols, outer_stride, steps, parts,
-    VALUE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, WEIGHT_STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, A: tl.constexpr, B: tl.constexpr, WEIGHT_STRIDE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -180,7 +180,8 @@ def moments_kernel(
         )
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if y_ptr is not None:
-            tl.store(y_ptr + dense_offsets, VALUE(x, weight, A, B).to(y_ptr.dtype.element_ty), mask=mask)
+            y = ACTIVATION(x, x, weight, A, B)[0]
+            tl.store(y_ptr + dense_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
         d = tl.where(mask, x - shift, 0.0)
         total += d
         squares += d * d
@@ -224,21 +225,30 @@ def merge_moments_kernel(
     tl.store(m2_ptr + channel, tl.sum(m2, axis=0))
 
 
-def _moments(
-    x: Tensor, channel_dim: int, activation: str | None, constants: Sequence[float], weight: Tensor | None
-) -> tuple[Tensor | None, Moments]:
+def moments(
+    x: Tensor, channel_dim: int, activation: str | None = None, constants: Sequence[float] = (),
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Moments]:  # fmt: skip
+    """Return act(x), and the count, mean and M2 of each channel of x, from one read.
+
+    NaN and inf make their channel's moments non-finite. Without an activation there is no act(x), but a tensor on meta.
+
+    Args:
+        x: float32, float16 or bfloat16, of any layout, not empty; copied at most once.
+        channel_dim: Dimension of x that holds the channels, not negative.
+        activation: A name in `device_activations.ACTIVATIONS`.
+        constants: Scalar arguments of the activation.
+        weight: ``[C]`` or ``[1]``, a learned slope.
+    """
     channels = x.shape[channel_dim]
     if weight is not None and weight.numel() not in (1, channels):
         raise ValueError(f"weight has {weight.numel()} elements for {channels} channels")
     if x.dtype not in layout.DTYPES:
         raise TypeError(f"the Triton kernels take float32, float16 or bfloat16, not {x.dtype}")
-    y = torch.empty_like(x)
-    if x.numel() == 0:
-        zeros = torch.zeros(2, channels, dtype=torch.float64, device=x.device)
-        return y, (0, zeros[0], zeros[1])
+    y = torch.empty_like(x, device=x.device if activation else "meta")
     tiles = tiles_of(x.shape, x.stride(), y.stride(), channel_dim, x.element_size())
     if tiles is None:
-        x = torch.empty_like(y).copy_(x)
+        x = torch.empty_like(x).copy_(x)
         tiles = tiles_of(x.shape, x.stride(), y.stride(), channel_dim, x.element_size())
     blocks = -(-tiles.rows // tiles.block_rows), -(-tiles.cols // tiles.block_cols)
     walk, channel_blocks = blocks if tiles.channels_last else blocks[::-1]
@@ -249,35 +259,11 @@ def _moments(
     mean, m2 = torch.empty(2, channels, dtype=torch.float64, device=x.device)
     with torch.cuda.device_of(x):
         moments_kernel[(channel_blocks * parts,)](
-            x, None if activation is None else y, None if weight is None else weight.contiguous(), partial,
-            *tiles.sizes, steps, parts, VALUE=ACTIVATIONS[activation or "identity"].value,
-            **compile_time_constants(constants), WEIGHT_STRIDE=weight_stride(weight), **tiles.constexprs, **OPTIONS,
+            x, y if activation else None, None if weight is None else weight.contiguous(), partial,
+            *tiles.sizes, steps, parts, **activation_constexprs(activation or "identity", constants, weight),
+            **tiles.constexprs, **OPTIONS,
         )  # fmt: skip
         merge_moments_kernel[(channels,)](
             partial, x, mean, m2, parts, 1 if tiles.channels_last else tiles.cols, BLOCK=MERGED_PARTS, **layout.OPTIONS
         )
     return y, (x.numel() // channels, mean, m2)
-
-
-def channel_moments(x: Tensor, channel_dim: int) -> Moments:
-    """Return the count, mean and M2 of each channel of x, read once; NaN and inf make their channel's non-finite.
-
-    Args:
-        x: float32, float16 or bfloat16, of any layout; copied at most once.
-        channel_dim: Dimension of x that holds the channels, not negative.
-    """
-    return _moments(x, channel_dim, None, (), None)[1]
-
-
-def activation_moments(
-    x: Tensor, channel_dim: int, activation: str, constants: Sequence[float] = (), weight: Tensor | None = None
-) -> tuple[Tensor, Moments]:
-    """Return act(x) and the moments of x, from the same single read.
-
-    Args:
-        x, channel_dim: As in `channel_moments`.
-        activation: A name in `device_activations.ACTIVATIONS`.
-        constants: Scalar arguments of the activation.
-        weight: ``[C]`` or ``[1]``, a learned slope.
-    """
-    return _moments(x, channel_dim, activation, constants, weight)

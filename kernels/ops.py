@@ -61,15 +61,14 @@ def channel_moments(x: Tensor, channel_dim: int) -> tuple[int, Tensor, Tensor]:
     The Triton kernel reads x once and is exact to float32 rounding relative to the deviation; on a CPU everything
     is float64.
     """
-    choice = lowering()
-    if choice == "auto" and x.device.type == "cpu" and compiled_moments.takes(x, channel_dim):
-        return compiled_moments.channel_moments(x, channel_dim)
-    if choice != "eager" and lowering_of(x, channel_dim) == "triton":
-        return _triton_moments().channel_moments(x, channel_dim)
     count = x.numel() // x.shape[channel_dim]
     if count == 0:
         zeros = torch.zeros(2, x.shape[channel_dim], dtype=torch.float64, device=x.device)
         return 0, zeros[0], zeros[1]
+    if lowering() == "auto" and x.device.type == "cpu" and compiled_moments.takes(x, channel_dim):
+        return compiled_moments.channel_moments(x, channel_dim)
+    if lowering_of(x, channel_dim) == "triton":
+        return _triton_moments(x, channel_dim)[1]
     others = [d for d in range(x.dim()) if d != channel_dim]
     variance, mean = torch.var_mean(x.double(), dim=others, correction=0)
     return count, mean, variance * count
@@ -79,15 +78,15 @@ def activation_moments(
     x: Tensor, channel_dim: int, activation: str, constants: Sequence[float] = (), weight: Tensor | None = None
 ) -> tuple[Tensor, tuple[int, Tensor, Tensor]]:
     """Return act(x), and the moments of x as `channel_moments` does: on a GPU from one read of x."""
-    if lowering_of(x, channel_dim, weight) == "triton":
-        return _triton_moments().activation_moments(x, channel_dim, activation, constants, weight)
+    if x.numel() and lowering_of(x, channel_dim, weight) == "triton":
+        return _triton_moments(x, channel_dim, activation, constants, weight)
     wide = x if x.dtype == torch.float64 else x.float()
     slope = None if weight is None else reference.per_channel(weight.to(wide.dtype), x.dim(), channel_dim)
     y = reference.ACTIVATIONS[activation].forward(wide, slope, *constants).to(x.dtype)
     return y, channel_moments(x, channel_dim)
 
 
-def _triton_moments():
-    from . import moments  # imports triton, which a CPU does without
+def _triton_moments(*arguments: Any) -> Any:
+    from .moments import moments  # imports triton, which a CPU does without
 
-    return moments
+    return moments(*arguments)

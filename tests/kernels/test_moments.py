@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from meansparse_fx.activations import ActivationCall
 from meansparse_fx.kernels import layout as layouts
 from meansparse_fx.kernels import moments as module
-from meansparse_fx.kernels.moments import activation_moments, channel_moments
+from meansparse_fx.kernels.ops import activation_moments, channel_moments
 from meansparse_fx.observer import ChannelMoments
 
 LAYOUTS = {
@@ -23,6 +23,11 @@ LAYOUTS = {
     "crop": (lambda x: F.pad(x, (1, 2, 1, 1))[:, :, 1:-1, 1:-2], 1),
     "expanded": (lambda x: x[:1].expand(x.shape), 1),
 }
+
+
+@pytest.fixture(autouse=True)
+def triton(monkeypatch) -> None:
+    monkeypatch.setenv("MEANSPARSE_FX_LOWERING", "triton")
 
 
 @pytest.fixture(params=[1, 3, module.PROGRAMS], ids=lambda n: f"{n} programs")
@@ -162,9 +167,8 @@ def test_any_shape(device, shape, order, channel_dim) -> None:
     check(channel_moments(x, channel_dim), x, channel_dim)
 
 
-def test_observers_on_a_gpu_read_once(device, monkeypatch) -> None:
+def test_observers_on_a_gpu_read_once(device) -> None:
     """The operator that observers call: the kernel's activation and moments, not torch's."""
-    monkeypatch.setenv("MEANSPARSE_FX_LOWERING", "triton")
     x = sample((3, 6, 5, 7), torch.float32, device)
     observer = ChannelMoments("site", 6, 1, ActivationCall("leaky_relu", (0.1,)))
     expected, moments = activation_moments(x, 1, "leaky_relu", (0.1,))
