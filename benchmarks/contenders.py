@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from meansparse_fx.cost.forms import branch_free, published
-from meansparse_fx.kernels.reference import ACTIVATIONS
+from meansparse_fx.kernels.reference import ACTIVATIONS, parameters
 from meansparse_fx.nn import MeanSparse
 from meansparse_fx.zoo import load_model
 
@@ -135,7 +135,7 @@ class Activated(nn.Module):
         self.constants = call.constants if call else ()
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        return self.act(self.form(x), weight, *self.constants)
+        return self.act(self.form(x), *parameters(weight, self.constants))
 
 
 def with_form(sparse: fx.GraphModule, form: type[PublishedForm] | type[BranchFreeForm]) -> nn.Module:

@@ -54,13 +54,13 @@ class _MeanSparse(torch.autograd.Function):
             )
         run = _differentiate if torch.is_grad_enabled() or is_observed(grad, grad_sum) else type(call).backward
         if len(needed) == 2 and grad is not None:
-            return None, run(call, vectors, grad, grad_sum, x, None, _X_ALONE)[0]
+            return None, run(call, vectors, x, grad, grad_sum, None, _X_ALONE)[0]
         if grad is None:
             grad = torch.zeros_like(x)
         if len(saved) > 1:
             _, residual, weight = saved
             vectors = vectors._replace(weight=weight)
-        return _gradients(needed, grad, lambda wanted: run(call, vectors, grad, grad_sum, x, residual, wanted))
+        return _gradients(needed, grad, vectors, lambda wanted: run(call, vectors, x, grad, grad_sum, residual, wanted))
 
 
 def _version(vectors: Vectors) -> int:
@@ -103,29 +103,31 @@ class MeanSparseForCompilers(torch.autograd.Function):
         return _gradients(
             ctx.needs_input_grad,
             grad,
-            lambda wanted: composition.backward(grad, grad_sum, x, residual, vectors, options, from_sum, wanted),
+            vectors,
+            lambda wanted: composition.backward(x, grad, grad_sum, residual, vectors, options, from_sum, wanted),
         )
 
 
 def _gradients(
-    needed: Sequence[bool], grad: Tensor, backward: Callable[[Wanted], Sequence[Tensor | None]]
+    needed: Sequence[bool], grad: Tensor, vectors: Vectors, backward: Callable[[Wanted], Sequence[Tensor | None]]
 ) -> tuple[Tensor | None, ...]:
     """Return what a Function's backward returns, for the inputs operator, x, residual, shortcut and weight."""
     _, want_x, want_residual, want_shortcut, want_weight = *needed, *[False] * (5 - len(needed))
-    grads = (None, None, None)
+    grad_x = grad_v = None
+    grad_weight: Sequence[Tensor | None] = ()
     if want_x or want_residual or want_weight:
-        grads = backward(Wanted(want_residual, want_weight))
-    grad_x, grad_v, grad_weight = grads
-    found = None, grad_x, grad_v if want_residual else None, grad if want_shortcut else None, grad_weight
+        grad_x, grad_v, *grad_weight = backward(Wanted(want_residual and vectors.scaled, want_weight))
+    grad_residual = grad_v if vectors.scaled else grad_x
+    found = None, grad_x, grad_residual if want_residual else None, grad if want_shortcut else None, *grad_weight, None
     return found[: len(needed)]
 
 
 def _differentiate(
     call: Call,
     vectors: Vectors,
+    x: Tensor,
     grad: Tensor,
     grad_sum: Tensor | None,
-    x: Tensor,
     residual: Tensor | None,
     wanted: Wanted,
 ) -> Sequence[Tensor | None]:
@@ -134,13 +136,11 @@ def _differentiate(
     options, dim = operator.options, operator.options.channel_dim
     if source == "result":  # whose derivative by y is zero wherever there is one
         options, from_sum = operator.for_backward(source)
-        return composition.backward(grad, None, x.detach(), None, vectors, options, from_sum, wanted)
+        return composition.backward(x.detach(), grad, None, None, vectors, options, from_sum, wanted)
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         x, residual, weight = _alias(x), _alias(residual), _alias(vectors.weight)
-        v = reference.widened(x)
-        if source == "input":
-            v = reference.residual_sum(x, residual, vectors, dim)
+        v = reference.residual_sum(x, residual, vectors, dim) if source == "input" else reference.widened(x)
         y = reference.activated(v, vectors._replace(weight=weight), options)
         leaves = [v, weight] if wanted.weight else [v]
         grad_v, *grad_weight = torch.autograd.grad(y, leaves, grad.to(y.dtype), create_graph=again)

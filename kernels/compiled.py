@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from . import composition
-from .composition import Gradients, Wanted
+from .composition import Wanted
 from .layout import is_laid_out_like, laid_out_like
-from .records import Options, Vectors
+from .records import Options, Results, Runner, Vectors
 from .unguarded import Unguarded
 
 MIN_ELEMENTS = 1 << 13  # below, torch operators are about as fast, and there is nothing to compile
@@ -54,55 +54,43 @@ def flatten(x: Tensor, channel_dim: int) -> Tensor | None:
     return moved.view(-1, channels) if moved.is_contiguous() else None
 
 
-def takes(x: Tensor, channel_dim: int, weight: Tensor | None) -> bool:
+def takes(x: Tensor, channel_dim: int, weight: Tensor | None = None, at_least: int = MIN_ELEMENTS) -> bool:
     """Return whether this lowering handles x; a learned slope is left to torch operators."""
-    large = weight is None and x.numel() >= MIN_ELEMENTS
-    return large and (x.is_contiguous() or flatten(x, channel_dim) is not None) and available()
+    return weight is None and x.numel() >= at_least and flatten(x, channel_dim) is not None and available()
 
 
 def forward_runner(
     vectors: Vectors, options: Options, x: Tensor, residual: Tensor | None, shortcut: Tensor | None
-) -> Callable[..., tuple[Tensor, Tensor | None]]:
+) -> Runner:
     """Return ``(vectors, x, residual, shortcut) -> (y, v)`` for tensors like these."""
     options = options._replace(backward="exact", backward_steepness=10.0)  # which values do not depend on
-    run = _on_views(composition.forward, (), (x, residual, shortcut), 0, vectors, options)
-    if options.want_sum:
-        return run
-    return lambda vectors, *tensors: (*run(vectors, *tensors), None)
+    return _on_views(composition.forward, (), (x, residual, shortcut), vectors, options)
 
 
 def backward_runner(
     vectors: Vectors,
     options: Options,
+    x: Tensor,
     grad: Tensor,
     grad_sum: Tensor | None,
-    x: Tensor,
     residual: Tensor | None,
     from_sum: bool,
     wanted: Wanted,
-) -> Callable[..., Gradients]:
-    """Return ``(vectors, grad, grad_sum, x, residual) -> gradients`` for tensors like these."""
-    tensors, own_v = (grad, grad_sum, x, residual), Wanted(wanted.v and vectors.scaled)
-    run = _on_views(composition.backward, (from_sum, own_v), tensors, 2, vectors, options)
-
-    def gradients(vectors: Vectors, *tensors: Tensor | None) -> Gradients:
-        grad_x, *grad_v = run(vectors, *tensors)
-        return Gradients(grad_x, *(grad_v or [grad_x] * wanted.v))
-
-    return gradients
+) -> Runner:
+    """Return ``(vectors, x, grad, grad_sum, residual) -> (grad_x, grad_v)`` for tensors like these."""
+    return _on_views(composition.backward, (from_sum, wanted), (x, grad, grad_sum, residual), vectors, options)
 
 
 def _on_views(
-    plain: Callable, rest: tuple, tensors: Sequence[Tensor | None], at: int, vectors: Vectors, options: Options
-) -> Callable[..., Sequence[Tensor]]:
+    plain: Callable, rest: tuple, tensors: Sequence[Tensor | None], vectors: Vectors, options: Options
+) -> Runner:
     """Return ``(vectors, *tensors) -> results``: those of ``plain(*tensors, vectors, options, *rest)``, compiled.
 
     Args:
         plain: What to compile, for the channels in the middle or innermost.
-        tensors: Of one shape, or None.
-        at: Which of them is x, whose layout the results get.
+        tensors: Of one shape, or None; the results get the layout of the first.
     """
-    x = tensors[at]
+    x = tensors[0]
     view, whole, strides = flatten(x, options.channel_dim), x.shape, x.stride()
     shape, stride = view.shape, view.stride()
     kernel = _kernel(plain, rest, len(tensors), options._replace(channel_dim=1))
@@ -110,17 +98,17 @@ def _on_views(
     gathers = vectors.gapped
     calls: dict[int, Callable[[Sequence[Tensor | None]], Sequence[Tensor]]] = {}  # compiled for so many threads
 
-    def run(vectors: Vectors, *tensors: Tensor | None) -> Sequence[Tensor]:
+    def run(vectors: Vectors, *tensors: Tensor | None) -> Results:
         if copies:
-            tensors = [t if t is None else laid_out_like(t, tensors[at]) for t in tensors]
+            tensors = tuple([t if t is None else laid_out_like(t, tensors[0]) for t in tensors])
         if gathers:
             vectors = vectors.contiguous()
         arguments = [*[t if t is None else t.as_strided(shape, stride) for t in tensors], *vectors]
         call = calls.get(threads := torch.get_num_threads())
         if call is None:
             call = calls[threads] = kernel.compiled_for(arguments)
-        results = call(arguments)
-        return [r.as_strided(whole, strides) for r in results]
+        first, *second = call(arguments)
+        return first.as_strided(whole, strides), second[0].as_strided(whole, strides) if second else None
 
     return run
 

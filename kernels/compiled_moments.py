@@ -18,21 +18,16 @@ import torch
 from torch import Tensor
 
 from . import compiled
+from .layout import DTYPES
 from .unguarded import Unguarded
 
 MIN_ELEMENTS = 1 << 12  # chosen when a compiled call cost 60 microseconds of its own
 ROWS = 64  # of a channels-last tensor at a time: a block that stays in the cache while its columns are summed
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def takes(x: Tensor, channel_dim: int) -> bool:
     """Return whether this lowering handles x."""
-    return (
-        x.numel() >= MIN_ELEMENTS
-        and x.dtype in _DTYPES
-        and compiled.flatten(x, channel_dim) is not None
-        and compiled.available()
-    )
+    return x.dtype in (torch.float64, *DTYPES) and compiled.takes(x, channel_dim, at_least=MIN_ELEMENTS)
 
 
 def channel_moments(x: Tensor, channel_dim: int) -> tuple[int, Tensor, Tensor]:

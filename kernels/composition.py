@@ -23,6 +23,7 @@ from .records import Options, Vectors
 from .reference import (
     ACTIVATIONS,
     affine,
+    parameters,
     residual_sum,
     shaped,
     smooth_gate,
@@ -32,21 +33,15 @@ from .reference import (
 
 
 class Gradients(NamedTuple):
-    """What backward computes; None where nobody wants it.
+    """What backward computes: the gradients of x, of the sum v (the residual's) and of the learned slope."""
 
-    Attributes:
-        x: Of x.
-        v: Of the sum v, which is the residual's.
-        weight: Of the learned slope.
-    """
-
-    x: Tensor | None
+    x: Tensor
     v: Tensor | None = None
     weight: Tensor | None = None
 
 
 class Wanted(NamedTuple):
-    """Which gradients backward is asked for, besides that of x."""
+    """Which gradients backward is asked for, besides that of x; of v only where it is another than x's."""
 
     v: bool = False
     weight: bool = False
@@ -107,7 +102,7 @@ def forward(
         # u has gaps, a slice's. torch's vectorised loops round by how memory lies: with the same gaps, s gives the
         # bits that u would, and the result is dense again.
         s, overwrite = torch.empty_strided(u.shape, u.stride(), dtype=s.dtype, device=s.device).copy_(s), None
-    y = (overwrite or row.forward)(s, weight, *options.constants)
+    y = (overwrite or row.forward)(s, *parameters(weight, options.constants))
     if shortcut is not None:
         y = y + shortcut if fresh else y.add_(shortcut)
     return _in_dtype(y, x.dtype), rounded
@@ -119,9 +114,9 @@ def _in_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def backward(
+    x: Tensor,
     grad: Tensor,
     grad_sum: Tensor | None,
-    x: Tensor,
     residual: Tensor | None,
     vectors: Vectors,
     options: Options,
@@ -131,9 +126,9 @@ def backward(
     """Return the gradients, everything but x and the residual computed again.
 
     Args:
+        x, residual, vectors, options: As in `forward`.
         grad: Of y.
         grad_sum: Of v, where that is a result that somebody read.
-        x, residual, vectors, options: As in `forward`.
         from_sum: x is not x but v, or what stands for v.
     """
     dim = options.channel_dim
@@ -144,9 +139,7 @@ def backward(
     if grad_sum is not None:
         grad_v = grad_v + grad_sum
     grad_x = affine(affine(grad_v, vectors.layer_scale, None, dim), vectors.input_scale, None, dim).to(x.dtype)
-    if not wanted.v:
-        return Gradients(grad_x, None, grad_weight)
-    return Gradients(grad_x, grad_v.to(x.dtype) if vectors.scaled else grad_x, grad_weight)
+    return Gradients(grad_x, grad_v.to(x.dtype) if wanted.v else None, grad_weight)
 
 
 def _activation_gradient(
@@ -155,8 +148,9 @@ def _activation_gradient(
     """Return the gradients of u and of the weight, of y = act(s(u))."""
     dim, row, steepness = options.channel_dim, ACTIVATIONS[options.activation], options.gate_steepness
     centre, threshold, weight = (shaped(vector, u, dim) for vector in vectors[:3])
+    given = parameters(weight, options.constants)
     if options.variant == "none":
-        return row.backward(grad, u, weight, *options.constants), None
+        return row.backward(grad, u, *given), None
     if options.backward == "exact" and steepness is None and not want_weight:
         # u in the place of s: they differ where the gradient is zero.
         inside = _inside(u - centre, threshold)
@@ -164,16 +158,16 @@ def _activation_gradient(
             masked = torch.where(inside, 0.0, grad)
         else:  # keeps the layout of grad, for torch's loops round by it
             masked = grad.clone().masked_fill_(inside, 0.0)
-        return row.backward(masked, u, weight, *options.constants), None
+        return row.backward(masked, u, *given), None
     s, inside = _sparsify(u, centre, threshold, options)
-    grad_u = row.backward(grad, s, weight, *options.constants)
+    grad_u = row.backward(grad, s, *given)
     if steepness is not None:
         grad_u = grad_u * smooth_gate_derivative(u, centre, threshold, steepness)
     elif options.backward == "exact":
         grad_u = torch.where(inside, 0.0, grad_u)
     if not want_weight:
         return grad_u, None
-    per_element = row.weight_backward(grad, s, weight, *options.constants)
+    per_element = row.weight_backward(grad, s, *given)
     kept = [dim] if vectors.weight.numel() != 1 else []
     total = per_element.sum([d for d in range(u.dim()) if d not in kept])
     return grad_u, total.view(vectors.weight.shape).to(vectors.weight.dtype)

@@ -76,7 +76,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def backward_kernel(
-    x_ptr, grad_ptr, grad_sum_ptr, residual_ptr, grad_x_ptr, grad_v_ptr,  # n elements, x perhaps in slabs
+    x_ptr, grad_x_ptr, grad_v_ptr, grad_ptr, grad_sum_ptr, residual_ptr,  # n elements, x perhaps in slabs
     centre_ptr, threshold_ptr, weight_ptr,  # [C], as what follows
     input_scale_ptr, input_shift_ptr, layer_scale_ptr, sum_scale_ptr, sum_shift_ptr,
     vectors, tail, period, period_multiplier, period_shift, inner, inner_multiplier, inner_shift,

@@ -63,6 +63,8 @@ class Layout:
 def divider(divisor: int) -> tuple[int, int, int]:
     """Return a divisor of at least 2 with multiplier and shift: n // divisor = (n * multiplier >> 32) >> shift.
 
+    Zeros for 0, by which no kernel divides.
+
     Exact for 0 <= n < 2^31: with 2^l >= divisor > 2^(l - 1), the multiplier is 2^(31 + l) / divisor rounded up by
     e / divisor, e < divisor, and n * e < 2^(31 + l).
 
@@ -71,11 +73,10 @@ def divider(divisor: int) -> tuple[int, int, int]:
         >>> all((n * multiplier >> 32) >> shift == n // 49 for n in (0, 48, 49, 97, 98, 2**31 - 1))
         True
     """
+    if divisor == 0:
+        return 0, 0, 0
     bits = (divisor - 1).bit_length()
     return divisor, -(-(2 ** (31 + bits)) // divisor), bits - 1
-
-
-_NO_DIVIDER = (0, 0, 0)
 
 
 def _channels_of(inner: int, channels: int, vector: int) -> tuple[str, int, int]:
@@ -116,7 +117,7 @@ def layout_of(
     kind, period, inner = _channels_of(inner, channels, vector)
     whole, tail = divmod(count, vector)
     reach = max(count, (count // slab - 1) * outer_stride + slab if strided else 0)
-    dividers = [divider(size) if size else _NO_DIVIDER for size in (period, inner, slab // vector if strided else 0)]
+    dividers = [divider(size) for size in (period, inner, slab // vector if strided else 0)]
     return Layout(
         grid=max(-(-whole // VECTORS), 1),
         sizes=(whole, tail, *dividers[0], *dividers[1], *dividers[2], outer_stride // vector if strided else 0),

@@ -11,6 +11,7 @@ Floor 0: torch and, lazily where a kernel is launched, triton.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,9 +21,7 @@ from . import compiled, composition, layout, reference
 from .autograd import MeanSparseForCompilers, apply
 from .composition import Wanted
 from .lowering import is_observed, lowering, lowering_of
-from .records import Options, Vectors
-
-Results = tuple[Tensor, Tensor | None]  # y, and v if it is wanted
+from .records import Options, Results, Runner, Vectors
 
 _LIMIT = 4096  # of layouts kept, for a model that sees ever new ones
 
@@ -107,7 +106,7 @@ class Operator:
             return "input"
         # y then stands for u, which is v. In half precision y is rounded and v was not: that could take it to the
         # other side of the band's edge, unless x itself is u.
-        x_is_u = not has_residual and all(vector is None for vector in vectors.before)
+        x_is_u = not has_residual and all(vector is None for vector in vectors[3:])
         unrounded = x_is_u or dtype in (torch.float32, torch.float64)
         plain = vectors.sum_scale is None and composition.gradient_from_output(options)
         return "result" if plain and unrounded else "input"
@@ -147,7 +146,7 @@ class Call:
 
     __slots__ = ("_backwards", "_case", "_forward", "operator", "source")
 
-    def __init__(self, operator: Operator, case: Hashable, forward: Callable[..., Results], source: str) -> None:
+    def __init__(self, operator: Operator, case: Hashable, forward: Runner, source: str) -> None:
         self.operator, self._case, self._forward, self.source = operator, case, forward, source
         self._backwards: dict[Hashable, Callable] = {}
 
@@ -158,19 +157,18 @@ class Call:
     def backward(
         self,
         vectors: Vectors,
+        x: Tensor,
         grad: Tensor,
         grad_sum: Tensor | None,
-        x: Tensor,
         residual: Tensor | None,
         wanted: Wanted,
     ) -> Sequence[Tensor | None]:
-        """Return the gradients of x, v and the weight, below autograd.
+        """Return the gradients of x and v, and of the weight if it is wanted, below autograd.
 
         Args:
             vectors: As they were kept.
-            grad, grad_sum: Of y; of v, where that is a result that somebody read.
             x: What was kept; the residual beside it.
-            wanted: Whether anybody wants those of v and of the weight.
+            grad, grad_sum: Of y; of v, where that is a result that somebody read.
         """
         # autograd has seen to it that gradients are of the results' shape and dtype; hooks of what is kept may give it
         # back in another layout.
@@ -180,10 +178,10 @@ class Call:
         run = self._backwards.get(case)
         if run is None:
             rest = *self.operator.for_backward(self.source), wanted
-            described = self._case, case
-            run = _runner(self.operator, described, _backward_runner, (grad, grad_sum, x, residual), *rest)
+            tensors = x, grad, grad_sum, residual
+            run = _runner(self.operator, (self._case, case), _backward_runner, tensors, *rest)
             self._backwards[case] = run
-        return run(vectors, grad, grad_sum, x, residual)
+        return run(vectors, x, grad, grad_sum, residual)
 
 
 def _runner(operator: Operator, case: Hashable, make: Callable, tensors: tuple, *rest: Any) -> Callable:
@@ -206,6 +204,9 @@ def _check(vectors: Vectors, options: Options) -> None:
     """Raise ValueError unless a kernel can read all of the vectors and knows all of the options."""
     if options.activation not in reference.ACTIVATIONS:
         raise ValueError(f"no activation {options.activation!r}: one of {', '.join(reference.ACTIVATIONS)}")
+    learned = reference.ACTIVATIONS[options.activation].weight_backward is not None
+    if learned != (vectors.weight is not None):
+        raise ValueError(f"{options.activation} takes {'a' if learned else 'no'} weight, a learned slope")
     for name, known in (("variant", reference.VARIANTS), ("backward", reference.BACKWARDS)):
         if getattr(options, name) not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(options, name)!r}")
@@ -215,51 +216,42 @@ def _check(vectors: Vectors, options: Options) -> None:
             raise ValueError(f"{name} has {vector.numel()} elements for {channels} channels")
 
 
-def _forward_runner(
-    operator: Operator, x: Tensor, residual: Tensor | None, shortcut: Tensor | None
-) -> Callable[..., Results]:
+def _forward_runner(operator: Operator, x: Tensor, residual: Tensor | None, shortcut: Tensor | None) -> Runner:
     """Return ``(vectors, x, residual, shortcut) -> (y, v)`` for tensors like these."""
-    options = operator.options
     _check_tensors(x, residual, shortcut, operator)
-    where, run = _lowering(operator, x), None
-    if where == "triton":
-        from . import launch  # imports triton, which a CPU does without
-
-        run = launch.forward_runner(operator.vectors, options, x, residual, shortcut)
-    elif where == "compiled":
-        run = compiled.forward_runner(operator.vectors, options, x, residual, shortcut)
-    return run or (lambda vectors, x, residual, shortcut: composition.forward(x, residual, shortcut, vectors, options))
+    options, fast = operator.options, _fast_lowering(operator, x)
+    run = fast and fast.forward_runner(operator.vectors, options, x, residual, shortcut)
+    return run or (lambda vectors, *tensors: composition.forward(*tensors, vectors, options))
 
 
 def _backward_runner(
     operator: Operator,
+    x: Tensor,
     grad: Tensor,
     grad_sum: Tensor | None,
-    x: Tensor,
     residual: Tensor | None,
     options: Options,
     from_sum: bool,
     wanted: Wanted,
 ) -> Callable[..., Sequence[Tensor | None]]:
-    """Return ``(vectors, grad, grad_sum, x, residual) -> gradients`` for tensors like these."""
-    where, run, tensors = _lowering(operator, x), None, (grad, grad_sum, x, residual)
+    """Return ``(vectors, x, grad, grad_sum, residual) -> gradients`` for tensors like these."""
     # The gradient of a learned slope is torch's: it takes a sum over all other dimensions.
-    if where == "triton" and not wanted.weight:
-        from . import launch
-
-        run = launch.backward_runner(operator.vectors, options, *tensors, from_sum, wanted)
-    elif where == "compiled":
-        run = compiled.backward_runner(operator.vectors, options, *tensors, from_sum, wanted)
+    fast = None if wanted.weight else _fast_lowering(operator, x)
+    run = fast and fast.backward_runner(operator.vectors, options, x, grad, grad_sum, residual, from_sum, wanted)
     return run or (lambda vectors, *tensors: composition.backward(*tensors, vectors, options, from_sum, wanted))
 
 
-def _lowering(operator: Operator, x: Tensor) -> str:
-    """Return what computes the operator on x: ``triton``, ``compiled`` or ``eager``."""
+def _fast_lowering(operator: Operator, x: Tensor) -> ModuleType | None:
+    """Return the module that makes the runners of calls like this; None for torch operators."""
     dim, weight = operator.options.channel_dim, operator.vectors.weight
     where = lowering_of(x, dim, weight, operator.choice) if x.numel() else "eager"
+    if where == "triton":
+        from . import launch  # imports triton, which a CPU does without
+
+        return launch
     # Inductor would keep v in float32 where others see it rounded.
     rounds = operator.options.want_sum and x.dtype not in (torch.float32, torch.float64)
-    return "eager" if where == "compiled" and rounds else where
+    return compiled if where == "compiled" and not rounds else None
 
 
 def _check_tensors(x: Tensor, residual: Tensor | None, shortcut: Tensor | None, operator: Operator) -> None:

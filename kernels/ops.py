@@ -82,7 +82,7 @@ def activation_moments(
         return _triton_moments(x, channel_dim, activation, constants, weight)
     wide = x if x.dtype == torch.float64 else x.float()
     slope = None if weight is None else reference.per_channel(weight.to(wide.dtype), x.dim(), channel_dim)
-    y = reference.ACTIVATIONS[activation].forward(wide, slope, *constants).to(x.dtype)
+    y = reference.ACTIVATIONS[activation].forward(wide, *reference.parameters(slope, constants)).to(x.dtype)
     return y, channel_moments(x, channel_dim)
 
 

@@ -5,9 +5,13 @@ Floor 0: torch and nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
+
+Results = tuple[Tensor, Tensor | None]  # y and v, or the gradients of x and v; None for a v that nobody wants
+Runner = Callable[..., Results]  # of the vectors, as a record, and the tensors
 
 
 class Vectors(NamedTuple):
@@ -29,11 +33,6 @@ class Vectors(NamedTuple):
     layer_scale: Tensor | None = None
     sum_scale: Tensor | None = None
     sum_shift: Tensor | None = None
-
-    @property
-    def before(self) -> tuple[Tensor | None, ...]:
-        """Those that make u of x."""
-        return self[3:]
 
     @property
     def scaled(self) -> bool:

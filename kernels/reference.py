@@ -12,9 +12,10 @@ Floor 0: torch and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +36,11 @@ class Activation:
     """One row of the table: an activation as torch computes it, forward and backward.
 
     Attributes:
-        forward: ``(s, weight, *constants) -> y``.
-        backward: ``(grad_y, s, weight, *constants) -> grad_s``, torch's own derivative formula.
+        forward: ``(s, *parameters) -> y``; parameters are the learned slope, if there is one, and the constants.
+        backward: ``(grad_y, s, *parameters) -> grad_s``, torch's own derivative formula.
         overwrite: `forward` in place of s, for callers that own s; None where torch has no such form.
         constants: Names of the scalar arguments, in order, with their defaults.
-        weight_backward: ``(grad_y, s, weight, *constants) -> grad_weight`` per element, where there is a learned slope.
+        weight_backward: ``(grad_y, s, *parameters) -> grad_weight`` per element, where there is a learned slope.
         gradient_from_output: Its derivative is zero at zero, and it is s itself wherever its derivative is not zero,
             so that the derivative follows from the result as well as from the input.
         result_is_kept: torch's own activation keeps its result for backward and not its input.
@@ -54,44 +55,35 @@ class Activation:
     result_is_kept: bool = False
 
 
-def _swish_backward(g: Tensor, s: Tensor) -> Tensor:
-    q = torch.sigmoid(s)
-    return g * (q * (1 + s * (1 - q)))
-
-
-def _pssilu_backward(g: Tensor, s: Tensor, w: Tensor, shift: float) -> Tensor:
+def _pssilu_backward(g: Tensor, s: Tensor, w: Tensor, shift: float = 0.0) -> Tensor:
     q = torch.sigmoid(w * s)
     return g * (q - shift + w * s * q * (1 - q)) / (1 - shift)
 
 
-def _pssilu_weight_backward(g: Tensor, s: Tensor, w: Tensor, shift: float) -> Tensor:
+def _pssilu_weight_backward(g: Tensor, s: Tensor, w: Tensor, shift: float = 0.0) -> Tensor:
     q = torch.sigmoid(w * s)
     return g * s.square() * q * (1 - q) / (1 - shift)
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "identity": Activation(
-        lambda s, w: s,
-        lambda g, s, w: g,
-        lambda s, w: s,
-    ),
+    "identity": Activation(lambda s: s, lambda g, s: g, lambda s: s),
     "relu": Activation(
-        lambda s, w: F.relu(s),
-        lambda g, s, w: aten.threshold_backward(g, s, 0.0),
-        lambda s, w: aten.relu_(s),
+        F.relu,
+        lambda g, s: aten.threshold_backward(g, s, 0.0),
+        aten.relu_,
         gradient_from_output=True,
         result_is_kept=True,
     ),
     "relu6": Activation(
-        lambda s, w: F.relu6(s),
-        lambda g, s, w: aten.hardtanh_backward(g, s, 0.0, 6.0),
-        lambda s, w: aten.hardtanh_(s, 0.0, 6.0),
+        F.relu6,
+        lambda g, s: aten.hardtanh_backward(g, s, 0.0, 6.0),
+        lambda s: aten.hardtanh_(s, 0.0, 6.0),
         gradient_from_output=True,
     ),
     "leaky_relu": Activation(
-        lambda s, w, slope: F.leaky_relu(s, slope),
-        lambda g, s, w, slope: aten.leaky_relu_backward(g, s, slope, False),
-        lambda s, w, slope: aten.leaky_relu_(s, slope),
+        F.leaky_relu,
+        lambda g, s, slope: aten.leaky_relu_backward(g, s, slope, False),
+        aten.leaky_relu_,
         constants=(("negative_slope", 0.01),),
     ),
     "prelu": Activation(
@@ -100,51 +92,32 @@ ACTIVATIONS: dict[str, Activation] = {
         weight_backward=lambda g, s, w: torch.where(s > 0, torch.zeros_like(s), s * g),
     ),
     "elu": Activation(
-        lambda s, w, alpha: F.elu(s, alpha),
-        lambda g, s, w, alpha: aten.elu_backward(g, alpha, 1.0, 1.0, False, s),
-        lambda s, w, alpha: aten.elu_(s, alpha),
+        F.elu,
+        lambda g, s, alpha: aten.elu_backward(g, alpha, 1.0, 1.0, False, s),
+        aten.elu_,
         constants=(("alpha", 1.0),),
     ),
-    "gelu": Activation(
-        lambda s, w: F.gelu(s),
-        lambda g, s, w: aten.gelu_backward(g, s),
-        lambda s, w: aten.gelu_(s),
-    ),
+    "gelu": Activation(F.gelu, aten.gelu_backward, aten.gelu_),
     "gelu_tanh": Activation(
-        lambda s, w: F.gelu(s, approximate="tanh"),
-        lambda g, s, w: aten.gelu_backward(g, s, approximate="tanh"),
-        lambda s, w: aten.gelu_(s, approximate="tanh"),
+        lambda s: F.gelu(s, approximate="tanh"),
+        lambda g, s: aten.gelu_backward(g, s, approximate="tanh"),
+        lambda s: aten.gelu_(s, approximate="tanh"),
     ),
-    "silu": Activation(
-        lambda s, w: F.silu(s),
-        lambda g, s, w: aten.silu_backward(g, s),
-        lambda s, w: aten.silu_(s),
-    ),
+    "silu": Activation(F.silu, aten.silu_backward, aten.silu_),
     # SiLU as libraries write it out themselves; the last bit differs from torch's own.
-    "swish": Activation(
-        lambda s, w: s * torch.sigmoid(s),
-        lambda g, s, w: _swish_backward(g, s),
-    ),
-    "hardswish": Activation(
-        lambda s, w: F.hardswish(s),
-        lambda g, s, w: aten.hardswish_backward(g, s),
-        lambda s, w: aten.hardswish_(s),
-    ),
-    "mish": Activation(
-        lambda s, w: F.mish(s),
-        lambda g, s, w: aten.mish_backward(g, s),
-        lambda s, w: aten.mish_(s),
-    ),
+    "swish": Activation(lambda s: s * torch.sigmoid(s), aten.silu_backward),
+    "hardswish": Activation(F.hardswish, aten.hardswish_backward, aten.hardswish_),
+    "mish": Activation(F.mish, aten.mish_backward, aten.mish_),
     "softplus": Activation(
-        lambda s, w, beta, limit: F.softplus(s, beta, limit),
-        lambda g, s, w, beta, limit: aten.softplus_backward(g, s, beta, limit),
+        F.softplus,
+        aten.softplus_backward,
         constants=(("beta", 1.0), ("threshold", 20.0)),
     ),
     # Dai et al. (2022): x * sigmoid(a * x), and shifted by b; a is learned, b is a constant here.
     "psilu": Activation(
         lambda s, w: s * torch.sigmoid(w * s),
-        lambda g, s, w: _pssilu_backward(g, s, w, 0.0),
-        weight_backward=lambda g, s, w: _pssilu_weight_backward(g, s, w, 0.0),
+        _pssilu_backward,
+        weight_backward=_pssilu_weight_backward,
     ),
     "pssilu": Activation(
         lambda s, w, shift: s * (torch.sigmoid(w * s) - shift) / (1 - shift),
@@ -153,6 +126,11 @@ ACTIVATIONS: dict[str, Activation] = {
         weight_backward=_pssilu_weight_backward,
     ),
 }
+
+
+def parameters(weight: Tensor | None, constants: Sequence[float]) -> tuple[Any, ...]:
+    """Return what an activation is called with after its tensors."""
+    return tuple(constants) if weight is None else (weight, *constants)
 
 
 def widened(x: Tensor) -> Tensor:
@@ -250,7 +228,7 @@ def activated(v: Tensor, vectors: Vectors, options: Options) -> Tensor:
     u = affine(v, vectors.sum_scale, vectors.sum_shift, dim)
     centre, threshold, weight = (shaped(vector, u, dim) for vector in vectors[:3])
     s = sparsify(u, centre, threshold, options.variant, options.backward, options.steepness, options.backward_steepness)
-    return ACTIVATIONS[options.activation].forward(s, weight, *options.constants)
+    return ACTIVATIONS[options.activation].forward(s, *parameters(weight, options.constants))
 
 
 def operator(

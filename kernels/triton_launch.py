@@ -81,7 +81,9 @@ class Launch:
         """Launch as Triton does, which compiles where there is need, and keep what can be called directly from now."""
         numbers = self._rest[: len(self._rest) - len(self._constexprs)]
         with torch.cuda.device_of(next(t for t in tensors if t is not None)):
-            key = self._key(tensors)
+            dtypes = tuple([t if t is None else t.dtype for t in tensors])
+            values = tuple(self._constexprs.values())
+            key = self._kernel, dtypes, values, self._device, self._wide_sizes, self.within_2gb
             found = _COMPILED.get(key) if aligned and not hooked else None
             compiled = found or self._kernel[(self.grid,)](*tensors, *numbers, **self._constexprs, **OPTIONS)
             if not aligned or not hasattr(compiled, "run"):  # interpreted kernels return nothing
@@ -91,7 +93,3 @@ class Launch:
             self._stream = driver.active.get_current_stream
             if found:
                 self(*tensors)
-
-    def _key(self, tensors: tuple[Tensor | None, ...]) -> Hashable:
-        dtypes = tuple([t if t is None else t.dtype for t in tensors])
-        return self._kernel, dtypes, *self._constexprs.values(), self._device, self._wide_sizes, self.within_2gb

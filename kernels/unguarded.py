@@ -56,10 +56,8 @@ class Unguarded:
         given = [i for i, t in enumerate(arguments) if t is not None]
 
         def of_tensors(*tensors: Tensor) -> Sequence[Tensor]:
-            filled: list[Tensor | None] = [None] * len(arguments)
-            for i, t in zip(given, tensors, strict=True):
-                filled[i] = t
-            return self._plain(*filled)
+            following = iter(tensors)
+            return self._plain(*[None if t is None else next(following) for t in arguments])
 
         try:
             with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -76,12 +74,6 @@ class Unguarded:
 
 def _case_of(arguments: Sequence[Tensor | None]) -> Hashable:
     """Return what guards would tell apart."""
-    sizes: list[int] = [0, 1]
-    kinds: list[Hashable] = []
-    for t in arguments:
-        if t is None:
-            kinds.append(None)
-        else:
-            sizes += t.shape
-            kinds.append(t.dtype)
-    return torch.get_num_threads(), tuple(map(sizes.index, sizes)), *kinds
+    sizes = [0, 1, *(size for t in arguments if t is not None for size in t.shape)]
+    dtypes = [t if t is None else t.dtype for t in arguments]
+    return torch.get_num_threads(), tuple(map(sizes.index, sizes)), *dtypes

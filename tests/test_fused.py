@@ -227,6 +227,10 @@ def test_what_belongs_together_is_checked_once_and_by_name():
         Operator(vectors._replace(input_scale=torch.ones(3)), Options(1))
     with pytest.raises(ValueError, match="variant must be one of mean, edge, smooth, got 'none'"):
         Operator(vectors, Options(1, variant="none"))
+    with pytest.raises(ValueError, match="prelu takes a weight, a learned slope"):
+        Operator(vectors, Options(1, "prelu"))
+    with pytest.raises(ValueError, match="silu takes no weight, a learned slope"):
+        Operator(vectors._replace(weight=torch.ones(4)), Options(1, "silu"))
     operator_ = Operator(vectors, Options(1))
     with pytest.raises(ValueError, match="x has 3 channels at dim 1, the operator 4"):
         operator_(x[:, :3])

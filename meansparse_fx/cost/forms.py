@@ -16,7 +16,7 @@ from ..activations import ActivationCall
 from ..frozen import fused_parts
 from ..kernels.operator import Operator
 from ..kernels.records import Options, Vectors
-from ..kernels.reference import ACTIVATIONS, per_channel
+from ..kernels.reference import ACTIVATIONS, parameters, per_channel
 
 
 def published(x: Tensor, mean: Tensor, variance: Tensor, alpha: Tensor, channel_dim: int) -> Tensor:
@@ -120,7 +120,8 @@ def _activated(s: Tensor, region: Region, fresh: bool) -> Tensor:
     row = ACTIVATIONS[call.name]
     slope = _slope(region)
     slope = None if slope is None else per_channel(slope, s.dim(), region.channel_dim)
-    return (row.overwrite if call.inplace and fresh and row.overwrite else row.forward)(s, slope, *call.constants)
+    form = row.overwrite if call.inplace and fresh and row.overwrite else row.forward
+    return form(s, *parameters(slope, call.constants))
 
 
 def _with(operator: Callable[[Tensor, Region], Tensor]) -> Form:

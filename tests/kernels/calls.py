@@ -28,13 +28,11 @@ def backward(
     want_grad_sum: bool = False,
 ) -> Gradients:
     """Return the gradients of x and, if wanted, of v; with ``options.want_sum`` x is v. That of a slope is torch's."""
-    if x.numel() == 0:
-        wanted = Wanted(want_grad_sum, vectors.weight is not None)
-        return composition.backward(grad, grad_sum, x, residual, vectors, options, options.want_sum, wanted)
-    wanted, tensors = Wanted(want_grad_sum), (grad, grad_sum, x, residual if not options.want_sum else None)
-    run = launch.backward_runner(vectors, options, *tensors, options.want_sum, wanted)
-    found = Gradients(*run(vectors, *tensors))
-    if vectors.weight is None:
-        return found
-    weight = composition.backward(*tensors, vectors, options, options.want_sum, Wanted(weight=True)).weight
-    return found._replace(weight=weight)
+    wanted, from_sum = Wanted(want_grad_sum and vectors.scaled), options.want_sum
+    tensors = x, grad, grad_sum, None if from_sum else residual
+    with_weight = wanted._replace(weight=vectors.weight is not None)
+    found = composition.backward(*tensors, vectors, options, from_sum, with_weight)
+    if x.numel():
+        run = launch.backward_runner(vectors, options, *tensors, from_sum, wanted)
+        found = Gradients(*run(vectors, *tensors), found.weight)
+    return found._replace(v=found.x) if want_grad_sum and not vectors.scaled else found
