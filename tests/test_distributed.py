@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -26,7 +27,6 @@ from meansparse_fx.calibrate import ranks
 from meansparse_fx.calibrate.ranks import Ranks
 from meansparse_fx.calibrate.totals import Totals
 from meansparse_fx.errors import CalibrationError
-from meansparse_fx.seen import least_marks
 from meansparse_fx.shards import ShardSampler
 
 SOURCE = """
@@ -177,7 +177,8 @@ def threads(monkeypatch):
             except CalibrationError as error:
                 return str(error)
 
-        with ThreadPoolExecutor(world) as pool:
+        with warnings.catch_warnings(), ThreadPoolExecutor(world) as pool:
+            warnings.filterwarnings("ignore", "You are using a Backend")  # it is one of gloo's own, and works
             return list(pool.map(one, range(world)))
 
     return start
@@ -193,18 +194,14 @@ def test_ranks_gather_in_order(threads) -> None:
         assert [float(t) for t in there] == [0.5, 1.5, 2.5]
 
 
-def test_ranks_gather_totals_and_marks(threads) -> None:
-    marks = [[5, 9], [], [-3, 9, 2**62]]
-
+def test_ranks_gather_totals(threads) -> None:
     def work(group):
         with Ranks(group, timeout=60) as own:
             mean = torch.arange(3).double() + own.rank
             totals = Totals((own.rank, 2**60 + own.rank), mean, mean + 10, torch.tensor([1, 2]))
-            found = own.gather_totals(totals, "end")
-            return found, own.gather_marks(least_marks([torch.tensor(marks[own.rank], dtype=torch.int64)]))
+            return own.gather_totals([totals], "end")
 
-    for totals, together in threads(3, work):
-        assert together.tolist() == [-3, 5, 9, 2**62]
+    for totals in threads(3, work):
         for rank, got in enumerate(totals):
             assert got.counts == (rank, 2**60 + rank)
             assert (got.mean.tolist(), got.m2.tolist()) == (
