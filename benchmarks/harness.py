@@ -176,7 +176,8 @@ def in_turns(
         for name, call in calls.items():
             synchronize()
             if number > 1:
-                call(), call()
+                call()
+                call()
             start = time.perf_counter()
             for _ in range(number):
                 call()

@@ -41,7 +41,7 @@ class FrozenNorm:
         ]
         if torch.compiler.is_compiling():
             return self._computed(tensors)
-        state = [None if t is None else _content(t) for t in tensors]  # asking costs 2 us, computing four launches
+        state = [None if t is None else _content(t) for t in tensors]  # asking costs 4 us on a CPU, 1 elsewhere
         if self._affine is None or state != self._state:
             self._affine, self._state = self._computed(tensors), state
         return self._affine
@@ -63,7 +63,7 @@ def _content(tensor: Tensor) -> object:
     """Return what is another where a tensor holds other values; on devices it overlooks ``tensor.data.mul_(2)``."""
     pointer = tensor.data_ptr()
     if pointer and tensor.is_cpu and tensor.is_contiguous():  # fake ones have no memory
-        return ctypes.string_at(pointer, tensor.numel() * tensor.element_size())
+        return ctypes.string_at(pointer, tensor.nbytes)
     return pointer, 0 if tensor.is_inference() else tensor._version
 
 

@@ -157,13 +157,15 @@ class Nearest(Margin):
         for turn in range(1 + self.MORE):
             self.loss = ("ce", "dlr")[turn % 2]
             x, y = images[standing], labels[standing]
-            best, unbroken, _, adversarial = self.attack_single_run(x.clone(), y.clone())
-            found[standing[unbroken == 0]] = adversarial[unbroken == 0]
+            best, right, _, adversarial = self.attack_single_run(x.clone(), y.clone())
+            broken = right == 0
+            found[standing[broken]] = adversarial[broken]
+            again = ~broken
             if not turn:
                 with torch.no_grad():
-                    came = margin(self.model(best), y).masked_fill(unbroken == 0, -torch.inf)
-                unbroken = unbroken.bool() & (came >= came.topk(-(-len(images) // self.FRACTION)).values[-1])
-            standing = standing[unbroken.bool()]
+                    came = margin(self.model(best), y).masked_fill(broken, -torch.inf)
+                again &= came >= came.topk(-(-len(images) // self.FRACTION)).values[-1]
+            standing = standing[again]
             if not len(standing):
                 break
         return found

@@ -142,7 +142,8 @@ def evaluate(
         "attacks or backwards": [run.name for run in runs],
         "logits": in_words(logits),
     }
-    (rank, world), batches = place(group), length(as_batches(test, batch_size, pair=True))
+    rank, world = place(group)
+    batches = length(as_batches(test, batch_size, pair=True))  # None where the data does not say
     ledger = Ledger(None if checkpoint is None else own_file(Path(checkpoint), rank, world), identity)
     keep = save_adversarial is not None
     compare = PixelComparison if maps else Comparison
