@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
 
 import meansparse_fx as msfx
@@ -679,6 +681,21 @@ def test_observed_statistics_are_those_of_calibrate(net, images, inner):
         torch.testing.assert_close(own.mean, expected[name].mean, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(own.std, expected[name].std, rtol=1e-5, atol=1e-6)
     msfx.set_statistics(sparse, stats)
+
+
+@pytest.mark.slow
+def test_observers_keep_nothing_in_memory_that_the_model_does_not(images):
+    def allocations(**options):
+        torch.compiler.reset()
+        net = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.GELU(), nn.Conv2d(32, 4, 3)).eval()
+        with torch.inference_mode():
+            _, code = run_and_get_code(torch.compile(net, **options), images)
+        return len(re.findall(r"empty_strided\w*\(\(12, 32, ", "".join(code)))
+
+    plain = allocations()
+    kept = {"inner": "inductor", "inner_options": {"realize_reads_threshold": 4}}  # Inductor's own
+    assert allocations(backend="meansparse", options={"observe": True, "inner": "inductor"}) == plain
+    assert allocations(backend="meansparse", options={"observe": True, **kept}) == plain + 1
 
 
 @breaks_graphs
