@@ -2,10 +2,10 @@
 
     python -m benchmarks.choice [--out benchmarks/results/choice.csv]
 
-Each search sees the selection images alone, and attacks the first 1,000 of them. What it chooses, or, where nothing is
-better than the base beyond noise, what looked best to it, is then attacked on the 2,000 test images by `evaluate`'s
-attacks (100 steps, the three nearest classes, 1,000 queries), each on what those before it left. Killed at any moment
-it goes on; a few hours on one core.
+Each search sees the selection images alone, and attacks the first 400 of them. What it chooses, or, where nothing is
+better than the base beyond noise, what looked best to it, is then attacked on 500 of the 2,000 test images by
+`evaluate`'s attacks (100 steps, the three nearest classes, 1,000 queries), each on what those before it left. Killed at
+any moment it goes on; half an hour on one core.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def measure(searches: Sequence[str], cache: Path, attacked: int, selection: int)
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--search", nargs="+", choices=SEARCHES, default=list(SEARCHES))
-    parser.add_argument("--selection", type=int, default=1000, help="selection images to attack")
-    parser.add_argument("--attacked", type=int, default=2000, help="test images to attack")
+    parser.add_argument("--selection", type=int, default=400, help="selection images to attack")
+    parser.add_argument("--attacked", type=int, default=500, help="test images to attack")
     parser.add_argument("--cache", type=Path, default=Path(".cache/choice"), help="results of attacks as they come")
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
