@@ -244,7 +244,8 @@ def test_runs_put_the_operators_own_gradient_first_queries_and_starts_last():
     ]  # fmt: skip
     assert [run.name for run in plan_runs(["pgd/smooth-0.5"], ["exact"], 0)] == ["pgd/smooth-0.5"]
     for name, message in [("square/exact", "uses no gradient"), ("pgd/steep", "unknown backward 'steep'"),
-                          ("pgd/smooth-0", "unknown backward"), ("pdg/exact", "unknown attack")]:  # fmt: skip
+                          ("pgd/smooth-0", "unknown backward"), ("pgd/smooth-x", "unknown backward 'smooth-x'"),
+                          ("pdg/exact", "unknown attack")]:  # fmt: skip
         with pytest.raises(EvaluationError, match=message):
             plan_runs([name], ["exact"], 0)
 

@@ -796,3 +796,10 @@ print(torch.equal(torch.compile(net, backend="meansparse", options={"inner": "ea
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
+
+
+def test_nothing_is_known_of_what_was_not_observed(net, images):
+    compiled = plug_in(net)
+    compiled(images)
+    with pytest.raises(CalibrationError, match=r"nothing was observed: compile with options=\{'observe': True\}"):
+        compile_report(compiled).statistics()

@@ -364,3 +364,11 @@ def test_a_checkpoint_of_another_run_says_what_differs(images, labels, sparse, t
     msfx.set_alpha(sparse, 0.2)
     with pytest.raises(EvaluationError, match=r"alphas or variants differ \(alpha was 0.3 and is 0.2\)"):
         msfx.evaluate(sparse, (images, labels), **options)
+
+
+def test_other_weights_behind_the_last_site_are_named(net, images, sparse, tmp_path):
+    msfx.save(sparse, tmp_path / "a")
+    with torch.no_grad():
+        net.head.weight[0] += 1
+    with pytest.raises(StateError, match=r"other weights; 1 of its tensors differ, head\.weight first"):
+        msfx.load(tmp_path / "a", net, images)

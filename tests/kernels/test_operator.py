@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from meansparse_fx.kernels import ops, reference
+from meansparse_fx.kernels import operator, ops, reference
 from meansparse_fx.kernels.operator import Operator
 from meansparse_fx.kernels.records import Options, Vectors
 from tests.models import mean_sparse
@@ -82,3 +82,26 @@ def test_moments_are_those_of_the_observer(device) -> None:
     assert count == 60
     torch.testing.assert_close(mean, wide.mean(1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(m2, wide.var(1, correction=0) * 60, rtol=2e-6, atol=0)
+
+
+def test_what_no_kernel_can_compute_is_refused(monkeypatch) -> None:
+    monkeypatch.setenv("MEANSPARSE_FX_LOWERING", "eager")
+    x, vector = torch.ones(2, 3), torch.zeros(3)
+    with pytest.raises(ValueError, match=r"no activation 'swoosh': one of .*relu"):
+        ops.mean_sparse(x, vector, vector, 1, "swoosh")
+    with pytest.raises(ValueError, match=r"variant must be one of mean, .*'median'"):
+        ops.mean_sparse(x, vector, vector, 1, variant="median")
+    with pytest.raises(ValueError, match="x has 2 channels at dim 0, the operator 3"):
+        ops.mean_sparse(x, vector, vector, 0)
+    with pytest.raises(ValueError, match="x is on cpu, and what belongs to it on meta: move the model or the images"):
+        ops.mean_sparse(x, vector.to("meta"), vector, 1)
+
+
+def test_as_many_layouts_as_there_are_images_need_no_more_memory(monkeypatch) -> None:
+    monkeypatch.setenv("MEANSPARSE_FX_LOWERING", "eager")
+    monkeypatch.setattr(operator, "_LIMIT", 3)
+    bound = Operator(Vectors(torch.zeros(2), torch.ones(2)), Options(1))
+    for length in range(1, 9):
+        assert torch.equal(bound(torch.full((1, 2, length), 0.5)), torch.zeros(1, 2, length))
+        assert len(bound._calls) <= 3
+        assert len(operator._RUNNERS) <= 3
