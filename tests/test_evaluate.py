@@ -1077,3 +1077,12 @@ def test_an_attack_that_leaves_its_ball_is_refused(sparse, monkeypatch, norm, mo
             run()
     else:
         assert torch.equal(run(), moved)
+
+
+def test_logits_of_another_form_are_refused(images):
+    sparse = msfx.transform(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(1, 2)).eval(), images)
+    msfx.calibrate(sparse, [images], progress=False)
+    msfx.set_alpha(sparse, 0.2)
+    labels = torch.zeros(len(images), dtype=torch.long)
+    with pytest.raises(EvaluationError, match=r"expected logits \[N, classes\] from the model, got \(2, "):
+        msfx.evaluate(sparse, (images, labels), progress=False)

@@ -502,3 +502,19 @@ def test_a_module_of_two_names_takes_hooks_whichever_is_called():
         conv.register_forward_hook(lambda *args: None).remove()
         with pytest.raises(StateError, match="does not call other"):
             module.other.register_forward_hook(lambda *args: None)
+
+
+def test_hooks_of_a_module_in_a_plain_list_are_refused():
+    class Holding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.held = nn.Conv2d(3, 4, 3), [nn.ReLU()]
+
+        def forward(self, x):
+            return self.held[0](self.conv(x))
+
+    model, images = Holding().eval(), torch.rand(2, 3, 8, 8)
+    assert len(msfx.inspect(model, images).active) == 1
+    model.held[0].register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(CaptureError, match="ReLU, held in a list or by a class, has hooks: register it, or them"):
+        msfx.transform(model, images)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import meansparse_fx as msfx
 from meansparse_fx.errors import SiteError, StateError, StatisticsError
@@ -410,3 +411,10 @@ def test_restore_and_calibrate_with_every_kind():
     for name, values in seen.items():
         torch.testing.assert_close(statistics[name].mean, values.flatten(0, -2).mean(0), rtol=1e-9, atol=1e-12)
     assert torch.equal(msfx.restore(sparse)(IMAGES), model(IMAGES))
+
+
+def test_the_plug_in_refuses_published_operators():
+    compiled = torch.compile(build(Wide, Published), backend="meansparse", options={"inner": "eager"})
+    with pytest.raises(BackendCompilerFailed, match=r"StateError: the model holds \d+ published operators \("):
+        compiled(IMAGES)
+    torch.compiler.reset()
