@@ -154,14 +154,14 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
         raise WriteError(problem + _rescued(path.name, fill)) from error
 
 
-def require_place(path: Path, folder: bool = False) -> None:
+def require_place(path: Path | None, folder: bool = False) -> None:
     """Raise WriteError, before the work is done, where its result cannot be written.
 
     Args:
-        path: File to be written, or directory to write files into.
+        path: File to be written, or directory to write files into; None is neither.
         folder: It is a directory; it need not exist.
     """
-    if _is_device(path):
+    if path is None or _is_device(path):
         return
     if path.is_dir() and not folder:
         raise WriteError(f"{path}: is a directory; give the name of a file in it")

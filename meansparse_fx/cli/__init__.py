@@ -34,18 +34,15 @@ class _Commands(TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except MeanSparseError as error:
-            _print_error(str(error))
+        except (MeanSparseError, OSError) as error:
+            text = str(error)
+            if not isinstance(error, MeanSparseError):
+                if error.errno not in _NO_PLACE:
+                    raise
+                text = f"{error.filename or 'a file'}: {error.strerror}"
+            console = Console(stderr=True, soft_wrap=True)
+            console.print(f"error: {text}", style="red", markup=False, highlight=False)
             raise typer.Exit(2) from error
-        except OSError as error:
-            if error.errno not in _NO_PLACE:
-                raise
-            _print_error(f"{error.filename or 'a file'}: {error.strerror}")
-            raise typer.Exit(2) from error
-
-
-def _print_error(text: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"error: {text}", style="red", markup=False, highlight=False)
 
 
 app = typer.Typer(

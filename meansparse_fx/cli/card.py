@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import meansparse_fx as msfx
+
 from ..errors import ArtifactError, StateError
 from . import parsing
 from .model import Shape
 from .options import ModelOptions
 
 if TYPE_CHECKING:
-    from ..evaluate import Evaluation
     from ..settings import Settings
 
 SETTINGS = "settings.msfx.safetensors"
@@ -74,9 +75,8 @@ def card(
     from safetensors.torch import save as to_bytes
 
     from ..artifacts import require_place, write_folder
-    from ..evaluate import Evaluation
     from ..settings import Settings
-    from .loading import console, open_model, random_images, transformed
+    from . import loading
 
     if model.settings is None:
         raise StateError("no settings: give --settings FILE of select --out, or of msfx.save")
@@ -85,8 +85,8 @@ def card(
     found = _read(report, settings)
     state = settings.state_dict()
     if model.model is not None:
-        net = open_model(model)
-        state = transformed(model, net, random_images(model, net, shape)).state_dict()
+        net = loading.open_model(model)
+        state = loading.transformed(model, net, loading.random_images(model, net, shape)).state_dict()
     config = {
         "library_name": "meansparse_fx",
         "base_model": found["model"],
@@ -95,7 +95,7 @@ def card(
         "fuse": settings.fuse,
         "sites": settings.sites,
     }
-    text = _card(found["model"], found["headline"], Evaluation.load(report), settings, model.model is not None)
+    text = _card(found["model"], found["headline"], msfx.Evaluation.load(report), settings, model.model is not None)
     files = {
         "config.json": (json.dumps(config, indent=2) + "\n").encode(),
         "model.safetensors": to_bytes({k: v.contiguous().clone().cpu() for k, v in state.items()}, {"format": "pt"}),
@@ -103,7 +103,7 @@ def card(
         SETTINGS: model.settings.read_bytes(),
     }
     write_folder(out, files)
-    console().print(f"{', '.join(files)}: {out}", highlight=False)
+    loading.console().print(f"{', '.join(files)}: {out}", highlight=False)
 
 
 def _read(path: Path, settings: Settings) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _read(path: Path, settings: Settings) -> dict[str, Any]:
     return found
 
 
-def _card(model: str, headline: str, evaluation: Evaluation, settings: Settings, whole: bool) -> str:
+def _card(model: str, headline: str, evaluation: msfx.Evaluation, settings: Settings, whole: bool) -> str:
     lines = ["| accuracy in % | base | with MeanSparse | change, 95 % interval |", "|---|---|---|---|"]
     for name, before, after, change in evaluation.rows():
         lines.append(f"| {name} | {100 * before:.1f} | {100 * after:.1f} | {change.points()} |")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from ..sites import Placement, placement_of
 from ..tables import terminal_width
 from ..transform import transform
 from ..zoo import Normalised, input_shape, load_model
-from .options import DataOptions, MeasuredOptions, ModelOptions, ThreatOptions
+from .options import AttackOptions, DataOptions, MeasuredOptions, ModelOptions
 
 Options = TypeVar("Options", bound=ModelOptions)
 
@@ -58,15 +58,6 @@ def open_model(options: ModelOptions) -> nn.Module:
     return model.eval().to(device)
 
 
-def open_images(options: DataOptions) -> ImageSet:
-    """Return the images asked for, and say on standard error which those are."""
-    found = load_images(
-        options.data, options.split, image_size=options.image_size, limit=options.limit, skip=options.skip
-    )
-    say(f"images: {found.description}")
-    return found
-
-
 def chosen_placement(options: ModelOptions) -> Placement:
     """Return which sites to take."""
     if options.settings is not None:
@@ -85,33 +76,36 @@ def transformed(options: ModelOptions, net: nn.Module, images: Tensor) -> fx.Gra
     return transform(net, images, placement=chosen_placement(options), statistics=statistics)
 
 
-def open_sparse(options: ModelOptions, images: ImageSet, logits: Logits = None) -> tuple[ImageSet, fx.GraphModule]:
+def open_images(data: DataOptions) -> ImageSet:
+    """Return the images asked for, and say on standard error which those are."""
+    found = load_images(data.data, data.split, image_size=data.image_size, limit=data.limit, skip=data.skip)
+    say(f"images: {found.description}")
+    return found
+
+
+def open_sparse(options: ModelOptions, data: DataOptions, logits: Logits = None) -> tuple[ImageSet, fx.GraphModule]:
     """Return the images as the model takes them, and the model as `transformed` does.
 
-    Its logits are checked against the labels, if it is clear which they are.
+    Gray images of a folder become one channel where the model takes one. The model's logits are checked against the
+    labels, if it is clear which they are.
     """
-    net = open_model(options)
-    images, examples = _gray_if_taken(net, images, device_of(options))
+    images = open_images(data)
+    net, device = open_model(options), device_of(options)
+    examples = first_images(images, 2, device)
+    if examples.shape[1] == 3 and any(isinstance(m, nn.Conv2d) and m.in_channels == 1 for m in net.modules()):
+        try:
+            with torch.no_grad():
+                net(examples)
+        except RuntimeError:
+            images = images.gray()
+            examples = first_images(images, 2, device)
+            say("images are gray, as one channel: what the model takes")
     sparse = transformed(options, net, examples)
     with torch.no_grad():
         output = sparse(examples)
     if isinstance(options, MeasuredOptions) or isinstance(output, Tensor):
         images.check_labels(logits_in(output, logits).shape[1])
     return images, sparse
-
-
-def _gray_if_taken(net: nn.Module, images: ImageSet, device: torch.device) -> tuple[ImageSet, Tensor]:
-    """Return the images, gray ones of a folder as one channel where the model takes one, and the first two of them."""
-    examples = first_images(images, 2, device)
-    if examples.shape[1] == 3 and any(isinstance(m, nn.Conv2d) and m.in_channels == 1 for m in net.modules()):
-        with torch.no_grad():
-            try:
-                net(examples)
-            except RuntimeError:
-                images = images.gray()
-                examples = first_images(images, 2, device)
-                say("images are gray, as one channel: what the model takes")
-    return images, examples
 
 
 def first_images(images: ImageSet, count: int, device: torch.device) -> Tensor:
@@ -144,10 +138,10 @@ def estimate(images: ImageSet, batch_size: int, work: Callable[[list[Any]], obje
     console().print(f"dry run: {seconds:.2f} s for {count} images, so about {whole} for {len(images)}", highlight=False)
 
 
-def check_attacks(threat: ThreatOptions, attacks: Sequence[str]) -> None:
+def check_attacks(attack: AttackOptions) -> None:
     """Raise EvaluationError, before a model is loaded, where attacks do not go together."""
-    AttackSettings(threat.eps, threat.norm)
-    plan_runs(attacks, threat.backwards, threat.seed)
+    AttackSettings(attack.eps, attack.norm)
+    plan_runs(attack.attacks, attack.backwards, attack.seed)
 
 
 def join_processes(model: Options) -> tuple[Options, Any]:

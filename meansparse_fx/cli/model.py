@@ -7,41 +7,43 @@ from typing import Annotated, Any
 
 import typer
 
+import meansparse_fx as msfx
+
 from ..names import FORMATS
 from . import parsing
-from .options import Alpha, MeasuredOptions, ModelOptions, one_of
+from .options import Alpha, MeasuredOptions, ModelOptions, parsed
 
 Shape = Annotated[
     tuple | None,
-    typer.Option(
-        "--input-shape", parser=parsing.shape, metavar="C,H,W", help="Shape of one image, if not the model's own."
-    ),
+    parsed(parsing.shape, "C,H,W", "Shape of one image, if not the model's own.", "--input-shape"),
 ]
 
 
 def inspect(model: ModelOptions, shape: Shape = None) -> None:
     """Show every place in MODEL where the operator belongs, and why the others are left alone."""
-    from ..transform import inspect
-    from .loading import chosen_placement, console, open_model, random_images
+    from . import loading
 
-    net = open_model(model)
-    console().print(inspect(net, random_images(model, net, shape), chosen_placement(model)).table())
+    net = loading.open_model(model)
+    images = loading.random_images(model, net, shape)
+    loading.console().print(msfx.inspect(net, images, loading.chosen_placement(model)).table())
 
 
 def cost(model: ModelOptions, shape: Shape = None) -> None:
     """Count the bytes that the operator's forms must move at each site of MODEL, for two images; nothing is timed."""
-    from ..cost import cost
-    from .loading import chosen_placement, console, open_model, random_images
+    from . import loading
 
-    net = open_model(model)
-    console().print(cost(net, random_images(model, net, shape), chosen_placement(model)).table())
+    net = loading.open_model(model)
+    images = loading.random_images(model, net, shape)
+    loading.console().print(msfx.cost(net, images, loading.chosen_placement(model)).table())
 
 
 def export(
     model: MeasuredOptions,
     out: Annotated[Path, typer.Option(help="File to write: .pt2, or .onnx.")],
     alpha: Alpha = None,
-    format: Annotated[Any, one_of(FORMATS, "FORMAT", f"Of {', '.join(FORMATS)}: see docs/export.md.")] = "export",
+    format: Annotated[
+        Any, parsed(parsing.name(FORMATS), "FORMAT", f"Of {', '.join(FORMATS)}: see docs/export.md.")
+    ] = "export",
     shape: Shape = None,
     fixed_batch: Annotated[
         int | None, typer.Option(min=1, help="Take exactly this many images at a time; otherwise any number.")
@@ -49,19 +51,19 @@ def export(
 ) -> None:
     """Write MODEL for deployment, with its statistics and alpha baked in; the file runs without this package."""
     from .. import export as room
-    from ..statistics import Statistics
-    from .loading import console, open_model, random_images, say, transformed
+    from . import loading
     from .robustness import put_alpha
 
     room.require_file(out, format)
-    calibrated = Statistics.load(model.measured).metadata.get("image_shape", "").split(" + ")[0]
-    if shape is None and calibrated:
-        shape = parsing.shape(calibrated)
-        say(f"images {calibrated}, as in calibration (--input-shape gives another)")
-    net = open_model(model)
-    images = random_images(model, net, shape)
-    sparse = transformed(model, net, images)
+    if shape is None:
+        measured = msfx.Statistics.load(model.settings or model.statistics)  # type: ignore[arg-type]
+        if calibrated := measured.metadata.get("image_shape", "").split(" + ")[0]:
+            shape = parsing.shape(calibrated)
+            loading.say(f"images {calibrated}, as in calibration (--input-shape gives another)")
+    net = loading.open_model(model)
+    images = loading.random_images(model, net, shape)
+    sparse = loading.transformed(model, net, images)
     put_alpha(sparse, alpha)
     example = images[[0] * (fixed_batch or len(images))]
     room.export(sparse, example, out, format, dynamic_batch=fixed_batch is None)
-    console().print(f"{format}, {out.stat().st_size / 2**20:.1f} MiB: {out}")
+    loading.console().print(f"{format}, {out.stat().st_size / 2**20:.1f} MiB: {out}")

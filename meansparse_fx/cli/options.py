@@ -8,7 +8,7 @@ model one more option, add one field to `ModelOptions`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copy import copy
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -18,29 +18,40 @@ import typer
 from typer.models import OptionInfo
 
 from ..errors import StateError
-from ..names import ATTACK_NAMES, AUTOCAST, NORMS, PLACEMENTS, SPECS, SURROGATES
+from ..names import ATTACK_NAMES, AUTOCAST, DEFAULT_ATTACKS, NORMS, PLACEMENTS, SPECS, SURROGATES
 from . import parsing
 
-Steps = Annotated[int, typer.Option(min=1, help="Steps of the gradient attacks.")]
-Queries = Annotated[int, typer.Option(min=1, help="Queries of the Square attack.")]
+
+def parsed(parser: Callable[[str], Any], metavar: str, help: str, *names: str) -> Any:
+    """Return an option of which the text, and so a default's text, goes through a parser."""
+    return typer.Option(*names, parser=parser, metavar=metavar, help=help)
+
+
+def file_argument(help: str) -> Any:
+    """Return the argument that is a file which another command wrote."""
+    return typer.Argument(exists=True, dir_okay=False, metavar="FILE", help=help)
+
+
+_DEFAULT_ATTACKS = ", ".join(DEFAULT_ATTACKS)
 Attacks = Annotated[
     Any,
-    typer.Option(
-        parser=parsing.attacks,
-        metavar="NAMES",
-        help=f"Of {', '.join(ATTACK_NAMES)}; with a gradient (apgd-ce/annealed), or under each of --backwards.",
+    parsed(
+        parsing.attacks,
+        "NAMES",
+        f"Of {', '.join(ATTACK_NAMES)}; with a gradient (apgd-ce/annealed), or under each of --backwards.",
     ),
 ]
+Steps = Annotated[int, typer.Option(min=1, help="Steps of the gradient attacks.")]
+Queries = Annotated[int, typer.Option(min=1, help="Queries of the Square attack.")]
+Seed = Annotated[int, typer.Option(help="Of the attacks.")]
 LogitsName = Annotated[
     Any,
-    typer.Option(
-        "--logits",
-        parser=parsing.name_or_position,
-        metavar="NAME",
-        help="Where logits are in what MODEL returns, if that is no tensor: a key, or a position; else logits or out.",
+    parsed(
+        parsing.name_or_position,
+        "NAME",
+        "Where logits are in what MODEL returns, if that is no tensor: a key, or a position; else logits or out.",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Of the attacks.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Do one batch, say how long all of them would take, and keep nothing.")
 ]
@@ -52,19 +63,7 @@ Alpha = Annotated[
         "what looked best to select, whatever it chose. Else that of --settings.",
     ),
 ]
-
-
-def file_argument(help: str) -> Any:
-    """Return the argument that is a file which another command wrote."""
-    return typer.Argument(exists=True, dir_okay=False, metavar="FILE", help=help)
-
-
-def one_of(known: Iterable[str], metavar: str, help: str, *names: str) -> Any:
-    """Return an option that is one name of several."""
-    return typer.Option(*names, parser=parsing.name(known), metavar=metavar, help=help)
-
-
-Amp = Annotated[Any, one_of(AUTOCAST, "DTYPE", f"Autocast the model: {' or '.join(AUTOCAST)}.")]
+Amp = Annotated[Any, parsed(parsing.name(AUTOCAST), "DTYPE", f"Autocast the model: {' or '.join(AUTOCAST)}.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,31 +72,25 @@ class ModelOptions:
 
     model: Annotated[str, typer.Argument(parser=parsing.model, metavar="MODEL", help=SPECS)]
     weights: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            help="safetensors, or a state_dict or a checkpoint that holds one (loaded with weights_only=True).",
-        ),
+        Path | None, typer.Option(exists=True, help="safetensors, a state_dict or a checkpoint; never unpickled.")
     ] = None
-    num_classes: Annotated[
-        int | None, typer.Option("--num-classes", min=1, help="Logits of a timm or torchvision model.")
-    ] = None
+    num_classes: Annotated[int | None, typer.Option(min=1, help="Logits of a timm or torchvision model.")] = None
     normalise: Annotated[
         tuple | None,
-        typer.Option(
-            parser=parsing.normalisation,
-            metavar="imagenet|MEAN/STD",
-            help="Normalise inside the model: images, and so eps, stay in [0, 1]. A number for each channel: "
-            "0.5,0.5,0.5/0.2,0.2,0.2.",
+        parsed(
+            parsing.normalisation,
+            "imagenet|MEAN/STD",
+            "Normalise inside the model, so that eps is in units of [0, 1]: 0.5,0.5,0.5/0.2,0.2,0.2 for colours.",
         ),
     ] = None
-    placement: Annotated[Any, one_of(PLACEMENTS, "NAME", f"Sites to take: of {', '.join(PLACEMENTS)}.")] = "activations"
+    placement: Annotated[
+        Any, parsed(parsing.name(PLACEMENTS), "NAME", f"Sites to take: of {', '.join(PLACEMENTS)}.")
+    ] = PLACEMENTS[0]
     include: Annotated[
-        list[str] | None,
-        typer.Option(metavar="REGEX", help="Take only sites in whose name it is found; may be given several times."),
+        list[str] | None, typer.Option(metavar="REGEX", help="Take only sites in whose name it, or another, is found.")
     ] = None
     exclude: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="Leave sites in whose name it is found; the same.")
+        list[str] | None, typer.Option(metavar="REGEX", help="Leave sites in whose name it, or another, is found.")
     ] = None
     settings: Annotated[
         Path | None,
@@ -112,7 +105,7 @@ class ModelOptions:
     )
 
     def __post_init__(self) -> None:
-        if self.settings is not None and (self.include or self.exclude or self.placement != "activations"):
+        if self.settings is not None and (self.include or self.exclude or self.placement != PLACEMENTS[0]):
             raise StateError("--settings bring the placement along: leave --placement, --include and --exclude out")
 
 
@@ -131,13 +124,6 @@ class MeasuredOptions(ModelOptions):
         if self.settings is None and self.statistics is None:
             raise StateError("no statistics: give --statistics FILE of calibrate, or --settings FILE")
 
-    @property
-    def measured(self) -> Path:
-        """The file that has the statistics."""
-        found = self.settings or self.statistics
-        assert found is not None
-        return found
-
 
 @dataclass(frozen=True, slots=True)
 class DataOptions:
@@ -151,49 +137,39 @@ class DataOptions:
             "with arrays images and labels (or NAME_images and NAME_labels: --split NAME); see docs/data.md.",
         ),
     ]
-    split: Annotated[
-        str | None,
-        typer.Option(help="Split of the data: subdirectory, IDX prefix (t10k), or name of the arrays."),
-    ] = None
+    split: Annotated[str | None, typer.Option(help="Subdirectory, IDX prefix (t10k), or name of the arrays.")] = None
     image_size: Annotated[
         int | None,
         typer.Option(
             min=1, help="Side images of a folder are resized and cropped to; else their own if all have one, or 224."
         ),
     ] = None
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Use at most this many images, of a fixed shuffled order.")
-    ] = None
-    skip: Annotated[
-        int, typer.Option(min=0, help="Leave out the first images of that order: other commands saw them.")
-    ] = 0
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many images, of a fixed random order.")] = (
+        None
+    )
+    skip: Annotated[int, typer.Option(min=0, help="Leave out the first of them: other commands saw them.")] = 0
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 128
 
 
 @dataclass(frozen=True, slots=True)
-class ThreatOptions:
-    """What the attacker may do."""
+class AttackOptions:
+    """What the attacker may do, and how many images are got through."""
 
-    # Any: defaults are text too, and go through the parser.
-    eps: Annotated[
-        Any, typer.Option(parser=parsing.fraction, metavar="EPS", help="Radius of the ball: 0.1, 8/255, ...")
-    ] = "8/255"
-    norm: Annotated[Any, one_of(NORMS, "NORM", "Linf or L2.")] = "Linf"
+    eps: Annotated[Any, parsed(parsing.fraction, "EPS", "Radius of the ball: 0.1, 8/255, ...")] = "8/255"
+    norm: Annotated[Any, parsed(parsing.name(NORMS), "NORM", "Linf or L2.")] = "Linf"
+    attacks: Attacks = _DEFAULT_ATTACKS
     backwards: Annotated[
         Any,
-        typer.Option(
-            parser=parsing.backwards,
-            metavar="NAMES",
-            help=f"Gradients of attacks that name none: of {', '.join(SURROGATES)}, or smooth-STEEPNESS.",
+        parsed(
+            parsing.backwards,
+            "NAMES",
+            f"Gradients of attacks that name none: of {', '.join(SURROGATES)}, or smooth-STEEPNESS.",
         ),
     ] = "exact,identity"
+    steps: Steps = 100
+    queries: Queries = 5000
     seed: Seed = 0
-
-
-@dataclass(frozen=True, slots=True)
-class PaceOptions:
-    """How attacks get through many images."""
-
+    logits: LogitsName = None
     full_rows: Annotated[
         bool, typer.Option("--full-rows", help="Attack also what is broken already: each row is its attack's own.")
     ] = False
@@ -212,35 +188,30 @@ class PaceOptions:
     ] = None
 
 
-def as_arguments(*groups: ThreatOptions | PaceOptions) -> dict[str, Any]:
-    """Return the arguments of `select_alpha` and `evaluate` that groups of options are."""
-    return {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
+def as_arguments(group: Any) -> dict[str, Any]:
+    """Return the arguments of a verb that a group of options is."""
+    return {field.name: getattr(group, field.name) for field in fields(group)}
 
 
 def with_groups_as_options(command: Callable[..., None]) -> Callable[..., None]:
     """Return ``command`` with every parameter that is a group replaced by the group's fields, as typer reads them."""
     hints = get_type_hints(command, include_extras=True)
     groups = {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
-    members = {name: [field.name for field in fields(group)] for name, group in groups.items()}
-    parameters: list[inspect.Parameter] = []
+    options: list[tuple[str, Any, Any]] = []
     for parameter in inspect.signature(command).parameters.values():
         if (group := groups.get(parameter.name)) is None:
-            annotated = [(parameter.name, hints[parameter.name], parameter.default)]
+            options.append((parameter.name, hints[parameter.name], parameter.default))
         else:
             types = get_type_hints(group, include_extras=True)
-            annotated = [(f.name, _under(group, types[f.name]), f.default) for f in fields(group)]
-        parameters += [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                annotation=hint,
-                default=inspect.Parameter.empty if default is MISSING else default,
-            )
-            for name, hint, default in annotated
-        ]
+            defaults = {f.name: parameter.empty if f.default is MISSING else f.default for f in fields(group)}
+            options += [(name, _under(group, types[name]), default) for name, default in defaults.items()]
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=hint, default=default)
+        for name, hint, default in options
+    ]
 
     def call(**given: Any) -> None:
-        made = {name: group(**{n: given.pop(n) for n in members[name]}) for name, group in groups.items()}
+        made = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
         command(**given, **made)
 
     call.__name__, call.__doc__ = command.__name__, command.__doc__

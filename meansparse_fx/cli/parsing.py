@@ -24,25 +24,22 @@ def fraction(text: str) -> float:
     return value
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """Return comma-separated numbers."""
+    return tuple(map(fraction, text.split(",")))
+
+
 def name_or_position(text: str) -> str | int:
     """Return a whole number as one, other text as it is."""
     return int(text) if text.lstrip("-").isdecimal() else text
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    """Return comma-separated numbers."""
-    return tuple(fraction(part) for part in text.split(","))
-
-
 def shape(text: str) -> tuple[int, ...]:
     """Return the shape written as ``3,224,224``."""
-    try:
-        found = tuple(int(n) for n in text.replace("x", ",").split(","))
-    except ValueError:
-        found = ()
-    if not found or min(found) < 1:
+    found = text.replace("x", ",").split(",")
+    if not all(n.isdecimal() and int(n) for n in found):
         raise typer.BadParameter(f"{text!r} is not a shape such as 3,224,224")
-    return found
+    return tuple(map(int, found))
 
 
 def normalisation(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -58,18 +55,6 @@ def normalisation(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return mean, std
 
 
-def names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
-    """Return a parser of comma-separated names out of ``known``."""
-
-    def parse(text: str) -> tuple[str, ...]:
-        found = tuple(part.strip() for part in text.split(","))
-        if unknown := [part for part in found if part not in known]:
-            raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(known)}")
-        return found
-
-    return parse
-
-
 def name(known: Iterable[str]) -> Callable[[str], str]:
     """Return a parser of one name out of ``known``, in any case."""
 
@@ -81,6 +66,34 @@ def name(known: Iterable[str]) -> Callable[[str], str]:
     return parse
 
 
+def names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """Return a parser of comma-separated names out of ``known``."""
+    return lambda text: _names(text, known)
+
+
+def _names(text: str, known: Iterable[str], others: str = "(?!)", hint: str = "") -> tuple[str, ...]:
+    found = tuple(part.strip() for part in text.split(","))
+    for part in found:
+        if part not in known and not re.fullmatch(others, part):
+            raise typer.BadParameter(f"{part!r} is none of {', '.join(known)}{hint}")
+    return found
+
+
+def backwards(text: str) -> tuple[str, ...]:
+    """Return comma-separated names of surrogates: ``exact,smooth-3``."""
+    return _names(text, SURROGATES, r"smooth-[0-9]*\.?[0-9]+", ", or smooth-STEEPNESS")
+
+
+def attacks(text: str) -> tuple[str, ...]:
+    """Return comma-separated names of attacks, some with their backward: ``apgd-ce/annealed,square``."""
+    found = tuple(part.strip() for part in text.split(","))
+    for attack, slash, backward in (part.partition("/") for part in found):
+        _names(attack, ATTACK_NAMES)
+        if slash:
+            backwards(backward)
+    return found
+
+
 def model(text: str) -> str:
     """Return what names a model, if it can name one."""
     source, _, rest = text.rpartition(":")
@@ -89,25 +102,3 @@ def model(text: str) -> str:
     if not (text == "bundled" or (rest and (source in SOURCES or source.endswith(".py")))):
         raise typer.BadParameter(f"{text!r} names no model; expected {SPECS}")
     return text
-
-
-def attacks(text: str) -> tuple[str, ...]:
-    """Return comma-separated names of attacks, some with their backward: ``apgd-ce/annealed,square``."""
-    found = tuple(part.strip() for part in text.split(","))
-    for part in found:
-        attack, slash, backward = part.partition("/")
-        if attack not in ATTACK_NAMES:
-            raise typer.BadParameter(f"unknown attack {attack!r}: expected one of {', '.join(ATTACK_NAMES)}")
-        if slash:
-            backwards(backward)
-    return found
-
-
-def backwards(text: str) -> tuple[str, ...]:
-    """Return comma-separated names of surrogates: ``exact,smooth-3``."""
-    found = tuple(part.strip() for part in text.split(","))
-    for part in found:
-        if part not in SURROGATES and not re.fullmatch(r"smooth-[0-9]*\.?[0-9]+", part):
-            known = ", ".join(SURROGATES)
-            raise typer.BadParameter(f"unknown backward {part!r}: expected one of {known}, or smooth-STEEPNESS")
-    return found

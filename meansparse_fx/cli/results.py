@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+import meansparse_fx as msfx
+
 from ..errors import StatisticsError
 from . import parsing
-from .options import file_argument, one_of
+from .options import file_argument, parsed
 
 FORMS = ("pdf", "png", "svg")
 
@@ -19,21 +21,20 @@ def figures(
         Path, file_argument("search.json or report.json of --report, or what calibrate --histograms wrote.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write into.")] = Path(),
-    form: Annotated[Any, one_of(FORMS, "FORMAT", f"Of the figures: {', '.join(FORMS)}.", "--format")] = "pdf",
+    form: Annotated[
+        Any, parsed(parsing.name(FORMS), "FORMAT", f"Of the figures: {', '.join(FORMS)}.", "--format")
+    ] = "pdf",
     site: Annotated[
         str | None, typer.Option(help="Of a histogram, as show lists it.", show_default="the typical one")
     ] = None,
     channel: Annotated[int | None, typer.Option(min=0, help="Of the site.", show_default="the typical one")] = None,
-    alpha: Annotated[
-        Any, typer.Option(parser=parsing.fraction, metavar="ALPHA", help="Half width of a histogram's band.")
-    ] = "0.3",
+    alpha: Annotated[Any, parsed(parsing.fraction, "ALPHA", "Half width of a histogram's band.")] = "0.3",
 ) -> None:
     """Write the figures of a search, an evaluation or statistics, and its tables as LaTeX and CSV."""
-    from ..alpha import AlphaSearch, result
+    from ..alpha import result
     from ..artifacts import read_json, require_place, write_folder
-    from ..evaluate import Evaluation, verdict
+    from ..evaluate import verdict
     from ..report import result_files
-    from ..statistics import Statistics
     from .loading import console
 
     require_place(out, folder=True)
@@ -42,13 +43,13 @@ def figures(
     if tensors:
         if site is None and channel is not None:
             raise StatisticsError("--channel needs --site")
-        histogram = Statistics.load(file).histogram(site, channel, alpha)
+        histogram = msfx.Statistics.load(file).histogram(site, channel, alpha)
         console().print(histogram)
         files = result_files(histogram=histogram, form=form)
     else:
         known = read_json(file, {kind.FORMAT: kind.VERSION for kind in (verdict, result)})
-        evaluation = Evaluation.load(file) if known["format"] == verdict.FORMAT else None
-        search = AlphaSearch.load(file) if evaluation is None or known.get("search") else None
+        evaluation = msfx.Evaluation.load(file) if known["format"] == verdict.FORMAT else None
+        search = msfx.AlphaSearch.load(file) if evaluation is None or known.get("search") else None
         files = result_files(search, evaluation, form=form)
     write_folder(out, files)
     console().print(f"{out}: {', '.join(files)}", highlight=False)

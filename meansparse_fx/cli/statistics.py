@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial, reduce
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import meansparse_fx as msfx
+
 from ..errors import StatisticsError
 from . import parsing
-from .options import Amp, DataOptions, DryRun, ModelOptions, file_argument
+from .options import Amp, DataOptions, DryRun, ModelOptions, file_argument, parsed
 
 
 def calibrate(
@@ -18,10 +21,10 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="File to write: statistics and placement (safetensors).")],
     tolerance: Annotated[
         Any,
-        typer.Option(
-            parser=parsing.fraction,
-            metavar="SHARE",
-            help="Stop when every mean and deviation is known this well: 0.01 is one per cent of the deviation.",
+        parsed(
+            parsing.fraction,
+            "SHARE",
+            "Stop when every mean and deviation is known this well: 0.01 is one per cent of the deviation.",
         ),
     ] = None,
     histograms: Annotated[bool, typer.Option("--histograms", help="Count each channel's values, for figures.")] = False,
@@ -44,53 +47,44 @@ def calibrate(
     Under torchrun each process takes its share: torchrun --nproc-per-node 4 -m meansparse_fx calibrate ...
     """
     from ..artifacts import require_place
-    from ..calibrate import calibrate
-    from ..settings import save
     from ..shards import own_file, place
     from ..statistics.summary import summary_table
-    from .loading import console, estimate, join_processes, leave_processes, open_images, open_sparse
+    from . import loading
 
     require_place(out)
-    model, group = join_processes(model)
+    model, group = loading.join_processes(model)
     rank, world = place(group)
-    images = open_images(data)
-    images, sparse = open_sparse(model, images)
+    images, sparse = loading.open_sparse(model, data)
+    measure: Any = partial(msfx.calibrate, sparse, histograms=histograms, amp=amp, channels_last=channels_last)
     if dry_run:
-        options = {"amp": amp, "channels_last": channels_last, "histograms": histograms, "progress": False}
-        estimate(images, data.batch_size, lambda batches: calibrate(sparse, batches, **options), warm=True)
-        leave_processes(group)
+        loading.estimate(images, data.batch_size, partial(measure, progress=False), warm=True)
+        loading.leave_processes(group)
         return
-    found = calibrate(
-        sparse,
+    found = measure(
         images.loader(data.batch_size, (rank, world), workers, next(sparse.parameters()).is_cuda),
         metadata={"data": images.description, "model": model.model},
         tolerance=tolerance,
-        histograms=histograms,
         checkpoint=checkpoint,
         every=every,
-        amp=amp,
-        channels_last=channels_last,
         group=group,
         timeout=timeout,
     )
     if rank == 0:
-        save(sparse, out)
-        console().print(summary_table(found))
-        console().print(f"{len(found)} sites, {found.images} images: {out}")
-    leave_processes(group)
+        msfx.save(sparse, out)
+        console = loading.console()
+        console.print(summary_table(found))
+        console.print(f"{len(found)} sites, {found.images} images: {out}")
+    loading.leave_processes(group)
     if checkpoint is not None:  # the result is saved
         own_file(checkpoint, rank, world).unlink(missing_ok=True)
 
 
-def show(
-    file: Annotated[Path, file_argument("Statistics file.")],
-) -> None:
+def show(file: Annotated[Path, file_argument("Statistics file.")]) -> None:
     """Show what a statistics file holds."""
-    from ..statistics import Statistics
     from ..statistics.summary import summary_table
-    from .loading import console
+    from . import loading
 
-    console().print(summary_table(Statistics.load(file)))
+    loading.console().print(summary_table(msfx.Statistics.load(file)))
 
 
 def merge(
@@ -101,12 +95,9 @@ def merge(
     if len(files) < 2:
         raise StatisticsError("merge needs two files or more")
     from ..artifacts import require_place
-    from ..statistics import Statistics
-    from .loading import console
+    from . import loading
 
     require_place(out)
-    merged = Statistics.load(files[0])
-    for file in files[1:]:
-        merged = merged.merge(Statistics.load(file))
+    merged = reduce(msfx.Statistics.merge, map(msfx.Statistics.load, files))
     merged.save(out)
-    console().print(f"{len(merged)} sites, {merged.images} images: {out}")
+    loading.console().print(f"{len(merged)} sites, {merged.images} images: {out}")
