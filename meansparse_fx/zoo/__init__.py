@@ -1,6 +1,6 @@
 """Floor 5: from a short text to a model."""
 
 from .models import Normalised, input_shape, load_model
-from .weights import load_weights, read_state_dict
+from .weights import load_weights
 
-__all__ = ["Normalised", "input_shape", "load_model", "load_weights", "read_state_dict"]
+__all__ = ["Normalised", "input_shape", "load_model", "load_weights"]

@@ -13,7 +13,6 @@ import importlib.util
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -74,10 +73,8 @@ def load_model(spec: str, weights: str | Path | None = None, num_classes: int | 
         return robustbench.load(name, weights)
     if spec == "bundled":
         model: nn.Module = bundled.load_model()
-    elif source == "timm":
-        model = _from_timm(name, num_classes)
-    elif source == "torchvision":
-        model = _from_torchvision(name, num_classes)
+    elif source in ("timm", "torchvision"):
+        model = _from_library(source, name, {} if num_classes is None else {"num_classes": num_classes})
     elif source.endswith(".py"):
         model = _from_file(Path(source), name)
     else:
@@ -94,39 +91,27 @@ def input_shape(model: nn.Module) -> tuple[int, ...]:
     return tuple(getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224)))  # timm's convention
 
 
-def _from_timm(name: str, num_classes: int | None) -> nn.Module:
-    timm = _library("timm")
-    if not timm.is_model(name):
-        raise ModelError(_unknown("timm", name, timm.list_models()))
-    options = {} if num_classes is None else {"num_classes": num_classes}
-    return timm.create_model(name, pretrained=False, **options)
-
-
-def _from_torchvision(name: str, num_classes: int | None) -> nn.Module:
-    models = _library("torchvision.models")
-    known = models.list_models(module=models)
-    if name not in known:
-        raise ModelError(_unknown("torchvision", name, known))
-    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+def _from_library(library: str, name: str, options: dict[str, Any]) -> nn.Module:
+    try:
+        package = importlib.import_module({"timm": "timm", "torchvision": "torchvision.models"}[library])
+    except ImportError as error:
+        raise ModelError(f"{library} is not installed: pip install 'meansparse_fx[zoo]'") from error
+    known = package.list_models(**{} if library == "timm" else {"module": package})  # classifiers alone
+    if not (name in known or (library == "timm" and package.is_model(name))):
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"; close: {', '.join(close)}" if close else f"; {library}'s own list_models() has the names"
+        raise ModelError(f"{library} has no model {name!r}{hint}")
+    if library == "timm":
+        return package.create_model(name, pretrained=False, **options)
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = True  # what they do anyway, without their warning about it
-    return models.get_model(name, weights=None, **options)
-
-
-def _library(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.split(".")[0]
-        raise ModelError(f"{package} is not installed: pip install 'meansparse_fx[zoo]'") from error
+    return package.get_model(name, weights=None, **options)
 
 
 def _from_file(path: Path, function: str) -> nn.Module:
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
-    module_spec = importlib.util.spec_from_file_location(f"meansparse_fx_user_{path.stem}", path)
-    assert module_spec is not None
-    assert module_spec.loader is not None  # a .py file has one
+    module_spec: Any = importlib.util.spec_from_file_location(f"meansparse_fx_user_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     # As for `python file.py`: the file may import its neighbours, now and when the model runs.
     if (directory := str(path.resolve().parent)) not in sys.path:
@@ -141,9 +126,3 @@ def _from_file(path: Path, function: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ModelError(f"{path}:{function} returned {type(model).__name__}, not a torch.nn.Module")
     return model
-
-
-def _unknown(library: str, name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=3)
-    hint = f"; close: {', '.join(close)}" if close else f"; {library}'s own list_models() has the names"
-    return f"{library} has no model {name!r}{hint}"

@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import importlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from ..arguments import some
-from ..errors import ModelError
+from ..errors import ArtifactError, ModelError
 from .robustbench_mend import construction, library
-from .weights import is_state_dict, load_weights, read_checkpoint, read_state_dict
+from .weights import fill, read_checkpoint
 
 # Where RobustBench itself keeps what it downloads.
 MODELS = Path("models")
@@ -50,12 +50,16 @@ class Entry:
         return f"robustbench:{self.threat}/{self.dataset}/{self.name}"
 
     @property
-    def files(self) -> dict[str, str]:
-        """Names of the files with its weights, with where RobustBench has them."""
+    def files(self) -> dict[Path, str]:
+        """Where RobustBench, or timm, keeps each file of the weights, and where it is to be had."""
+        if self.timm_name is not None:
+            url = _timm().get_pretrained_cfg(self.timm_name).url
+            return {Path(torch.hub.get_dir(), "checkpoints", Path(url).name): url}
         ids = self.row["gdrive_id"]
-        if isinstance(ids, list):
-            return {f"{self.name}.pt_m{i}.pt": _drive(one) for i, one in enumerate(ids)}
-        return {f"{self.name}.pt": _drive(ids)}
+        names = {f"{self.name}.pt_m{i}.pt": one for i, one in enumerate(ids)}
+        names = names if isinstance(ids, list) else {f"{self.name}.pt": ids}
+        directory = MODELS / self.dataset / self.threat
+        return {directory / name: f"https://drive.google.com/uc?id={one}" for name, one in names.items()}
 
 
 def entries() -> tuple[str, ...]:
@@ -94,23 +98,23 @@ def load(name: str, weights: str | Path | None = None) -> nn.Module:
         ArtifactError: A file cannot be read.
     """
     entry = _entry(name)
-    if entry.timm_name is not None:
-        return _load_timm(entry, weights)
     if entry.row["gdrive_id"] == "":
         raise ModelError(f"{entry} has torchvision's own weights: use torchvision:resnet50 and --normalise imagenet")
-    paths = _fetched(entry) if weights is None else _given(entry, Path(weights))
+    paths = _given(entry, Path(weights)) if weights is not None else _fetched(entry)
     model = _build(entry)
     held = {file: read_checkpoint(path) for file, path in paths.items()}
-    whole = next(iter(held.values()))
-    whole = whole.get("state_dict", whole) if isinstance(whole, Mapping) else whole
-    if is_state_dict(whole) and whole.keys() == model.state_dict().keys():
-        load_weights(model, next(iter(paths.values())))
+    path, whole = next(iter(paths.values())), next(iter(held.values()))
+    with contextlib.suppress(ModelError, ArtifactError):
+        fill(model, whole, path)
         return model
     try:
-        return _load_as_robustbench(entry, model, held)
+        if entry.timm_name is None:
+            return _load_as_robustbench(entry, model, held)
+        state = whole.get("state_dict", whole) if isinstance(whole, Mapping) else whole
+        return _build(entry, pretrained=True, pretrained_cfg_overlay={"state_dict": state})
     except (RuntimeError, KeyError, AttributeError, TypeError, IndexError) as error:
         files = some(map(str, paths.values()))
-        raise ModelError(f"{files}: weights of another model than {entry}; {_first_line(error)}") from error
+        raise ModelError(f"{files}: weights of another model than {entry}; {_first_lines(error)}") from error
 
 
 def _load_as_robustbench(entry: Entry, model: nn.Module, held: dict[str, Any]) -> nn.Module:
@@ -125,40 +129,18 @@ def _load_as_robustbench(entry: Entry, model: nn.Module, held: dict[str, Any]) -
         return _ready(utils.load_model(entry.name, empty, entry.dataset, entry.threat), entry)
 
 
-def _load_timm(entry: Entry, weights: str | Path | None) -> nn.Module:
-    if weights is None:
-        timm: Any = importlib.import_module("timm")
-        url = timm.get_pretrained_cfg(entry.timm_name).url
-        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _fetching(entry, url, path):
-                torch.hub.download_url_to_file(url, str(path))
-        weights = path
-    state = read_state_dict(weights)
-    model = _build(entry)
-    if state.keys() == model.state_dict().keys():
-        load_weights(model, weights)
-        return model
-    try:
-        return _build(entry, pretrained=True, pretrained_cfg_overlay={"state_dict": state})
-    except (RuntimeError, KeyError) as error:
-        raise ModelError(f"{weights}: weights of another model than {entry}; {_first_line(error)}") from error
-
-
 def _build(entry: Entry, **options: Any) -> nn.Module:
     with construction():
         try:
             if entry.timm_name is not None:
-                timm = importlib.import_module("timm")
                 classes = library().utils.DATASET_CLASSES[_dataset(entry.dataset)]
-                model = timm.create_model(entry.timm_name, num_classes=classes, **options)
+                model = _timm().create_model(entry.timm_name, num_classes=classes, **options)
             else:
                 model = entry.row["model"]()
         except Exception as error:
             if options:  # the weights' fault
                 raise
-            raise ModelError(f"{entry} cannot be built: {type(error).__name__}: {_first_line(error)}") from error
+            raise ModelError(f"{entry} cannot be built: {type(error).__name__}: {_first_lines(error)}") from error
     return _ready(model, entry)
 
 
@@ -172,69 +154,57 @@ def _ready(model: Any, entry: Entry) -> nn.Module:
     return model
 
 
-# Files.
-
-
-def _drive(gdrive_id: str) -> str:
-    return f"https://drive.google.com/uc?id={gdrive_id}"
-
-
 def _given(entry: Entry, weights: Path) -> dict[str, Path]:
-    if not weights.is_dir():
-        if len(entry.files) > 1:
-            raise ModelError(f"{entry} has {len(entry.files)} files: give the directory that holds {some(entry.files)}")
-        return dict.fromkeys(entry.files, weights)
-    missing = [name for name in entry.files if not (weights / name).is_file()]
-    if missing:
-        raise ModelError(f"{weights}: lacks {some(missing)} of {entry}")
-    return {name: weights / name for name in entry.files}
+    names = [path.name for path in entry.files]
+    if weights.is_dir():
+        if missing := [name for name in names if not (weights / name).is_file()]:
+            raise ModelError(f"{weights}: lacks {some(missing)} of {entry}")
+        return {name: weights / name for name in names}
+    if len(names) > 1:
+        raise ModelError(f"{entry} has {len(names)} files: give the directory that holds {some(names)}")
+    return dict.fromkeys(names, weights)
 
 
 def _fetched(entry: Entry) -> dict[str, Path]:
-    directory = MODELS / entry.dataset / entry.threat
-    for file, url in entry.files.items():
-        if not (directory / file).is_file():
-            directory.mkdir(parents=True, exist_ok=True)
-            with _fetching(entry, url, directory / file):
-                library().utils.download_gdrive_new(url.rpartition("=")[2], directory / file)
-    return {file: directory / file for file in entry.files}
+    for path, url in entry.files.items():
+        if path.is_file():
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if entry.timm_name is not None:
+                torch.hub.download_url_to_file(url, str(path))
+            else:
+                library().utils.download_gdrive_new(url.rpartition("=")[2], path)
+            reason = "" if path.is_file() else "nothing came"
+        except Exception as error:  # a download can fail in any way
+            reason = f"{type(error).__name__}: {_first_lines(error)}"
+        if reason:
+            raise ModelError(f"{entry}: cannot fetch {url} to {path.resolve()} ({reason}). {_BY_HAND}")
+    return {path.name: path for path in entry.files}
 
 
-@contextlib.contextmanager
-def _fetching(entry: Entry, url: str, path: Path) -> Iterator[None]:
-    """Turn every way a download can fail into one error that says what to do."""
-    try:
-        yield
-        reason = "" if path.is_file() else "nothing came"
-    except Exception as error:
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-    if reason:
-        raise ModelError(f"{entry}: cannot fetch {url} to {path.resolve()} ({reason}). {_BY_HAND}")
-
-
-def _first_line(error: BaseException) -> str:
+def _first_lines(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:300]
 
 
-# The list.
-
-
 def _entry(name: str) -> Entry:
-    threat, _, rest = name.partition("/")
-    dataset, _, model = rest.partition("/")
     known = entries()
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"; close: {', '.join(close)}" if close else "; threats: Linf, L2, corruptions; data: cifar10, ..."
         raise ModelError(f"robustbench has no model {name!r}, written as Linf/cifar10/NAME{hint}")
+    threat, dataset, model = name.split("/")
     rows = library().model_zoo.model_dicts[_dataset(dataset)]
     row = next(rows[kind] for kind in rows if kind.value == threat)[model]
     # RobustBench asks timm first, too. Its rows for these models use names that timm has never had.
     timm_name = f"{model}_{dataset}_{threat}".lower().replace("-", "_")
-    registered = importlib.import_module("timm").is_model(timm_name)
-    return Entry(threat, dataset, model, row, timm_name if registered else None)
+    return Entry(threat, dataset, model, row, timm_name if _timm().is_model(timm_name) else None)
 
 
 def _dataset(name: str) -> Any:
     return library().model_zoo.enums.BenchmarkDataset(name)
+
+
+def _timm() -> Any:
+    return importlib.import_module("timm")

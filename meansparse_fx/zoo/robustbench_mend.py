@@ -40,10 +40,7 @@ def library() -> types.ModuleType:
 
 @contextlib.contextmanager
 def _missing_modules() -> Iterator[None]:
-    """Give RobustBench, while it is being imported, two modules that it asks for and does not need.
-
-    It keeps what it took from them; `sys.modules` forgets them again.
-    """
+    """Give RobustBench, while it is being imported, two modules that it asks for and does not need."""
     stand_ins: dict[str, types.ModuleType] = {}
     if _lacking("pkg_resources"):
         # Gone from setuptools 81 on. RobustBench asks it for the path of a file of its own.

@@ -28,13 +28,21 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         ArtifactError: The file cannot be read, or holds no state_dict.
         ModelError: None of them is the model's, or several that differ are; the model is unchanged.
     """
-    found, own = read_state_dicts(path), model.state_dict()
+    fill(model, read_checkpoint(path), path)
+
+
+def fill(model: nn.Module, held: Any, path: str | Path) -> None:
+    """Load into ``model`` what `read_checkpoint` returned of a file; raises what `load_weights` does."""
+    found, own = dict(_state_dicts(held, "", _DEPTH)), model.state_dict()
+    if not found:
+        keys = f"; it holds {_listed(held)}" if isinstance(held, Mapping) and held else ""
+        raise ArtifactError(f"{path}: not a state_dict, bare or under a key{keys}")
     forms = {f"{key}{form}": state for key, value in found.items() for form, state in _forms(value).items()}
     fitting = {key: s for key, s in forms.items() if len(s) == len(own) and not _problems(own, s)}
     if not fitting:
         nearest = min(forms.values(), key=lambda state: len(own.keys() ^ state.keys()))
-        held = f" (it holds {_listed(found)})" if len(found) > 1 else ""
-        raise ModelError(f"{path}: weights of another model{held}; {'; '.join(_problems(own, nearest))}")
+        several = f" (it holds {_listed(found)})" if len(found) > 1 else ""
+        raise ModelError(f"{path}: weights of another model{several}; {'; '.join(_problems(own, nearest))}")
     first, *others = fitting.values()
     if not all(_same(value, other[name]) for other in others for name, value in first.items()):
         raise ModelError(
@@ -44,42 +52,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     model.load_state_dict(first)
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file or of a saved state_dict, by name, without a prefix that all have.
-
-    Raises:
-        ArtifactError: The file cannot be read, or holds several state_dicts, or none.
-    """
-    found = read_state_dicts(path)
-    if len(found) > 1:
-        raise ArtifactError(
-            f"{path}: several state_dicts, {_listed(found)}: save the one you mean in a file of its own"
-        )
-    state = next(iter(found.values()))
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    return dict(state)
-
-
-def read_state_dicts(path: str | Path) -> dict[str, Mapping[str, Tensor]]:
-    """Return the state_dicts that a file holds, by the keys that lead to them; a bare one is under the empty key.
-
-    Raises:
-        ArtifactError: The file cannot be read, or holds none.
-    """
-    held = read_checkpoint(path)
-    found = dict(_state_dicts(held, "", _DEPTH))
-    if not found:
-        keys = f"; it holds {_listed(held)}" if isinstance(held, Mapping) and held else ""
-        raise ArtifactError(f"{path}: not a state_dict, bare or under a key{keys}")
-    return found
-
-
 def _state_dicts(value: Any, key: str, depth: int) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
     """Yield the state_dicts in what was saved; an optimizer's state is none."""
     if not isinstance(value, Mapping) or not depth or any(not isinstance(name, str) for name in value):
         return
-    if is_state_dict(value):
+    if value and all(isinstance(tensor, Tensor) for tensor in value.values()):
         yield key, value
         return
     for name in (name for name in value if not name.startswith("optim")):
@@ -135,8 +112,3 @@ def read_checkpoint(path: str | Path) -> Any:
             f"{path}: truncated, or neither safetensors nor a plain state_dict ({first_line(error)}); files that need "
             "unpickling are not read: save model.state_dict()"
         ) from error
-
-
-def is_state_dict(value: Any) -> bool:
-    """Return whether ``value`` is a dictionary of tensors, with at least one."""
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
