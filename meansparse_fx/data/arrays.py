@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -17,54 +17,53 @@ from ..errors import ArtifactError
 from .image_set import LAYOUTS, ImageSet, choose, describe, from_arrays
 
 _IMAGES = {"images", "image", "imgs", "img", "x", "data"}
-_HEADER = 2**16  # bytes that a header of plain arrays stays far below
 _LABELS = {"labels", "label", "y", "targets", "target"}
-# A damaged header can be any Python, and a damaged directory names methods and members that are none.
-_UNREADABLE = (
-    *(zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, TypeError, KeyError, RuntimeError),
-    *(SyntaxError, tokenize.TokenError, MemoryError),
-)
 
 
 def open_npz(path: Path, split: str | None) -> ImageSet:
     """Return one split of an .npz file, the names of its arrays as `_roles` reads them."""
-    try:
-        # Opened here: numpy leaves a file it cannot read open.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            name, images, labels = _pair(path, split, file.files)
-            for array in (images, labels):
-                member = file.zip.getinfo(array if array in file.zip.namelist() else f"{array}.npy")
-                with file.zip.open(member) as head:
-                    _require_whole(head, member.file_size)
-            return from_arrays(file[images], file[labels], describe(path, name))
-    except _UNREADABLE as error:
-        raise ArtifactError(f"{path}: truncated, or not an .npz file of plain arrays ({error})") from error
+    with _explained(path), zipfile.ZipFile(path) as archive:
+        members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+        name, *pair = _pair(path, split, members)
+        arrays = []
+        for member in (members[key] for key in pair):
+            with archive.open(member) as stream:
+                arrays.append(_array(stream, member.file_size))
+        return from_arrays(arrays[0], arrays[1], describe(path, name))
 
 
 def open_npy(directory: Path, split: str | None) -> ImageSet:
     """Return one split of a directory of .npy files, named as the arrays of an .npz file."""
-    name, *stems = _pair(directory, split, [file.stem for file in _npy_files(directory)])
+    files = {file.stem: file for file in _npy_files(directory)}
+    name, *pair = _pair(directory, split, files)
     arrays = []
-    for stem in stems:
-        path = directory / f"{stem}.npy"
-        try:
-            with path.open("rb") as stream:
-                _require_whole(stream, path.stat().st_size)
-                stream.seek(0)
-                arrays.append(np.load(stream, allow_pickle=False))
-        except _UNREADABLE as error:
-            raise ArtifactError(f"{path}: truncated, or not an .npy file of a plain array ({error})") from error
+    for file in (files[key] for key in pair):
+        with _explained(file), file.open("rb") as stream:
+            arrays.append(_array(stream, file.stat().st_size))
     return from_arrays(arrays[0], arrays[1], describe(directory, name))
 
 
-def _require_whole(stream: IO[bytes], size: int) -> None:
-    """Raise ValueError if an .npy file of ``size`` bytes has less than its header says: NumPy takes memory for it."""
-    start = io.BytesIO(stream.read(_HEADER))
-    version = np.lib.format.read_magic(start)
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    # A damaged header can be any Python, and a damaged directory names methods and members that are none.
+    except (
+        *(zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, TypeError, KeyError, RuntimeError),
+        *(SyntaxError, tokenize.TokenError, MemoryError),
+    ) as error:
+        raise ArtifactError(f"{path}: truncated, or not plain arrays of NumPy ({error})") from error
+
+
+def _array(stream: IO[bytes], size: int) -> np.ndarray:
+    """Return the array of an .npy file of ``size`` bytes; NumPy alone takes memory for whatever its header says."""
+    version = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(start)
-    if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize > size - start.tell():
+    shape, _, dtype = read_header(stream)
+    if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize > size - stream.tell():
         raise ValueError(f"its header asks for {dtype} {list(shape)}, more than it holds")
+    stream.seek(0)
+    return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def npy_split(file: Path) -> str:

@@ -6,20 +6,16 @@ missing among the validation images does not shift the numbers of those after it
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from ..errors import ArtifactError
 from .image_set import LAYOUTS, ImageSet, describe
-from .pictures import DEFAULT_SIZE, Decoder, common_size
+from .pictures import DEFAULT_SIZE, Pictures, common_size
 
 _TRAIN = ("train", "training")
 _HELD_OUT = ("val", "valid", "validation", "dev", "test", "testing")
@@ -27,24 +23,6 @@ _LEFT_BEHIND = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Vol
 LOOKED_AT = 500  # files whose sizes are looked up; that of each is checked when it is read
 _UNREAD = {".gif", ".jfif", ".jp2", ".jxl", ".avif", ".heic", ".heif"}  # nor by torchvision
 _ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Files:
-    """Image files, decoded when asked for; an array of indices selects files."""
-
-    paths: list[str]
-    decode: Decoder
-
-    @property
-    def names(self) -> list[str]:
-        """The files' names, without their directories."""
-        return [os.path.basename(path) for path in self.paths]
-
-    def __getitem__(self, index: int | np.ndarray) -> Any:
-        if isinstance(index, np.ndarray):
-            return Files([self.paths[i] for i in index], self.decode)
-        return self.decode(self.paths[index])
 
 
 def open_folder(path: Path, split: str | None, image_size: int | None) -> ImageSet:
@@ -60,20 +38,21 @@ def open_folder(path: Path, split: str | None, image_size: int | None) -> ImageS
     samples = _annotated(root) if distributed else _by_directory(root)
     paths, labels = zip(*samples, strict=True)
     own = common_size(paths[:: max(1, len(paths) // LOOKED_AT)]) if image_size is None else None
-    decode = Decoder(image_size or DEFAULT_SIZE, own)
-    description = f"{describe(path, split)}, {decode.description}"
-    return ImageSet(Files(list(paths), decode), torch.tensor(labels), description)
+    images = Pictures(list(paths), image_size or DEFAULT_SIZE, own)
+    return ImageSet(images, torch.tensor(labels), f"{describe(path, split)}, {images.description}")
 
 
 def _by_directory(root: Path) -> Sequence[tuple[str, int]]:
     directories = _directories(root)
-    _refuse_unread(directories)
+    unread = (f for d in directories for f in d.iterdir() if f.suffix.lower() in _UNREAD and _visible(f.name))
+    if (file := next(unread, None)) is not None:
+        raise ArtifactError(f"{file}: images of this kind are not read, and none is left out: save them as PNG")
     if not any(_has_images(d) or _has_images(d / "images") for d in directories):
         _refuse(root, directories)
 
     def wanted(file: str) -> bool:
         inside = Path(file).relative_to(root)
-        return inside.suffix.lower() in IMG_EXTENSIONS and all(_visible(part) for part in inside.parts)
+        return inside.suffix.lower() in IMG_EXTENSIONS and all(map(_visible, inside.parts))
 
     names = [d.name for d in directories]
     if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
@@ -83,10 +62,10 @@ def _by_directory(root: Path) -> Sequence[tuple[str, int]]:
             stacklevel=2,
         )
     found = make_dataset(root, {name: i for i, name in enumerate(names)}, is_valid_file=wanted, allow_empty=True)
-    filled = {label for _, label in found}
-    classes = _training_classes(root, {names[label] for label in filled})
+    filled = {names[label] for _, label in found}
+    classes = _training_classes(root, filled)
     if classes is None:
-        if empty := [name for i, name in enumerate(names) if i not in filled]:
+        if empty := [name for name in names if name not in filled]:
             raise ArtifactError(f"{root}: no images in {', '.join(empty[:5])}: a class without images, or no class?")
         return found
     number = {name: i for i, name in enumerate(classes)}
@@ -132,12 +111,6 @@ def _training_classes(root: Path, held: set[str]) -> list[str] | None:
             "the same in both; name the directories alike"
         )
     return classes
-
-
-def _refuse_unread(directories: Sequence[Path]) -> None:
-    unread = (f for d in directories for f in d.iterdir() if f.suffix.lower() in _UNREAD and _visible(f.name))
-    if (file := next(unread, None)) is not None:
-        raise ArtifactError(f"{file}: images of this kind are not read, and none is left out: save them as PNG")
 
 
 def _refuse(root: Path, directories: Sequence[Path]) -> None:

@@ -66,13 +66,12 @@ class ImageSet(Dataset):
         Raises:
             ArtifactError: They are arrays of three channels; or, from an image when it is read, it is in colour.
         """
-        decode = getattr(self.images, "decode", None)
-        if decode is None and self.images.shape[1] != 1:
+        if hasattr(self.images, "gray"):
+            images = replace(self.images, gray=True)
+            return replace(self, images=images, description=f"{self.description}, gray")
+        if self.images.shape[1] != 1:
             raise ArtifactError(f"{self.description}: arrays of {self.images.shape[1]} channels: save one of them")
-        if decode is None:
-            return self
-        files = replace(self.images, decode=replace(decode, gray=True))
-        return replace(self, images=files, description=f"{self.description}, gray")
+        return self
 
     def check_labels(self, classes: int) -> None:
         """Raise ArtifactError if a label has no logit in a model of that many classes."""

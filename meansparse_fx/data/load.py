@@ -75,8 +75,9 @@ def load_images(
 def _identity(found: ImageSet) -> str:
     """Return what a set of images is known by wherever it lies: its labels, and its first image or its files' names."""
     digest = hashlib.blake2b(found.labels.numpy().tobytes(), digest_size=8)
-    names = getattr(found.images, "names", None)
-    digest.update(found.images[0].tobytes() if names is None else "/".join(names).encode())
+    arrays = isinstance(found.images, np.ndarray)
+    names = "" if arrays else "/".join(Path(path).name for path in found.images.paths)
+    digest.update(found.images[0].tobytes() if arrays else names.encode())
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Floor 1: one image file as a tensor, read as torchvision reads it where that is right.
+"""Floor 1: image files as tensors, read as torchvision reads it where that is right.
 
 Pillow makes white of whatever is above 255 when it converts to RGB: 16-bit files become white nearly everywhere. Those
 are scaled by the white of their type here; where a type has none, as 32-bit integers, the file is refused. An EXIF
@@ -12,8 +12,9 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,17 +31,19 @@ _MOST_COLOUR = 4 / 255  # between channels of a gray image: JPEG rounds each
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 
 
-@dataclass(frozen=True, slots=True)
-class Decoder:
-    """Turns the path of an image file into an image ``[3, size, size]`` float32 in [0, 1].
+@dataclass(frozen=True, slots=True, eq=False)
+class Pictures:
+    """Image files; an index gives an image ``[3, size, size]`` float32 in [0, 1], an array of them selects files.
 
     Attributes:
+        paths: Of the files.
         size: Side of the centred square, cut from the image resized to 8/7 of it: 224 of 256 is the usual share of an
             image kept for evaluation.
         own: ``(width, height)`` that every image has: they are left as they are.
         gray: Images are gray, as one channel ``[1, size, size]``.
     """
 
+    paths: list[str]
     size: int
     own: tuple[int, int] | None = None
     gray: bool = False
@@ -52,41 +55,17 @@ class Decoder:
             return f"{self.own[1]}x{self.own[0]} as stored"
         return f"resized to {self.size * 8 // 7} and cut to {self.size}x{self.size}"
 
-    def __call__(self, file: str) -> Tensor:
+    def __getitem__(self, index: int | np.ndarray) -> Any:
         """Return the image.
 
         Raises:
             ArtifactError: The file is damaged, of a kind without a set range, or too large, or in colour where it
                 should be gray; it is named.
         """
-        image = self._colours(file)
-        if not self.gray:
-            return image
-        if float((image.amax(0) - image.amin(0)).max()) > _MOST_COLOUR:
-            raise ArtifactError(f"{file}: in colour, where the model takes one channel: convert all images to gray")
-        return image[:1]
-
-    def _colours(self, file: str) -> Tensor:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of damaged tags, which say nothing of the pixels
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                # From memory, where a damaged length can ask for no more than there is.
-                with Image.open(io.BytesIO(Path(file).read_bytes())) as image:
-                    found = (
-                        _deep(image)
-                        if image.mode in ("I", "F") or image.mode.startswith("I;")
-                        else image.convert("RGB")
-                    )
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ArtifactError(
-                f"{file}: more than the {Image.MAX_IMAGE_PIXELS:,} pixels that Pillow opens, perhaps a decompression "
-                "bomb: remove it, or make it smaller"
-            ) from error
-        except _Refused as error:
-            raise ArtifactError(f"{file}: {error}") from error
-        except _DAMAGED as error:
-            raise ArtifactError(f"{file}: truncated or not an image that Pillow reads ({error})") from error
+        if isinstance(index, np.ndarray):
+            return replace(self, paths=[self.paths[i] for i in index])
+        file = self.paths[index]
+        found = _opened(file)
         width, height = found.size if isinstance(found, Image.Image) else (found.shape[2], found.shape[1])
         if self.own not in (None, (width, height)):
             raise ArtifactError(
@@ -95,9 +74,29 @@ class Decoder:
             )
         if self.own is None:
             found = center_crop(resize(found, [self.size * 8 // 7], antialias=True), [self.size, self.size])
-        if isinstance(found, Image.Image):
-            return to_dtype(pil_to_tensor(found), torch.float32, scale=True)
-        return found.clamp(0, 1).expand(3, -1, -1)
+        image = pil_to_tensor(found) if isinstance(found, Image.Image) else found.clamp(0, 1).expand(3, -1, -1)
+        image = to_dtype(image, torch.float32, scale=True)
+        if self.gray and float((image.amax(0) - image.amin(0)).max()) > _MOST_COLOUR:
+            raise ArtifactError(f"{file}: in colour, where the model takes one channel: convert all images to gray")
+        return image[:1] if self.gray else image
+
+
+def _opened(file: str) -> Image.Image | Tensor:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged tags, which say nothing of the pixels
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # From memory, where a damaged length can ask for no more than there is.
+            with Image.open(io.BytesIO(Path(file).read_bytes())) as image:
+                deep = image.mode in ("I", "F") or image.mode.startswith("I;")
+                return _deep(image, file) if deep else image.convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ArtifactError(
+            f"{file}: more than the {Image.MAX_IMAGE_PIXELS:,} pixels that Pillow opens, perhaps a decompression "
+            "bomb: remove it, or make it smaller"
+        ) from error
+    except _DAMAGED as error:
+        raise ArtifactError(f"{file}: truncated or not an image that Pillow reads ({error})") from error
 
 
 def common_size(files: Iterable[str]) -> tuple[int, int] | None:
@@ -116,19 +115,19 @@ def common_size(files: Iterable[str]) -> tuple[int, int] | None:
     return sizes.pop() if sizes else None
 
 
-class _Refused(Exception):
-    """An image whose values have no certain meaning."""
-
-
-def _deep(image: Image.Image) -> Tensor:
+def _deep(image: Image.Image, file: str) -> Tensor:
     """Return an image of one channel and more than 8 bits as ``[1, H, W]`` in [0, 1]."""
     tags = getattr(image, "tag_v2", {})
     values = np.asarray(image).astype(np.float32)
     if image.mode == "F":
         if not (values.min() >= 0 and values.max() <= 1):
-            raise _Refused(f"floats from {values.min():g} to {values.max():g}; expected [0, 1]: divide by their white")
+            raise ArtifactError(
+                f"{file}: floats from {values.min():g} to {values.max():g}; expected [0, 1]: divide by their white"
+            )
     elif image.mode == "I" and image.format not in ("PNG", "PPM"):  # those have 16 bits
-        raise _Refused("signed or 32-bit integers, of which no value is white: save it with 8 or with 16 bits")
+        raise ArtifactError(
+            f"{file}: signed or 32-bit integers, of which no value is white: save it with 8 or with 16 bits"
+        )
     else:
         values /= 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
