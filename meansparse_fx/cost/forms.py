@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..activations import ActivationCall
-from ..frozen import fused_parts
 from ..kernels.operator import Operator
 from ..kernels.records import Options, Vectors
 from ..kernels.reference import ACTIVATIONS, parameters, per_channel
@@ -48,92 +46,60 @@ class Region:
 
     Attributes:
         shape, dtype: Of x, and of all the others.
-        channel_dim: Dimension of x that holds the channels.
-        activation: None for a bare operator.
-        input_norm, sum_norm: There is a norm of x; of the sum.
-        layer_scale: There is a LayerScale.
+        vectors, options: Of the fused operator; the vectors are without data.
         residual, shortcut: There is a sum before the operator; after it.
-        want_sum: Others read v, too.
+        inplace: The model's activation overwrites its input.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    channel_dim: int
-    activation: ActivationCall | None
-    input_norm: bool
-    layer_scale: bool
+    vectors: Vectors
+    options: Options
     residual: bool
-    sum_norm: bool
     shortcut: bool
-    want_sum: bool
+    inplace: bool
 
     def inputs(self) -> list[Tensor]:
         """Return x, the residual if there is one and the shortcut if there is one: without data, wanting gradients."""
         count = 1 + self.residual + self.shortcut
         return [torch.empty(self.shape, dtype=self.dtype, device="meta", requires_grad=True) for _ in range(count)]
 
-    def vector(self) -> Tensor:
-        """Return one value a channel, ``[C]``, without data."""
-        return torch.empty(self.shape[self.channel_dim], device="meta")
-
-    def taken_in(self) -> str:
-        """Return in words what is taken in."""
-        return fused_parts(
-            self.input_norm, self.layer_scale, self.residual, self.sum_norm, self.shortcut, self.want_sum
-        )
-
 
 Results = tuple[Tensor, ...]  # y, and v where others read it
 Form = Callable[[Region, list[Tensor]], Results]
 
 
-def _before(region: Region, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return v and u, as torch computes them call by call."""
-    v = _normed(inputs[0], region) if region.input_norm else inputs[0]
-    v = v * per_channel(region.vector(), v.dim(), region.channel_dim) if region.layer_scale else v
-    v = v + inputs[1] if region.residual else v
-    return v, _normed(v, region) if region.sum_norm else v
+def _unfused(operator: Callable[[Tensor, Region], Tensor], activates: bool = False) -> Form:
+    """Return the form that is torch's own calls with a form of the operator, or of operator and activation, in it."""
+
+    def form(region: Region, inputs: list[Tensor]) -> Results:
+        vectors, options = region.vectors, region.options
+        v = inputs[0] if vectors.input_scale is None else _normed(inputs[0], vectors.input_scale)
+        if vectors.layer_scale is not None:
+            v = v * per_channel(vectors.layer_scale, v.dim(), options.channel_dim)
+        v = v + inputs[1] if region.residual else v
+        y = operator(v if vectors.sum_scale is None else _normed(v, vectors.sum_scale), region)
+        if not activates:
+            y = _activated(y, region, y is not inputs[0])
+        y = y + inputs[-1] if region.shortcut else y
+        return (y, v) if options.want_sum else (y,)
+
+    return form
 
 
-def _after(y: Tensor, region: Region, inputs: list[Tensor]) -> Tensor:
-    return y + inputs[-1] if region.shortcut else y
-
-
-def _normed(x: Tensor, region: Region) -> Tensor:
-    mean, variance, weight, bias = (region.vector() for _ in range(4))
-    return F.batch_norm(x, mean, variance, weight, bias, training=False, momentum=0.0, eps=1e-5)
-
-
-def _slope(region: Region) -> Tensor | None:
-    return region.vector() if region.activation and region.activation.weight is not None else None
+def _normed(x: Tensor, vector: Tensor) -> Tensor:
+    return F.batch_norm(x, vector, vector, vector, vector, training=False, momentum=0.0, eps=1e-5)
 
 
 def _activated(s: Tensor, region: Region, fresh: bool) -> Tensor:
-    """Return the activation of s as the model calls it: in place only where it does so, and on a tensor that allows it.
-
-    Args:
-        fresh: s is no input of the region.
-    """
-    call = region.activation
-    if call is None:
+    """Return the activation as the model calls it: in place only where it does so, and s is no input of the region."""
+    options, weight = region.options, region.vectors.weight
+    if options.activation == "identity":
         return s
-    row = ACTIVATIONS[call.name]
-    slope = _slope(region)
-    slope = None if slope is None else per_channel(slope, s.dim(), region.channel_dim)
-    form = row.overwrite if call.inplace and fresh and row.overwrite else row.forward
-    return form(s, *parameters(slope, call.constants))
-
-
-def _with(operator: Callable[[Tensor, Region], Tensor]) -> Form:
-    """Return the form that is torch's own calls with a form of the operator among them."""
-
-    def form(region: Region, inputs: list[Tensor]) -> Results:
-        v, u = _before(region, inputs)
-        s = operator(u, region)
-        y = _after(_activated(s, region, s is not inputs[0]), region, inputs)
-        return (y, v) if region.want_sum else (y,)
-
-    return form
+    row = ACTIVATIONS[options.activation]
+    slope = None if weight is None else per_channel(weight, s.dim(), options.channel_dim)
+    form = row.overwrite if region.inplace and fresh and row.overwrite else row.forward
+    return form(s, *parameters(slope, options.constants))
 
 
 _library = torch.library.Library("meansparse_fx_cost", "DEF")
@@ -166,35 +132,27 @@ class _OneCall(torch.autograd.Function):
         return None, found[0], found[-1] if has_residual else None, grads[0] if has_shortcut else None
 
 
-def _ours(region: Region, inputs: list[Tensor]) -> Results:
-    v, u = _before(region, inputs)
-    operator = Operator(Vectors(region.vector(), region.vector(), _slope(region)), _options(region, False))
-    y = _after(_OneCall.apply(operator, u, None, None), region, inputs)
-    return (y, v) if region.want_sum else (y,)
+def _ours(u: Tensor, region: Region) -> Tensor:
+    vectors = Vectors(*region.vectors[:3])  # without what is around
+    return _OneCall.apply(Operator(vectors, region.options._replace(want_sum=False)), u, None, None)
 
 
 def _fused(region: Region, inputs: list[Tensor]) -> Results:
-    input_norm, sum_norm = (
-        (region.vector(), region.vector()) if there else (None, None) for there in (region.input_norm, region.sum_norm)
-    )
-    scale = region.vector() if region.layer_scale else None
-    vectors = Vectors(region.vector(), region.vector(), _slope(region), *input_norm, scale, *sum_norm)
     residual, shortcut = inputs[1] if region.residual else None, inputs[-1] if region.shortcut else None
-    results = _OneCall.apply(Operator(vectors, _options(region, region.want_sum)), inputs[0], residual, shortcut)
+    results = _OneCall.apply(Operator(region.vectors, region.options), inputs[0], residual, shortcut)
     return results if isinstance(results, tuple) else (results,)
 
 
-def _options(region: Region, want_sum: bool) -> Options:
-    call = region.activation
-    name, constants = (call.name, call.constants) if call else ("identity", ())
-    return Options(region.channel_dim, name, constants, want_sum=want_sum)
+def _published(u: Tensor, region: Region) -> Tensor:
+    # The branch asks for the value of alpha: a number with data, which is no tensor of the model's size.
+    vector = region.vectors.centre
+    return published(u, vector, vector, torch.tensor(0.25), region.options.channel_dim)
 
 
 FORMS: dict[str, Form] = {
-    "base": _with(lambda u, region: u),
-    # The branch asks for the value of alpha: a number with data, which is no tensor of the model's size.
-    "published": _with(lambda u, r: published(u, r.vector(), r.vector(), torch.tensor(0.25), r.channel_dim)),
-    "branch-free": _with(lambda u, r: branch_free(u, r.vector(), r.vector(), r.channel_dim)),
-    "ours": _ours,
+    "base": _unfused(lambda u, region: u),
+    "published": _unfused(_published),
+    "branch-free": _unfused(lambda u, r: branch_free(u, r.vectors.centre, r.vectors.threshold, r.options.channel_dim)),
+    "ours": _unfused(_ours, activates=True),
     "ours, fused": _fused,
 }

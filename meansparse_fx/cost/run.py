@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 
 from ..batches import examples
 from ..capture.copies import copied
+from ..frozen import fused_parts
+from ..kernels.records import Options, Vectors
 from ..nn import MeanSparse
 from ..rewrite import calls_of
 from ..sites import Placement
@@ -179,19 +181,32 @@ def cost(model: nn.Module, images: Tensor, placement: Placement | str | None = N
     sites = []
     for node, operator in calls_of(sparse, MeanSparse):
         region = _region(node, operator, shapes[operator.name], dtype)
-        forms = {name: _counted(form, region) for name, form in FORMS.items()}
-        sites.append(SiteCost(operator.name, region.taken_in(), forms))
+        v = region.vectors
+        before = fused_parts(
+            v.input_scale is not None, v.layer_scale is not None, region.residual, v.sum_scale is not None,
+            region.shortcut, region.options.want_sum,
+        )  # fmt: skip
+        sites.append(SiteCost(operator.name, before, {name: _counted(form, region) for name, form in FORMS.items()}))
     return Cost(tuple(sites), len(images), dtype)
 
 
 def _region(node: fx.Node, operator: MeanSparse, shape: tuple[int, ...], dtype: torch.dtype) -> Region:
-    prologue = operator.prologue
-    around = {name: name in node.kwargs for name in ("layer_scale", "residual", "shortcut")}
-    return Region(
-        shape, dtype, operator.channel_dim, operator.activation,
-        input_norm=prologue.input_norm is not None, sum_norm=prologue.sum_norm is not None, want_sum=prologue.want_sum,
-        **around,
-    )  # fmt: skip
+    prologue, call = operator.prologue, operator.activation
+    vector = torch.empty(shape[operator.channel_dim], device="meta")
+    weight, input_norm, layer_scale, sum_norm = (
+        vector if there else None
+        for there in (
+            call and call.weight is not None,
+            prologue.input_norm,
+            "layer_scale" in node.kwargs,
+            prologue.sum_norm,
+        )
+    )
+    vectors = Vectors(vector, vector, weight, input_norm, input_norm, layer_scale, sum_norm, sum_norm)
+    name, constants = (call.name, call.constants) if call else ("identity", ())
+    options = Options(operator.channel_dim, name, constants, want_sum=prologue.want_sum)
+    around = "residual" in node.kwargs, "shortcut" in node.kwargs
+    return Region(shape, dtype, vectors, options, *around, call is not None and call.inplace)
 
 
 def _counted(form: Form, region: Region) -> FormCost:
