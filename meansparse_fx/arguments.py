@@ -13,12 +13,7 @@ _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
 def items(given: Any) -> tuple[Any, ...]:
-    """Return what was given where several are meant: a string or a number is one item, never its letters.
-
-    Example:
-        >>> items("layer1"), items(["layer1", "layer2"]), items(0.2)
-        (('layer1',), ('layer1', 'layer2'), (0.2,))
-    """
+    """Return what was given where several are meant: a string or a number is one item, never its letters."""
     return tuple(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes) else (given,)
 
 
@@ -27,11 +22,6 @@ def number(given: Any, what: str) -> float:
 
     Raises:
         ValueError: It is none; ``what`` it should be is said.
-
-    Example:
-        >>> import numpy as np
-        >>> number("8/255", "eps") == 8 / 255, number(np.float32(0.1), "alpha")
-        (True, 0.1)
     """
     try:
         if isinstance(given, bool):
@@ -51,10 +41,6 @@ def whole(given: Any, what: str, least: int | None = None) -> int:
 
     Raises:
         ValueError: It is none, or below ``least``; ``what`` it should be is said.
-
-    Example:
-        >>> whole("20", "steps"), whole(20.0, "steps", least=1)
-        (20, 20)
     """
     found = number(given, what)
     if not found.is_integer() or (least is not None and found < least):

@@ -245,14 +245,10 @@ def read(path: str | Path, kind: str, version: str, what: str) -> tuple[dict[str
     try:
         with safe_open(str(path), framework="pt") as file:
             entries = file.metadata() or {}
-            if entries.get("format") == kind:  # version 1 kept its header in several entries
-                found = entries.get("format_version")
-            elif kind not in entries:
+            if kind not in entries:
                 raise ArtifactError(f"{path}: a safetensors file, but not {what} of meansparse_fx")
-            else:
-                header = json.loads(entries[kind])
-                found = header["format_version"]
-            if found != version:
+            header = json.loads(entries[kind])
+            if (found := header["format_version"]) != version:
                 raise ArtifactError(
                     f"{path}: format version {found}; this release reads {version}: make the file again"
                 )

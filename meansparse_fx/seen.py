@@ -21,11 +21,6 @@ def image_marks(images: Tensor) -> Tensor:
 
     Of `MOST_VALUES` of an image at random places, to 16 bits each: 2 to 16 ms for 128 images on one CPU thread.
     Images that have all of these in common are equal for what it is for.
-
-    Example:
-        >>> a, b, again = image_marks(torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0 - 1e-7]])).tolist()
-        >>> a == again, a == b
-        (True, False)
     """
     if not images.numel():
         return torch.zeros(len(images), dtype=torch.int64, device=images.device)
@@ -57,15 +52,7 @@ def known_share(known: Tensor, marks: Tensor) -> float:
 
 
 def overlap(own: Iterable[Part], others: Iterable[Part]) -> range | None:
-    """Return the first positions that are in two collections of parts of image sets; None if there are none.
-
-    Args:
-        own, others: Each part the identity of an image set, its first position and the one after its last.
-
-    Example:
-        >>> overlap([("a", 0, 10), ("b", 0, 5)], [("b", 5, 9), ("a", 7, 20)])
-        range(7, 10)
-    """
+    """Return the first positions that are in two collections of parts of image sets; None if there are none."""
     theirs = list(others)
     for name, first, end in own:
         for other, start, stop in theirs:

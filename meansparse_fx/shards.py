@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Sampler
-
 from .errors import ArtifactError, first_line
 
 _calls: Counter[tuple[int, ...]] = Counter()  # of `gather` by group: each call gets keys of its own
@@ -29,10 +27,6 @@ def own_file(path: Path, rank: int, world: int) -> Path:
 
     Raises:
         ArtifactError: There are files of another number of processes.
-
-    Example:
-        >>> own_file(Path("run.safetensors"), 1, 2).name
-        'run.safetensors.rank1-of-2'
     """
     others = {int(f.name.rpartition("-of-")[2]) for f in path.parent.glob(f"{path.name}.rank*-of-*")}
     others |= {1} if path.exists() else set()
@@ -74,24 +68,3 @@ def peer_lost(kind: type[Exception]) -> Iterator[None]:
         raise kind(
             f"lost another process ({first_line(error)}). Checkpoints, if asked for, are kept: start again"
         ) from error
-
-
-class ShardSampler(Sampler[int]):
-    """The indices rank, rank + world, rank + 2 world, ... below a length.
-
-    The shards of all ranks together are every index once, of uneven lengths where it does not divide:
-    torch's DistributedSampler repeats images to make them even, which a measurement would count twice.
-
-    Example:
-        >>> [list(ShardSampler(5, rank, 2)) for rank in range(2)]
-        [[0, 2, 4], [1, 3]]
-    """
-
-    def __init__(self, length: int, rank: int, world: int) -> None:
-        self.indices = range(rank, length, world)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)

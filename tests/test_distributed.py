@@ -26,8 +26,8 @@ import meansparse_fx as msfx
 from meansparse_fx.calibrate import ranks
 from meansparse_fx.calibrate.ranks import Ranks
 from meansparse_fx.calibrate.totals import Totals
+from meansparse_fx.data import ImageSet
 from meansparse_fx.errors import CalibrationError
-from meansparse_fx.shards import ShardSampler
 
 SOURCE = """
 import torch
@@ -44,7 +44,6 @@ import torch
 torch.set_num_threads(1)
 import torch.distributed as dist
 import meansparse_fx as msfx
-from meansparse_fx.shards import ShardSampler
 from meansparse_fx.zoo import load_model
 
 what, spec, images, out = sys.argv[1:]
@@ -70,7 +69,7 @@ class Slow(torch.utils.data.Dataset):
                 time.sleep(20 if index < len(images) // 2 + 4 else 0)
         return images[index]
 
-loader = torch.utils.data.DataLoader(Slow(), batch_size=3, sampler=ShardSampler(len(images), rank, world))
+loader = torch.utils.data.DataLoader(Slow(), batch_size=3, sampler=range(rank, len(images), world))
 options = {"tolerance": {"tolerance": 0.05}, "histograms": {"histograms": True}}.get(what, {})
 if what in ("die", "hang", "keep"):
     options = {"checkpoint": out + ".checkpoint", "every": 0.0}
@@ -151,9 +150,11 @@ def check_equal(got, expected) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 @pytest.mark.parametrize("length", [0, 1, 6, 10])
 def test_shards_are_every_image_once(world, length) -> None:
-    shards = [list(ShardSampler(length, rank, world)) for rank in range(world)]
+    images = ImageSet(torch.zeros(length, 1, 2, 2), torch.arange(length), "made")
+    loaders = [images.loader(2, (rank, world)) for rank in range(world)]
+    shards = [[int(label) for _, labels in loader for label in labels] for loader in loaders]
     assert sorted(i for shard in shards for i in shard) == list(range(length))
-    assert [len(ShardSampler(length, rank, world)) for rank in range(world)] == [len(s) for s in shards]
+    assert [len(loader.sampler) for loader in loaders] == [len(s) for s in shards]
 
 
 # Ranks in threads of one process: gloo is real, only what torch keeps once a process is shared.

@@ -51,7 +51,6 @@ FLOORS = {
     "evaluate": 5,
     "cost": 5,
     "zoo": 5,
-    "histogram": 5,
     "report": 5,
     "compilation": 5,
     "export": 5,

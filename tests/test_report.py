@@ -21,9 +21,8 @@ from meansparse_fx.evaluate import Evaluation
 from meansparse_fx.evaluate.attacks import AttackSettings
 from meansparse_fx.evaluate.outcome import ModelOutcome
 from meansparse_fx.evaluate.sanity import Check
-from meansparse_fx.histogram import band_shares, feature_histogram
 from meansparse_fx.plots import histogram_figure
-from meansparse_fx.report import headline, write_report
+from meansparse_fx.report import band_shares, feature_histogram, headline, write_report
 from meansparse_fx.tables import as_text
 
 

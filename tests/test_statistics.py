@@ -155,7 +155,7 @@ def test_fingerprint_sees_weights_and_not_our_own_buffers(net):
 
 
 def test_files_of_the_first_format_are_named_as_such(tmp_path):
-    save_file({"a:mean": torch.zeros(2)}, tmp_path / "old", metadata={"format": FORMAT, "format_version": "1"})
+    save_file({"a:mean": torch.zeros(2)}, tmp_path / "old", metadata={FORMAT: '{"format_version": "1"}'})
     with pytest.raises(ArtifactError, match="format version 1; this release reads 2"):
         Statistics.load(tmp_path / "old")
 

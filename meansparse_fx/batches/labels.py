@@ -21,10 +21,6 @@ def class_numbers(labels: Any, count: int, ignore_index: int | None = None) -> t
 
     Raises:
         DataError: They are something else.
-
-    Example:
-        >>> class_numbers([[0, 1, 0], [1, 0, 0]], 2)
-        (tensor([1, 0]), 3)
     """
     if isinstance(labels, (list, tuple)) and any(isinstance(label, Tensor) for label in labels):
         labels = torch.stack([torch.as_tensor(label) for label in labels])

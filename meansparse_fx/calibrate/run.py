@@ -73,7 +73,8 @@ def calibrate(
             is saved. The loader must yield the same images in the same order each time.
         every: Seconds between two checkpoints.
         group: Of torch.distributed, such as ``torch.distributed.group.WORLD``: every process of it calls this with
-            its own shard of the data (`shards.ShardSampler`), and all get the statistics of the whole.
+            its own part of the data (``sampler=range(rank, len(data), world)``; DistributedSampler has some images
+            twice), and all get the statistics of the whole.
         timeout: Seconds without a sign of life after which a process of the group counts as dead.
 
     Raises:

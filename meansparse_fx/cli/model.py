@@ -14,8 +14,7 @@ from . import parsing
 from .options import Alpha, MeasuredOptions, ModelOptions, parsed
 
 Shape = Annotated[
-    tuple | None,
-    parsed(parsing.shape, "C,H,W", "Shape of one image, if not the model's own.", "--input-shape"),
+    tuple | None, parsed(parsing.shape, "C,H,W", "Shape of one image, if not the model's own.", "--input-shape")
 ]
 
 

@@ -42,12 +42,6 @@ class Tally(TorchDispatchMode):
     Attributes:
         calls: How many.
         read, written: Bytes.
-
-    Example:
-        >>> with Tally() as tally:
-        ...     _ = torch.rand(10) + 1
-        >>> tally.calls, tally.read, tally.written
-        (2, 40, 80)
     """
 
     def __init__(self, smallest: int = 0) -> None:
@@ -92,11 +86,6 @@ def kept_bytes(call: Callable[[], object], state: Iterable[Tensor] = (), smalles
         call: Returns what backward would start from.
         state: Tensors that are there anyway: parameters and buffers.
         smallest: Tensors of fewer elements count nothing.
-
-    Example:
-        >>> x = torch.rand(100, requires_grad=True)
-        >>> kept_bytes(lambda: torch.relu(x * 2))
-        400
     """
     alive: WeakIdKeyDictionary = WeakIdKeyDictionary()
 

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..batches import class_numbers, out_of_range
 from ..errors import ArtifactError, DataError
-from ..shards import ShardSampler
 
 LAYOUTS = (
     "a directory of one directory of images per class, Tiny-ImageNet, a directory of IDX files "
@@ -53,11 +52,11 @@ class ImageSet(Dataset):
 
         Args:
             batch_size: Images at a time; the last batch may be shorter.
-            shard: (rank, world) for one of several processes, which gets every world-th image.
+            shard: (rank, world) for one of several processes, which gets every world-th image: of all, each once.
             workers: Processes that read ahead; 0 reads in this one.
             pin_memory: Read into memory that a GPU can copy from while the host goes on.
         """
-        sampler = ShardSampler(len(self), *shard)
+        sampler = range(shard[0], len(self), shard[1])
         return DataLoader(self, batch_size, sampler=sampler, num_workers=workers, pin_memory=pin_memory)
 
     def gray(self) -> ImageSet:
@@ -87,7 +86,7 @@ def part_of(data: Any, count: int | None = None) -> tuple[str, int, int] | None:
         count: How many were taken of them, if not all.
     """
     found = getattr(data, "dataset", data)
-    known = found is data or isinstance(getattr(data, "sampler", None), ShardSampler)
+    known = found is data or isinstance(getattr(data, "sampler", None), range)
     if not (isinstance(found, ImageSet) and found.part and known):
         return None
     name, first, end = found.part
