@@ -32,9 +32,11 @@ def run(
 ) -> None:
     """Print each stage, and write the report into ``out``."""
     model = bundled.load_model()
-    calibration, _ = _first("calibration", calibration_images)
-    selection = _first("selection", selection_images)
-    test = _first("test", test_images)
+    counts = calibration_images, selection_images, test_images
+    (calibration, _), selection, test = (
+        tuple(part[:count] for part in bundled.load_split(split))
+        for split, count in zip(bundled.SPLITS, counts, strict=True)
+    )
     threat: dict[str, Any] = {"eps": bundled.EPS, "steps": steps, "batch_size": BATCH_SIZE, "seed": seed}
 
     console.rule("[bold]1. Find the sites", align="left")
@@ -80,8 +82,3 @@ def run(
     console.print(f"statistics: {out / 'statistics.msfx.safetensors'}")
     console.print()
     console.print(report["headline"], style="bold", highlight=False)
-
-
-def _first(split: str, count: int):
-    images, labels = bundled.load_split(split)
-    return images[:count], labels[:count]

@@ -38,19 +38,12 @@ _RULES: tuple[tuple[re.Pattern, str], ...] = tuple(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PublishedOperator:
-    """What a published operator holds.
+    """What a published operator holds; alpha is half the width of its band in standard deviations."""
 
-    Attributes:
-        mean: ``[C]``.
-        variance: ``[C]``.
-        alpha: Half width of the band in standard deviations.
-        calibrating: It was left in the middle of its calibration.
-    """
-
-    mean: Tensor
-    variance: Tensor
+    mean: Tensor  # [C]
+    variance: Tensor  # [C]
     alpha: float
-    calibrating: bool = False
+    calibrating: bool = False  # it was left in the middle of that
 
 
 def published_operator(module: nn.Module) -> PublishedOperator | None:

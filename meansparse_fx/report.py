@@ -210,21 +210,17 @@ def band_shares(sparse: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def feature_histogram(
-    sparse: fx.GraphModule, images: Tensor, site: str | None = None, channel: int | None = None, bins: int = 120
+    sparse: fx.GraphModule, images: Tensor, place: tuple[str, int] | None = None, bins: int = 120
 ) -> FeatureHistogram:
-    """Return the histogram of one channel's features on ``images``, before and after its operator.
+    """Return the histogram of one channel's features on images ``[N, ...]``, before and after its operator.
 
     Args:
         sparse: A transformed model, at the alpha of interest.
-        images: ``[N, C, H, W]``.
-        site, channel: By default those in the middle: see `typical`.
-        bins: Number of bins, about, over the middle 99.8 % of the values and the whole band, whose edges are edges of
-            bins.
+        place: Site and channel, by default the `typical` ones.
+        bins: About how many, over the middle 99.8 % of the values and the whole band, whose edges are edges of bins.
     """
     shares = band_shares(sparse, images)
-    if channel is None or site is None:
-        site, found = typical(shares, site)
-        channel = found if channel is None else channel
+    site, channel = place or typical(shares)
     kept: list[Tensor] = []
     operator = operators(sparse)[site]
 

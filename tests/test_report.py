@@ -154,7 +154,7 @@ def test_histogram_is_of_the_operators_input_and_output(calibrated, images):
     sparse(images)
     handle.remove()
     values = seen[0][..., 2].flatten().double()
-    found = feature_histogram(sparse, images, "gelu", 2, bins=10)
+    found = feature_histogram(sparse, images, ("gelu", 2), bins=10)
     assert re.fullmatch(r"gelu, channel 2, alpha [\d.]+: [\d.]+ % in the band", str(found))
     inside = (values - operator.mean[2]).abs() <= operator.threshold[2]
     assert found.share == pytest.approx(float(inside.double().mean()))

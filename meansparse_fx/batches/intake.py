@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, first_line
 from .labels import class_numbers, out_of_range
-from .loaders import as_batches, batched, collate, is_sample, nothing_in, parts
-from .tensors import as_tensor, is_array
+from .loaders import as_batches, as_tensor, batched, collate, is_array, is_sample, nothing_in, parts
 
 _CHANNELS = (1, 3, 4)
 _MOST_OF_NORMALISED = 16.0  # no usual normalisation makes values as large, and images of bytes all have larger ones

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .tensors import as_tensor
+from .loaders import as_tensor
 
 
 def class_numbers(labels: Any, count: int, ignore_index: int | None = None) -> tuple[Tensor, int | None]:

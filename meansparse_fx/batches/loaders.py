@@ -1,4 +1,4 @@
-"""Floor 1: loaders of every kind as iterables of batches, and what in a batch are the images and the labels."""
+"""Floor 1: loaders of every kind as iterables of batches, what in a batch are the images and the labels, as tensors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from ..errors import DataError, first_line
-from .tensors import is_array
 
 BATCH_SIZE = 128  # of what does not come in batches: a tensor, a Dataset, single images
 IMAGE_KEYS = ("pixel_values", "image", "images", "img", "imgs", "x", "input", "inputs", "data", "jpg", "jpeg", "png")
@@ -149,3 +150,32 @@ def _named(batch: Mapping[Any, Any], known: Sequence[str], what: str) -> Any:
         return None
     problem = f"which of {', '.join(map(repr, found))} are the" if found else "none of them says that it is the"
     raise DataError(f"a batch with the keys {', '.join(map(repr, batch))}: {problem} {what}; yield (images, labels)")
+
+
+def is_array(value: Any) -> bool:
+    """Return whether ``value`` is a tensor or a NumPy array."""
+    return isinstance(value, (Tensor, np.ndarray))
+
+
+def as_tensor(value: Any, what: str) -> Tensor:
+    """Return a tensor, an array or a list of numbers as a plain tensor; subclasses of Tensor become one.
+
+    Raises:
+        DataError: It is something else; ``what`` it should be is said.
+    """
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            kind = "the meta device" if value.is_meta else value.dtype if value.is_quantized else value.layout
+            raise DataError(f"{what} of {kind} hold no plain values: give dense tensors (.to_dense(), .dequantize())")
+        return value if type(value) is Tensor else value.detach().as_subclass(Tensor)
+    try:
+        array = np.asarray(value) if isinstance(value, (list, tuple, int, float, np.generic)) else value
+    except ValueError:  # rows of unequal lengths
+        array = None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufc":
+        cure = "give class numbers" if what == "labels" else "yield (images, labels), images as ToTensor() makes them"
+        kind = type(value).__name__
+        if isinstance(array, np.ndarray) and array.dtype.kind in "US" and array.size:
+            kind = f"words ({array.flat[0]}, ...)"
+        raise DataError(f"the loader yielded {kind} where a tensor of {what} was expected: {cure}")
+    return torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))

@@ -15,11 +15,10 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from ..errors import MeanSparseError
-from .card import card
 from .demo import demo
 from .model import cost, export, inspect
 from .options import with_groups_as_options
-from .results import figures
+from .results import card, figures
 from .robustness import evaluate, select, verify
 from .statistics import calibrate, merge, show
 

@@ -188,11 +188,6 @@ class AttackOptions:
     ] = None
 
 
-def as_arguments(group: Any) -> dict[str, Any]:
-    """Return the arguments of a verb that a group of options is."""
-    return {field.name: getattr(group, field.name) for field in fields(group)}
-
-
 def with_groups_as_options(command: Callable[..., None]) -> Callable[..., None]:
     """Return ``command`` with every parameter that is a group replaced by the group's fields, as typer reads them."""
     hints = get_type_hints(command, include_extras=True)

@@ -1,19 +1,57 @@
-"""Floor 6: figures and tables of results that other commands wrote."""
+"""Floor 6: what select and evaluate wrote, for others: figures and tables again, and a folder for a model hub."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import meansparse_fx as msfx
 
-from ..errors import StatisticsError
+from ..errors import ArtifactError, StateError, StatisticsError
 from . import parsing
-from .options import file_argument, parsed
+from .model import Shape
+from .options import ModelOptions, file_argument, parsed
+
+if TYPE_CHECKING:
+    from ..settings import Settings
 
 FORMS = ("pdf", "png", "svg")
+SETTINGS = "settings.msfx.safetensors"
+
+_README = """\
+---
+library_name: meansparse_fx
+tags:
+- meansparse
+- adversarial-robustness
+- image-classification
+---
+
+# {model} with MeanSparse
+
+{headline}
+
+{table}
+
+{images} test images, {norm} eps {eps:.4g}, {steps} steps; {passed} of {checks} checks of the evaluation passed.{failed}
+
+## Use
+
+```python
+import meansparse_fx as msfx
+from safetensors.torch import load_file
+
+sparse = msfx.load("{settings}", model, images)  # model: the base, in eval mode; images: a few examples
+{weights}
+```
+
+Alpha: {alpha}. Statistics of {calibration}. What was attacked, and what such an evaluation cannot see:
+docs/robustness.md of meansparse_fx.
+"""
 
 
 def figures(
@@ -53,3 +91,99 @@ def figures(
         files = result_files(search, evaluation, form=form)
     write_folder(out, files)
     console().print(f"{out}: {', '.join(files)}", highlight=False)
+
+
+@dataclass(frozen=True, slots=True)
+class OptionalModel(ModelOptions):
+    """A model, or none."""
+
+    model: Annotated[
+        str | None, typer.Argument(parser=parsing.model, metavar="[MODEL]", help="To put its weights into the folder.")
+    ] = None  # type: ignore[assignment]
+
+
+def card(
+    model: OptionalModel,
+    report: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="report.json of evaluate --report.")],
+    out: Annotated[Path, typer.Option(help="Folder for config.json, model.safetensors, README.md and the settings.")],
+    shape: Shape = None,
+) -> None:
+    """Write a folder for a model hub: settings, state_dict, and a model card with the evaluation's table.
+
+    Without MODEL the state_dict is that of the operators alone.
+    """
+    from safetensors.torch import save as to_bytes
+
+    from ..artifacts import require_place, write_folder
+    from ..settings import Settings
+    from . import loading
+
+    if model.settings is None:
+        raise StateError("no settings: give --settings FILE of select --out, or of msfx.save")
+    require_place(out, folder=True)
+    settings = Settings.load(model.settings)
+    found = _read(report, settings)
+    state = settings.state_dict()
+    if model.model is not None:
+        net = loading.open_model(model)
+        state = loading.transformed(model, net, loading.random_images(model, net, shape)).state_dict()
+    config = {
+        "library_name": "meansparse_fx",
+        "base_model": found["model"],
+        "base_fingerprint": settings.statistics.fingerprint,
+        "placement": {name: value for name, value in asdict(settings.placement).items() if name != "predicate"},
+        "fuse": settings.fuse,
+        "sites": settings.sites,
+    }
+    text = _card(found["model"], found["headline"], msfx.Evaluation.load(report), settings, model.model is not None)
+    files = {
+        "config.json": (json.dumps(config, indent=2) + "\n").encode(),
+        "model.safetensors": to_bytes({k: v.contiguous().clone().cpu() for k, v in state.items()}, {"format": "pt"}),
+        "README.md": text.encode(),
+        SETTINGS: model.settings.read_bytes(),
+    }
+    write_folder(out, files)
+    loading.console().print(f"{', '.join(files)}: {out}", highlight=False)
+
+
+def _read(path: Path, settings: Settings) -> dict[str, Any]:
+    """Return the contents of report.json, of this model and these alphas."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        measured, alpha, _, _ = found["calibration"]["fingerprint"], found["alpha"], found["model"], found["headline"]
+    except (ValueError, KeyError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ArtifactError(f"{path}: not a report.json that evaluate --report wrote ({why})") from error
+    if measured != settings.statistics.fingerprint:
+        raise StateError(f"{path}: of a model with other weights than {settings.path} is of")
+    own = {row["name"]: row["alpha"] for row in settings.sites}
+    evaluated = alpha if isinstance(alpha, dict) else dict.fromkeys(own, alpha)
+    if differing := [site for site in own if evaluated.get(site) != own[site]]:
+        site = differing[0]
+        raise StateError(
+            f"{path}: evaluated at alpha {evaluated.get(site)} at {site}, where {settings.path} has {own[site]}: "
+            "evaluate with these settings, or msfx.save the model that was evaluated"
+        )
+    return found
+
+
+def _card(model: str, headline: str, evaluation: msfx.Evaluation, settings: Settings, whole: bool) -> str:
+    lines = ["| accuracy in % | base | with MeanSparse | change, 95 % interval |", "|---|---|---|---|"]
+    for name, before, after, change in evaluation.rows():
+        lines.append(f"| {name} | {100 * before:.1f} | {100 * after:.1f} | {change.points()} |")
+    alphas = {row["alpha"] for row in settings.sites}
+    failed = evaluation.warnings
+    return _README.format(
+        model=model,
+        headline=headline,
+        table="\n".join(lines),
+        images=evaluation.n_test,
+        **{name: getattr(evaluation, name) for name in ("norm", "eps", "steps")},
+        passed=len(evaluation.checks) - len(failed),
+        checks=len(evaluation.checks),
+        failed="".join(f"\n\n{line}" for line in failed),
+        settings=SETTINGS,
+        weights=f'sparse.load_state_dict(load_file("model.safetensors"){"" if whole else ", strict=False"})',
+        alpha=alphas.pop() if len(alphas) == 1 else "by site, in config.json",
+        calibration=f"{settings.statistics.images} images",
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +26,6 @@ from .options import (
     MeasuredOptions,
     Queries,
     Steps,
-    as_arguments,
     file_argument,
     parsed,
 )
@@ -80,7 +79,7 @@ def select(
     require_place(out)
     require_place(report, folder=True)
     images, sparse = loading.open_sparse(model, data, search.logits)
-    arguments = as_arguments(search) | ({"per_site": "stage"} if per_stage else {})
+    arguments = asdict(search) | ({"per_site": "stage"} if per_stage else {})
     search_in: Any = partial(msfx.select_alpha, sparse, **arguments)
     if dry_run:
         loading.estimate(images, data.batch_size, partial(search_in, checkpoint=None, progress=False))
@@ -135,7 +134,7 @@ def evaluate(
     put_alpha(sparse, alpha)
     if msfx.get_alpha(sparse) == 0:
         raise EvaluationError(_nothing(sparse))
-    compare: Any = partial(msfx.evaluate, sparse, **as_arguments(attack))
+    compare: Any = partial(msfx.evaluate, sparse, **asdict(attack))
     if dry_run:  # the checks, which look at a hundred images whatever there are, come on top
         single = partial(compare, sanity_images=0, checkpoint=None, progress=False)
         loading.estimate(images, data.batch_size, single)

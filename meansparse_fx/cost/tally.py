@@ -5,7 +5,7 @@ Works on tensors without data (device ``meta``) as on any other: only shapes and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,16 +19,6 @@ _FREE = {
     f"aten::{name}"
     for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
 }
-
-
-def _unread_by_norm(args: Sequence[Any]) -> int:
-    # In eval mode, and without gradients of the parameters, the gradient is scaled; the input is not looked at.
-    *_, train, _, mask = args
-    return 1 if not train and list(mask) == [True, False, False] else 0
-
-
-# Inputs that a call has and does not read: how many, by the call's arguments.
-_UNREAD: dict[str, Callable[[Sequence[Any]], int]] = {"aten::native_batch_norm_backward": _unread_by_norm}
 
 
 class Tally(TorchDispatchMode):
@@ -54,7 +44,12 @@ class Tally(TorchDispatchMode):
         name = func._schema.name
         if not func.is_view and name not in _FREE:
             self.calls += 1
-            self.read += self._bytes((args, kwargs), _UNREAD[name](args) if name in _UNREAD else 0)
+            # In eval mode, and without gradients of the parameters, a norm's backward does not look at its input.
+            scales = name == "aten::native_batch_norm_backward" and (args[-3], [*args[-1]]) == (
+                False,
+                [True, False, False],
+            )
+            self.read += self._bytes((args, kwargs), unread=1 if scales else 0)
             self.written += self._bytes(result)
         return result
 
