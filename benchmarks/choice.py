@@ -22,7 +22,7 @@ import meansparse_fx as msfx
 from meansparse_fx import bundled
 from meansparse_fx.alpha import AlphaSearch
 from meansparse_fx.alpha.halving import Alpha, Candidate
-from meansparse_fx.demo import ALPHAS
+from meansparse_fx.cli.demo import ALPHAS
 from meansparse_fx.evaluate import AttackSettings, ModelOutcome, PairedDifference
 from meansparse_fx.evaluate.outcome import mean
 from meansparse_fx.progress import bar

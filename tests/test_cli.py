@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import meansparse_fx as msfx
-from meansparse_fx import demo, export, names, sites
+from meansparse_fx import export, names, sites
 from meansparse_fx.cli import COMMANDS, app
+from meansparse_fx.cli.demo import ALPHAS
 from meansparse_fx.cli.robustness import put_alpha
 from meansparse_fx.data import load_images
 from meansparse_fx.evaluate import Evidence, attacks, surrogates
@@ -257,7 +258,7 @@ def test_demo_end_to_end(tmp_path):
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["n_test"] == 12
-    assert report["alpha"] in demo.ALPHAS
+    assert report["alpha"] in ALPHAS
     for which in ("base", "sparse"):
         assert {"apgd-ce/exact", "apgd-ce/identity"} <= set(report[which]["robust"])
         assert 0 <= report[which]["worst_case"] <= min(report[which]["robust"].values())

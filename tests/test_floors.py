@@ -56,7 +56,6 @@ FLOORS = {
     "export": 5,
     "backend": 6,
     "cli": 6,
-    "demo": 6,
 }
 
 

@@ -37,6 +37,7 @@ class FashionResNet(nn.Module):
 
     def __init__(self, activation: Callable[[], nn.Module] = nn.GELU):
         super().__init__()
+        self.default_cfg = {"input_size": (1, 28, 28)}  # as timm's models say it
         self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), activation())
         self.blocks = nn.Sequential(
             ResidualBlock(16, 16, 2, activation),

@@ -44,11 +44,8 @@ class Tally(TorchDispatchMode):
         name = func._schema.name
         if not func.is_view and name not in _FREE:
             self.calls += 1
-            # In eval mode, and without gradients of the parameters, a norm's backward does not look at its input.
-            scales = name == "aten::native_batch_norm_backward" and (args[-3], [*args[-1]]) == (
-                False,
-                [True, False, False],
-            )
+            # A norm's backward in eval mode does not look at its input, where parameters want no gradients.
+            scales = name == "aten::native_batch_norm_backward" and not args[-3] and not any(args[-1][1:])
             self.read += self._bytes((args, kwargs), unread=1 if scales else 0)
             self.written += self._bytes(result)
         return result

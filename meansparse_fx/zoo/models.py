@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from .. import bundled
 from ..arguments import some
-from ..bundled.network import FashionResNet
 from ..errors import ModelError
 from ..names import SPECS
 from . import robustbench
@@ -86,8 +85,6 @@ def load_model(spec: str, weights: str | Path | None = None, num_classes: int | 
 
 def input_shape(model: nn.Module) -> tuple[int, ...]:
     """Return the shape of one image ``(C, H, W)`` for ``model``: what it says itself, or ImageNet's."""
-    if isinstance(model, FashionResNet):
-        return (1, 28, 28)
     return tuple(getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224)))  # timm's convention
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from ..arguments import some
 from ..errors import ArtifactError, ModelError
 from .robustbench_mend import construction, library
-from .weights import fill, read_checkpoint
+from .weights import load_weights, read_checkpoint
 
 # Where RobustBench itself keeps what it downloads.
 MODELS = Path("models")
@@ -105,7 +105,7 @@ def load(name: str, weights: str | Path | None = None) -> nn.Module:
     held = {file: read_checkpoint(path) for file, path in paths.items()}
     path, whole = next(iter(paths.values())), next(iter(held.values()))
     with contextlib.suppress(ModelError, ArtifactError):
-        fill(model, whole, path)
+        load_weights(model, path, whole)
         return model
     try:
         if entry.timm_name is None:

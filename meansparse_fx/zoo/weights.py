@@ -18,21 +18,20 @@ _WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped
 _DEPTH = 4  # of dictionaries in a checkpoint
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, held: Any = None) -> None:
     """Load the weights kept in a file into ``model``; every one of its tensors.
 
     A file may hold several state_dicts, each under a key or under a prefix of its names (``state_dict``, ``ema``,
     ``model.``, ``module.``); the one that has the model's names and shapes, and no others, is taken.
 
+    Args:
+        held: What the file holds, if it was read before.
+
     Raises:
         ArtifactError: The file cannot be read, or holds no state_dict.
         ModelError: None of them is the model's, or several that differ are; the model is unchanged.
     """
-    fill(model, read_checkpoint(path), path)
-
-
-def fill(model: nn.Module, held: Any, path: str | Path) -> None:
-    """Load into ``model`` what `read_checkpoint` returned of a file; raises what `load_weights` does."""
+    held = read_checkpoint(path) if held is None else held
     found, own = dict(_state_dicts(held, "", _DEPTH)), model.state_dict()
     if not found:
         keys = f"; it holds {_listed(held)}" if isinstance(held, Mapping) and held else ""
