@@ -88,9 +88,8 @@ def read_json(path: str | Path, versions: Mapping[str, int]) -> dict[str, Any]:
     if kind not in versions:
         raise ArtifactError(f"{path}: holds {kind}, expected {what}")
     if version > versions[kind]:
-        raise ArtifactError(
-            f"{path}: {kind} of version {version}, this release reads {versions[kind]}: update meansparse_fx"
-        )
+        known = versions[kind]
+        raise ArtifactError(f"{path}: {kind} of version {version}, this release reads {known}: update meansparse_fx")
     return values
 
 
@@ -249,9 +248,7 @@ def read(path: str | Path, kind: str, version: str, what: str) -> tuple[dict[str
                 raise ArtifactError(f"{path}: a safetensors file, but not {what} of meansparse_fx")
             header = json.loads(entries[kind])
             if (found := header["format_version"]) != version:
-                raise ArtifactError(
-                    f"{path}: format version {found}; this release reads {version}: make the file again"
-                )
+                raise ArtifactError(f"{path}: format version {found}; this release reads {version}: make it again")
             return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise

@@ -198,9 +198,8 @@ def band_shares(sparse: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
 
     def look(operator: MeanSparse, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].detach()
-        centre, threshold = (
-            per_channel(v, x.dim(), operator.channel_dim) for v in (operator.centre, operator.threshold)
-        )
+        band = operator.centre, operator.threshold
+        centre, threshold = (per_channel(v, x.dim(), operator.channel_dim) for v in band)
         inside = inside_band(x, centre, threshold).movedim(operator.channel_dim, 0).flatten(1)
         shares[operator.name] = inside.double().mean(1).cpu()
 

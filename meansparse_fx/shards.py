@@ -65,6 +65,5 @@ def peer_lost(kind: type[Exception]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise kind(
-            f"lost another process ({first_line(error)}). Checkpoints, if asked for, are kept: start again"
-        ) from error
+        lost = f"lost another process ({first_line(error)})"
+        raise kind(f"{lost}. Checkpoints, if asked for, are kept: start again") from error

@@ -653,5 +653,6 @@ def test_parts_of_a_set_are_known_wherever_it_lies(tmp_path):
     assert first[1:] == (2, 6)
     assert other[0] != first[0]
     assert part_of(sets[0].loader(2), 3)[1:] == (2, 5)
-    assert part_of(torch.utils.data.DataLoader(sets[0], shuffle=True)) is None
+    for other in ({"shuffle": True}, {"sampler": range(2, 4)}, {"sampler": range(2)}):
+        assert part_of(torch.utils.data.DataLoader(sets[0], **other)) is None
     assert part_of([torch.zeros(2)]) is None

@@ -124,9 +124,8 @@ class Intake:
             low, high = (float(value) for value in images.aminmax())
             if not (low >= 0 and high <= 1):
                 cure = "divide them by 255" if _like_bytes(images) else "put the normalisation into the model"
-                raise DataError(
-                    f"images must be in [0, 1] (found {low:.3f} to {high:.3f}): eps has no meaning otherwise; {cure}"
-                )
+                found = f"found {low:.3f} to {high:.3f}"
+                raise DataError(f"images must be in [0, 1] ({found}): eps has no meaning otherwise; {cure}")
         labels, classes = class_numbers(raw_labels, len(images), self._ignore_index)
         if len(images):
             self._require_classes(images, labels, classes)
@@ -174,9 +173,8 @@ class Intake:
         if one_hot is not None and one_hot != self._classes:
             raise DataError(f"one-hot labels of {one_hot} classes for a model of {self._classes}: another data set's?")
         if problem := out_of_range(labels, self._classes, self._images):
-            raise DataError(
-                problem if labels.dim() == 1 else f"{problem} Left out: {self._ignore_index} (ignore_index=)"
-            )
+            left_out = f" Left out: {self._ignore_index} (ignore_index=)" if labels.dim() == 3 else ""
+            raise DataError(problem + left_out)
         if not bool((seen := (labels >= 0).reshape(len(labels), -1).any(1)).all()):
             raise DataError(f"image {self._images + int((~seen).nonzero()[0])} has no labelled pixel: leave it out")
 

@@ -56,9 +56,7 @@ def _maps(found: Tensor, ignore_index: int) -> Tensor:
         raise DataError(f"label maps must be integers from 0, found {found.dtype}: read them without scaling")
     found = found.to(torch.int64)
     if bool(((found < 0) & (found != ignore_index)).any()):
-        raise DataError(
-            f"label {int(found.min())} in a map; pixels that are left out have {ignore_index}: ignore_index="
-        )
+        raise DataError(f"label {int(found.min())} in a map; pixels left out have {ignore_index}: ignore_index=")
     return found.masked_fill(found == ignore_index, -1)
 
 

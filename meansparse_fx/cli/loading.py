@@ -62,10 +62,8 @@ def chosen_placement(options: ModelOptions) -> Placement:
     """Return which sites to take."""
     if options.settings is not None:
         return Settings.load(options.settings).placement
-    own = placement_of(options.placement)
-    return replace(
-        own, include=(*own.include, *(options.include or ())), exclude=(*own.exclude, *(options.exclude or ()))
-    )
+    own, include, exclude = placement_of(options.placement), options.include or (), options.exclude or ()
+    return replace(own, include=(*own.include, *include), exclude=(*own.exclude, *exclude))
 
 
 def transformed(options: ModelOptions, net: nn.Module, images: Tensor) -> fx.GraphModule:

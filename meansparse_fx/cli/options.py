@@ -52,9 +52,7 @@ LogitsName = Annotated[
         "Where logits are in what MODEL returns, if that is no tensor: a key, or a position; else logits or out.",
     ),
 ]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Do one batch, say how long all of them would take, and keep nothing.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Do one batch, and say how long all of them would take.")]
 Alpha = Annotated[
     str | None,
     typer.Option(
@@ -100,9 +98,7 @@ class ModelOptions:
             help="From calibrate or select --out, or msfx.save: placement, statistics, alpha and all the rest.",
         ),
     ] = None
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="cuda if there is one")] = (
-        None
-    )
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="cuda if there is one")] = None
 
     def __post_init__(self) -> None:
         if self.settings is not None and (self.include or self.exclude or self.placement != PLACEMENTS[0]):
@@ -144,9 +140,7 @@ class DataOptions:
             min=1, help="Side images of a folder are resized and cropped to; else their own if all have one, or 224."
         ),
     ] = None
-    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many images, of a fixed random order.")] = (
-        None
-    )
+    limit: Annotated[int | None, typer.Option(min=1, help="Use so many images at most, in a fixed order.")] = None
     skip: Annotated[int, typer.Option(min=0, help="Leave out the first of them: other commands saw them.")] = 0
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 128
 

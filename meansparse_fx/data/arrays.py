@@ -85,9 +85,8 @@ def _pair(path: Path, split: str | None, names: Iterable[str]) -> tuple[str, str
     names = list(names)
     found = {name: role for name, role in _roles(names).items() if "images" in role}
     if not found:
-        raise ArtifactError(
-            f"{path}: no images and labels in it, but {', '.join(names) or 'nothing'}; expected {LAYOUTS}"
-        )
+        held = ", ".join(names) or "nothing"
+        raise ArtifactError(f"{path}: no images and labels in it, but {held}; expected {LAYOUTS}")
     name = choose(path, split, found)
     images, labels = found[name]["images"], found[name].get("labels")
     if labels is None:

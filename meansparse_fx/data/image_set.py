@@ -85,9 +85,11 @@ def part_of(data: Any, count: int | None = None) -> tuple[str, int, int] | None:
         data: What a verb was given.
         count: How many were taken of them, if not all.
     """
-    found = getattr(data, "dataset", data)
-    known = found is data or isinstance(getattr(data, "sampler", None), range)
-    if not (isinstance(found, ImageSet) and found.part and known):
+    found, sampler = getattr(data, "dataset", data), getattr(data, "sampler", None)
+    if not (isinstance(found, ImageSet) and found.part):
+        return None
+    shard = isinstance(sampler, range) and sampler == range(sampler.start, len(found), sampler.step)
+    if not (found is data or (shard and sampler.start < sampler.step)):
         return None
     name, first, end = found.part
     return name, first, end if count is None else min(end, first + count)

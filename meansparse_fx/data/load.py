@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +66,7 @@ def load_images(
     if len(kept) < len(found):
         description += f", {len(kept)} of {len(found)}" + (f" after {skip}" if skip else "")
     part = _identity(found), skip, skip + len(kept)
-    return replace(
-        found, images=images, labels=found.labels[torch.from_numpy(kept)], description=description, part=part
-    )
+    return ImageSet(images, found.labels[torch.from_numpy(kept)], description, part)
 
 
 def _identity(found: ImageSet) -> str:

@@ -121,13 +121,10 @@ def _deep(image: Image.Image, file: str) -> Tensor:
     values = np.asarray(image).astype(np.float32)
     if image.mode == "F":
         if not (values.min() >= 0 and values.max() <= 1):
-            raise ArtifactError(
-                f"{file}: floats from {values.min():g} to {values.max():g}; expected [0, 1]: divide by their white"
-            )
+            found = f"floats from {values.min():g} to {values.max():g}"
+            raise ArtifactError(f"{file}: {found}; expected [0, 1]: divide by their white")
     elif image.mode == "I" and image.format not in ("PNG", "PPM"):  # those have 16 bits
-        raise ArtifactError(
-            f"{file}: signed or 32-bit integers, of which no value is white: save it with 8 or with 16 bits"
-        )
+        raise ArtifactError(f"{file}: signed or 32-bit integers, of which no value is white: save it with 8 or 16 bits")
     else:
         values /= 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:

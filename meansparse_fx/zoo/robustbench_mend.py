@@ -59,7 +59,9 @@ def _missing_modules() -> Iterator[None]:
     if _lacking("pkg_resources"):
         # Gone from setuptools 81 on. RobustBench asks it for the path of a file of its own.
         stand_ins["pkg_resources"] = types.ModuleType("pkg_resources")
-        stand_ins["pkg_resources"].resource_filename = _resource_filename  # type: ignore[attr-defined]
+        stand_ins["pkg_resources"].resource_filename = (  # type: ignore[attr-defined]
+            lambda package, resource: str(Path(str(sys.modules[package].__file__)).parent / resource)
+        )
     if _lacking("autoattack"):
         # On no registry. pyautoattack is the same code under that name, and with another signature.
         stand_ins["autoattack"] = sys.modules[__name__]
@@ -74,10 +76,6 @@ def _missing_modules() -> Iterator[None]:
 
 def _lacking(name: str) -> bool:
     return name not in sys.modules and importlib.util.find_spec(name) is None
-
-
-def _resource_filename(package: str, resource: str) -> str:
-    return str(Path(str(sys.modules[package].__file__)).parent / resource)
 
 
 @contextlib.contextmanager
