@@ -48,10 +48,10 @@ def batched(batches: Iterable[Any], batch_size: int = BATCH_SIZE) -> Iterator[An
     """Yield the batches of a loader; if it yields single images with their labels, yield batches of these."""
     single: list[Any] = []
     for element in batches:
-        if not is_sample(element):
+        if is_sample(element):
+            single.append(element)
+        else:
             yield element
-            continue
-        single.append(element)
         if len(single) == batch_size:
             yield collate(single)
             single = []
@@ -76,10 +76,7 @@ def count(loader: Sequence[Any]) -> int | None:
 def nothing_in(data: Any) -> str:
     """Return that there are no images in ``data``, and why that may be."""
     if isinstance(data, Iterator):
-        return (
-            "no images: a generator or another iterator can be read once only, and this one is used up: give a "
-            "DataLoader or a list of batches"
-        )
+        return "no images: a generator or iterator can be read once only, and this one is used up: give a DataLoader"
     return "no images: the loader yielded none (where it reads from a generator: that can be read once only)"
 
 

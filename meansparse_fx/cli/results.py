@@ -46,7 +46,7 @@ import meansparse_fx as msfx
 from safetensors.torch import load_file
 
 sparse = msfx.load("{settings}", model, images)  # model: the base, in eval mode; images: a few examples
-{weights}
+sparse.load_state_dict(load_file("model.safetensors"){strict})
 ```
 
 Alpha: {alpha}. Statistics of {calibration}. What was attacked, and what such an evaluation cannot see:
@@ -135,7 +135,25 @@ def card(
         "fuse": settings.fuse,
         "sites": settings.sites,
     }
-    text = _card(found["model"], found["headline"], msfx.Evaluation.load(report), settings, model.model is not None)
+    evaluation = msfx.Evaluation.load(report)
+    lines = ["| accuracy in % | base | with MeanSparse | change, 95 % interval |", "|---|---|---|---|"]
+    for name, before, after, change in evaluation.rows():
+        lines.append(f"| {name} | {100 * before:.1f} | {100 * after:.1f} | {change.points()} |")
+    alphas = {row["alpha"] for row in settings.sites}
+    text = _README.format(
+        model=found["model"],
+        headline=found["headline"],
+        table="\n".join(lines),
+        images=evaluation.n_test,
+        **{name: getattr(evaluation, name) for name in ("norm", "eps", "steps")},
+        passed=len(evaluation.checks) - len(evaluation.warnings),
+        checks=len(evaluation.checks),
+        failed="".join(f"\n\n{line}" for line in evaluation.warnings),
+        settings=SETTINGS,
+        strict="" if model.model is not None else ", strict=False",
+        alpha=alphas.pop() if len(alphas) == 1 else "by site, in config.json",
+        calibration=f"{settings.statistics.images} images",
+    )
     files = {
         "config.json": (json.dumps(config, indent=2) + "\n").encode(),
         "model.safetensors": to_bytes({k: v.contiguous().clone().cpu() for k, v in state.items()}, {"format": "pt"}),
@@ -165,25 +183,3 @@ def _read(path: Path, settings: Settings) -> dict[str, Any]:
             "evaluate with these settings, or msfx.save the model that was evaluated"
         )
     return found
-
-
-def _card(model: str, headline: str, evaluation: msfx.Evaluation, settings: Settings, whole: bool) -> str:
-    lines = ["| accuracy in % | base | with MeanSparse | change, 95 % interval |", "|---|---|---|---|"]
-    for name, before, after, change in evaluation.rows():
-        lines.append(f"| {name} | {100 * before:.1f} | {100 * after:.1f} | {change.points()} |")
-    alphas = {row["alpha"] for row in settings.sites}
-    failed = evaluation.warnings
-    return _README.format(
-        model=model,
-        headline=headline,
-        table="\n".join(lines),
-        images=evaluation.n_test,
-        **{name: getattr(evaluation, name) for name in ("norm", "eps", "steps")},
-        passed=len(evaluation.checks) - len(failed),
-        checks=len(evaluation.checks),
-        failed="".join(f"\n\n{line}" for line in failed),
-        settings=SETTINGS,
-        weights=f'sparse.load_state_dict(load_file("model.safetensors"){"" if whole else ", strict=False"})',
-        alpha=alphas.pop() if len(alphas) == 1 else "by site, in config.json",
-        calibration=f"{settings.statistics.images} images",
-    )

@@ -24,16 +24,14 @@ _PIXELS = 3 * 32 * 32
 def cifar_splits(directory: Path) -> dict[str, list[Path]]:
     """Return the files of each split, in order; empty if there are none of CIFAR's in ``directory``."""
     for suffix in (".bin", ""):
-        found = {
-            "train": sorted(f for f in directory.glob(f"data_batch_*{suffix}") if f.suffix == suffix),
-            "test": [directory / f"test_batch{suffix}"],
-        }
-        hundred = {name: [directory / f"{name}{suffix}"] for name in ("train", "test")}
-        if suffix or (directory / "meta").is_file():  # a file "train" may be anything
-            found = {name: files + hundred[name] for name, files in found.items()}
-        found = {name: [f for f in files if f.is_file()] for name, files in found.items()}
-        if any(found.values()):
-            return {name: files for name, files in found.items() if files}
+        hundred = suffix or (directory / "meta").is_file()  # a file "train" may be anything
+        found = {}
+        for name, pattern in (("train", "data_batch_*"), ("test", "test_batch")):
+            files = [*sorted(directory.glob(pattern + suffix)), *([directory / (name + suffix)] if hundred else [])]
+            if files := [f for f in files if f.suffix == suffix and f.is_file()]:
+                found[name] = files
+        if found:
+            return found
     return {}
 
 

@@ -115,9 +115,8 @@ def _training_classes(root: Path, held: set[str]) -> list[str] | None:
 
 def _refuse(root: Path, directories: Sequence[Path]) -> None:
     if flat := sum(map(_is_image, root.iterdir())):
-        cure = "sort them into one directory per class"
-        if (root.parent / _ANNOTATIONS).is_file():
-            cure = f"give {root.parent}, which has their classes"
+        annotated = (root.parent / _ANNOTATIONS).is_file()
+        cure = f"give {root.parent}, which has their classes" if annotated else "sort them into one directory per class"
         raise ArtifactError(
             f"{root}: {flat} images directly in it, without directories of classes, so they have no labels (a list of "
             f"labels beside them, as ImageNet's, is not read): {cure}"

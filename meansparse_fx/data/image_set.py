@@ -88,8 +88,11 @@ def part_of(data: Any, count: int | None = None) -> tuple[str, int, int] | None:
     found, sampler = getattr(data, "dataset", data), getattr(data, "sampler", None)
     if not (isinstance(found, ImageSet) and found.part):
         return None
-    shard = isinstance(sampler, range) and sampler == range(sampler.start, len(found), sampler.step)
-    if not (found is data or (shard and sampler.start < sampler.step)):
+    if isinstance(sampler, range):
+        known = sampler == range(sampler.start, len(found), sampler.step) and sampler.start < sampler.step
+    else:
+        known = found is data
+    if not known:
         return None
     name, first, end = found.part
     return name, first, end if count is None else min(end, first + count)
