@@ -52,7 +52,7 @@ LogitsName = Annotated[
         "Where logits are in what MODEL returns, if that is no tensor: a key, or a position; else logits or out.",
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Do one batch, and say how long all of them would take.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Do one batch, say how long all would take, keep nothing.")]
 Alpha = Annotated[
     str | None,
     typer.Option(
@@ -85,10 +85,10 @@ class ModelOptions:
         Any, parsed(parsing.name(PLACEMENTS), "NAME", f"Sites to take: of {', '.join(PLACEMENTS)}.")
     ] = PLACEMENTS[0]
     include: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="Take only sites in whose name it, or another, is found.")
+        list[str] | None, typer.Option(metavar="REGEX", help="Take only sites in whose name it is found; repeatable.")
     ] = None
     exclude: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="Leave sites in whose name it, or another, is found.")
+        list[str] | None, typer.Option(metavar="REGEX", help="Leave sites in whose name it is found; repeatable.")
     ] = None
     settings: Annotated[
         Path | None,
@@ -140,14 +140,14 @@ class DataOptions:
             min=1, help="Side images of a folder are resized and cropped to; else their own if all have one, or 224."
         ),
     ] = None
-    limit: Annotated[int | None, typer.Option(min=1, help="Use so many images at most, in a fixed order.")] = None
-    skip: Annotated[int, typer.Option(min=0, help="Leave out the first of them: other commands saw them.")] = 0
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many, of a fixed shuffled order.")] = None
+    skip: Annotated[int, typer.Option(min=0, help="Leave out the first of that order: other commands saw them.")] = 0
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 128
 
 
 @dataclass(frozen=True, slots=True)
 class AttackOptions:
-    """What the attacker may do, and how many images are got through."""
+    """What the attacker may do, and at what pace."""
 
     eps: Annotated[Any, parsed(parsing.fraction, "EPS", "Radius of the ball: 0.1, 8/255, ...")] = "8/255"
     norm: Annotated[Any, parsed(parsing.name(NORMS), "NORM", "Linf or L2.")] = "Linf"

@@ -54,6 +54,9 @@ class SearchOptions(AttackOptions):
     ] = None
     variants: Annotated[Any, parsed(parsing.names(VARIANTS), "NAMES", f"Of {', '.join(VARIANTS)}.")] = "mean"
     per_site: Annotated[bool, typer.Option("--per-site", help="Go on from the choice site by site.")] = False
+    per_stage: Annotated[
+        bool, typer.Option("--per-stage", help="Go on from the choice stage by stage: sites of one resolution.")
+    ] = False
     site_alphas: Annotated[Any, parsed(parsing.numbers, "NUMBERS", "To try at each site instead of neighbours.")] = None
 
 
@@ -61,9 +64,6 @@ def select(
     model: MeasuredOptions,
     data: DataOptions,
     search: SearchOptions,
-    per_stage: Annotated[
-        bool, typer.Option("--per-stage", help="Go on from the choice stage by stage: sites of one resolution.")
-    ] = False,
     out: Annotated[Path | None, typer.Option(help="For evaluate --settings; or FILE.json, for --alpha.")] = None,
     report: Annotated[
         Path | None, typer.Option(help="Directory for the search's figures (PDF), tables (LaTeX, CSV) and search.json.")
@@ -79,7 +79,9 @@ def select(
     require_place(out)
     require_place(report, folder=True)
     images, sparse = loading.open_sparse(model, data, search.logits)
-    arguments = asdict(search) | ({"per_site": "stage"} if per_stage else {})
+    arguments = asdict(search)
+    if arguments.pop("per_stage"):
+        arguments["per_site"] = "stage"
     search_in: Any = partial(msfx.select_alpha, sparse, **arguments)
     if dry_run:
         loading.estimate(images, data.batch_size, partial(search_in, checkpoint=None, progress=False))
