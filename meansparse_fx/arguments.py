@@ -50,11 +50,7 @@ def whole(given: Any, what: str, least: int | None = None) -> int:
 
 
 def autocast_dtype(given: Any) -> torch.dtype | None:
-    """Return the dtype to autocast to: torch's own, or its name.
-
-    Raises:
-        ValueError: It is none of float16 and bfloat16.
-    """
+    """Return the dtype to autocast to, float16 or bfloat16: torch's own, or its name."""
     import torch  # the command line reads the other arguments without it
 
     name = str(given).removeprefix("torch.")

@@ -50,13 +50,7 @@ def write(
     tensors: Mapping[str, Tensor],
     rescue: bool = False,
 ) -> None:
-    """Write a file of tensors, as `write_whole` does; equal contents give equal bytes.
-
-    Args:
-        path, rescue: As there.
-        kind: Name of the format, such as ``meansparse_fx.statistics``.
-        header: Values that JSON can hold.
-    """
+    """Write tensors and a header of JSON as a file of that kind, as `write_whole` does; equal contents, equal bytes."""
     # One entry: the order in which safetensors writes several is random.
     entry = json.dumps({"format_version": version, **header})
     held = {k: v.contiguous().cpu() for k, v in tensors.items()}
@@ -69,15 +63,7 @@ def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
 
 
 def read_json(path: str | Path, versions: Mapping[str, int]) -> dict[str, Any]:
-    """Return the values of a JSON file that says its ``format`` and ``version``.
-
-    Args:
-        versions: The newest version that is understood, by format.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ArtifactError: It is no JSON, of another format, of none, or of a newer version.
-    """
+    """Return the values of a JSON file of one of these formats, of its version here at most; else ArtifactError."""
     what = " or ".join(versions)
     try:
         values = json.loads(Path(path).read_text("utf-8"))
@@ -135,11 +121,7 @@ def _replace(path: Path, make: Callable[[Path], object]) -> None:
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write files into a directory, made if missing, each as `write_whole` does.
-
-    Raises:
-        WriteError: They could not be written; they are in the system's temporary folder then, and it says where.
-    """
+    """Write files into a directory, made if missing, as `write_whole` does with ``rescue``."""
 
     def fill(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -154,12 +136,7 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def require_place(path: Path | None, folder: bool = False) -> None:
-    """Raise WriteError, before the work is done, where its result cannot be written.
-
-    Args:
-        path: File to be written, or directory to write files into; None is neither.
-        folder: It is a directory; it need not exist.
-    """
+    """Raise WriteError, before the work is done, where its result, a file or a folder of files, cannot be written."""
     if path is None or _is_device(path):
         return
     if path.is_dir() and not folder:
@@ -232,15 +209,7 @@ def whole_number(value: Any) -> int:
 
 
 def read(path: str | Path, kind: str, version: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return header and tensors of a file that `write` made.
-
-    Args:
-        what: The format in words, for messages: "a statistics file".
-
-    Raises:
-        FileNotFoundError: There is none.
-        ArtifactError: It is truncated, not safetensors, of another kind or version.
-    """
+    """Return header and tensors of a file that `write` made; ``what`` it should be is said where it is something else."""
     try:
         with safe_open(str(path), framework="pt") as file:
             entries = file.metadata() or {}

@@ -116,12 +116,7 @@ def annotate(figure: Figure, axes: Axes, notes: Sequence[tuple[tuple[float, floa
 
 
 def histogram_figure(histogram: Any, theme: Theme = LIGHT) -> Figure:
-    """Return one channel's values before and after its operator, in the same bins, band and mean marked.
-
-    Args:
-        histogram: A `statistics.FeatureHistogram`.
-        theme: Colours.
-    """
+    """Return a `FeatureHistogram` as a figure: before and after its operator in the same bins, band and mean marked."""
     figure = new_figure(theme, 7.2, 4.8)
     top, bottom = figure.subplots(2, 1, sharex=True, sharey=True)
     band, mean = histogram.threshold, histogram.mean

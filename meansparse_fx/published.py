@@ -59,11 +59,7 @@ def published_operator(module: nn.Module) -> PublishedOperator | None:
 
 
 def split_checkpoint(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, PublishedOperator]]:
-    """Return the base model's part of a published checkpoint, and its operators by our site names.
-
-    Raises:
-        StatisticsError: It has no operators, or one under a name that no published architecture has.
-    """
+    """Return the base model's part of a published checkpoint, and its operators by our site names."""
     paths = [key.removesuffix(".threshold") for key in state_dict if key.endswith(".threshold")]
     paths = [path for path in paths if f"{path}.running_var" in state_dict]
     if not paths:

@@ -38,12 +38,7 @@ from .statistics import FeatureHistogram, typical
 
 
 def headline(evaluation: Evaluation, search: AlphaSearch | None = None) -> str:
-    """Return the result in plain sentences: verdict, worst case and clean accuracy before and after.
-
-    Args:
-        evaluation: The comparison.
-        search: That chose alpha, and had a clean budget, if there was one.
-    """
+    """Return the result in plain sentences: verdict, worst case, clean accuracy, and what the search had asked for."""
     base, sparse = evaluation.base.to_dict(), evaluation.sparse.to_dict()
     change = evaluation.clean_change
     text = (

@@ -41,12 +41,7 @@ def least_marks(parts: Sequence[Tensor]) -> Tensor:
 
 
 def known_share(known: Tensor, marks: Tensor) -> float:
-    """Return which share of images is among others, estimated where not all of those have kept their marks.
-
-    Args:
-        known: As `least_marks` returned them.
-        marks: ``[N]``.
-    """
+    """Return which share of N marks is among those that `least_marks` returned, estimated where it left some out."""
     comparable = marks if len(known) < MOST_MARKS else marks[marks <= known[-1]]
     return float(torch.isin(comparable, known).double().mean()) if len(comparable) else 0.0
 

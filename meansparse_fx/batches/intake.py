@@ -44,14 +44,7 @@ def labelled(
 
 
 def examples(images: Any, model: Any) -> Any:
-    """Return example images as a tensor, floats in a dtype that the model takes: their values do not matter.
-
-    Args:
-        images: A tensor or an array; None stays None.
-
-    Raises:
-        DataError: They are something else, such as a batch with its labels.
-    """
+    """Return example images as a tensor, floats in a dtype that the model takes: their values do not matter."""
     if images is None or not isinstance(model, nn.Module):
         return images
     if not is_array(images):
@@ -85,11 +78,7 @@ def explaining_misfit(images: Tensor) -> Iterator[None]:
 
 
 class Intake:
-    """Takes the batches of one loader, one after the other.
-
-    Args:
-        ignore_index: See `labelled`.
-    """
+    """Takes the batches of one loader, one after the other; ``ignore_index`` is that of `labelled`."""
 
     def __init__(self, model: nn.Module, ignore_index: int | None = None) -> None:
         self._model, self._ignore_index = model, ignore_index

@@ -61,11 +61,9 @@ def _maps(found: Tensor, ignore_index: int) -> Tensor:
 
 
 def out_of_range(labels: Tensor, classes: int, first: int = 0) -> str | None:
-    """Return what is wrong with the first label that has no logit, in words; None if all have one.
+    """Return in words what is wrong with the first label that has no logit, ``first`` images after the first of all.
 
-    Args:
-        labels: ``[N]``, or ``[N, H, W]`` with -1 for pixels that are left out.
-        first: Position of the first label among all.
+    Maps ``[N, H, W]`` have -1 where pixels are left out. None if all labels have a logit.
     """
     wrong = (labels < 0 if labels.dim() == 1 else labels < -1) | (labels >= classes)
     if not bool(wrong.any()):

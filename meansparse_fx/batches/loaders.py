@@ -155,11 +155,7 @@ def is_array(value: Any) -> bool:
 
 
 def as_tensor(value: Any, what: str) -> Tensor:
-    """Return a tensor, an array or a list of numbers as a plain tensor; subclasses of Tensor become one.
-
-    Raises:
-        DataError: It is something else; ``what`` it should be is said.
-    """
+    """Return a tensor, an array or a list of numbers as a plain tensor; DataError says ``what`` it should have been."""
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
             kind = "the meta device" if value.is_meta else value.dtype if value.is_quantized else value.layout

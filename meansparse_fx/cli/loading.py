@@ -120,12 +120,7 @@ def random_images(options: ModelOptions, net: nn.Module, shape: tuple[int, ...] 
 
 
 def estimate(images: ImageSet, batch_size: int, work: Callable[[list[Any]], object], warm: bool = False) -> None:
-    """Do one batch and print how long all images would take.
-
-    Args:
-        work: What is to be done with a list of batches.
-        warm: Do it once before it is timed: what is only done once would count for every batch.
-    """
+    """Do one batch and print how long all images would take; ``warm``: what is only done once is done before."""
     first = next(iter(images.loader(batch_size)))
     if warm:
         work([first])

@@ -194,12 +194,7 @@ def verify(
 
 
 def put_alpha(sparse: fx.GraphModule, written: str | None) -> None:
-    """Set alpha as it was typed: a number, ``leader``, or a JSON file; as it is if nothing was.
-
-    Raises:
-        ArtifactError: There is no such file, or it is of another kind.
-        StateError: ``leader``, and no search that had one; or nothing was typed, and there are no settings.
-    """
+    """Set alpha as it was typed: a number, ``leader``, or a JSON file; as it is if nothing was, and settings say it."""
     from ..operators import added
 
     choice = added(sparse).choice

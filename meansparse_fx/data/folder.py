@@ -26,11 +26,7 @@ _ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet
 
 
 def open_folder(path: Path, split: str | None, image_size: int | None) -> ImageSet:
-    """Return the images of a folder, unread but for the sizes of some, if no size is asked for.
-
-    Raises:
-        ArtifactError: There is no such folder, no image in it, or a class that cannot be numbered.
-    """
+    """Return the images of a folder, unread but for the sizes of some, if no size is asked for."""
     root = path / split if split else path
     if not root.is_dir():
         raise ArtifactError(f"{path}: has no subdirectory {split!r}")
@@ -92,11 +88,7 @@ def _annotated(root: Path) -> list[tuple[str, int]]:
 
 
 def _training_classes(root: Path, held: set[str]) -> list[str] | None:
-    """Return the classes of the training images beside ``root`` in their order, None if they are not to be had.
-
-    Raises:
-        ArtifactError: A class held here is none of them.
-    """
+    """Return the classes of the training images beside ``root``, of which those held must be; None without such."""
     here = root.resolve()
     beside = [d for d in _directories(here.parent) if d.name.lower() in _TRAIN and d != here]
     classes = [d.name for d in _directories(beside[0])] if beside else []

@@ -16,11 +16,7 @@ _DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: 
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Return the array of one IDX file, gzipped or not.
-
-    Raises:
-        ArtifactError: It is truncated or something else.
-    """
+    """Return the array of one IDX file, gzipped or not."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
             raw = f.read()

@@ -79,12 +79,7 @@ class ImageSet(Dataset):
 
 
 def part_of(data: Any, count: int | None = None) -> tuple[str, int, int] | None:
-    """Return which images a loader yields, in order: an image set, or what its `loader` returned; None if unknown.
-
-    Args:
-        data: What a verb was given.
-        count: How many were taken of them, if not all.
-    """
+    """Return which images an image set, or a loader of its own, yields in order, ``count`` at most; None if unknown."""
     found, sampler = getattr(data, "dataset", data), getattr(data, "sampler", None)
     if not (isinstance(found, ImageSet) and found.part):
         return None

@@ -56,12 +56,6 @@ class Pictures:
         return f"resized to {self.size * 8 // 7} and cut to {self.size}x{self.size}"
 
     def __getitem__(self, index: int | np.ndarray) -> Any:
-        """Return the image.
-
-        Raises:
-            ArtifactError: The file is damaged, of a kind without a set range, or too large, or in colour where it
-                should be gray; it is named.
-        """
         if isinstance(index, np.ndarray):
             return replace(self, paths=[self.paths[i] for i in index])
         file = self.paths[index]

@@ -74,11 +74,7 @@ def entries() -> tuple[str, ...]:
 
 
 def architecture(name: str) -> nn.Module:
-    """Return the model ``THREAT/DATASET/NAME`` with random weights, in eval mode; nothing is downloaded.
-
-    Raises:
-        ModelError: No such model, or RobustBench is not installed or cannot build it.
-    """
+    """Return the model ``THREAT/DATASET/NAME`` with random weights, in eval mode; nothing is downloaded."""
     return _build(_entry(name))
 
 
