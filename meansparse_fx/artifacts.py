@@ -209,7 +209,7 @@ def whole_number(value: Any) -> int:
 
 
 def read(path: str | Path, kind: str, version: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return header and tensors of a file that `write` made; ``what`` it should be is said where it is something else."""
+    """Return header and tensors of a file that `write` made; ``what`` it should be is said where it is another."""
     try:
         with safe_open(str(path), framework="pt") as file:
             entries = file.metadata() or {}

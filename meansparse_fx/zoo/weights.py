@@ -36,14 +36,15 @@ def load_weights(model: nn.Module, path: str | Path, held: Any = None) -> None:
     if not found:
         keys = f"; it holds {_listed(held)}" if isinstance(held, Mapping) and held else ""
         raise ArtifactError(f"{path}: not a state_dict, bare or under a key{keys}")
-    forms = {f"{key}{form}": state for key, value in found.items() for form, state in _forms(value).items()}
+    forms = {f"{key}{form}": state for key, value in found.items() for form, state in _forms(value, own).items()}
     fitting = {key: s for key, s in forms.items() if len(s) == len(own) and not _problems(own, s)}
     if not fitting:
         nearest = min(forms.values(), key=lambda state: len(own.keys() ^ state.keys()))
         several = f" (it holds {_listed(found)})" if len(found) > 1 else ""
         raise ModelError(f"{path}: weights of another model{several}; {'; '.join(_problems(own, nearest))}")
     first, *others = fitting.values()
-    if not all(_same(value, other[name]) for other in others for name, value in first.items()):
+    same = ((value, other[name]) for other in others for name, value in first.items())
+    if not all(one is two or (one.dtype == two.dtype and torch.equal(one, two)) for one, two in same):
         raise ModelError(
             f"{path}: {len(fitting)} different weights of the model, under {_listed(fitting)}: save those you mean "
             "in a file of their own"
@@ -62,19 +63,17 @@ def _state_dicts(value: Any, key: str, depth: int) -> Iterator[tuple[str, Mappin
         yield from _state_dicts(value[name], f"{key}.{name}" if key else name, depth - 1)
 
 
-def _forms(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return a state_dict as it is, without the names of wrappers, and each part of it that has a prefix."""
+def _forms(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
+    """Return a state_dict as it is, without the names of wrappers, and each part of it that may be the model's own."""
     bare = {".".join(p for p in name.split(".") if p not in _WRAPPERS): value for name, value in state.items()}
-    found = {"": dict(state)}
+    found: dict[str, Mapping[str, Tensor]] = {"": state}
     if len(bare) == len(state) and bare.keys() != state.keys():
         found[" without wrappers"] = bare
-    waiting = [("", form) for form in found.values()]
-    for prefix, names in waiting:  # grows
-        tops = {name.partition(".")[0] for name in names if "." in name}
-        for top in tops if prefix.count(".") < _DEPTH else ():
-            inner = {n.removeprefix(f"{top}."): value for n, value in names.items() if n.startswith(f"{top}.")}
-            found.setdefault(f" {prefix}{top}.", inner)
-            waiting.append((f"{prefix}{top}.", inner))
+    ends = [*own][:1] + [*own][-1:]  # the first would do, but another model's file may lack it and is to be explained
+    for names in list(found.values()):
+        for prefix in {name.removesuffix(end) for end in ends for name in names if name.endswith(f".{end}")}:
+            part = {name.removeprefix(prefix): value for name, value in names.items() if name.startswith(prefix)}
+            found.setdefault(f" {prefix}", part)
     return found
 
 
@@ -87,10 +86,6 @@ def _problems(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[st
     }
     kinds = {"missing": own.keys() - state.keys(), "unexpected": state.keys() - own.keys(), "of another shape": shapes}
     return [f"{len(names)} {what}: {some(names)}" for what, names in kinds.items() if names]
-
-
-def _same(first: Tensor, second: Tensor) -> bool:
-    return first is second or (first.dtype == second.dtype and torch.equal(first, second))
 
 
 def _listed(held: Mapping[Any, Any]) -> str:
