@@ -219,7 +219,10 @@ REFUSED = {
     "normalised": (lambda x, y: (x * 4 - 2, y), "put the normalisation into the model"),
     "NaN": (lambda x, y: (x * torch.nan, y), "must be in .0, 1. .found nan"),
     "int64 images": (lambda x, y: ((x * 255).long(), y), r"images of torch.int64: .*to\(torch.uint8\)"),
-    "several shapes": (lambda x, y: [([x[0], x[1, :, :4]], y[:2])], "several shapes .*resize"),
+    "several shapes": (
+        lambda x, y: [([x[0], x[1, :, :4]], y[:2])],
+        "make no batch, resize them: .*equal size",
+    ),
     "samples of several shapes": (lambda x, y: [(x[0], 1), (x[1, :, :4], 2)], "resize"),
     "words for images": (lambda x, y: ["x"], "yielded str|no labels"),
     "objects": (lambda x, y: Samples([object()] * 6, y), "ToTensor"),

@@ -91,7 +91,7 @@ class Intake:
 
     def images(self, batch: Any) -> Tensor:
         """Return the images of a batch, of which the labels do not matter, in a dtype that the model takes."""
-        images = self._floats(parts(_collated(batch))[0])
+        images = self._floats(_parts(batch)[0])
         if not self._images and _like_bytes(images):
             raise DataError(
                 f"images of {images.dtype} from {float(images.min()):g} to {float(images.max()):g}: expected [0, 1]; "
@@ -102,7 +102,7 @@ class Intake:
 
     def pair(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return images in [0, 1] and labels ``[N]`` or ``[N, H, W]`` int64 of a batch."""
-        raw, raw_labels = parts(_collated(batch))
+        raw, raw_labels = _parts(batch)
         if raw_labels is None:
             raise DataError("the loader must yield (images, labels) batches, and there are no labels in this one")
         images = self._floats(raw)
@@ -129,12 +129,8 @@ class Intake:
 
     def _floats(self, raw: Any) -> Tensor:
         """Return images as floats of the model's dtype; whole numbers of up to two dimensions stay what they are."""
-        if isinstance(raw, (list, tuple)) and raw and all(is_array(image) for image in raw):
-            raw = [as_tensor(image, "images") for image in raw]
-            if len(shapes := {tuple(image.shape) for image in raw}) > 1:
-                some = " and ".join(str(list(shape)) for shape in sorted(shapes)[:2])
-                raise DataError(f"images of several shapes in one batch, {some}: resize them to one")
-            raw = torch.stack(raw)
+        if isinstance(raw, (list, tuple)) and raw and all(map(is_array, raw)):
+            raw = collate(list(raw))
         images = as_tensor(raw, "images")
         if images.dtype == torch.uint8:
             if not self._scaled:
@@ -168,9 +164,10 @@ class Intake:
             raise DataError(f"image {self._images + int((~seen).nonzero()[0])} has no labelled pixel: leave it out")
 
 
-def _collated(batch: Any) -> Any:
-    """Return a batch that a loader left as a list of single images with their labels as one of tensors."""
-    return collate(list(batch)) if isinstance(batch, (list, tuple)) and batch and is_sample(batch[0]) else batch
+def _parts(batch: Any) -> tuple[Any, Any]:
+    """Return what holds the images and what the labels of a batch, also of one that is a list of single images."""
+    listed = isinstance(batch, (list, tuple)) and batch and is_sample(batch[0])
+    return parts(collate(list(batch)) if listed else batch)
 
 
 def _like_bytes(images: Tensor) -> bool:

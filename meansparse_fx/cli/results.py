@@ -11,7 +11,7 @@ import typer
 
 import meansparse_fx as msfx
 
-from ..errors import ArtifactError, StateError, StatisticsError
+from ..errors import StateError, StatisticsError
 from . import parsing
 from .model import Shape
 from .options import ModelOptions, file_argument, parsed
@@ -166,12 +166,12 @@ def card(
 
 def _read(path: Path, settings: Settings) -> dict[str, Any]:
     """Return the contents of report.json, of this model and these alphas."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
+    from ..artifacts import read_json, understanding
+    from ..evaluate import verdict
+
+    with understanding(path):
+        found = read_json(path, {verdict.FORMAT: verdict.VERSION})
         measured, alpha, _, _ = found["calibration"]["fingerprint"], found["alpha"], found["model"], found["headline"]
-    except (ValueError, KeyError, TypeError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ArtifactError(f"{path}: not a report.json that evaluate --report wrote ({why})") from error
     if measured != settings.statistics.fingerprint:
         raise StateError(f"{path}: of a model with other weights than {settings.path} is of")
     own = {row["name"]: row["alpha"] for row in settings.sites}
