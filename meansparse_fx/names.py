@@ -8,36 +8,18 @@ from __future__ import annotations
 SPECS = "timm:NAME, torchvision:NAME, robustbench:Linf/cifar10/NAME, path/to/file.py:function, or bundled"
 SOURCES = ("timm", "torchvision", "robustbench")
 PLACEMENTS = (
-    "activations",
-    "robustbench:wrn",
-    "robustbench:rawrn",
-    "robustbench:swin",
-    "robustbench:convnext",
+    "activations", "robustbench:wrn", "robustbench:rawrn", "robustbench:swin", "robustbench:convnext",
     "robustbench:rawrn-imagenet",
-)
+)  # fmt: skip
 FORMATS = {"export": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}  # of exported files, with their suffixes
 VARIANTS = ("mean", "edge", "smooth")
 AUTOCAST = ("float16", "bfloat16")
 NORMS = ("Linf", "L2")
 
 ATTACKS = (
-    "apgd-ce",
-    "apgd-nearest",
-    "apgd-dlr",
-    "apgd-margin",
-    "apgd-t",
-    "fab",
-    "fab-t",
-    "square",
-    "pgd",
-    "adaptive-1-1",
-    "adaptive-2-2",
-    "apgd-ce-r5",
-    "apgd-dlr-r5",
-    "apgd-ce-eot20",
-    "apgd-dlr-eot20",
-    "apgd-start",
-)
+    "apgd-ce", "apgd-nearest", "apgd-dlr", "apgd-margin", "apgd-t", "fab", "fab-t", "square", "pgd", "adaptive-1-1",
+    "adaptive-2-2", "apgd-ce-r5", "apgd-dlr-r5", "apgd-ce-eot20", "apgd-dlr-eot20", "apgd-start",
+)  # fmt: skip
 VERSIONS = ("adaptive", "standard", "plus", "rand")  # lists of attacks
 ATTACK_NAMES = (*ATTACKS, *VERSIONS)
 SURROGATES = ("exact", "identity", "smooth", "annealed")

@@ -15,20 +15,8 @@ import meansparse_fx as msfx
 from ..arguments import number
 from ..errors import ArtifactError, EvaluationError, StateError
 from ..names import ALPHAS, CLEAN_BUDGET, SEARCH_ATTACKS, VARIANTS
-from . import parsing
-from .options import (
-    Alpha,
-    AttackOptions,
-    Attacks,
-    DataOptions,
-    DryRun,
-    LogitsName,
-    MeasuredOptions,
-    Queries,
-    Steps,
-    file_argument,
-    parsed,
-)
+from . import options, parsing
+from .options import AttackOptions, DataOptions, MeasuredOptions, parsed
 
 if TYPE_CHECKING:
     from torch import fx
@@ -42,9 +30,9 @@ _ALPHAS = ", ".join(f"{alpha:g}" for alpha in ALPHAS)
 class SearchOptions(AttackOptions):
     """How alpha is looked for, and what the attacker may do."""
 
-    attacks: Attacks = _SEARCH_ATTACKS
-    steps: Steps = 20
-    queries: Queries = 500
+    attacks: options.Attacks = _SEARCH_ATTACKS
+    steps: options.Steps = 20
+    queries: options.Queries = 500
     alphas: Annotated[Any, parsed(parsing.numbers, "NUMBERS", "Candidates; 0 is always among them.")] = _ALPHAS
     clean_budget: Annotated[
         Any, parsed(parsing.fraction, "SHARE", "Clean accuracy that may be lost, as a fraction.")
@@ -68,7 +56,7 @@ def select(
     report: Annotated[
         Path | None, typer.Option(help="Directory for the search's figures (PDF), tables (LaTeX, CSV) and search.json.")
     ] = None,
-    dry_run: DryRun = False,
+    dry_run: options.DryRun = False,
 ) -> None:
     """Choose alpha on held-out images: best worst case under attack within the clean budget."""
     from ..artifacts import require_place, write_folder
@@ -109,7 +97,7 @@ def evaluate(
     model: MeasuredOptions,
     data: DataOptions,
     attack: AttackOptions,
-    alpha: Alpha = None,
+    alpha: options.Alpha = None,
     report: Annotated[
         Path | None,
         typer.Option("--report", "--out", help="Directory for report.json, report.html, figures and tables."),
@@ -117,7 +105,7 @@ def evaluate(
     save_adversarial: Annotated[
         Path | None, typer.Option(dir_okay=False, help="File for the adversarial images; verify checks it.")
     ] = None,
-    dry_run: DryRun = False,
+    dry_run: options.DryRun = False,
 ) -> None:
     """Compare MODEL with its base under the same attacks, on test images that nothing else saw.
 
@@ -165,13 +153,13 @@ def evaluate(
 
 
 def verify(
-    file: Annotated[Path, file_argument("From evaluate --save-adversarial.")],
+    file: Annotated[Path, options.file_argument("From evaluate --save-adversarial.")],
     model: MeasuredOptions,
     robustbench: Annotated[
         Path | None,
         typer.Option(dir_okay=False, help="Also write x_adv and y there, by torch.save, for an external evaluation."),
     ] = None,
-    logits: LogitsName = None,
+    logits: options.LogitsName = None,
 ) -> None:
     """Check adversarial images that evaluate kept: MODEL and its base are asked, nothing is attacked.
 
