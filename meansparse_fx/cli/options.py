@@ -27,6 +27,10 @@ def parsed(parser: Callable[[str], Any], metavar: str, help: str, *names: str) -
     return typer.Option(*names, parser=parser, metavar=metavar, help=help)
 
 
+def _file(help: str) -> Any:
+    return typer.Option(exists=True, dir_okay=False, help=help)
+
+
 def file_argument(help: str) -> Any:
     """Return the argument that is a file which another command wrote."""
     return typer.Argument(exists=True, dir_okay=False, metavar="FILE", help=help)
@@ -34,23 +38,13 @@ def file_argument(help: str) -> Any:
 
 _DEFAULT_ATTACKS = ", ".join(DEFAULT_ATTACKS)
 Attacks = Annotated[
-    Any,
-    parsed(
-        parsing.attacks,
-        "NAMES",
-        f"Of {', '.join(ATTACK_NAMES)}; with a gradient (apgd-ce/annealed), or under each of --backwards.",
-    ),
+    Any, parsed(parsing.attacks, "NAMES", f"Of {', '.join(ATTACK_NAMES)}; with /GRADIENT, or under all --backwards.")
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the gradient attacks.")]
 Queries = Annotated[int, typer.Option(min=1, help="Queries of the Square attack.")]
 Seed = Annotated[int, typer.Option(help="Of the attacks.")]
 LogitsName = Annotated[
-    Any,
-    parsed(
-        parsing.name_or_position,
-        "NAME",
-        "Where logits are in what MODEL returns, if that is no tensor: a key, or a position; else logits or out.",
-    ),
+    Any, parsed(parsing.name_or_position, "NAME", "Key or position of logits in what MODEL returns; else logits, out.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Do one batch, say how long all would take, keep nothing.")]
 Alpha = Annotated[
@@ -74,12 +68,7 @@ class ModelOptions:
     ] = None
     num_classes: Annotated[int | None, typer.Option(min=1, help="Logits of a timm or torchvision model.")] = None
     normalise: Annotated[
-        tuple | None,
-        parsed(
-            parsing.normalisation,
-            "imagenet|MEAN/STD",
-            "Normalise inside the model, so that eps is in units of [0, 1]: 0.5,0.5,0.5/0.2,0.2,0.2 for colours.",
-        ),
+        tuple | None, parsed(parsing.normalisation, "imagenet|MEAN/STD", "In the model; eps stays in [0, 1]: 0.5/0.2.")
     ] = None
     placement: Annotated[
         Any, parsed(parsing.name(PLACEMENTS), "NAME", f"Sites to take: of {', '.join(PLACEMENTS)}.")
@@ -90,14 +79,7 @@ class ModelOptions:
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="REGEX", help="Leave sites in whose name it is found; repeatable.")
     ] = None
-    settings: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="From calibrate or select --out, or msfx.save: placement, statistics, alpha and all the rest.",
-        ),
-    ] = None
+    settings: Annotated[Path | None, _file("From calibrate or select --out, or msfx.save: all but the weights.")] = None
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="cuda if there is one")] = None
 
     def __post_init__(self) -> None:
@@ -109,9 +91,7 @@ class ModelOptions:
 class MeasuredOptions(ModelOptions):
     """Which model, and what was measured of it."""
 
-    statistics: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="From calibrate, where there are no --settings.")
-    ] = None
+    statistics: Annotated[Path | None, _file("From calibrate, where there are no --settings.")] = None
 
     def __post_init__(self) -> None:
         ModelOptions.__post_init__(self)  # super() knows only the class without slots
@@ -135,10 +115,7 @@ class DataOptions:
     ]
     split: Annotated[str | None, typer.Option(help="Subdirectory, IDX prefix (t10k), or name of the arrays.")] = None
     image_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Side images of a folder are resized and cropped to; else their own if all have one, or 224."
-        ),
+        int | None, typer.Option(min=1, help="Side to resize and crop images of a folder to; else their own, or 224.")
     ] = None
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many, of a fixed shuffled order.")] = None
     skip: Annotated[int, typer.Option(min=0, help="Leave out the first of that order: other commands saw them.")] = 0
@@ -153,12 +130,7 @@ class AttackOptions:
     norm: Annotated[Any, parsed(parsing.name(NORMS), "NORM", "Linf or L2.")] = "Linf"
     attacks: Attacks = _DEFAULT_ATTACKS
     backwards: Annotated[
-        Any,
-        parsed(
-            parsing.backwards,
-            "NAMES",
-            f"Gradients of attacks that name none: of {', '.join(SURROGATES)}, or smooth-STEEPNESS.",
-        ),
+        Any, parsed(parsing.backwards, "NAMES", f"If an attack names none: {', '.join(SURROGATES)}, smooth-STEEPNESS.")
     ] = "exact,identity"
     steps: Steps = 100
     queries: Queries = 5000
@@ -168,17 +140,11 @@ class AttackOptions:
         bool, typer.Option("--full-rows", help="Attack also what is broken already: each row is its attack's own.")
     ] = False
     compile: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODE",
-            help="Attack through torch.compile in its mode default, reduce-overhead (CUDA graphs) or another; what is "
-            "found is checked without it.",
-        ),
+        str | None, typer.Option(metavar="MODE", help="Attack through torch.compile: default, reduce-overhead, ...")
     ] = None
     amp: Amp = None
     checkpoint: Annotated[
-        Path | None,
-        typer.Option(dir_okay=False, help="Keep results here as they come, and go on from them if the file exists."),
+        Path | None, typer.Option(dir_okay=False, help="Keep results here as they come, and go on from them.")
     ] = None
 
 
