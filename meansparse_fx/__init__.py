@@ -22,35 +22,11 @@ if TYPE_CHECKING:
     from .transform import inspect, load, restore, save, transform
 
 __all__ = [
-    "PLACEMENTS",
-    "AlphaSearch",
-    "Cost",
-    "Evaluation",
-    "MeanSparseError",
-    "Placement",
-    "Site",
-    "SitePlan",
-    "Statistics",
-    "calibrate",
-    "compile_report",
-    "cost",
-    "evaluate",
-    "get_alpha",
-    "inspect",
-    "load",
-    "load_published",
-    "operators",
-    "register_activation",
-    "restore",
-    "save",
-    "select_alpha",
-    "set_alpha",
-    "set_backward",
-    "set_statistics",
-    "set_variant",
-    "transform",
-    "verify",
-]
+    "PLACEMENTS", "AlphaSearch", "Cost", "Evaluation", "MeanSparseError", "Placement", "Site", "SitePlan", "Statistics",
+    "calibrate", "compile_report", "cost", "evaluate", "get_alpha", "inspect", "load", "load_published", "operators",
+    "register_activation", "restore", "save", "select_alpha", "set_alpha", "set_backward", "set_statistics",
+    "set_variant", "transform", "verify",
+]  # fmt: skip
 
 
 class _Public:

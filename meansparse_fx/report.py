@@ -172,16 +172,9 @@ def versions() -> dict[str, str]:
 
 def _site_rows(plan: SitePlan, shares: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     return [
-        {
-            "name": s.name,
-            "activation": s.activation.name if s.activation else s.kind,
-            "shape": list(s.shape[1:]),
-            "channels": s.channels,
-            "channel_dim": s.channel_dim,
-            "producer": s.producer,
-            "skipped": s.skipped,
-            "in_band": float(shares[s.name].mean()) if s.name in shares else None,
-        }
+        {name: getattr(s, name) for name in ("name", "channels", "channel_dim", "producer", "skipped")}
+        | {"activation": s.activation.name if s.activation else s.kind, "shape": list(s.shape[1:])}
+        | {"in_band": float(shares[s.name].mean()) if s.name in shares else None}
         for s in plan
     ]
 

@@ -10,16 +10,6 @@ from .labels import class_numbers, out_of_range
 from .loaders import BATCH_SIZE, as_batches, batched, count, length, nothing_in
 
 __all__ = [
-    "BATCH_SIZE",
-    "Intake",
-    "as_batches",
-    "batched",
-    "class_numbers",
-    "count",
-    "examples",
-    "explaining_misfit",
-    "labelled",
-    "length",
-    "nothing_in",
-    "out_of_range",
-]
+    "BATCH_SIZE", "Intake", "as_batches", "batched", "class_numbers", "count", "examples", "explaining_misfit",
+    "labelled", "length", "nothing_in", "out_of_range",
+]  # fmt: skip

@@ -55,16 +55,10 @@ docs/robustness.md of meansparse_fx.
 
 
 def figures(
-    file: Annotated[
-        Path, file_argument("search.json or report.json of --report, or what calibrate --histograms wrote.")
-    ],
+    file: Annotated[Path, file_argument("search.json, report.json, or of calibrate --histograms.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write into.")] = Path(),
-    form: Annotated[
-        Any, parsed(parsing.name(FORMS), "FORMAT", f"Of the figures: {', '.join(FORMS)}.", "--format")
-    ] = "pdf",
-    site: Annotated[
-        str | None, typer.Option(help="Of a histogram, as show lists it.", show_default="the typical one")
-    ] = None,
+    form: Annotated[Any, parsed(parsing.name(FORMS), "FORMAT", f"Of {', '.join(FORMS)}.", "--format")] = "pdf",
+    site: Annotated[str | None, typer.Option(help="As show lists it.", show_default="the typical one")] = None,
     channel: Annotated[int | None, typer.Option(min=0, help="Of the site.", show_default="the typical one")] = None,
     alpha: Annotated[Any, parsed(parsing.fraction, "ALPHA", "Half width of a histogram's band.")] = "0.3",
 ) -> None:

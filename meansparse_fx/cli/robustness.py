@@ -53,9 +53,7 @@ def select(
     data: DataOptions,
     search: SearchOptions,
     out: Annotated[Path | None, typer.Option(help="For evaluate --settings; or FILE.json, for --alpha.")] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Directory for the search's figures (PDF), tables (LaTeX, CSV) and search.json.")
-    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Directory for figures, tables and search.json.")] = None,
     dry_run: options.DryRun = False,
 ) -> None:
     """Choose alpha on held-out images: best worst case under attack within the clean budget."""

@@ -21,25 +21,15 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="File to write: statistics and placement (safetensors).")],
     tolerance: Annotated[
         Any,
-        parsed(
-            parsing.fraction,
-            "SHARE",
-            "Stop when every mean and deviation is known this well: 0.01 is one per cent of the deviation.",
-        ),
+        parsed(parsing.fraction, "SHARE", "Stop when means and deviations are known to, say, 0.01 of a deviation."),
     ] = None,
     histograms: Annotated[bool, typer.Option("--histograms", help="Count each channel's values, for figures.")] = False,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Written now and then; the same command goes on from it. Removed at the end.")
-    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="To go on from after a crash; removed at the end.")] = None,
     every: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Between two checkpoints.")] = 60.0,
     amp: Amp = None,
-    channels_last: Annotated[
-        bool, typer.Option("--channels-last", help="Give images to the model in that layout.")
-    ] = False,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Give images in that layout.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images ahead; 0 reads in this one.")] = 0,
-    timeout: Annotated[
-        float, typer.Option(min=1, metavar="SECONDS", help="Silence after which another process counts as dead.")
-    ] = 600.0,
+    timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Of a process that counts as dead.")] = 600.0,
     dry_run: DryRun = False,
 ) -> None:
     """Measure mean and deviation of every site's channels in one pass over training images.

@@ -193,15 +193,8 @@ def cost(model: nn.Module, images: Tensor, placement: Placement | str | None = N
 def _region(node: fx.Node, operator: MeanSparse, shape: tuple[int, ...], dtype: torch.dtype) -> Region:
     prologue, call = operator.prologue, operator.activation
     vector = torch.empty(shape[operator.channel_dim], device="meta")
-    weight, input_norm, layer_scale, sum_norm = (
-        vector if there else None
-        for there in (
-            call and call.weight is not None,
-            prologue.input_norm,
-            "layer_scale" in node.kwargs,
-            prologue.sum_norm,
-        )
-    )
+    there = call and call.weight is not None, prologue.input_norm, "layer_scale" in node.kwargs, prologue.sum_norm
+    weight, input_norm, layer_scale, sum_norm = (vector if one else None for one in there)
     vectors = Vectors(vector, vector, weight, input_norm, input_norm, layer_scale, sum_norm, sum_norm)
     name, constants = (call.name, call.constants) if call else ("identity", ())
     options = Options(operator.channel_dim, name, constants, want_sum=prologue.want_sum)
