@@ -215,10 +215,10 @@ class CompileReport:
             shared.to(value.device, torch.float64 if value.dtype == torch.float64 else torch.float32)
             if shared is operator and self._statistics is not None:
                 alpha = self._alpha
+                if isinstance(alpha, Mapping):
+                    alpha = alpha_of(alpha, operator.name, self._statistics) or 0.0
                 operator.set_statistics(self._statistics[operator.name])
-                operator.set_alpha(
-                    (alpha_of(alpha, operator.name, self._statistics) or 0.0) if isinstance(alpha, Mapping) else alpha
-                )
+                operator.set_alpha(alpha)
 
     def observe(self, plan: SitePlan, captured: DynamoGraph) -> dict[str, Moments]:
         """Return where each site's moments are accumulated."""

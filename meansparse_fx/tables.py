@@ -50,9 +50,8 @@ class FittingTable(Table):
             shown.columns = [replace(column, _index=i) for i, column in enumerate(kept)]  # the last has no padding
             dropped.insert(0, name.replace("/\n", "/"))
         if dropped:
-            shown.caption = "\n".join(
-                [*([str(self.caption)] if self.caption else []), f"left out, too wide: {', '.join(dropped)}"]
-            )
+            left_out = f"left out, too wide: {', '.join(dropped)}"
+            shown.caption = f"{self.caption}\n{left_out}" if self.caption else left_out
         yield from Table.__rich_console__(shown, console, options)
 
     def _narrowest(self, console: Console, options: ConsoleOptions) -> int:

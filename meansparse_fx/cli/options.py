@@ -136,16 +136,12 @@ class AttackOptions:
     queries: Queries = 5000
     seed: Seed = 0
     logits: LogitsName = None
-    full_rows: Annotated[
-        bool, typer.Option("--full-rows", help="Attack also what is broken already: each row is its attack's own.")
-    ] = False
+    full_rows: Annotated[bool, typer.Option("--full-rows", help="Attack also what is broken already.")] = False
     compile: Annotated[
         str | None, typer.Option(metavar="MODE", help="Attack through torch.compile: default, reduce-overhead, ...")
     ] = None
     amp: Amp = None
-    checkpoint: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="Keep results here as they come, and go on from them.")
-    ] = None
+    checkpoint: Annotated[Path | None, typer.Option(dir_okay=False, help="Keep results here; go on from them.")] = None
 
 
 def with_groups_as_options(command: Callable[..., None]) -> Callable[..., None]:

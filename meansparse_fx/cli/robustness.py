@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 HISTOGRAM_IMAGES = 64  # of the test images; enough values for a histogram, few enough for any model's memory
 _SEARCH_ATTACKS = ", ".join(SEARCH_ATTACKS)
-_ALPHAS = ", ".join(f"{alpha:g}" for alpha in ALPHAS)
+_ALPHAS, _BUDGET = ", ".join(f"{alpha:g}" for alpha in ALPHAS), str(CLEAN_BUDGET)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +34,12 @@ class SearchOptions(AttackOptions):
     steps: options.Steps = 20
     queries: options.Queries = 500
     alphas: Annotated[Any, parsed(parsing.numbers, "NUMBERS", "Candidates; 0 is always among them.")] = _ALPHAS
-    clean_budget: Annotated[
-        Any, parsed(parsing.fraction, "SHARE", "Clean accuracy that may be lost, as a fraction.")
-    ] = str(CLEAN_BUDGET)
-    attacked: Annotated[
-        int | None, typer.Option(min=1, help="Attack only the first images; clean accuracy is measured on all.")
-    ] = None
+    clean_budget: Annotated[Any, parsed(parsing.fraction, "SHARE", "Of clean accuracy, that may be lost.")] = _BUDGET
+    attacked: Annotated[int | None, typer.Option(min=1, help="Attack only the first so many images.")] = None
     variants: Annotated[Any, parsed(parsing.names(VARIANTS), "NAMES", f"Of {', '.join(VARIANTS)}.")] = "mean"
     per_site: Annotated[bool, typer.Option("--per-site", help="Go on from the choice site by site.")] = False
-    per_stage: Annotated[
-        bool, typer.Option("--per-stage", help="Go on from the choice stage by stage: sites of one resolution.")
-    ] = False
-    site_alphas: Annotated[Any, parsed(parsing.numbers, "NUMBERS", "To try at each site instead of neighbours.")] = None
+    per_stage: Annotated[bool, typer.Option("--per-stage", help="The same, sites of one resolution together.")] = False
+    site_alphas: Annotated[Any, parsed(parsing.numbers, "NUMBERS", "At each site, instead of neighbours.")] = None
 
 
 def select(
