@@ -82,13 +82,11 @@ def read_json(path: str | Path, versions: Mapping[str, int]) -> dict[str, Any]:
 def write_whole(path: str | Path, make: Callable[[Path], object], rescue: bool = False) -> None:
     """Make a file through a temporary one beside it, so that what a crash leaves is the old file or the new one.
 
+    A device, such as ``/dev/stdout``, is written to and not replaced.
+
     Args:
-        path: The file. A device, such as ``/dev/stdout``, is written to and not replaced.
         make: Writes the file at the path it is given.
         rescue: What cannot be written there took long to find: write it into the system's temporary folder instead.
-
-    Raises:
-        WriteError: It could not be written, for lack of space, a directory in its place, ...; says where it is now.
     """
     path = Path(path)
     try:

@@ -82,17 +82,10 @@ def write_report(
     """Return the contents of ``report.json``, having written it, ``report.html`` and `result_files` into ``out``.
 
     Args:
-        out: Directory; made if missing.
         sparse: The model, calibrated, at the alpha of the evaluation.
-        evaluation: The final comparison.
         images: ``[N, C, H, W]``, of which features are looked at.
-        model: What was measured, in words.
-        data: What each set of images was, by its role.
-        search: The search that chose alpha, if there was one: drawn as ``alpha.png`` and ``tradeoff.png``. The headline
-            holds the result to its clean budget.
-
-    Raises:
-        WriteError: It cannot be written there; it is in the temporary folder instead, at the place named.
+        model, data: What was measured, and what each set of images was, by its role, in words.
+        search: That chose alpha, if there was one: drawn, too, and the headline holds the result to its clean budget.
     """
     plan, statistics = added(sparse).plan, added(sparse).statistics
     assert statistics is not None  # or there is nothing to evaluate

@@ -20,12 +20,9 @@ LABEL_KEYS = ("labels", "label", "targets", "target", "y", "cls", "class", "fine
 
 
 def as_batches(data: Any, batch_size: int = BATCH_SIZE, pair: bool = False) -> Iterable[Any]:
-    """Return what a user gave as an iterable of batches, cut where all images come at once.
+    """Return what a user gave as an iterable of batches, cut where all images come at once; a loader as it is.
 
-    Args:
-        data: A loader is returned as it is.
-        batch_size: Where it is no loader.
-        pair: Two arrays are images and labels, whatever their shapes; otherwise they may be two batches of images.
+    With ``pair`` two arrays are images and labels, whatever their shapes; otherwise they may be two batches of images.
     """
     if (whole := _whole(data, pair)) is not None:
         images, labels = whole

@@ -18,12 +18,9 @@ from ..kernels.reference import ACTIVATIONS, parameters, per_channel
 
 
 def published(x: Tensor, mean: Tensor, variance: Tensor, alpha: Tensor, channel_dim: int) -> Tensor:
-    """Return s(x) as published checkpoints compute it: a Python branch on a tensor, a deviation every time.
+    """Return s(x) of ``[..., C, ...]`` as published checkpoints compute it: a Python branch, a root every time.
 
-    Args:
-        x: ``[..., C, ...]``.
-        mean, variance: ``[C]``.
-        alpha: ``[]``; the band is open.
+    Mean and variance are ``[C]``, alpha ``[]``; the band is open.
     """
     if alpha == 0:
         return x
@@ -43,21 +40,15 @@ class Region:
     """A site and what `fuse` takes in around it.
 
     y = act(s(u)) + shortcut,   u = sum_norm(v),   v = input_norm(x) * layer_scale + residual
-
-    Attributes:
-        shape, dtype: Of x, and of all the others.
-        vectors, options: Of the fused operator; the vectors are without data.
-        residual, shortcut: There is a sum before the operator; after it.
-        inplace: The model's activation overwrites its input.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of x, and of all the others
     dtype: torch.dtype
-    vectors: Vectors
+    vectors: Vectors  # of the fused operator, without data
     options: Options
-    residual: bool
-    shortcut: bool
-    inplace: bool
+    residual: bool  # there is a sum before the operator
+    shortcut: bool  # and after it
+    inplace: bool  # the model's activation overwrites its input
 
     def inputs(self) -> list[Tensor]:
         """Return x, the residual if there is one and the shortcut if there is one: without data, wanting gradients."""

@@ -24,14 +24,8 @@ _FREE = {
 class Tally(TorchDispatchMode):
     """While it is active, counts calls of operators: each reads its inputs once and writes its results once.
 
-    Views, and allocations that are not filled, are no calls.
-
-    Args:
-        smallest: Tensors of fewer elements move nothing: numbers, and vectors of one value a channel.
-
-    Attributes:
-        calls: How many.
-        read, written: Bytes.
+    Views, and allocations that are not filled, are no calls. Tensors of fewer elements than ``smallest`` move nothing:
+    numbers, and vectors of one value a channel. ``read`` and ``written`` are bytes.
     """
 
     def __init__(self, smallest: int = 0) -> None:
@@ -72,12 +66,7 @@ def kept_bytes(call: Callable[[], object], state: Iterable[Tensor] = (), smalles
     """Return the bytes that autograd keeps for backward of what a call returns.
 
     Each storage counts once and whole. What only passing steps had kept, such as the input of a comparison, is gone
-    by then and counts nothing.
-
-    Args:
-        call: Returns what backward would start from.
-        state: Tensors that are there anyway: parameters and buffers.
-        smallest: Tensors of fewer elements count nothing.
+    by then and counts nothing, nor do tensors of fewer elements than ``smallest``, and ``state``: what is there anyway.
     """
     alive: WeakIdKeyDictionary = WeakIdKeyDictionary()
 

@@ -33,20 +33,12 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pictures:
-    """Image files; an index gives an image ``[3, size, size]`` float32 in [0, 1], an array of them selects files.
-
-    Attributes:
-        paths: Of the files.
-        size: Side of the centred square, cut from the image resized to 8/7 of it: 224 of 256 is the usual share of an
-            image kept for evaluation.
-        own: ``(width, height)`` that every image has: they are left as they are.
-        gray: Images are gray, as one channel ``[1, size, size]``.
-    """
+    """Image files; an index gives an image ``[3, size, size]`` float32 in [0, 1], an array of them selects files."""
 
     paths: list[str]
-    size: int
-    own: tuple[int, int] | None = None
-    gray: bool = False
+    size: int  # side of the centred square, cut from the image resized to 8/7 of it, as 224 of 256 is usual
+    own: tuple[int, int] | None = None  # (width, height) of every image: they are left as they are
+    gray: bool = False  # one channel, [1, size, size]
 
     @property
     def description(self) -> str:

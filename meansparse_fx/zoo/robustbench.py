@@ -32,19 +32,13 @@ _BY_HAND = "Fetch it by hand and pass it as weights= (--weights), or put it ther
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One model of RobustBench's list.
-
-    Attributes:
-        threat, dataset, name: As on its pages.
-        row: RobustBench's own: ``model`` builds it, ``gdrive_id`` finds the weights: one, a list, or None for timm's.
-        timm_name: How timm has it registered, for models that RobustBench takes from there; else None.
-    """
+    """One model of RobustBench's list, named as on its pages."""
 
     threat: str
     dataset: str
     name: str
-    row: dict[str, Any]
-    timm_name: str | None
+    row: dict[str, Any]  # RobustBench's own: `model` builds it, `gdrive_id` finds the weights: one, or a list
+    timm_name: str | None  # of models that RobustBench takes from timm
 
     def __str__(self) -> str:
         return f"robustbench:{self.threat}/{self.dataset}/{self.name}"
@@ -81,17 +75,12 @@ def architecture(name: str) -> nn.Module:
 def load(name: str, weights: str | Path | None = None) -> nn.Module:
     """Return the model ``THREAT/DATASET/NAME`` with its weights, in eval mode.
 
-    RobustBench's own loader puts the tensors in place, by its own rules for each model; reading is ours, so that
-    nothing is unpickled. A plain state_dict of the model itself will do as well.
+    A state_dict of the model itself will do; others RobustBench's own loader puts in place, by its rules for each
+    model. Reading is ours, so that nothing is unpickled.
 
     Args:
         weights: The file with the weights, or for an ensemble the directory of its files. None takes those in
             ``models/`` under the current directory, where RobustBench keeps them, and downloads what is missing.
-
-    Raises:
-        ModelError: No such model; a file cannot be fetched: says which, from where, and how to give it by hand; or the
-            weights are another model's.
-        ArtifactError: A file cannot be read.
     """
     entry = _entry(name)
     if entry.row["gdrive_id"] == "":
