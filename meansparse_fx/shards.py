@@ -23,11 +23,7 @@ def place(group: Any) -> tuple[int, int]:
 
 
 def own_file(path: Path, rank: int, world: int) -> Path:
-    """Return the file of one of several processes: ``PATH.rank0-of-2``; of one, ``PATH`` itself.
-
-    Raises:
-        ArtifactError: There are files of another number of processes.
-    """
+    """Return the file of one of several processes: ``PATH.rank0-of-2``; of one, ``PATH`` itself."""
     others = {int(f.name.rpartition("-of-")[2]) for f in path.parent.glob(f"{path.name}.rank*-of-*")}
     others |= {1} if path.exists() else set()
     if strangers := others - {world}:

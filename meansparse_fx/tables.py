@@ -70,10 +70,8 @@ def new_table(
     """Return a table without rows. Its first column holds names, which are never broken: the others give way.
 
     Args:
-        columns: Headers, all but the first aligned to the right. A name such as ``apgd-ce/exact`` has two lines.
-        left: Those aligned to the left.
+        columns: Headers, all but the first and those in ``left`` aligned to the right; ``apgd-ce/exact`` has two lines.
         optional: Those to leave out where there is no room.
-        title, caption: Above and below it.
     """
     table = FittingTable(
         title=title, caption=caption, title_justify="left", caption_justify="left", show_edge=False, pad_edge=False

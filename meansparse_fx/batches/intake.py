@@ -27,11 +27,7 @@ def labelled(
     Args:
         data: A loader of batches, ``(images, labels)``, a Dataset: docs/data.md lists what is understood.
         batch_size: Where ``data`` does not come in batches.
-        model: That will classify the images; in eval mode.
         ignore_index: Of pixels to leave out, if labels may be maps: these are yielded as ``[N, H, W]``, there with -1.
-
-    Raises:
-        DataError: There are none, or something is not what it should be: says what, where, and what to do.
     """
     intake, count = Intake(model, ignore_index), 0
     for batch in batched(as_batches(data, batch_size, pair=True), batch_size):

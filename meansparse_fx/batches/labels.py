@@ -16,11 +16,7 @@ def class_numbers(labels: Any, count: int, ignore_index: int | None = None) -> t
 
     Args:
         labels: ``[N]`` or ``[N, 1]`` of any integer dtype, or one-hot ``[N, K]``; tensor, array or list.
-        count: N.
         ignore_index: Of pixels to leave out, which become -1, if maps ``[N, H, W]`` or ``[N, 1, H, W]`` may be given.
-
-    Raises:
-        DataError: They are something else.
     """
     if isinstance(labels, (list, tuple)) and any(isinstance(label, Tensor) for label in labels):
         labels = torch.stack([torch.as_tensor(label) for label in labels])

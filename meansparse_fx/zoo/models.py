@@ -27,12 +27,7 @@ from .weights import load_weights
 
 
 class Normalised(nn.Module):
-    """A model for images in [0, 1], around one that expects them normalised; ``model`` is the prefix of its names.
-
-    Args:
-        model: Takes ``(images - mean) / std``.
-        mean, std: One value a colour.
-    """
+    """A model for images in [0, 1] around ``model``, which takes ``(images - mean) / std``: one value a colour."""
 
     def __init__(self, model: nn.Module, mean: Iterable[float], std: Iterable[float]):
         super().__init__()
