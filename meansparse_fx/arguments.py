@@ -18,7 +18,7 @@ def items(given: Any) -> tuple[Any, ...]:
 
 
 def number(given: Any, what: str) -> float:
-    """Return a number, as Python, NumPy or torch have it, or written as ``0.1`` or ``8/255``; or say ``what`` is none."""
+    """Return a number, as Python, NumPy or torch have it, or as ``0.1`` or ``8/255``; ValueError if ``what`` is none."""
     try:
         if isinstance(given, bool):
             raise TypeError
@@ -33,7 +33,7 @@ def number(given: Any, what: str) -> float:
 
 
 def whole(given: Any, what: str, least: int | None = None) -> int:
-    """Return a whole number from ``least`` on, as Python, NumPy or torch have it, or written; or say ``what`` is none."""
+    """Return a whole number, ``least`` or more, in any form that `number` takes; ValueError if ``what`` is none."""
     found = number(given, what)
     if not found.is_integer() or (least is not None and found < least):
         from_ = "" if least is None else f" from {least}"
