@@ -18,7 +18,7 @@ def items(given: Any) -> tuple[Any, ...]:
 
 
 def number(given: Any, what: str) -> float:
-    """Return a number, as Python, NumPy or torch have it, or as ``0.1`` or ``8/255``; ValueError if ``what`` is none."""
+    """Return a number as Python, NumPy or torch have it, or as ``0.1`` or ``8/255``; ValueError if ``what`` is none."""
     try:
         if isinstance(given, bool):
             raise TypeError

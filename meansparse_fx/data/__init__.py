@@ -1,6 +1,6 @@
 """Floor 1: image data from the formats users have, as tensors in [0, 1]; one file a format.
 
-Knows nothing of models or graphs. Imports errors, batches and shards; torchvision when an image folder is opened.
+Knows nothing of models or graphs. Imports errors and batches; torchvision when an image folder is opened.
 Nothing is ever unpickled, but for CIFAR's batches, by a reader that knows dictionaries and arrays only.
 """
 
