@@ -20,8 +20,7 @@ def calibrate(
     data: DataOptions,
     out: Annotated[Path, typer.Option(help="File to write: statistics and placement (safetensors).")],
     tolerance: Annotated[
-        Any,
-        parsed(parsing.fraction, "SHARE", "Stop when means and deviations are known to, say, 0.01 of a deviation."),
+        Any, parsed(parsing.fraction, "SHARE", "Stop at this error of means and deviations, in deviations: 0.01.")
     ] = None,
     histograms: Annotated[bool, typer.Option("--histograms", help="Count each channel's values, for figures.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="To go on from after a crash; removed at the end.")] = None,
@@ -29,7 +28,7 @@ def calibrate(
     amp: Amp = None,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Give images in that layout.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images ahead; 0 reads in this one.")] = 0,
-    timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Of a process that counts as dead.")] = 600.0,
+    timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Silence of a dead process.")] = 600.0,
     dry_run: DryRun = False,
 ) -> None:
     """Measure mean and deviation of every site's channels in one pass over training images.
