@@ -30,8 +30,14 @@ def class_numbers(labels: Any, count: int, ignore_index: int | None = None) -> t
         found = found.reshape(1)
     elif found.dim() == 2 and shape[1] == 1:
         found = found.squeeze(1)
-    if ignore_index is not None and (found.dim() == 3 or (found.dim() == 4 and shape[1] == 1)) and len(found) == count:
-        return _maps(found.reshape(count, *shape[-2:]), ignore_index), None
+    maps = found.dim() == 3 or (found.dim() == 4 and shape[1] == 1)
+    if ignore_index is not None and maps and len(found) == count:
+        if found.is_floating_point():
+            raise DataError(f"label maps must be integers from 0, found {found.dtype}: read them without scaling")
+        found = found.reshape(count, *shape[-2:]).to(torch.int64)
+        if bool(((found < 0) & (found != ignore_index)).any()):
+            raise DataError(f"label {int(found.min())} in a map; pixels left out have {ignore_index}: ignore_index=")
+        return found.masked_fill(found == ignore_index, -1), None
     if found.dim() not in (1, 2) or len(found) != count:
         raise DataError(f"labels {shape} for {count} images: expected [{count}], one class number an image")
     if found.dim() == 2:
@@ -45,15 +51,6 @@ def class_numbers(labels: Any, count: int, ignore_index: int | None = None) -> t
     if found.is_floating_point():
         raise DataError(f"labels must be integers from 0, found {found.dtype}: labels.long() if those are meant")
     return found.to(torch.int64), classes
-
-
-def _maps(found: Tensor, ignore_index: int) -> Tensor:
-    if found.is_floating_point():
-        raise DataError(f"label maps must be integers from 0, found {found.dtype}: read them without scaling")
-    found = found.to(torch.int64)
-    if bool(((found < 0) & (found != ignore_index)).any()):
-        raise DataError(f"label {int(found.min())} in a map; pixels left out have {ignore_index}: ignore_index=")
-    return found.masked_fill(found == ignore_index, -1)
 
 
 def out_of_range(labels: Tensor, classes: int, first: int = 0) -> str | None:

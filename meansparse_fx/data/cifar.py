@@ -1,6 +1,6 @@
 """Floor 1: the batches in which CIFAR-10 and CIFAR-100 are distributed, in their binary and in their Python version.
 
-The Python version is pickled. It is read by an unpickler that calls nothing but the five stand-ins below, which build
+The Python version is pickled. It is read by an unpickler that calls nothing but the stand-ins below, which build
 dictionaries, lists, numbers and arrays of whole numbers; anything else in the file is refused before it is looked up.
 """
 
@@ -95,18 +95,10 @@ class _Array:
         self.values = np.frombuffer(raw, kind.dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _reconstruct(*_: Any) -> _Array:
-    return _Array()
-
-
 def _frombuffer(raw: Any, kind: _Type, shape: tuple, order: str) -> _Array:
     found = _Array()
     found.__setstate__((1, shape, kind, order == "F", raw))
     return found
-
-
-def _scalar(kind: _Type, raw: bytes) -> int:
-    return int(np.frombuffer(raw, kind.dtype)[0])
 
 
 def _encode(text: str, encoding: Any) -> bytes:
@@ -120,10 +112,11 @@ _STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Type,
     ("_codecs", "encode"): _encode,
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
 }
+for _core in ("core", "_core"):
+    _STAND_INS[f"numpy.{_core}.multiarray", "_reconstruct"] = lambda *_: _Array()
+    _STAND_INS[f"numpy.{_core}.multiarray", "scalar"] = lambda kind, raw: int(np.frombuffer(raw, kind.dtype)[0])
+    _STAND_INS[f"numpy.{_core}.numeric", "_frombuffer"] = _frombuffer
 
 
 class _Unpickler(pickle.Unpickler):
