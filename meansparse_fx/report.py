@@ -112,16 +112,12 @@ def write_report(
     template = environment.from_string((files(__package__) / "report.html.j2").read_text("utf-8"))
     page = template.render(
         report=report,
-        comparison=evaluation.rows(),
-        legend=evaluation.legend(),
-        alpha=describe_alpha(evaluation.alpha),
-        uniform=search and search.uniform,
+        evaluation=evaluation,
+        search=search,
         chosen=search and chosen(evaluation, search),
-        choice=search and describe_alpha(search.alpha),
+        describe=describe_alpha,
         histogram=histogram,
         plots=plots,
-        active=len(plan.active),
-        clean_budget=search and search.clean_budget,
     )
     contents["report.html"] = page.encode()
     contents["report.json"] = (json.dumps(report, indent=2) + "\n").encode()
