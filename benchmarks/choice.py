@@ -36,7 +36,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "variants": {"variants": ("edge", "smooth")},
     "by site": {"per_site": True, "site_alphas": SITE_ALPHAS},
 }
-STEPS = 30  # of the search; see `meansparse_fx.demo` for why not fewer
+STEPS = 30  # of the search; see `meansparse_fx.cli.demo` for why not fewer
 
 
 @dataclass(frozen=True, slots=True)
