@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from meansparse_fx.evaluate.attacks import VERSIONS, AttackSettings, attack
 from meansparse_fx.evaluate.compiled import FastModel
 
 from .contenders import PublishedForm, build, with_form
-from .harness import Row, measure, options, report
+from .harness import Row, measure, options, run
 
 ALPHA = 0.2
 # The paper reports AutoAttack at 1.02 to 1.03 of the base's time.
@@ -75,7 +76,7 @@ def contenders(model: nn.Module, images: Tensor, mode: str | None = None) -> dic
     return found | {f"{name}, {mode}": FastModel(own, mode, None) for name, own in compiled.items()}
 
 
-def run(
+def rows_of(
     case: str, names: tuple[str, ...], models: dict[str, nn.Module], data: tuple[Tensor, Tensor],
     settings: AttackSettings, device: str, repetitions: int,
 ) -> list[Row]:  # fmt: skip
@@ -92,7 +93,7 @@ def run(
     rows = measure("attack", case, calls, "base", device, repetitions, passes, warm_up=0)
     # Per image pass, a backward one counted as two forward ones, as the operations are.
     work = {name: own["forward_images"] + 2 * own["backward_images"] for name, own in passes.items()}
-    return [replace(row, ratio_per_pass=row.ratio * work["base"] / work[row.contender]) for row in rows]
+    return [row.but(ratio_per_pass=row.ratio * work["base"] / work[row.contender]) for row in rows]
 
 
 def unbroken(
@@ -130,14 +131,12 @@ def main() -> None:
         labels = model(images).argmax(1)
     wide = (contenders(model, images, args.compile), (images, labels), replace(settings, eps=8 / 255))
     sizes = f"{args.images} images, {args.steps} steps"
-    rows: list[Row] = []
-    for case, names, asked in (
-        (f"bundled apgd-ce, {sizes}", ("apgd-ce",), standing),
-        (f"bundled autoattack standard, {sizes}, {args.queries} queries", VERSIONS["standard"], standing),
-        (f"WRN-16-4 apgd-ce, {sizes}", ("apgd-ce",), wide),
-    ):
-        rows += run(case, names, *asked, args.device, args.repetitions)
-        report(rows, args.out)  # after each: a run that is stopped keeps what it had
+    asked = {
+        f"bundled apgd-ce, {sizes}": (("apgd-ce",), *standing),
+        f"bundled autoattack standard, {sizes}, {args.queries} queries": (VERSIONS["standard"], *standing),
+        f"WRN-16-4 apgd-ce, {sizes}": (("apgd-ce",), *wide),
+    }
+    run({case: partial(rows_of, case, *own, args.device, args.repetitions) for case, own in asked.items()}, args.out)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,23 +23,22 @@ from torch import Tensor, nn
 
 import meansparse_fx as msfx
 from meansparse_fx import bundled
-from meansparse_fx.data import ImageSet, load_images
+from meansparse_fx.data import load_images
 from meansparse_fx.errors import ModelError
-from meansparse_fx.statistics import Statistics
 from meansparse_fx.zoo import load_model
 
-from .harness import Call, Row, measure, options, report
+from .harness import Call, Row, measure, options, run
+from .paper.training import accuracy
 
 ALPHA = 0.3
 TOLERANCES = (0.1, 0.05, 0.02, 0.01)
 BATCH = 128
 
 
-def models(device: str) -> dict[str, tuple[nn.Module, list[Tensor]]]:
-    """Return by case a model and its batches, all in one device's memory."""
-    # All 6,000: what a pass costs once, some 25 milliseconds, must not weigh.
-    images = torch.cat([bundled.load_split(name)[0] for name in bundled.SPLITS])
-    cases = {"bundled, 6,000 images 1x28x28": (bundled.load_model(), list(images.split(BATCH)))}
+def models(device: str, count: int) -> dict[str, tuple[nn.Module, list[Tensor]]]:
+    """Return by case a model and its batches, all in one device's memory; the small images are ``count`` at most."""
+    images = torch.cat([bundled.load_split(name)[0] for name in bundled.SPLITS])[:count]
+    cases = {f"bundled, {len(images):,} images 1x28x28": (bundled.load_model(), list(images.split(BATCH)))}
     noise = torch.rand(32, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     with contextlib.suppress(ModelError):  # torchvision is not installed
@@ -116,122 +114,68 @@ def more_images(rows: list[Row], images: int) -> list[Row]:
     plain = times[[row.contender for row in rows].index("plain forward")]
     case = f"{rows[0].case}, an image more"
     return [
-        replace(row, case=case, milliseconds=time, low=None, high=None, ratio=time / plain)
+        row.but(case=case, milliseconds=time, low=None, high=None, ratio=time / plain)
         for row, time in zip(rows, times, strict=False)
     ]
 
 
-def time_all(device: str, repetitions: int, compiled: bool, only: str = "") -> list[Row]:
-    """Return the rows of all cases, or of those in whose name ``only`` is found."""
-    rows: list[Row] = []
-    for case, (model, batches) in models(device).items():
-        if only not in case:
-            continue
-        short, long = (contenders(model, batches * times) for times in (1, 2))
-        calls = short | {f"{name}, twice": call for name, call in long.items()}
-        own = measure("calibration", case, calls, "plain forward", device, repetitions)
-        rows += own[: len(short)] + more_images(own, sum(map(len, batches)))
-        if compiled:
-            calls = compiled_contenders(model, batches)
-            rows += measure("calibration", case, calls, "plain forward, compiled", device, repetitions)
-    return rows
+def rows_of(case: str, model: nn.Module, batches: list[Tensor], device: str, repetitions: int) -> list[Row]:
+    """Return the rows of one case: of a pass, then of an image more."""
+    short, long = (contenders(model, batches * times) for times in (1, 2))
+    calls = short | {f"{name}, twice": call for name, call in long.items()}
+    rows = measure("calibration", case, calls, "plain forward", device, repetitions, warm_up=1)
+    return rows[: len(short)] + more_images(rows, sum(map(len, batches)))
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
-    """How many images one tolerance took, and how good the result is against all images; the CSV's columns.
+def compiled_rows_of(case: str, model: nn.Module, batches: list[Tensor], device: str, repetitions: int) -> list[Row]:
+    """Return the rows of one case through torch.compile."""
+    calls = compiled_contenders(model, batches)
+    return measure("calibration", case, calls, "plain forward, compiled", device, repetitions)
 
-    Attributes:
-        tolerance: Asked for, relative to each channel's deviation; 0 is the full pass.
-        estimated: Largest standard error of any channel's mean or deviation, as calibration said.
-        mean_error, std_error: Largest real distance of a channel's mean and deviation from those of all images.
-        moved_estimated, moved: Share of activations of test images on the other side of the band at `ALPHA`.
-        accuracy: Of the test images at `ALPHA`.
+
+def images_needed(directory: Path) -> list[Row]:
+    """Return how many training images each tolerance takes, relative to each channel's deviation; 0 takes all.
+
+    With it the largest distance of any channel's mean and deviation from those of all images, and accuracy at `ALPHA`.
     """
-
-    tolerance: float
-    images: int
-    estimated: float
-    mean_error: float
-    std_error: float
-    moved_estimated: float
-    moved: float
-    accuracy: float
-    test_images: int
-    torch: str
-
-
-def images_needed(directory: Path) -> list[Need]:
-    """Return a row for each tolerance; calibration sees training images only, in the fixed shuffled order."""
     train, test = load_images(directory, "train"), load_images(directory, "t10k")
     sparse = msfx.transform(bundled.load_model(), train.images[:2])
     whole = msfx.calibrate(sparse, train.images.split(BATCH))
     rows = []
     for tolerance in (0.0, *TOLERANCES):
-        found = whole
-        if tolerance:
-            found = msfx.calibrate(sparse, train.images.split(BATCH), tolerance=tolerance, progress=False)
-        estimated, moved_estimated = _promised(found)
+        found = msfx.calibrate(sparse, train.images.split(BATCH), tolerance=tolerance) if tolerance else whole
         pairs = [(site, whole[name]) for name, site in found.items()]
         mean_error = max(float(((one.mean - other.mean).abs() / other.std).max()) for one, other in pairs)
         std_error = max(float((one.std / other.std - 1).abs().max()) for one, other in pairs)
-        moved, accuracy = _moved(sparse, found, whole, test.images[:1000]), _accuracy(sparse, found, test)
-        figures = (estimated, mean_error, std_error, moved_estimated, moved, accuracy)
-        rows.append(Need(tolerance, found.images, *figures, len(test), torch.__version__))
+        msfx.set_statistics(sparse, found)
+        msfx.set_alpha(sparse, ALPHA)
+        known = {"tolerance": tolerance, "images": found.images, "mean_error": mean_error, "std_error": std_error}
+        right = accuracy(sparse, test.images, test.labels)
+        rows.append(Row(**known, accuracy=right, test_images=len(test), torch=torch.__version__))
     return rows
-
-
-def _promised(statistics: Statistics) -> tuple[float, float]:
-    """Return the largest error and the share moved that calibration estimated, from its record."""
-    if "precision" not in statistics.metadata:
-        return 0.0, 0.0
-    error, moved = re.findall(r"([0-9.e-]+) %", statistics.metadata["precision"])[:2]
-    return float(error) / 100, float(moved) / 100
-
-
-def _moved(sparse: nn.Module, one: Statistics, other: Statistics, images: Tensor) -> float:
-    """Return the share of all activations that lie inside the band of one and outside that of the other."""
-    changed = total = 0
-
-    def look(operator: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        nonlocal changed, total
-        inside = []
-        for site in (one[operator.name], other[operator.name]):
-            mean, std = (vector.float().view(1, -1, 1, 1) for vector in (site.mean, site.std))
-            inside.append((inputs[0] - mean).abs() <= ALPHA * std)
-        changed += int((inside[0] != inside[1]).sum())
-        total += inputs[0].numel()
-
-    msfx.set_alpha(sparse, 0.0)
-    hooks = [operator.register_forward_pre_hook(look) for operator in msfx.operators(sparse).values()]
-    over(list(images.split(BATCH)), sparse)()
-    for hook in hooks:
-        hook.remove()
-    return changed / total
-
-
-def _accuracy(sparse: nn.Module, statistics: Statistics, test: ImageSet) -> float:
-    msfx.set_statistics(sparse, statistics)
-    msfx.set_alpha(sparse, ALPHA)
-    with torch.inference_mode():
-        guesses = torch.cat([sparse(batch).argmax(1) for batch in test.images.split(BATCH)])
-    return float((guesses == test.labels).float().mean())
 
 
 def main() -> None:
     parser = options(__doc__, repetitions=11)
     parser.add_argument("what", nargs="?", choices=("time", "images"), default="time")
     parser.add_argument("--data", type=Path, help="directory of Fashion-MNIST's IDX files, for images")
+    # All there are: what a pass costs once, some 25 milliseconds, must not weigh.
+    parser.add_argument("--images", type=int, default=6000, help="of the bundled network's cases")
     parser.add_argument("--compiled", action="store_true", help="time torch.compile too")
     parser.add_argument("--case", default="", help="only models in whose name this is found")
     args = parser.parse_args()
-    if args.what == "time":
-        report(time_all(args.device, args.repetitions, args.compiled, args.case), args.out)
-    elif args.data is None:
-        parser.error("images needs --data")
+    cases: dict[str, Callable[[], list[Row]]] = {}
+    if args.what == "images":
+        if args.data is None:
+            parser.error("images needs --data")
+        cases["images"] = partial(images_needed, args.data)
     else:
-        title = f"images a tolerance takes, bundled network, alpha {ALPHA:g}"
-        report(images_needed(args.data), args.out, title)
+        for case, given in models(args.device, args.images).items():
+            if args.case in case:
+                cases[case] = partial(rows_of, case, *given, args.device, args.repetitions)
+                if args.compiled:
+                    cases[f"{case}, compiled"] = partial(compiled_rows_of, case, *given, args.device, args.repetitions)
+    run(cases, args.out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from meansparse_fx.evaluate import AttackSettings, ModelOutcome, PairedDifferenc
 from meansparse_fx.evaluate.outcome import mean
 from meansparse_fx.progress import bar
 
-from .harness import options, report
+from .harness import Row, options, report, write
 from .paper.measure import BATCH, changes, on_images
 
 SITE_ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8)  # one site alone bears more than all together
@@ -37,40 +36,6 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "by site": {"per_site": True, "site_alphas": SITE_ALPHAS},
 }
 STEPS = 30  # of the search; see `meansparse_fx.cli.demo` for why not fewer
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One setting on the test images; the fields are the CSV's columns. Accuracies are fractions.
-
-    Attributes:
-        search, setting: Which search it comes from (``base`` is alpha 0), and the variant and alpha.
-        chosen: Better than the base beyond noise on the selection images; otherwise it looked best there.
-        selection_images, ..., selection_high: Change of the worst case on those attacked.
-        images, clean, clean_change: Of the test images.
-        attacked, ..., worst_high: See `paper.measure.changes`.
-    """
-
-    search: str
-    setting: str
-    chosen: bool
-    selection_images: int
-    selection_change: float
-    selection_low: float
-    selection_high: float
-    images: int
-    clean: float
-    clean_change: float
-    attacked: int
-    own: float
-    own_change: float
-    own_low: float
-    own_high: float
-    worst: float
-    worst_change: float
-    worst_low: float
-    worst_high: float
-    torch: str
 
 
 def search(sparse: fx.GraphModule, name: str, cache: Path, attacked: int) -> AlphaSearch:
@@ -120,9 +85,11 @@ def measure(searches: Sequence[str], cache: Path, attacked: int, selection: int)
         }
     for name, (candidate, selected, chosen) in contenders.items():
         base, own, there = outcomes["base"], outcomes[name], found.get(name, first).change(selected)
-        looked = (chosen, len(selected.worst), there.estimate, there.low, there.high)
-        clean = (len(own.clean), mean(own.clean), PairedDifference.of(base.clean, own.clean).estimate)
-        rows.append(Row(name, words(candidate.alpha, candidate.variant), *looked, *clean, **changes(base, own)))
+        row = Row(search=name, setting=words(candidate.alpha, candidate.variant), chosen=chosen)
+        row |= {"selection_images": len(selected.worst), "selection_change": there.estimate}
+        row |= {"selection_low": there.low, "selection_high": there.high, "images": len(own.clean)}
+        row |= {"clean": mean(own.clean), "clean_change": PairedDifference.of(base.clean, own.clean).estimate}
+        rows.append(row.but(**changes(base, own)))
     return rows
 
 
@@ -135,8 +102,9 @@ def main() -> None:
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
     rows = measure(args.search, args.cache, args.attacked, args.selection)
-    shown = ("search", "setting", "chosen", "selection_change", "clean", "own", "own_change", "worst", "worst_change")
-    report(rows, args.out, "accuracies and their changes, fractions", shown)
+    report(rows, "accuracies and their changes, fractions")
+    if args.out:
+        write(rows, args.out)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ dry)
     cuda kernels --activation relu --mode forward moments moments+activation --shape 2x4x4x4 2x3x4 --dtype bfloat16 --repetitions 2
     cuda models --append --eager --model WRN-16-4 --batch 1 --mode forward --repetitions 2
     cuda attack --images 2 --pool 8 --steps 2 --queries 2 --repetitions 1
-    cuda calibration --repetitions 1 --case bundled
+    cuda calibration --repetitions 1 --case bundled --images 256
     cuda scaling --depth 10 16 --images 2 --channels 2 --plan WRN-16-4 --batch 2 --repetitions 1
     ;;
 *)
@@ -103,7 +103,7 @@ pages=$root
 if [ -n "$cpu" ]; then
     pages=$work/pages
     mkdir -p "$pages/docs"
-    cp "$root/README.md" "$pages/" && cp "$root/docs/kernels.md" "$pages/docs/"
+    cp "$root/README.md" "$pages/" && cp "$root"/docs/*.md "$pages/docs/"
 fi
-"$python" -m benchmarks.performance --results "$results" --docs "$pages/docs" --readme "$pages/README.md" --summary || failed=1
+"$python" -m benchmarks.page --results "$results" --root "$pages" --summary || failed=1
 exit $failed

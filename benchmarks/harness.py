@@ -1,7 +1,4 @@
-"""What every benchmark shares: its options, timing in turns, rows that are a CSV's columns, their reader and writer.
-
-A contender's result is checked against the reference before it is timed.
-"""
+"""What every benchmark shares: its options, timing in turns, rows, the tables and files that they become."""
 
 from __future__ import annotations
 
@@ -14,9 +11,9 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,59 +21,61 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from meansparse_fx.errors import MeanSparseError, ModelError
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 Call = Callable[[], object]
 Make = Callable[[], Call]  # makes a call, on the stream that is current
 
+# Every column of every file by the type of its values; benchmarks/README.md says what they mean.
+_NAMES: dict[type, str] = {
+    str: """
+        benchmark case contender baseline device torch triton commit date what unit formula model route checked
+        rewritten skipped equal gradient error kind verdict failed search setting row column network operators
+        centre split attacks norm""",
+    int: """
+        repetitions threads kept_bytes peak_bytes launches graphs forward_images backward_images size sites
+        forward_calls forward_bytes backward_calls backward_bytes image nodes table images attacked steps
+        selection_images test_images""",
+    float: """
+        milliseconds low high ratio compile_seconds of_clone ratio_per_pass device_ms device_ratio host_ms seconds
+        beside tolerance mean_error std_error accuracy forward_cpu_s capture_cpu_s find_cpu_s transform_cpu_s alpha
+        eps clean clean_change own own_change own_low own_high worst worst_change worst_low worst_high
+        selection_change selection_low selection_high base gain strongest_base strongest_gain strongest_low
+        strongest_high""",
+    bool: "chosen convicted",
+}
+COLUMNS = {name: kind for kind, names in _NAMES.items() for name in names.split()}
+# What tables on the terminal leave out.
+HIDDEN = {"benchmark", "low", "high", "repetitions", "device", "torch", "threads", "triton", "commit", "date"}
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One measurement of speed; the fields are the CSV's columns, None where nothing was asked or means nothing.
 
-    Attributes:
-        milliseconds, low, high: Wall time of a call and a synchronisation, median and quartiles over the repetitions.
-        ratio: Median over repetitions of the time by that of the contender ``baseline`` in the same repetition.
-        kept_bytes: Kept for backward, parameters and buffers left out.
-        peak_bytes: Most memory allocated during one call, over what was allocated before.
-        launches: Kernels on a GPU, calls of operators on a CPU.
-        graphs: Graphs that Dynamo made of it.
-        compile_seconds: Time of the first call, caches on disk unused.
-        forward_images, backward_images: Images that an attack sends through its model.
-        of_clone: Bandwidth as a share of a clone's of the same tensor, counting the tensors that the task must read and
-            write; by device time where there is a device. Of kernels only.
-        ratio_per_pass: The ratio of times per image pass; of attacks only.
-        device_ms, device_ratio: Time on the device alone, and its ratio to the baseline's.
-        host_ms: Time until the host is through with a call, of many calls without a synchronisation.
+class Row(dict[str, Any]):
+    """One line of a result file: its values by `COLUMNS`, read as attributes; None or no text where it has none.
+
+    Raises:
+        ValueError: There is no such column.
+
+    Example:
+        >>> row = Row(case="a", ratio=1.5, launches=None)
+        >>> row.case, row.ratio, row.launches, row.commit, row.but(ratio=2.0)
+        ('a', 1.5, None, '', {'case': 'a', 'ratio': 2.0})
     """
 
-    benchmark: str
-    case: str
-    contender: str
-    milliseconds: float | None
-    low: float | None
-    high: float | None
-    ratio: float | None
-    baseline: str
-    repetitions: int | None
-    device: str
-    torch: str
-    threads: int
-    kept_bytes: int | None = None
-    peak_bytes: int | None = None
-    launches: int | None = None
-    graphs: int | None = None
-    compile_seconds: float | None = None
-    forward_images: int | None = None
-    backward_images: int | None = None
-    of_clone: float | None = None
-    ratio_per_pass: float | None = None
-    device_ms: float | None = None
-    device_ratio: float | None = None
-    host_ms: float | None = None
-    triton: str | None = None
-    commit: str | None = None
-    date: str | None = None
+    def __init__(self, **given: Any) -> None:
+        if unknown := given.keys() - COLUMNS.keys():
+            raise ValueError(f"no column {', '.join(sorted(unknown))}: benchmarks.harness has all")
+        super().__init__({name: value for name, value in given.items() if value is not None and value != ""})
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in COLUMNS:
+            raise AttributeError(f"no column {name}")
+        return self.get(name, "" if COLUMNS[name] is str else None)
+
+    def but(self, **changed: Any) -> Row:
+        """Return it with other values."""
+        return Row(**self | changed)
 
 
 def options(doc: str | None, repetitions: int | None = None, out: str = "the CSV to write") -> argparse.ArgumentParser:
@@ -91,28 +90,27 @@ def options(doc: str | None, repetitions: int | None = None, out: str = "the CSV
     return parser
 
 
-def place(device: str) -> dict[str, Any]:
-    """Return where something runs: the name of the GPU or of the CPU, torch's version, threads."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), None)
-    return {"device": name or platform.processor(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-
-
 @functools.cache
-def provenance() -> dict[str, str | None]:
-    """Return the versions and the day that a row carries; the commit is MEANSPARSE_FX_COMMIT where there is no git."""
+def _versions() -> dict[str, str | None]:
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = None
     ask = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=7"]
     found = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
-    commit = os.environ.get("MEANSPARSE_FX_COMMIT") or found or None
-    return {"triton": triton, "commit": commit, "date": datetime.date.today().isoformat()}
+    return {"torch": torch.__version__, "triton": triton, "commit": os.environ.get("MEANSPARSE_FX_COMMIT") or found}
+
+
+def place(device: str) -> dict[str, Any]:
+    """Return where and when something runs: GPU or CPU, threads, versions, day; the commit is MEANSPARSE_FX_COMMIT."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    today = datetime.date.today().isoformat()
+    return {"device": name or platform.processor(), "threads": torch.get_num_threads(), **_versions(), "date": today}
 
 
 def device_ms(make: Make, milliseconds: float = 20.0) -> float | None:
@@ -208,24 +206,53 @@ def measure(
     for name, own in times.items():
         reference = baseline if isinstance(baseline, str) else baseline[name]
         low, middle, high = statistics.quantiles(own, n=4) if repetitions > 1 else own * 3
-        rest = place(device) | provenance() | dict((more or {}).get(name, {}))
-        ratio = ratio_of(own, times[reference])
-        rows.append(Row(benchmark, case, name, middle, low, high, ratio, reference, repetitions, **rest))
+        known: dict[str, Any] = {"benchmark": benchmark, "case": case, "contender": name}
+        known |= {"milliseconds": middle, "low": low, "high": high, "ratio": ratio_of(own, times[reference])}
+        known |= {"baseline": reference, "repetitions": repetitions} | place(device)
+        rows.append(Row(**known | dict((more or {}).get(name, {}))))
     return rows
 
 
-def report(rows: Sequence[Any], path: Path | None, title: str = "", columns: Collection[str] = ()) -> None:
-    """Print the columns that say something, or those that are named, and write the rows as CSV if a path is given."""
-    full = [f.name for f in fields(rows[0]) if any(getattr(row, f.name) is not None for row in rows)]
-    hidden = ("benchmark", "low", "high", "repetitions", "device", "torch", "threads", "triton", "commit", "date")
-    names = columns or [name for name in full if name not in hidden]
+def run(
+    cases: Mapping[str, Callable[[], Sequence[Row]]], out: Path | None, held: Sequence[Row] = (),
+    place: Callable[[Row], Any] | None = None, case_of: Callable[[Row], str] = lambda row: row.case,
+) -> None:  # fmt: skip
+    """Measure cases, print each one's rows, and write all after each: a run that is stopped keeps what it had.
+
+    A case that raises a `ModelError`, as where a library is not installed, is skipped, in words. One that raises
+    another error of ours or an AssertionError has failed: the others are measured, and the process exits with it.
+
+    Args:
+        out: The file, if any.
+        held: Its rows; those of a case that is measured again are replaced.
+        place: What rows are sorted by in the file.
+        case_of: Which case a row is of.
+    """
+    rows, wrong = list(held), []
+    for name, measured in cases.items():
+        try:
+            found = measured()
+        except ModelError as reason:
+            print(f"skipped {name}: {reason}", flush=True)
+            continue
+        except (AssertionError, MeanSparseError) as reason:
+            wrong.append(f"FAILED {name}: {reason}")
+            continue
+        report(found)
+        rows = [row for row in rows if case_of(row) != name] + list(found)
+        if out is not None:
+            write(sorted(rows, key=place) if place else rows, out)
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+
+def report(rows: Sequence[Row], title: str = "") -> None:
+    """Print rows as a table."""
+    names = [name for name in _columns(rows) if name not in HIDDEN and not name.endswith(("_low", "_high"))]
     values = [[getattr(row, name) for name in names] for row in rows]
     cells = [["" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in values]
-    first = rows[0]
-    title = title or f"{first.benchmark} on {first.device}, {first.threads} threads, torch {first.torch}"
-    show([name.replace("_", " ") for name in names], cells, title=title)
-    if path is not None:
-        write(rows, path)
+    where = [f"{name} {rows[0][name]}" for name in ("benchmark", "device", "threads", "torch") if name in rows[0]]
+    show([name.replace("_", " ") for name in names], cells, title=title or ", ".join(where))
 
 
 def show(heads: Iterable[str], rows: Iterable[Iterable[str]], width: int = 140, **style: Any) -> None:
@@ -236,34 +263,31 @@ def show(heads: Iterable[str], rows: Iterable[Iterable[str]], width: int = 140, 
     Console(width=width).print(table)
 
 
-def write(rows: Sequence[Any], path: Path) -> None:
-    """Write rows of one dataclass as CSV, its fields the header, at once: a killed run leaves a whole file."""
-    columns = [f.name for f in fields(rows[0])]  # before the file is opened: no rows are no reason to empty it
+def _columns(rows: Iterable[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def write(rows: Sequence[Row], path: Path) -> None:
+    """Write rows as CSV, at once: a killed run leaves a whole file.
+
+    Raises:
+        ValueError: There are none, which is no reason to empty a file.
+    """
+    if not rows:
+        raise ValueError(f"no rows for {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, _columns(rows))
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(rows)
     part.replace(path)
 
 
-# As annotations are text: how a field's text becomes its value.
-_VALUES: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "bool": lambda text: text == "True"}
-
-
-def read(path: Path, kind: type[Any] = Row) -> list[Any]:
-    """Return the rows of a CSV, none if it is not there; columns that an older file lacks are None, as are empty ones.
-
-    Raises:
-        ValueError: A column that must not be empty is.
-    """
-
-    def value(field: Field[Any], text: str | None) -> Any:
-        base, *optional = str(field.type).split(" | ")
-        return None if optional and not text else _VALUES[base](text or "")
-
+def read(path: Path) -> list[Row]:
+    """Return the rows of a CSV, none if it is not there."""
     if not path.exists():
         return []
+    kinds = COLUMNS | {name: "True".__eq__ for name, kind in COLUMNS.items() if kind is bool}
     with path.open(newline="") as file:
-        return [kind(**{f.name: value(f, row.get(f.name)) for f in fields(kind)}) for row in csv.DictReader(file)]
+        return [Row(**{n: kinds[n](text) for n, text in line.items() if text}) for line in csv.DictReader(file)]

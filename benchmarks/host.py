@@ -26,7 +26,7 @@ from meansparse_fx.kernels.operator import Operator
 from meansparse_fx.kernels.records import Options, Vectors
 from meansparse_fx.nn import MeanSparse
 
-from .harness import Call, Row, in_turns, options, place, provenance, ratio_of, report, write
+from .harness import Call, Row, in_turns, options, place, ratio_of, report, write
 
 SHAPE = (2, 64, 4, 4)
 BACKWARD = "forward+backward: "
@@ -91,7 +91,7 @@ def calls(device: str) -> dict[str, Call]:
     }
 
 
-def run(rounds: int) -> list[Row]:
+def timed(rounds: int) -> list[Row]:
     """Return a row a call, its ratio to ReLU alone, or to convolution, norm and ReLU."""
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,14 +100,17 @@ def run(rounds: int) -> list[Row]:
             stack.enter_context(mock.patch.dict("os.environ", MEANSPARSE_FX_LOWERING="triton"))
             stack.enter_context(stubbed_launch())
         times = in_turns(calls(device), device, rounds, warm_up=10, number=20)
-    where = place(device) | ({} if device == "cuda" else {"device": "no GPU: the launch is stubbed"})
+    where = place(device) | {"repetitions": rounds}
+    where |= {} if device == "cuda" else {"device": "no GPU: the launch is stubbed"}
     rows = []
     for name, own in times.items():
         mode, _, call = name.rpartition(": ")
         base = "conv, batch norm, ReLU" if call.startswith("conv") else "F.relu"
-        ratio, host = ratio_of(own, times[f"{BACKWARD if mode else ''}{base}"]), statistics.median(own)
-        given = where | provenance() | {"ratio": ratio, "baseline": base, "host_ms": host, "repetitions": rounds}
-        rows.append(Row("host", mode or "forward", call, None, None, None, **given))
+        figures = {
+            "ratio": ratio_of(own, times[f"{BACKWARD if mode else ''}{base}"]),
+            "host_ms": statistics.median(own),
+        }
+        rows.append(Row(benchmark="host", case=mode or "forward", contender=call, baseline=base, **figures, **where))
     return rows
 
 
@@ -123,7 +126,7 @@ RATIOS = {
 def as_json(rows: list[Row]) -> str:
     """Return one object: where it ran, ``microseconds`` by call, and the ratios of `RATIOS` to torch's own calls."""
     ratios = {name: row.ratio for name, key in RATIOS.items() for row in rows if (row.case, row.contender) == key}
-    times = {f"{row.case}: {row.contender}": 1e3 * (row.host_ms or 0.0) for row in rows}
+    times = {f"{row.case}: {row.contender}": 1e3 * row.host_ms for row in rows}
     return json.dumps({"device": rows[0].device, "torch": rows[0].torch, "microseconds": times} | ratios)
 
 
@@ -133,11 +136,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=201)
     parser.add_argument("--device", help="for benchmarks/gpu.sh: it is a GPU where there is one, else the stub")
     args = parser.parse_args()
-    rows = run(args.rounds)
-    if not args.json:
-        report(rows, args.out)
-        return
-    print(as_json(rows))
+    rows = timed(args.rounds)
+    print(as_json(rows)) if args.json else report(rows)
     if args.out:
         write(rows, args.out)
 

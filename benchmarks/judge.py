@@ -2,7 +2,6 @@
 
     python -m benchmarks.judge [--images 150] [--out FILE]    every case; goes on where it was killed
     python -m benchmarks.judge --case "quantised logits"      some of them
-    python -m benchmarks.judge page                           the table in docs/robustness.md
 
 Masks in a model stand beside the plain network as its base, so that what they fake would be a gain. Masks in the
 operator stand beside the network without it. Convicted is what the verdict calls a loss, masked, or in doubt. Honest
@@ -13,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,37 +26,12 @@ from meansparse_fx import bundled
 from meansparse_fx.alpha import SEARCH_ATTACKS
 from meansparse_fx.evaluate import Evaluation, ModelOutcome
 
-from .harness import RESULTS, ROOT, options, read, write
-from .page import markdown
+from .harness import RESULTS, Row, options, read, run
 from .paper.training import ACTIVATIONS, Recipe, trained
 
 ATTACKS = (*SEARCH_ATTACKS, "square", "apgd-start/annealed")
 THREAT: dict[str, Any] = {"eps": bundled.EPS, "steps": 30, "queries": 300, "batch_size": 250, "attacks": ATTACKS}
-RESAMPLED = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One case; the fields are the CSV's columns.
-
-    Attributes:
-        kind: ``mask in the model``, ``mask in the operator``, ``honest`` or ``same against same``.
-        convicted: A loss, masked, or in doubt, by the verdict's first words or a check that failed.
-        gain, low, high: Change of the worst case, 95 % interval.
-        own: Change under the operator's own gradient.
-    """
-
-    case: str
-    kind: str
-    convicted: bool
-    verdict: str
-    failed: str
-    gain: float
-    low: float
-    high: float
-    own: float
-    images: int
-    torch: str
+RESAMPLED, AGAIN = 200, "A/A"
 
 
 class Function(nn.Module):
@@ -167,16 +142,16 @@ def network(activation: str, epochs: int, cache: Path) -> nn.Module:
 
 
 def judge(name: str, case: Case, images: int) -> Row:
-    """Return what `evaluate` makes of a case."""
+    """Return what `evaluate` makes of a case: convicted by its verdict's first words, or by a check that failed."""
     sparse, base = case.make()
     test = tuple(part[:images] for part in bundled.load_split("test"))
     found = msfx.evaluate(sparse, test, base=base or msfx.restore(sparse), progress=False, **THREAT | case.options)
     words = found.verdict.split(":")[0]
     failed = [check.name for check in found.checks if not check.passed]
-    convicted = bool(failed) or words in ("Loss", "Gain masked")
-    gain = found.gain
-    figures = (gain.estimate, gain.low, gain.high, found.exact_gain.estimate, images, torch.__version__)
-    return Row(name, case.kind, convicted, words, "; ".join(failed), *figures)
+    known = {"case": name, "kind": case.kind, "convicted": bool(failed) or words in ("Loss", "Gain masked")}
+    gain = {"gain": found.gain.estimate, "low": found.gain.low, "high": found.gain.high}
+    known |= {"verdict": words, "failed": "; ".join(failed)} | gain
+    return Row(**known, own=found.exact_gain.estimate, images=images, torch=torch.__version__)
 
 
 def same_against_same(images: int) -> Row:
@@ -197,40 +172,30 @@ def same_against_same(images: int) -> Row:
         if generator.random() < 0.5:
             sides.reverse()
         gains += compared(sides).verdict.startswith("Gain real")
-    gain, verdict = compared(pair).gain, f"Gain real in {gains} of {RESAMPLED}"
-    figures = (gain.estimate, gain.low, gain.high, gain.estimate, images, torch.__version__)
-    return Row("A/A", "same against same", gains > 0.025 * RESAMPLED, verdict, "", *figures)
+    gain = compared(pair).gain
+    known = {"case": AGAIN, "kind": "same against same", "convicted": gains > 0.025 * RESAMPLED}
+    known |= {"verdict": f"Gain real in {gains} of {RESAMPLED}", "gain": gain.estimate, "low": gain.low}
+    return Row(**known, high=gain.high, own=gain.estimate, images=images, torch=torch.__version__)
 
 
 def _resampled(outcome: ModelOutcome, index: Tensor) -> ModelOutcome:
     return ModelOutcome(outcome.clean[index], {name: mask[index] for name, mask in outcome.robust.items()})
 
 
-def table(rows: list[Row]) -> str:
-    """Return the rows as markdown, a sentence of counts before them."""
-    return markdown.render("judge.md", rows=rows, threat=THREAT)
-
-
 def main() -> None:
     parser = options(__doc__)
     parser.set_defaults(out=RESULTS / "judge.csv")
-    parser.add_argument("what", nargs="?", choices=("page",))
     parser.add_argument("--case", nargs="+", help="only these; the file keeps its others")
     parser.add_argument("--images", type=int, default=150)
     parser.add_argument("--cache", type=Path, default=Path(".cache/judge"))
     args = parser.parse_args()
-    rows = read(args.out, Row)
-    if args.what == "page":
-        markdown.between_marks(ROOT / "docs/robustness.md", "judge", table(rows))
-        return
+    held = read(args.out)
     args.cache.mkdir(parents=True, exist_ok=True)
-    known = cases(args.cache)
-    names = [*known, "A/A"]
-    for name in args.case or [n for n in names if n not in {row.case for row in rows}]:
-        row = same_against_same(4 * args.images) if name == "A/A" else judge(name, known[name], args.images)
-        print(row)
-        rows = sorted([*(r for r in rows if r.case != name), row], key=lambda r: names.index(r.case))
-        write(rows, args.out)
+    calls = {name: partial(judge, name, case, args.images) for name, case in cases(args.cache).items()}
+    calls[AGAIN] = partial(same_against_same, 4 * args.images)
+    names = list(calls)
+    asked = args.case or [name for name in names if name not in {row.case for row in held}]
+    run({name: lambda name=name: [calls[name]()] for name in asked}, args.out, held, lambda row: names.index(row.case))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from meansparse_fx.kernels import ops
 
 from .contenders import BranchFreeForm, PublishedForm
-from .harness import Make, Row, measure, on_gpu, options, report, write
+from .harness import Make, Row, measure, on_gpu, options, run
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 LAYOUTS = ("contiguous_format", "channels_last", "tokens")
@@ -120,15 +120,14 @@ def _moments(x: Tensor, dim: int, name: str, mode: str) -> dict[str, Make]:
 def with_bandwidth(rows: list[Row], mode: str) -> list[Row]:
     """Return the rows of one case with each one's share of the clone's bandwidth, by device time if there is one."""
     clone = next(row for row in rows if row.contender == "clone")
-    found = []
-    for row in rows:
-        own, other = (row.device_ms, clone.device_ms) if clone.device_ms else (row.milliseconds, clone.milliseconds)
-        streams = 2 if row.contender == "clone" else STREAMS[mode]
-        found.append(replace(row, of_clone=streams / 2 * other / own if own and other else None))
-    return found
+    time = "device_ms" if clone.device_ms else "milliseconds"
+    streams = {row.contender: 2 if row is clone else STREAMS[mode] for row in rows}
+    return [
+        row.but(of_clone=streams[row.contender] / 2 * clone[time] / row[time]) if row.get(time) else row for row in rows
+    ]
 
 
-def run(case: str, device: str, repetitions: int, compiled: bool) -> list[Row]:
+def rows_of(case: str, device: str, repetitions: int, compiled: bool) -> list[Row]:
     """Return the rows of a case, its words in the order of the CSV: shape, dtype, layout, activation, mode."""
     shape, dtype, layout, name, mode = case.split()
     x, dim = tensor(shape, layout, getattr(torch, dtype), device)
@@ -148,18 +147,14 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="the operator as torch.compile sees it, too")
     args = parser.parse_args()
     dtypes = args.dtype or (["float32", "bfloat16"] if args.device == "cuda" else ["float32"])
-    rows: list[Row] = []
-    for shape, dtype, layout in itertools.product(args.shape or SHAPES[args.device], dtypes, LAYOUTS):
-        if (layout == "tokens") != (shape.count("x") == 2):
-            continue
-        for name, mode in itertools.product(args.activation, args.mode):
-            if mode == "moments" and name != args.activation[0]:
-                continue  # which has none
-            own = run(f"{shape} {dtype} {layout} {name} {mode}", args.device, args.repetitions, args.compiled)
-            report(own, None)
-            rows += own
-        if args.out is not None:  # a run that is stopped keeps what it had
-            write(rows, args.out)
+    axes = (args.shape or SHAPES[args.device], dtypes, LAYOUTS, args.activation, args.mode)
+    cases = [
+        f"{shape} {dtype} {layout} {name} {mode}"
+        for shape, dtype, layout, name, mode in itertools.product(*axes)
+        if (layout == "tokens") == (shape.count("x") == 2)
+        and not (mode == "moments" and name != args.activation[0])  # which has none
+    ]
+    run({case: partial(rows_of, case, args.device, args.repetitions, args.compiled) for case in cases}, args.out)
 
 
 if __name__ == "__main__":

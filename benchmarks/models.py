@@ -13,7 +13,6 @@ import copy
 import functools
 import itertools
 import re
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -26,7 +25,7 @@ from meansparse_fx.nn import MeanSparse
 from .contenders import MODELS, BranchFreeForm, PublishedForm, with_form
 from .contenders import build as build_model
 from .facts import facts_of
-from .harness import Row, measure, on_gpu, options, read, report
+from .harness import Row, measure, on_gpu, options, read, run
 
 # What is computed: the images' gradient is what an attack asks for, the parameters' what training asks for.
 MODES = ("forward", "images' gradient", "all gradients")
@@ -180,7 +179,7 @@ def check_exactly(case: Case, device: str) -> None:
     check(results, f"{case} in float64", EXACT)
 
 
-def run(case: Case, device: str, repetitions: int, *, compiled: bool = True, cold: bool = False) -> list[Row]:
+def rows_of(case: Case, device: str, repetitions: int, compiled: bool = True, cold: bool = False) -> list[Row]:
     """Return the rows of one case, one a contender.
 
     Args:
@@ -227,22 +226,14 @@ def main() -> None:
     parser.add_argument("--append", action="store_true", help="keep the other cases that --out holds already")
     args = parser.parse_args()
     torch.compiler.config.force_disable_caches = args.cold
-    rows: list[Row] = read(args.out) if args.append and args.out else []
-    failed: list[str] = []
-    for name, batch, mode, dtype in itertools.product(args.model, args.batch, args.mode, args.dtype):
-        case = Case(name, batch, MODELS[name][1], mode, args.channels_last, dtype)
-        try:
-            found = run(case, args.device, args.repetitions, compiled=not args.eager, cold=args.cold)
-        except msfx.MeanSparseError as reason:  # no such package; RobustBench normalises in float32: no bfloat16
-            print(f"skipped {case}: {reason}")
-            continue
-        except AssertionError as wrong:  # the other cases of a long run are worth having
-            failed.append(f"FAILED {case}: {wrong}")
-            continue
-        rows = [row for row in rows if row.case != str(case)] + found
-        rows.sort(key=lambda row: Case.read(row.case).place)
-        report(rows, args.out)  # after each case: a long run that is stopped keeps what it had
-    sys.exit("\n".join(failed) or None)
+    cases = (
+        Case(name, batch, MODELS[name][1], mode, args.channels_last, dtype)
+        for name, batch, mode, dtype in itertools.product(args.model, args.batch, args.mode, args.dtype)
+    )
+    how = (args.device, args.repetitions, not args.eager, args.cold)
+    calls = {str(case): functools.partial(rows_of, case, *how) for case in cases}
+    held = read(args.out) if args.append and args.out else ()
+    run(calls, args.out, held, place=lambda row: Case.read(row.case).place)
 
 
 if __name__ == "__main__":

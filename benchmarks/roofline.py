@@ -3,50 +3,33 @@
     python -m benchmarks.roofline [--model WRN-16-4 ResNet-50] [--out benchmarks/results/roofline.csv]
 
 The counts are `meansparse_fx.cost`'s, whose documentation has the rules: they depend on shapes alone, so the file is
-the same from every machine. benchmarks.performance sets them beside what was measured.
+the same from every machine. The page of performance sets them beside what was measured.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 import meansparse_fx as msfx
-from meansparse_fx.errors import ModelError
 
 from .contenders import MODELS, build
-from .harness import options, report
+from .harness import Row, options, run
 
 
-@dataclass(frozen=True, slots=True)
-class Count:
-    """One form of the operator in one model, float32; the fields are the CSV's columns.
-
-    Attributes:
-        sites: How many the model has.
-        forward_calls, backward_calls: Of operators, at all sites together.
-        forward_bytes, backward_bytes: Read and written there, for one image.
-    """
-
-    model: str
-    form: str
-    sites: int
-    forward_calls: int
-    forward_bytes: int
-    backward_calls: int
-    backward_bytes: int
-
-
-def counts(name: str) -> list[Count]:
+def counts(name: str) -> list[Row]:
     """Return the counts of one model, a form a row."""
     torch.manual_seed(0)
     found = msfx.cost(build(name), torch.rand(2, 3, MODELS[name][1], MODELS[name][1]))
-    rows = []
-    for form, total in found.total.items():
-        passes = (n for each in (total.forward, total.backward) for n in (each.calls, each.bytes // found.images))
-        rows.append(Count(name, form, len(found), *passes))
-    return rows
+    return [
+        Row(
+            benchmark="roofline", case=name, contender=form, sites=len(found),
+            forward_calls=total.forward.calls, forward_bytes=total.forward.bytes // found.images,
+            backward_calls=total.backward.calls, backward_bytes=total.backward.bytes // found.images,
+        )
+        for form, total in found.total.items()
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -54,13 +37,7 @@ def main() -> None:
     default = ["WRN-16-4", "WRN-28-10", "RaWRN-small", "ResNet-50", "ConvNeXt-T", "Swin-T"]
     parser.add_argument("--model", nargs="+", choices=MODELS, default=default)
     args = parser.parse_args()
-    rows: list[Count] = []
-    for name in args.model:
-        try:
-            rows += counts(name)
-        except ModelError as reason:
-            print(f"skipped {name}: {reason}")
-    report(rows, args.out, "bytes an image, float32")
+    run({name: partial(counts, name) for name in args.model}, args.out)
 
 
 if __name__ == "__main__":

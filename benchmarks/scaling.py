@@ -14,104 +14,89 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import meansparse_fx as msfx
 from meansparse_fx.capture import capture
-from meansparse_fx.errors import ModelError
 
 from .calibration import over
-from .contenders import MODELS, WideResNet
-from .contenders import build as build_model
-from .harness import Call, in_turns, options, place, report
+from .contenders import MODELS, WideResNet, build
+from .harness import Call, Row, in_turns, options, place, run
 
 IMAGES = 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Scaling:
-    """One measurement; the fields are the CSV's columns.
+class Clock:
+    """What times calls in turns, and makes rows."""
 
-    Attributes:
-        what: ``transform``, ``calibration`` or ``plan``, ``case`` of which model.
-        size: What grows, in ``unit``: nodes of the graph; images; channels; devices.
-        seconds: Of transform or of the pass, a median; of the plan, computed.
-        beside: Seconds of the baseline: four forward passes on the example images; the plain pass over the same images.
-        formula: What a plan was computed from.
-    """
+    def __init__(self, device: str, repetitions: int) -> None:
+        self.device, self.repetitions = device, repetitions
 
-    what: str
-    case: str
-    size: int
-    unit: str
-    seconds: float
-    beside: float | None
-    formula: str
-    repetitions: int
-    device: str
-    torch: str
-    threads: int
+    def __call__(self, *calls: Call) -> list[float]:
+        """Return the median seconds of each call."""
+        times = in_turns({str(i): call for i, call in enumerate(calls)}, self.device, self.repetitions, warm_up=1)
+        return [statistics.median(own) / 1e3 for own in times.values()]
 
+    def row(self, what: str, case: str, size: int, unit: str, seconds: float, **more: Any) -> Row:
+        """Return a row: ``size``, in ``unit``, is what grows."""
+        known = {"what": what, "case": case, "size": size, "unit": unit, "seconds": seconds}
+        return Row(**known, **more, repetitions=self.repetitions, **place(self.device))
 
-Figures = tuple[str, str, int, str, float, float | None, str]  # the first columns
-Timed = Callable[..., list[float]]  # returns the median seconds of each call that it is given
-
-
-def transform_rows(timed: Timed, device: str, depths: list[int]) -> Iterator[Figures]:
-    """Yield transform against nodes, one a depth."""
-    images = torch.rand(2, 3, 32, 32, device=device)
-    for depth in depths:
+    def images(self, *shape: int) -> Tensor:
+        """Return random images, after a seed for the model that is built next."""
         torch.manual_seed(0)
-        model = WideResNet(depth, 1).eval().to(device)
-        nodes = len(capture(model, images).graph_module.graph.nodes)
-        transform, beside = timed(lambda model=model: msfx.transform(model, images), over([images] * 4, model))
-        yield "transform", f"WRN-{depth}-1", nodes, "nodes", transform, beside, ""
+        return torch.rand(shape, device=self.device)
 
 
-def calibration_rows(
-    timed: Timed, device: str, images: list[int], channels: list[int], batch: int
-) -> Iterator[Figures]:
-    """Yield calibration against images at the least channels, and against channels at the least images."""
-    sizes = [(count, min(channels), count, "images") for count in images]
-    sizes += [(min(images), count, count, "channels") for count in channels]
-    for count, width, size, unit in sizes:
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU()).eval().to(device)
-        calls = passes(model, list(torch.rand(count, 3, 32, 32, device=device).split(batch)))
-        yield "calibration", f"{count} images, {width} channels", size, unit, *timed(*calls), ""
-
-
-def passes(model: nn.Module, batches: list[torch.Tensor]) -> tuple[Call, Call]:
+def passes(model: nn.Module, batches: list[Tensor]) -> tuple[Call, Call]:
     """Return calibration over the batches, and the plain pass over the same."""
     sparse = msfx.transform(model, batches[0][:2])
     return lambda: msfx.calibrate(sparse, batches, progress=False), over(batches, model)
 
 
-def plan_rows(timed: Timed, device: str, name: str, batch: int, batches: int, devices: list[int]) -> Iterator[Figures]:
+def transform(clock: Clock, depth: int) -> Iterator[Row]:
+    """Yield transform against nodes."""
+    images = clock.images(2, 3, 32, 32)
+    model = WideResNet(depth, 1).eval().to(clock.device)
+    nodes = len(capture(model, images).graph_module.graph.nodes)
+    seconds, beside = clock(lambda: msfx.transform(model, images), over([images] * 4, model))
+    yield clock.row("transform", f"WRN-{depth}-1", nodes, "nodes", seconds, beside=beside)
+
+
+def calibration(clock: Clock, count: int, width: int, unit: str, batch: int) -> Iterator[Row]:
+    """Yield calibration on so many images, of one site of so many channels; ``unit`` is which of them grows."""
+    batches = list(clock.images(count, 3, 32, 32).split(batch))
+    model = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU()).eval().to(clock.device)
+    size = count if unit == "images" else width
+    seconds, beside = clock(*passes(model, batches))
+    yield clock.row("calibration", f"{count} images, {width} channels", size, unit, seconds, beside=beside)
+
+
+def plan(clock: Clock, name: str, batch: int, batches: int, devices: list[int]) -> Iterator[Row]:
     """Yield a model's measured passes, and the plan that follows from them."""
-    torch.manual_seed(0)
     side = MODELS[name][1]
-    model = build_model(name).to(device)
-    data = [torch.rand(batch, 3, side, side, device=device)] * batches
+    data = [clock.images(batch, 3, side, side)] * batches
+    model = build(name).to(clock.device)
     (short, plain), (long, _) = passes(model, data), passes(model, data + data)
-    half, whole, beside = timed(short, long, plain)
+    half, whole, beside = clock(short, long, plain)
     count = batch * batches
-    yield "calibration", name, count, "images", half, beside, ""
-    yield "calibration", name, 2 * count, "images", whole, None, ""
+    yield clock.row("calibration", name, count, "images", half, beside=beside)
+    yield clock.row("calibration", name, 2 * count, "images", whole)
     once = min(max(0.0, 2 * half - whole), whole / 2)  # noise must not make an image cost nothing
     each = (whole - once) / (2 * count)
     sparse = msfx.transform(model, data[0][:2])
     one, other = (msfx.calibrate(sparse, [part], progress=False) for part in (data[0], 1 - data[0][:1]))
-    (merging,) = timed(lambda: one.merge(other))
+    (merging,) = clock(lambda: one.merge(other))
     for number in devices:
         seconds = once + IMAGES / number * each + (number - 1) * merging
         formula = f"{once:.3g} s + {IMAGES:,} images / {number} * {1e3 * each:.3g} ms"
         formula += f" + {number - 1} merges * {1e3 * merging:.3g} ms"
-        yield "plan", name, number, "devices", seconds, None, formula
+        yield clock.row("plan", name, number, "devices", seconds, formula=formula)
 
 
 def main() -> None:
@@ -124,21 +109,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--batches", type=int, default=1, help="of the plan's shorter pass")
     args = parser.parse_args()
-
-    def timed(*calls: Call) -> list[float]:
-        times = in_turns({str(i): call for i, call in enumerate(calls)}, args.device, args.repetitions, warm_up=1)
-        return [statistics.median(own) / 1e3 for own in times.values()]
-
-    found = [*transform_rows(timed, args.device, args.depth)]
-    found += calibration_rows(timed, args.device, args.images, args.channels, args.batch)
+    clock, fewest, narrowest = Clock(args.device, args.repetitions), min(args.images), min(args.channels)
+    cases = {f"transform {depth}": partial(transform, clock, depth) for depth in args.depth}
+    for count in args.images:
+        cases[f"{count} images"] = partial(calibration, clock, count, narrowest, "images", args.batch)
+    for width in args.channels:
+        cases[f"{width} channels"] = partial(calibration, clock, fewest, width, "channels", args.batch)
     for name in args.plan:
-        try:
-            found += plan_rows(timed, args.device, name, args.batch, args.batches, args.devices)
-        except ModelError as reason:
-            print(f"skipped the plan for {name}: {reason}")
-    rows = [Scaling(*figures, args.repetitions, **place(args.device)) for figures in found]
-    shown = ("what", "case", "size", "unit", "seconds", "beside", "formula")
-    report(rows, args.out, f"scaling on {rows[0].device}, {rows[0].threads} threads", shown)
+        cases[f"plan {name}"] = partial(plan, clock, name, args.batch, args.batches, args.devices)
+    run({name: lambda case=case: list(case()) for name, case in cases.items()}, args.out)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
     python -m benchmarks.strongest --network GELU ReLU PSiLU --data DIRECTORY     the paper's networks, in small
     python -m benchmarks.strongest --network bundled --alpha 0.1 0.2 0.3 0.4      the bundled one
-    python -m benchmarks.strongest page                                           the table in docs/robustness.md
 
 First the default. Then what it left, in the base or in the transformed model, meets attacks of twice the steps, five
 restarts and other surrogates, and Square from another seed. Goes on where it was killed; hours on one core.
@@ -10,7 +9,6 @@ restarts and other surrogates, and Square from another seed. Goes on where it wa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,7 @@ from meansparse_fx import bundled
 from meansparse_fx.evaluate import PairedDifference
 from meansparse_fx.evaluate.outcome import mean
 
-from .harness import RESULTS, ROOT, options, read, write
-from .page import markdown
+from .harness import RESULTS, Row, options, read, run
 from .paper.measure import Laboratory
 
 BUNDLED = "bundled"
@@ -34,29 +31,6 @@ STRONGEST = (
 STEPS, SEED = 200, 1000
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One setting; the fields are the CSV's columns.
-
-    Attributes:
-        base, gain, low, high: After the default: accuracy of the base, change with MeanSparse and its 95 % interval.
-        strongest_base, ..., strongest_high: The same after everything.
-    """
-
-    network: str
-    alpha: float
-    images: int
-    base: float
-    gain: float
-    low: float
-    high: float
-    strongest_base: float
-    strongest_gain: float
-    strongest_low: float
-    strongest_high: float
-    torch: str
-
-
 def measure(laboratory: Laboratory, network: str, alpha: float, images: int, cache: Path) -> Row:
     """Return both evaluations of one setting, each kept in ``cache`` as it comes."""
     sparse = laboratory.sparse("GELU" if network == BUNDLED else network)
@@ -66,47 +40,37 @@ def measure(laboratory: Laboratory, network: str, alpha: float, images: int, cac
     given: dict[str, Any] = {"eps": bundled.EPS, "batch_size": BATCH, "sanity_images": 0}
     name = f"strongest-{network}-{alpha:g}-{images}"
     first = msfx.evaluate(sparse, (inputs, labels), checkpoint=cache / f"{name}.default", **given)
-    sides = [outcome.worst.clone() for outcome in (first.base, first.sparse)]
+    sides = [outcome.worst for outcome in (first.base, first.sparse)]
     left = sides[0] | sides[1]
     given |= {"attacks": STRONGEST, "steps": STEPS, "seed": SEED, "checkpoint": cache / f"{name}.strongest"}
     second = msfx.evaluate(sparse, (inputs[left], labels[left]), **given)
-    ends = []
-    for side, outcome in zip(sides, (second.base, second.sparse), strict=True):
+    for side, outcome in zip(ends := [side.clone() for side in sides], (second.base, second.sparse), strict=True):
         side[left] &= outcome.worst
-        ends.append(side)
-    figures: list[float] = []
-    for base, own in ((first.base.worst, first.sparse.worst), ends):
+    row = Row(network=network, alpha=alpha, images=images)
+    for which, (base, own) in (("", sides), ("strongest_", ends)):
         change = PairedDifference.of(base, own)
-        figures += [mean(base), change.estimate, change.low, change.high]
-    return Row(network, alpha, images, *figures, torch.__version__)
-
-
-def table(rows: list[Row]) -> str:
-    """Return the rows as markdown."""
-    return markdown.render("strongest.md", rows=rows)
+        row |= {f"{which}base": mean(base), f"{which}gain": change.estimate}
+        row |= {f"{which}low": change.low, f"{which}high": change.high}
+    return row.but(torch=torch.__version__)
 
 
 def main() -> None:
     parser = options(__doc__)
     parser.set_defaults(out=RESULTS / "strongest.csv")
-    parser.add_argument("what", nargs="?", choices=("page",))
     parser.add_argument("--network", nargs="+", default=[BUNDLED], help="bundled, or of the paper's in small")
     parser.add_argument("--alpha", nargs="+", type=float, default=[0.4])
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--data", type=Path, help="directory of Fashion-MNIST's IDX files")
     parser.add_argument("--cache", type=Path, default=Path(".cache/paper"), help="networks and results of attacks")
     args = parser.parse_args()
-    rows = read(args.out, Row)
-    if args.what == "page":
-        markdown.between_marks(ROOT / "docs/robustness.md", "strongest", table(rows))
-        return
+    calls = {}
     for network in args.network:
         laboratory = Laboratory(None if network == BUNDLED else args.data, args.cache, args.images)
         for alpha in args.alpha:
-            row = measure(laboratory, network, alpha, args.images, args.cache)
-            print(row)
-            rows = [r for r in rows if (r.network, r.alpha) != (network, alpha)] + [row]
-            write(sorted(rows, key=lambda r: (r.network, r.alpha)), args.out)
+            given = (laboratory, network, alpha, args.images, args.cache)
+            calls[f"{network}, {alpha}"] = lambda given=given: [measure(*given)]
+    case_of = "{0.network}, {0.alpha}".format
+    run(calls, args.out, read(args.out), lambda row: (row.network, row.alpha), case_of)
 
 
 if __name__ == "__main__":

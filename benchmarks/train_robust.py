@@ -14,18 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from meansparse_fx import bundled
 from meansparse_fx.data import load_idx
 
 from .harness import options
-from .paper.training import Recipe, pgd, save, train
-
-
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    with torch.inference_mode():
-        return float(torch.cat([model(b).argmax(1) for b in x.split(500)]).eq(y).double().mean())
+from .paper.training import Recipe, accuracy, pgd, save, train
 
 
 def main() -> None:

@@ -10,8 +10,6 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -19,20 +17,21 @@ import torch
 from torch import nn
 
 import meansparse_fx as msfx
-from benchmarks import attack, calibration, contenders, harness, host, kernels, models, performance, roofline, scaling
+from benchmarks import attack, calibration, contenders, harness, host, kernels, models, roofline, scaling
 from benchmarks.contenders import WideResNet
-from benchmarks.harness import RESULTS, Row, measure, on_gpu, read, write
+from benchmarks.harness import COLUMNS, RESULTS, Row, measure, on_gpu, read, write
 from benchmarks.models import CONTENDERS, Case
-from benchmarks.page import results as page_results
+from benchmarks.page import __main__ as pages
+from benchmarks.page import speed
 from benchmarks.page.markdown import between_marks
-from benchmarks.page.sections import NOTHING, each
-from benchmarks.page.sections import kernels as kernel_table
-from benchmarks.page.targets import TARGETS, Figure, Target
+from benchmarks.page.results import Results, mark
+from benchmarks.page.targets import TARGETS, Target
 from meansparse_fx import bundled
+from meansparse_fx.data import ImageSet
 from meansparse_fx.errors import ModelError
 from meansparse_fx.zoo import robustbench_mend
 
-ROOT = Path(performance.__file__).parents[1]
+ROOT = harness.ROOT
 EAGER = [name for name in CONTENDERS if name not in models.COMPILED]
 
 
@@ -57,7 +56,9 @@ def main(module, monkeypatch, *arguments):
 
 
 def row(benchmark="models", case="WRN-16-4 8x3x32x32 forward", contender="ours", ratio=1.0, **more) -> Row:
-    return Row(benchmark, case, contender, 10.0, 9.0, 11.0, ratio, "base", 5, "Some CPU", "2.14", 2, **more)
+    known = {"benchmark": benchmark, "case": case, "contender": contender, "baseline": "base", "repetitions": 5}
+    known |= {"milliseconds": 10.0, "low": 9.0, "high": 11.0, "device": "Some CPU", "torch": "2.14", "threads": 2}
+    return Row(**known | {"ratio": ratio} | more)
 
 
 # The harness.
@@ -81,13 +82,39 @@ def test_rows_come_back_from_a_file(tmp_path):
     assert read(tmp_path / "a" / "rows.csv") == rows
 
 
-def test_an_older_file_has_fewer_columns(tmp_path):
-    path = tmp_path / "old.csv"
-    write([row(kept_bytes=7)], path)
-    old = [line.rsplit(",", 3)[0] for line in path.read_text().splitlines()]
-    path.write_text("\n".join(old))
+def test_columns_are_known(tmp_path):
+    with pytest.raises(ValueError, match="no column millisecond"):
+        row(millisecond=1.0)
+    with pytest.raises(AttributeError, match="no column millisecond"):
+        _ = row().millisecond
+    path = tmp_path / "rows.csv"
+    path.write_text("case,chosen,convicted,ratio,commit\na,True,False,,1234567\n")
     (found,) = read(path)
-    assert found == replace(row(), kept_bytes=7)
+    assert found == {"case": "a", "chosen": True, "convicted": False, "commit": "1234567"}
+    assert (found.ratio, found.commit, found.contender) == (None, "1234567", "")
+    path.write_text("case,mood\na,b\n")
+    with pytest.raises(KeyError, match="mood"):
+        read(path)
+    path.write_text("kept")
+    with pytest.raises(ValueError, match="no rows"):
+        write([], path)
+    assert path.read_text() == "kept"
+
+
+def test_every_column_is_explained():
+    """And of every file that is kept, each is read."""
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    said = {
+        name for names in re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", names)
+    }
+    assert said == COLUMNS.keys()
+    seen = {name for path in RESULTS.glob("*.csv") for row in read(path) for name in row}
+    assert COLUMNS.keys() - seen <= {"host_ms", "device_ms"} | {n for n in COLUMNS if n.startswith("selection_")} | {
+        "search",
+        "setting",
+        "chosen",
+        "clean_change",
+    }
 
 
 @pytest.mark.parametrize("mode", models.MODES)
@@ -108,7 +135,7 @@ def test_what_is_no_case():
 
 def test_eager_models(tiny):
     forward, gradient = (
-        {r.contender: r for r in models.run(Case(tiny, 2, 8, mode), "cpu", 2, compiled=False)}
+        {r.contender: r for r in models.rows_of(Case(tiny, 2, 8, mode), "cpu", 2, compiled=False)}
         for mode in ("forward", "images' gradient")
     )
     assert list(forward) == list(gradient) == EAGER
@@ -131,13 +158,13 @@ def test_eager_models(tiny):
 
 
 def test_all_gradients_leave_out_what_has_frozen_norms(tiny):
-    rows = models.run(Case(tiny, 2, 8, "all gradients", channels_last=True), "cpu", 1, compiled=False)
+    rows = models.rows_of(Case(tiny, 2, 8, "all gradients", channels_last=True), "cpu", 1, compiled=False)
     assert [r.contender for r in rows] == [name for name in EAGER if name != "ours, fused"]
     assert {r.case for r in rows} == {"tiny 2x3x8x8 all gradients channels_last"}
 
 
 def test_half_precision(tiny):
-    rows = models.run(Case(tiny, 2, 8, "forward", dtype="bfloat16"), "cpu", 1, compiled=False)
+    rows = models.rows_of(Case(tiny, 2, 8, "forward", dtype="bfloat16"), "cpu", 1, compiled=False)
     assert [r.contender for r in rows] == EAGER
     assert {r.case for r in rows} == {"tiny 2x3x8x8 forward bfloat16"}
 
@@ -150,7 +177,7 @@ def test_compiled_models(monkeypatch):
         return nn.Sequential(*layers, nn.Linear(4 * 4 * 4, 3))
 
     monkeypatch.setitem(contenders.MODELS, "small", (two_sites, 8))
-    rows = {r.contender: r for r in models.run(Case("small", 2, 8, "images' gradient"), "cpu", 1, cold=True)}
+    rows = {r.contender: r for r in models.rows_of(Case("small", 2, 8, "images' gradient"), "cpu", 1, cold=True)}
     assert list(rows) == [name for name in CONTENDERS if "reduce" not in name]
     assert rows["ours compiled"].graphs == rows["base compiled"].graphs == 1
     assert rows["published module compiled"].graphs > 2
@@ -198,13 +225,22 @@ def test_models_that_are_not_there_are_skipped(tiny, monkeypatch, tmp_path, caps
     out = tmp_path / "models-cpu-1-thread.csv"
     write([row(case="other 1x3x8x8 forward"), row(case="tiny 2x3x8x8 forward", contender="old")], out)
     options = ("--mode", "forward", "--batch", 2, "--eager", "--repetitions", 2, "--device", "cpu")
-    with pytest.raises(SystemExit) as left:
-        main(models, monkeypatch, "--model", "missing", tiny, *options, "--append", "--out", out)
-    assert left.value.code is None
+    main(models, monkeypatch, "--model", "missing", tiny, *options, "--append", "--out", out)
     assert "skipped missing 2x3x8x8 forward: robustbench is not installed" in capsys.readouterr().out
     rows = read(out)
     assert [r.contender for r in rows] == ["ours", *EAGER]
     assert rows[0].case == "other 1x3x8x8 forward"
+
+
+def test_a_case_that_fails_does_not_keep_the_others(tmp_path, capsys):
+    def fails():
+        raise AssertionError("wrong")
+
+    out = tmp_path / "rows.csv"
+    held = [row(case="b"), row(case="a", contender="old"), row(case="fails")]
+    with pytest.raises(SystemExit, match="FAILED fails: wrong"):
+        harness.run({"fails": fails, "a": lambda: [row(case="a")]}, out, held, place=lambda row: row.case)
+    assert [(r.case, r.contender) for r in read(out)] == [("a", "ours"), ("b", "ours"), ("fails", "ours")]
 
 
 def test_every_architecture_names_its_package(monkeypatch):
@@ -222,8 +258,7 @@ def test_every_architecture_names_its_package(monkeypatch):
 
 
 def test_bandwidth_counts_the_streams():
-    case = {"clone": row("kernels", contender="clone"), "own": row("kernels", contender="meansparse_fx")}
-    rows = [replace(case["clone"], milliseconds=2.0), replace(case["own"], milliseconds=4.0)]
+    rows = [row("kernels", contender=n, milliseconds=ms) for n, ms in (("clone", 2.0), ("meansparse_fx", 4.0))]
     assert [r.of_clone for r in kernels.with_bandwidth(rows, "forward")] == [1.0, 0.5]
     assert [r.of_clone for r in kernels.with_bandwidth(rows, "backward")] == [1.0, 0.75]
 
@@ -293,7 +328,7 @@ def test_kernels(stubbed_gpu, dtype, shape, layout, mode):
     x, dim = kernels.tensor(shape, layout, getattr(torch, dtype), "cpu")
     found = on_gpu(kernels.contenders(x, dim, "gelu", mode, False), "clone")
     assert all(facts["device_ms"] == 0.5 for facts in found.values())
-    rows = kernels.run(case, "cpu", 2, False)
+    rows = kernels.rows_of(case, "cpu", 2, False)
     assert {row.case for row in rows} == {case}
     assert [row.contender for row in rows if row.contender in ("clone", "meansparse_fx")] == ["clone", "meansparse_fx"]
     assert all(row.of_clone > 0 for row in rows)
@@ -311,7 +346,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
 @pytest.mark.skipif("DRY_RUN" not in os.environ, reason="takes minutes: DRY_RUN=1 runs it")
 def test_the_gpu_script_runs_dry(tmp_path):
     """Every step of it that a CPU can do at a tiny size, from a wheel of this checkout."""
-    environment = os.environ | {"RESULTS": str(tmp_path), "BUDGET": "600"}
+    environment = os.environ | {"RESULTS": str(tmp_path), "BUDGET": "800"}
     command = ["bash", ROOT / "benchmarks" / "gpu.sh", sys.executable, "dry"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -319,27 +354,41 @@ def test_the_gpu_script_runs_dry(tmp_path):
     assert {path.name for path in tmp_path.glob("*.csv")} == {f"{kind}-cpu-dry.csv" for kind in kinds}
 
 
-def test_calibration(monkeypatch):
+def test_calibration(monkeypatch, tmp_path):
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
-    monkeypatch.setattr(calibration, "models", lambda device: {"tiny": (net, list(torch.rand(8, 1, 6, 6).split(4)))})
-    rows = calibration.time_all("cpu", 2, compiled=False)
+    monkeypatch.setattr(calibration, "models", lambda *_: {"tiny": (net, list(torch.rand(8, 1, 6, 6).split(4)))})
+    main(calibration, monkeypatch, "--device", "cpu", "--repetitions", 2, "--out", tmp_path / "c.csv")
+    rows = read(tmp_path / "c.csv")
     assert [r.contender for r in rows] == 2 * ["plain forward", "meansparse_fx.calibrate", "published form"]
     assert [r.case for r in rows] == 3 * ["tiny"] + 3 * ["tiny, an image more"]
     assert {r.baseline for r in rows} == {"plain forward"}
 
 
 def test_an_image_costs_what_a_longer_pass_takes_longer():
-    names = ("plain forward", "meansparse_fx.calibrate")
-    rows = [
-        replace(row("calibration", "c", name), milliseconds=ms) for name, ms in zip(names, (10.0, 110.0), strict=True)
-    ]
-    rows += [
-        replace(row("calibration", "c", f"{n}, twice"), milliseconds=ms)
-        for n, ms in zip(names, (20.0, 122.0), strict=True)
-    ]
+    times = {"plain forward": 10.0, "meansparse_fx.calibrate": 110.0}
+    times |= {"plain forward, twice": 20.0, "meansparse_fx.calibrate, twice": 122.0}
+    rows = [row("calibration", "c", name, milliseconds=ms) for name, ms in times.items()]
     found = calibration.more_images(rows, 100)
     assert [r.milliseconds for r in found] == pytest.approx([0.1, 0.12])
     assert [r.ratio for r in found] == pytest.approx([1.0, 1.2])
+
+
+def test_images_that_a_tolerance_takes(monkeypatch, tmp_path):
+    images, labels = bundled.load_split("calibration")
+    data = ImageSet(images[:512], labels[:512], "some images")
+    monkeypatch.setattr(calibration, "load_images", lambda *_: data)
+    monkeypatch.setattr(calibration, "TOLERANCES", (0.5,))
+    own = msfx.calibrate
+
+    def stopping(sparse, batches, tolerance=None):  # as it does on thousands of images
+        return own(sparse, batches[:2] if tolerance else batches, progress=False)
+
+    monkeypatch.setattr(msfx, "calibrate", stopping)
+    whole, some = calibration.images_needed(tmp_path)
+    assert (whole.images, whole.mean_error, whole.std_error, whole.test_images) == (512, 0, 0, 512)
+    assert some.images == 2 * calibration.BATCH
+    assert 0 < some.mean_error < 0.5
+    assert abs(some.accuracy - whole.accuracy) < 0.1
 
 
 # Attacks.
@@ -399,7 +448,7 @@ def test_scaling(tiny, monkeypatch, tmp_path):
     out = tmp_path / "scaling.csv"
     options = ("--depth", 10, 16, "--images", 2, 4, "--channels", 2, 3, "--plan", tiny, "--devices", 1, 4)
     main(scaling, monkeypatch, *options, "--batch", 2, "--repetitions", 1, "--device", "cpu", "--out", out)
-    rows = read(out, scaling.Scaling)
+    rows = read(out)
     assert [(r.what, r.case, r.size, r.unit) for r in rows if r.what == "calibration"] == [
         ("calibration", "2 images, 2 channels", 2, "images"),
         ("calibration", "4 images, 2 channels", 4, "images"),
@@ -425,40 +474,47 @@ def test_scaling(tiny, monkeypatch, tmp_path):
 
 
 def test_the_counts_kept_are_todays():
-    kept = read(RESULTS / "roofline.csv", roofline.Count)
-    assert [count for count in kept if count.model == "WRN-16-4"] == roofline.counts("WRN-16-4")
-    assert {count.model for count in kept} >= {"WRN-16-4", "WRN-28-10", "ResNet-50", "ConvNeXt-T", "Swin-T"}
+    kept = read(RESULTS / "roofline.csv")
+    today = roofline.counts("WRN-16-4")
+    assert [count for count in kept if count.case == "WRN-16-4"] == [{n: c[n] for n in kept[0]} for c in today]
+    assert {count.case for count in kept} >= {"WRN-16-4", "WRN-28-10", "ResNet-50", "ConvNeXt-T", "Swin-T"}
 
 
-def test_the_committed_page_is_what_the_files_say(monkeypatch, tmp_path):
-    readme = tmp_path / "README.md"
-    committed = (ROOT / "README.md").read_text()
-    readme.write_text(committed)
-    kernels_page = (ROOT / "docs" / "kernels.md").read_text()
-    (tmp_path / "kernels.md").write_text(kernels_page)
-    main(performance, monkeypatch, "--docs", tmp_path, "--readme", readme)
-    again = "run python -m benchmarks.performance"
-    assert (tmp_path / "performance.md").read_text() == (ROOT / "docs" / "performance.md").read_text(), again
-    assert readme.read_text() == committed, again
-    assert (tmp_path / "kernels.md").read_text() == kernels_page, again
-    for text in (committed, kernels_page):
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("performance", "kernels", "robustness", "paper", "zoo")))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A folder with README and docs as they are."""
+    (tmp_path / "docs").mkdir()
+    for path in PAGES:
+        (tmp_path / path).write_text((ROOT / path).read_text())
+    return tmp_path
+
+
+def test_the_committed_pages_are_what_the_files_say(monkeypatch, root, capsys):
+    main(pages, monkeypatch, "--root", root, "--summary")
+    assert len(capsys.readouterr().out.splitlines()) <= 40
+    for path in PAGES:
+        assert (root / path).read_text() == (ROOT / path).read_text(), "run python -m benchmarks.page"
+    for path in ("README.md", "docs/kernels.md"):
+        text = (ROOT / path).read_text()
         assert "not yet measured" not in text
         assert "NVIDIA H200, torch 2.11.0+cu130, Triton 3.6.0, commit 19197a7, 2026-11-26" in text
-    page = (tmp_path / "performance.md").read_text()
+    page = (root / "docs/performance.md").read_text()
     assert "{{" not in page
     assert "not measured" not in page.lower(), "every kind has a file"
-    for plot in re.findall(r"!\[.*\]\((.*)\)", page):
-        for folder in (tmp_path, ROOT / "docs"):
-            assert (folder / plot).read_bytes().startswith(b"\x89PNG")
+    for plot in re.findall(r"!\[.*\]\((.*)\)", page + (root / "docs/paper.md").read_text()):
+        for folder in (root, ROOT):
+            assert (folder / "docs" / plot).read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_files_nothing_was_measured(tmp_path):
-    empty = page_results.load(tmp_path)
-    page = performance.page(empty)
+    page = pages.performance_page(Results(tmp_path))
     assert "![" not in page
     assert page.count("| not measured |") == len(TARGETS)
     assert "met |" not in page
-    assert page.count(NOTHING) == 10, "every section but that of the targets"
+    assert page.count(speed.NOTHING) == 10, "every section but that of the targets"
 
 
 @pytest.mark.parametrize(
@@ -474,11 +530,13 @@ def test_without_files_nothing_was_measured(tmp_path):
         ([float("nan")], False, "**missed**"),
     ],
 )
-def test_verdicts(figures, least, verdict):
-    target = Target("t", 1.02, lambda _: (Figure(value, f"case {value}", "f.csv") for value in figures), least)
-    cells = target.line(page_results.Results())
+def test_verdicts(figures, least, verdict, tmp_path):
+    rows = [row(case=f"case {value}", ratio=value) for value in figures]
+    if rows:
+        write(rows, tmp_path / "models-f.csv")
+    cells = Target("t", 1.02, "models", None, least=least).line(Results(tmp_path))
     assert cells[2] == verdict
-    assert cells[4] == ("`f.csv`" if figures else "")
+    assert cells[4] == ("`models-f.csv`" if figures else "")
 
 
 def test_the_page_copes_with_whatever_there_is(tmp_path):
@@ -489,9 +547,9 @@ def test_the_page_copes_with_whatever_there_is(tmp_path):
         row(case="Unknown 1x3x9x9 forward bfloat16", contender="ours compiled", ratio=1.3, graphs=2),
     ]
     write(rows, tmp_path / "models-cpu-2-threads.csv")
-    write([replace(r, ratio=0.9) for r in rows[:2]], tmp_path / "models-Some-GPU.csv")
+    write([r.but(ratio=0.9) for r in rows[:2]], tmp_path / "models-Some-GPU.csv")
     (tmp_path / "roofline.csv").write_text((RESULTS / "roofline.csv").read_text())
-    found = page_results.load(tmp_path)
+    found = Results(tmp_path)
     assert [(source.name, source.gpu) for source in found.models] == [
         ("models-Some-GPU.csv", True),
         ("models-cpu-2-threads.csv", False),
@@ -502,10 +560,10 @@ def test_the_page_copes_with_whatever_there_is(tmp_path):
     assert lines["graphs of the compiled model"][2] == "**missed**"
     assert lines["bytes kept for backward over base"][2] == "met"
     assert lines["eager, fused, over base, GPU"][2] == "not measured"
-    page = performance.page(found)
+    page = pages.performance_page(found)
     assert f"| {case}, ours | +0.0 | +2.00 |  |" in page
     assert "| ours against base (`models-cpu-2-threads.csv`) | 0 | 1 | 1.20 |" in page
-    for draw in performance.PLOTS.values():
+    for draw in speed.PLOTS.values():
         assert draw(found) is not None
 
 
@@ -526,18 +584,16 @@ def test_the_page_copes_with_whatever_there_is(tmp_path):
 )
 def test_what_the_replaced_kernels_did_is_marked(benchmark, contender, case, marked):
     found = row(benchmark, case, contender, commit="19197a7")
-    assert (page_results.mark(found) == "†") == marked
-    assert page_results.mark(replace(found, commit="1234567")) == ""
+    assert (mark(found) == "†") == marked
+    assert mark(found.but(commit="1234567")) == ""
 
 
 def test_shares_alone_make_a_table(tmp_path):
     nothing = {"milliseconds": None, "low": None, "high": None, "ratio": None, "commit": "19197a7"}
-    own = replace(
-        row("kernels", "1x1x7x7 float32 channels_last relu forward", "meansparse_fx", of_clone=0.5), **nothing
-    )
-    write([own, replace(own, contender="flat prototype", of_clone=0.9)], tmp_path / "kernels-Some-GPU.csv")
-    found = page_results.load(tmp_path)
-    assert "| 1x1x7x7 float32 channels_last relu forward | 0.50† | 0.90 |" in each(found.kernels, kernel_table)
+    own = row("kernels", "1x1x7x7 float32 channels_last relu forward", "meansparse_fx", of_clone=0.5).but(**nothing)
+    write([own, own.but(contender="flat prototype", of_clone=0.9)], tmp_path / "kernels-Some-GPU.csv")
+    found = Results(tmp_path)
+    assert "| 1x1x7x7 float32 channels_last relu forward | 0.50† | 0.90 |" in speed.each(found.kernels, speed.kernels)
     lines = {cells[0]: cells for cells in (target.line(found) for target in TARGETS)}
     share = lines["kernel's share of the clone's bandwidth, forward, GPU"]
     assert share[2:4] == ("**missed**", "0.50 (1x1x7x7 float32 channels_last relu forward)†")
@@ -546,8 +602,8 @@ def test_shares_alone_make_a_table(tmp_path):
 def test_moments_on_a_cpu_stand_beside_no_activation(tmp_path):
     case = "1x1x7x7 float32 channels_last relu moments"
     write([row("kernels", case, "meansparse_fx", of_clone=0.5)], tmp_path / "kernels-cpu-1-thread.csv")
-    found = page_results.load(tmp_path)
-    assert f"| {case} |  |  | 1.00 |  |  |  | 50% |" in each(found.kernels, kernel_table)
+    found = Results(tmp_path)
+    assert f"| {case} |  |  | 1.00 |  |  |  | 50% |" in speed.each(found.kernels, speed.kernels)
 
 
 def test_a_page_needs_its_marks(tmp_path):
@@ -558,10 +614,11 @@ def test_a_page_needs_its_marks(tmp_path):
 
 def test_every_command_is_listed():
     listed = (ROOT / "benchmarks" / "README.md").read_text()
-    programs = [p for p in (ROOT / "benchmarks").glob("*.py") if "__main__" in p.read_text()]
-    for path in programs:
-        assert f"`python -m benchmarks.{path.stem}`" in listed
+    programs = {p.stem for p in (ROOT / "benchmarks").glob("*.py") if "__main__" in p.read_text()}
+    programs |= {p.parent.name for p in (ROOT / "benchmarks").glob("*/__main__.py")}
+    for name in programs:
+        assert re.search(rf"`python -m benchmarks.{name}[` ]", listed)
     for path in (ROOT / "benchmarks").glob("*.sh"):
         assert f"`bash benchmarks/{path.name}`" in listed
         for module in re.findall(r"benchmarks\.(\w+)", path.read_text()):
-            assert module in {p.stem for p in programs}
+            assert module in programs

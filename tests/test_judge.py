@@ -11,7 +11,8 @@ from torch import nn
 
 import meansparse_fx as msfx
 from benchmarks import judge
-from benchmarks.page.markdown import between_marks
+from benchmarks.harness import Row
+from benchmarks.page.markdown import between_marks, render
 from meansparse_fx.evaluate import plan
 from meansparse_fx.evaluate.attacks import AttackSettings
 from meansparse_fx.evaluate.compiled import Attacked
@@ -232,7 +233,8 @@ def test_the_court_has_enough_cases(tmp_path):
 
 
 def a_row(case, kind, convicted, verdict="No difference shown"):
-    return judge.Row(case, kind, convicted, verdict, "", 0.01, -0.01, 0.02, 0.01, 10, "2")
+    figures = {"gain": 0.01, "low": -0.01, "high": 0.02, "own": 0.01, "images": 10, "torch": "2"}
+    return Row(case=case, kind=kind, convicted=convicted, verdict=verdict, **figures)
 
 
 def test_the_courts_page_counts(tmp_path):
@@ -243,8 +245,8 @@ def test_the_courts_page_counts(tmp_path):
         a_row("A/A", "same against same", False, "Gain real in 1 of 200"),
     ]
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- made by benchmarks.judge -->\nold\n<!-- end -->\nbehind\n")
-    between_marks(page, "judge", judge.table(rows))
+    page.write_text("before\n<!-- judge: made by benchmarks.page -->\nold\n<!-- end -->\nbehind\n")
+    between_marks(page, "judge", render("judge.md", rows=rows, threat=judge.THREAT))
     text = page.read_text()
     assert "Of 2 planted masks 1 are convicted, of 1 honest cases 0." in text
     assert "the base against itself: gain real in 1 of 200 resampled runs" in text

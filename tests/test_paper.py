@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 import meansparse_fx as msfx
-from benchmarks import choice
-from benchmarks.harness import read, write
-from benchmarks.paper.measure import Row
-from benchmarks.paper.page import write_page
+from benchmarks.harness import COLUMNS, Row, read, write
+from benchmarks.page.__main__ import paper_page
+from benchmarks.page.paper import drawn, figure_of
+from benchmarks.page.results import Results
+from benchmarks.paper import __main__ as program
 from benchmarks.paper.published import PUBLISHED, change
 from benchmarks.paper.tables import NETWORKS, TABLES
 from benchmarks.paper.training import ACTIVATIONS, Recipe, pgd, train
@@ -50,45 +51,22 @@ def test_the_papers_changes():
 
 
 def a_row(number: int, cell, **given) -> Row:
-    return Row(
-        **dict(
-            table=number,
-            row=cell.row,
-            column=cell.column,
-            alpha=cell.alpha,
-            network=cell.network,
-            sites="0",
-            centre=cell.centre,
-            split=cell.split,
-            attacks="apgd-ce",
-            norm="Linf",
-            eps=0.1,
-            steps=3,
-            images=100,
-            clean=0.8,
-            attacked=50,
-            own=0.5,
-            own_change=0.02,
-            own_low=0.01,
-            own_high=0.03,
-            worst=0.4,
-            worst_change=-0.01,
-            worst_low=-0.02,
-            worst_high=0.0,
-            torch="2",
-        )
-        | given
-    )
+    known = {"table": number, "row": cell.row, "column": cell.column, "alpha": cell.alpha, "network": cell.network}
+    known |= {"operators": "0", "centre": cell.centre, "split": cell.split, "attacks": "apgd-ce", "norm": "Linf"}
+    known |= {"eps": 0.1, "steps": 3, "images": 100, "clean": 0.8, "attacked": 50, "torch": "2"}
+    known |= {"own": 0.5, "own_change": 0.02, "own_low": 0.01, "own_high": 0.03}
+    known |= {"worst": 0.4, "worst_change": -0.01, "worst_low": -0.02, "worst_high": 0.0}
+    return Row(**known | given)
 
 
 def test_the_page_says_what_the_files_say(tmp_path):
     rows = [a_row(11, cell) for cell in TABLES[11].cells]
-    write([a_row(3, cell) for cell in TABLES[3].only(["L2"]).cells], tmp_path / "paper-3.csv")
-    rows[1] = replace(rows[1], worst_change=0.04, worst_low=0.03, worst_high=0.05)
+    write([a_row(3, cell) for cell in TABLES[3].cells if cell.column == "L2"], tmp_path / "paper-3.csv")
+    rows[1] = rows[1].but(worst_change=0.04, worst_low=0.03, worst_high=0.05)
     write(rows, tmp_path / "paper-11.csv")
-    assert read(tmp_path / "paper-11.csv", Row) == rows
-    write_page(tmp_path, tmp_path)
-    page = (tmp_path / "paper.md").read_text()
+    assert read(tmp_path / "paper-11.csv") == rows
+    results = Results(tmp_path)
+    page = paper_page(results)
     assert "| 11: Main path, and after the addition | 8 | 8 (8) | 0 (0) | 1 (1) | 7 (0) | 8 | 0 |" in page
     assert "has the paper's sign in 8 of 8 settings" in page
     assert "has the paper's sign in 1 of 8 settings" in page
@@ -96,47 +74,50 @@ def test_the_page_says_what_the_files_say(tmp_path):
     assert "Not measured yet: `python -m benchmarks.paper 2`" in page
     assert "Not measured yet: Linf." in page
     assert "Not measured yet against" not in page
-    assert (tmp_path / "paper-11.png").stat().st_size > 10_000
+    assert list(drawn(results)) == [3, 11]
+    figure = figure_of(11, rows)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["main path", "after addition"]
+    assert {len(axes.lines) for axes in figure.axes} == {4}  # nought, the paper, own gradient, those who know
 
 
 def test_the_page_says_what_no_attacker_who_knows_has_seen(tmp_path):
     unknown = {"worst": None, "worst_change": None, "worst_low": None, "worst_high": None}
     write([a_row(11, cell, **unknown) for cell in TABLES[11].cells], tmp_path / "paper-11.csv")
     write([a_row(4, cell, attacks="square", **unknown) for cell in TABLES[4].cells], tmp_path / "paper-4.csv")
-    write_page(tmp_path, tmp_path)
-    page = (tmp_path / "paper.md").read_text()
+    page = paper_page(Results(tmp_path))
     assert page.count("Not measured yet against attackers who know") == 1
     assert "know the operator: main path, after addition." in page
     assert "| 11: Main path, and after the addition | 8 | 8 (8) | 0 (0) |  |  | 8 | 0 |" in page
 
 
 def test_the_page_says_what_choosing_bought(tmp_path):
-    numbers = {f.name: 0.0 for f in fields(choice.Row) if f.type == "float"}
-    base = choice.Row(**numbers | {"search": "base", "setting": "alpha 0", "chosen": True, "torch": "2"}, **COUNTS)
-    won = replace(base, search="one alpha", setting="mean, alpha 0.2", worst=0.75, worst_change=0.02, worst_low=0.01)
-    lost = replace(won, search="by site", chosen=False, worst_low=-0.01)
+    which = ("selection", "own", "worst")
+    numbers = {f"{name}{end}": 0.0 for name in which for end in ("", "_change", "_low", "_high")}
+    numbers = {name: value for name, value in numbers.items() if name in COLUMNS} | {"clean": 0.0, "clean_change": 0.0}
+    base = Row(search="base", setting="alpha 0", chosen=True, torch="2", **numbers, **COUNTS)
+    won = base.but(search="one alpha", setting="mean, alpha 0.2", worst=0.75, worst_change=0.02, worst_low=0.01)
+    lost = won.but(search="by site", chosen=False, worst_low=-0.01)
     write([base, won, lost], tmp_path / "choice.csv")
-    write_page(tmp_path, tmp_path)
-    page = (tmp_path / "paper.md").read_text()
+    page = paper_page(Results(tmp_path))
     assert "Of 2 searches 1 chose something beyond noise, and 1 of these are better" in page
     assert "| one alpha | mean, alpha 0.2 | yes |" in page
     assert "| by site | mean, alpha 0.2 | no, it looked best |" in page
 
 
-def test_some_columns_of_a_table(tmp_path):
-    assert {cell.column for cell in TABLES[2].only(["ReLU", "ELU"]).cells} == {"ReLU", "ELU"}
-    with pytest.raises(ValueError, match="no column Relu: there are GELU, ReLU"):
-        TABLES[2].only(["Relu"])
-    path = tmp_path / "rows.csv"
-    path.write_text("kept")
-    with pytest.raises(IndexError):
-        write([], path)
-    assert path.read_text() == "kept"
-
-
-def test_the_committed_page_is_made_from_the_committed_files(tmp_path):
-    write_page(ROOT / "benchmarks/results", tmp_path)
-    assert (tmp_path / "paper.md").read_text() == (ROOT / "docs/paper.md").read_text()
+def test_some_columns_of_a_table(tmp_path, monkeypatch, capsys):
+    cells = {column: [row.row for row in TABLES[2].cells if row.column == column] for column in TABLES[2].columns}
+    write([a_row(2, cell) for cell in TABLES[2].cells if cell.column != "ELU"], tmp_path / "paper-2.csv")
+    measured = lambda _, number, column: [a_row(number, c) for c in TABLES[number].cells if c.column == column]  # noqa: E731
+    monkeypatch.setattr(program.Laboratory, "rows", measured)
+    arguments = ["paper", "2", "--out", str(tmp_path), "--cache", str(tmp_path), "--column"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "ELU"])
+    program.main()
+    rows = read(tmp_path / "paper-2.csv")
+    assert [(row.column, row.row) for row in rows] == [(column, name) for column in cells for name in cells[column]]
+    monkeypatch.setattr(sys, "argv", [*arguments, "Relu"])
+    with pytest.raises(SystemExit):
+        program.main()
+    assert "table 2: no column Relu: there are GELU, ReLU" in capsys.readouterr().err
 
 
 def test_image_sets_are_disjoint():
@@ -184,13 +165,13 @@ def test_every_activation_is_a_site_with_a_kernel(name):
 def test_a_table_from_the_command_line(tmp_path):
     command = [sys.executable, "-m", "benchmarks.paper", "11", "--bundled", "--attacked", "40", "--steps", "3"]
     command += ["--cache", tmp_path / "cache", "--out", tmp_path]
-    printed = []
+    found = []
     for _ in range(2):  # the second time everything is on disk
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        printed.append(done.stdout[done.stdout.index("Table 11") :])
-    assert printed[0] == printed[1]
-    rows = read(tmp_path / "paper-11.csv", Row)
+        found.append(read(tmp_path / "paper-11.csv"))
+    assert found[0] == found[1]
+    rows = found[0]
     assert [(row.column, row.row) for row in rows] == [(cell.column, cell.row) for cell in TABLES[11].cells]
     assert {row.attacked for row in rows} == {40}
     for row in rows:

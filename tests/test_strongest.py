@@ -7,6 +7,7 @@ import torch
 
 import meansparse_fx as msfx
 from benchmarks import strongest
+from benchmarks.page.markdown import render
 from meansparse_fx.evaluate import ModelOutcome
 
 
@@ -32,6 +33,6 @@ def test_what_the_default_left_meets_everything(monkeypatch, tmp_path):
     assert (row.base, row.gain) == (pytest.approx(3 / 6), pytest.approx(0))
     # The base keeps 0 and 2 of 0, 1, 2; the other 1 of 0, 1, 3.
     assert (row.strongest_base, row.strongest_gain) == (pytest.approx(2 / 6), pytest.approx(-1 / 6))
-    table = strongest.table([row])
+    table = render("strongest.md", rows=[row])
     assert "| ReLU | 0.4 | 6 | 50.0 | +0.0 [" in table
     assert "| 33.3 | -16.7 [" in table

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import gdown
 import pytest
@@ -15,6 +17,9 @@ from torch import nn
 
 import meansparse_fx as msfx
 from benchmarks import zoo as table
+from benchmarks.harness import Row, read, write
+from benchmarks.page.__main__ import zoo_page
+from benchmarks.page.results import Results
 from benchmarks.zoo_models import MODELS, build
 from meansparse_fx.errors import ArtifactError, MeanSparseError, ModelError
 from meansparse_fx.zoo import Normalised, input_shape, load_model, robustbench_mend
@@ -424,16 +429,25 @@ def test_every_activation_is_accounted_for(name):
     assert (len(plan), skipped) == (activations, Counter({"gate": gates} if gates else {}))
 
 
-def test_the_table_resumes(tmp_path):
+def test_the_table_resumes(tmp_path, monkeypatch):
     path = tmp_path / "zoo.csv"
-    failed = table.Row(MODELS[1], error="SiteError: a | b")
-    done = table.Row(
-        MODELS[0], 96, "symbolic trace", "numbers", "activation:3", "gate:2", 9, "bitwise", transform_cpu_s=0.5
-    )
-    table.write({failed.model: failed, done.model: done}, path)
-    assert table.read(path) == {done.model: done, failed.model: failed}
-    assert table.read(tmp_path / "none.csv") == {}
-    text = table.page([done, failed])
+    done = Row(model=MODELS[0], image=96, route="symbolic trace", checked="numbers", rewritten="activation:3", nodes=9)
+    done |= {"skipped": "gate:2", "equal": "bitwise", "forward_cpu_s": 0.1, "capture_cpu_s": 0.1, "find_cpu_s": 0.1}
+    done |= {"transform_cpu_s": 0.5}
+    write([done], path)
+    asked = []
+    failed = Row(model=MODELS[1], error="SiteError: a | b")
+    monkeypatch.setattr(table, "measure", lambda name: asked.append(name) or failed)
+    for name in ("mha.set_fastpath_enabled",):
+        monkeypatch.setattr(f"torch.backends.{name}", lambda _: None)
+    monkeypatch.setattr(torch, "set_grad_enabled", lambda _: None)
+    monkeypatch.setenv("MEANSPARSE_FX_LOWERING", "eager")
+    pattern = "|".join(re.escape(name) for name in MODELS[:2])
+    monkeypatch.setattr(sys, "argv", ["zoo", "--only", f"^({pattern})$", "--out", str(path)])
+    table.main()
+    assert asked == [MODELS[1]]
+    assert read(path) == [done, failed]
+    text = zoo_page(Results(tmp_path))
     assert "1 of 2 models are transformed (50.0%)" in text
     assert "0 graphs to make the model's very operator calls, and compared 1 with it in numbers" in text
     assert f"| {failed.model} | SiteError: a \\| b |" in text
@@ -453,7 +467,8 @@ def test_other_libraries_models_are_measured_in_all_that_they_return():
     row = table.measure("torchvision.models.segmentation:lraspp_mobilenet_v3_large")
     assert (row.equal, row.gradient, row.checked, row.error) == ("bitwise", "bitwise", "operations", "")
     assert "with torchvision 0." in row.torch
-    assert "1 of 1 are transformed; 1 have every" in " ".join(table.page([row], [row]).split())
+    results = SimpleNamespace(zoo=[row], extra=[row])
+    assert "1 of 1 are transformed; 1 have every" in " ".join(zoo_page(results).split())
     one, two = {"a": torch.ones(2), "b": torch.ones(2)}, {"a": torch.ones(2), "b": torch.full((2,), 1.5)}
     assert table._difference(one, two) == "5.0e-01"
     assert table._difference(tuple(one.values()), one) == "other containers"

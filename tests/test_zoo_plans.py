@@ -34,12 +34,20 @@ def lines_of(plan) -> list[str]:
     ]
 
 
+def rows_of(path) -> dict:
+    """Return the rows of benchmarks.zoo by model."""
+    from benchmarks.harness import read
+
+    return {row.model: row for row in read(path)}
+
+
 def plan_of(model: str) -> list[str]:
     import meansparse_fx as msfx
-    from benchmarks.zoo import RESULTS, SMALL, read
+    from benchmarks.harness import RESULTS
+    from benchmarks.zoo import SMALL
     from benchmarks.zoo_models import build
 
-    size = read(RESULTS / "zoo.csv")[model].image or SMALL
+    size = rows_of(RESULTS / "zoo.csv")[model].image or SMALL
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' own
         net = build(model)
@@ -77,12 +85,12 @@ def test_plan(model):
 def main() -> None:
     """Write the plans of the models that match, in the order of the seconds they took."""
     sys.path.insert(0, str(KEPT.parents[1]))
-    from benchmarks.zoo import MODELS, read
-    from benchmarks.zoo import RESULTS as results
+    from benchmarks.harness import RESULTS
+    from benchmarks.zoo import MODELS
 
     torch.set_grad_enabled(False)
     pattern = sys.argv[1] if len(sys.argv) > 1 else ""
-    rows = read(results / "zoo.csv")
+    rows = rows_of(RESULTS / "zoo.csv")
     plans = kept()
     order = sorted(MODELS, key=lambda m: rows[m].forward_cpu_s + rows[m].capture_cpu_s + rows[m].find_cpu_s)
     for model in (m for m in order if re.search(pattern, m)):

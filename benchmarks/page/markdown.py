@@ -35,13 +35,13 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, sp
     return "\n".join([lines[0], f"|{dashes}|", *lines[1:]])
 
 
-def between_marks(path: Path, maker: str, text: str) -> None:
-    """Put a text between the marks that a module has on a page.
+def between_marks(path: Path, part: str, text: str) -> None:
+    """Put a text between the marks that a part has on a page.
 
     Raises:
         SystemExit: The page lacks them.
     """
-    start = f"<!-- made by benchmarks.{maker} -->\n"
+    start = f"<!-- {part}: made by benchmarks.page -->\n"
     before, _, rest = path.read_text().partition(start)
     _, mark, behind = rest.partition(END)
     if not mark:
@@ -51,5 +51,5 @@ def between_marks(path: Path, maker: str, text: str) -> None:
 
 def points(row: Any, which: str) -> str:
     """Return a row's change of accuracy and its interval, fractions, in percentage points; empty if it has none."""
-    change, low, high = (getattr(row, f"{which}_{end}") for end in ("change", "low", "high"))
+    change, low, high = (row.get(f"{which}_{end}") for end in ("change", "low", "high"))
     return "" if change is None else f"{100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"

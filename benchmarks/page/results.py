@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..calibration import Need
 from ..harness import Row, read
-from ..roofline import Count
-from ..scaling import Scaling
 
-# Commits whose rows of the operator's own kernels were measured before those kernels were replaced.
-REPLACED = {"19197a7": "2026-11-26"}
+REPLACED = {"19197a7"}  # commits whose rows of the operator's kernels were measured before those were replaced
 
 
 def mark(row: Row) -> str:
     """Return † behind a figure of a kernel that has been replaced since: of ours run eagerly; moments are as they were.
 
     Example:
-        >>> mark(Row("models", "c", "ours", 1.0, 1.0, 1.0, 1.0, "base", 1, "d", "t", 1, commit="19197a7"))
+        >>> mark(Row(benchmark="models", contender="ours", commit="19197a7"))
         '†'
     """
     own = row.contender.startswith(("ours", "meansparse_fx", "operator", "module")) or "operator" in row.case
@@ -28,68 +21,54 @@ def mark(row: Row) -> str:
     return "†" if row.commit in REPLACED and own and not other and " moments" not in row.case else ""
 
 
-@dataclass(frozen=True, slots=True)
 class Source:
-    """One file of results: its name, and its rows, in its order; never empty."""
+    """One file of results.
 
-    name: str
-    rows: Sequence[Any]
+    Attributes:
+        rows: In its order; never empty.
+        cases: The rows by case and contender.
+        contenders: All that are in it, in its order.
+        gpu: Whether it is from a GPU: files from a CPU say so in their names, as benchmarks/README.md asks.
+        where: The machine in words.
+    """
 
-    @property
-    def gpu(self) -> bool:
-        """Whether it is from a GPU: files from a CPU say so in their names, as benchmarks/README.md asks."""
-        return "-cpu-" not in self.name
-
-    @property
-    def where(self) -> str:
-        """The machine in words."""
-        row = self.rows[0]
-        threads = "" if self.gpu else f", {row.threads} thread{'s' * (row.threads > 1)}"
-        triton = f", Triton {row.triton}" if getattr(row, "triton", None) else ""
-        when = f", commit {row.commit}, {row.date}" if getattr(row, "commit", None) else ""
-        return f"{row.device}{threads}, torch {row.torch}{triton}{when}"
-
-    @property
-    def contenders(self) -> list[str]:
-        """All that are in it, in its order."""
-        return list(dict.fromkeys(row.contender for row in self.rows))
-
-    @property
-    def cases(self) -> dict[str, dict[str, Row]]:
-        """The rows by case and contender."""
-        found: dict[str, dict[str, Row]] = {}
-        for row in self.rows:
-            found.setdefault(row.case, {})[row.contender] = row
-        return found
+    def __init__(self, name: str, rows: list[Row]) -> None:
+        self.name, self.rows, self.gpu = name, rows, "-cpu-" not in name
+        self.contenders = list(dict.fromkeys(row.contender for row in rows))
+        self.cases: dict[str, dict[str, Row]] = {}
+        for row in rows:
+            self.cases.setdefault(row.case, {})[row.contender] = row
+        first = rows[0]
+        threads = "" if self.gpu else f", {first.threads} thread{'s' * ((first.threads or 0) > 1)}"
+        triton = f", Triton {first.triton}" if first.triton else ""
+        when = f", commit {first.commit}, {first.date}" if first.commit else ""
+        self.where = f"{first.device}{threads}, torch {first.torch}{triton}{when}"
 
 
-MEASURED = ("models", "kernels", "calibration", "attack", "host")
-
-
-@dataclass(frozen=True, slots=True)
 class Results:
-    """All files that the page is made from: sources by benchmark; what calibration needs; what was counted."""
+    """All files that pages are made from.
 
-    models: list[Source] = field(default_factory=list)
-    kernels: list[Source] = field(default_factory=list)
-    calibration: list[Source] = field(default_factory=list)
-    attack: list[Source] = field(default_factory=list)
-    host: list[Source] = field(default_factory=list)
-    scaling: list[Source] = field(default_factory=list)
-    images: list[Need] = field(default_factory=list)
-    counts: list[Count] = field(default_factory=list)
+    Attributes:
+        models, kernels, calibration, attack, host, scaling: Sources, a device each; without those of CPUs on demand.
+        counts: What `benchmarks.roofline` counted, by model and form.
+        images: How many images calibration needs.
+        judge, strongest, choice, zoo, extra: Rows.
+        paper: Rows by table, those tables alone that were measured.
+    """
 
-    def count(self, model: str, form: str) -> Count | None:
-        """Return the count of a form in a model, if there is one."""
-        return next((c for c in self.counts if (c.model, c.form) == (model, form)), None)
+    def __init__(self, folder: Path, gpu: bool = False) -> None:
+        def sources(benchmark: str) -> list[Source]:
+            paths = (path for path in sorted(folder.glob(f"{benchmark}-*.csv")) if path.stem != "calibration-images")
+            found = [Source(path.name, rows) for path in paths if (rows := read(path))]
+            return [source for source in found if source.gpu or not gpu]
 
-
-def load(folder: Path) -> Results:
-    """Return what lies in ``folder``; what is not there is empty."""
-
-    def sources(benchmark: str, kind: type[Any] = Row) -> list[Source]:
-        paths = (path for path in sorted(folder.glob(f"{benchmark}-*.csv")) if path.name != "calibration-images.csv")
-        return [Source(path.name, rows) for path in paths if (rows := read(path, kind))]
-
-    single = (read(folder / f"{name}.csv", kind) for name, kind in (("calibration-images", Need), ("roofline", Count)))
-    return Results(*map(sources, MEASURED), sources("scaling", Scaling), *single)
+        self.models, self.kernels, self.calibration = map(sources, ("models", "kernels", "calibration"))
+        self.attack, self.host, self.scaling = map(sources, ("attack", "host", "scaling"))
+        counted = read(folder / "roofline.csv")
+        self.roofline = [Source("roofline.csv", counted)] if counted else []
+        self.counts = self.roofline[0].cases if counted else {}
+        names = ("calibration-images", "judge", "strongest", "choice", "zoo", "zoo-extra")
+        self.images, self.judge, self.strongest, self.choice, self.zoo, self.extra = (
+            read(folder / f"{name}.csv") for name in names
+        )
+        self.paper = {number: rows for number in range(1, 13) if (rows := read(folder / f"paper-{number}.csv"))}

@@ -8,24 +8,12 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from ..harness import Row
 from ..models import CONTENDERS
-from ..roofline import Count
 from .results import Results, mark
 
-# Nodes that count as the thousand of the target, and how much dearer a node of the largest graph may be than one of the
-# smallest before that is not called linear.
-NODES = (900, 1200)
-LINEAR = 1.5
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One figure that a target is judged by: of what, in which file; the mark behind it is `results.mark`'s."""
-
-    value: float
-    what: str
-    file: str
-    mark: str = ""
+NODES = (900, 1200)  # that count as the thousand of the target
+Value = Callable[[Row, Row], float | None]  # of a row and the one that it refers to
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +22,39 @@ class Target:
 
     Attributes:
         limit: The figure allowed, in ``unit``; with ``least`` it is a least figure, not a largest.
-        figures: Returns those that the files have.
+        benchmark, gpu: Whose rows it is about; of GPUs, of CPUs or, None, of both.
+        contender: An expression that the contender's name matches.
+        value: The column, or what a figure is of a row and its baseline, or else the file's first row; rows that have
+            none are left out.
+        behind: What the case ends with.
     """
 
     what: str
     limit: float
-    figures: Callable[[Results], Iterator[Figure]]
+    benchmark: str
+    gpu: bool | None
+    contender: str = "ours"
+    value: str | Value = "ratio"
+    behind: str = ""
     least: bool = False
     unit: str = ""
+
+    def figures(self, results: Results) -> Iterator[tuple[float, str, str, str]]:
+        """Yield (figure, of what, in which file, its mark)."""
+        for source in getattr(results, self.benchmark):
+            for row in source.rows if self.gpu in (None, source.gpu) else ():
+                if not row.case.endswith(self.behind) or not re.fullmatch(self.contender, row.contender):
+                    continue
+                if isinstance(self.value, str):
+                    value = row.get(self.value)
+                else:
+                    other = source.cases[row.case].get(row.baseline or "base", source.rows[0])
+                    value = self.value(row, other)
+                more = {"scaling": f"{row.size} {row.unit}", "models": "", "kernels": "", "roofline": ""}
+                words = [row.case, more.get(self.benchmark, row.contender)]
+                if value is not None:
+                    own = mark(row) if isinstance(self.value, str) else ""
+                    yield value, ", ".join(filter(None, words)), source.name, own
 
     def line(self, results: Results) -> tuple[str, str, str, str, str]:
         """Return target, limit, verdict, figures and files, as the cells of the page's table."""
@@ -50,115 +63,74 @@ class Target:
         if not found:
             return self.what, limit, "not measured", "", ""
         # As it is printed: a figure that reads as the limit meets it.
-        values = [round(figure.value, 2) for figure in found]
+        values = [round(value, 2) for value, *_ in found]
         bad = [not (v >= self.limit if self.least else v <= self.limit) for v in values]  # NaN is bad
-        worst = found[values.index(min(values) if self.least else max(values))]
-        span = f"{worst.value:.2f}{self.unit} ({worst.what})"
+        _, worst, *_ = found[values.index(min(values) if self.least else max(values))]
         low, high = f"{min(values):.2f}", f"{max(values):.2f}"
-        if len(found) > 1:
-            worst_of = f"; worst: {worst.what}" if low != high else ""
-            span = f"{low if low == high else f'{low} to {high}'}{self.unit} in {len(found)} rows{worst_of}"
         verdict = "**missed**" if any(bad) else "met"
-        if any(bad) and len(found) > 1:
-            verdict += f" in {sum(bad)} of {len(found)}"
-        span += max(figure.mark for figure in found)
-        return self.what, limit, verdict, span, ", ".join(dict.fromkeys(f"`{figure.file}`" for figure in found))
+        if len(found) == 1:
+            span = f"{low}{self.unit} ({worst})"
+        else:
+            verdict += f" in {sum(bad)} of {len(found)}" if any(bad) else ""
+            span = f"{low if low == high else f'{low} to {high}'}{self.unit} in {len(found)} rows"
+            span += f"; worst: {worst}" if low != high else ""
+        span += max(mark for *_, mark in found)
+        return self.what, limit, verdict, span, ", ".join(dict.fromkeys(f"`{file}`" for _, _, file, _ in found))
 
 
-def rows_of(
-    benchmark: str, gpu: bool | None, contender: str, field: str = "ratio", behind: str = ""
-) -> Callable[[Results], Iterator[Figure]]:
-    """Return the figures of a ``field`` of rows of GPUs, of CPUs or, None, of both, where it is not empty.
-
-    Args:
-        contender: An expression that the contender's name matches.
-        behind: What the case ends with.
-    """
-
-    def figures(results: Results) -> Iterator[Figure]:
-        for source in getattr(results, benchmark):
-            for row in source.rows if gpu in (None, source.gpu) else ():
-                value = getattr(row, field)
-                if value is not None and row.case.endswith(behind) and re.fullmatch(contender, row.contender):
-                    what = row.case if benchmark in ("models", "kernels") else f"{row.case}, {row.contender}"
-                    yield Figure(value, what, source.name, mark(row))
-
-    return figures
+def kept(row: Row, base: Row) -> float | None:
+    """Return the bytes kept for backward over the baseline's."""
+    return row.kept_bytes / base.kept_bytes if row.kept_bytes and base.kept_bytes else None
 
 
-def kept(contender: str) -> Callable[[Results], Iterator[Figure]]:
-    """Return the figures of bytes kept for backward over the base's."""
-
-    def figures(results: Results) -> Iterator[Figure]:
-        for source in results.models:
-            for case, rows in source.cases.items():
-                own, other = rows.get(contender), rows.get(CONTENDERS[contender][0])
-                if own and other and own.kept_bytes and other.kept_bytes:
-                    yield Figure(own.kept_bytes / other.kept_bytes, case, source.name)
-
-    return figures
-
-
-def counted(value: Callable[[Count, Count], float]) -> Callable[[Results], Iterator[Figure]]:
-    """Return the figures of the fused form's counts, given them and the base's."""
-
-    def figures(results: Results) -> Iterator[Figure]:
-        for count in results.counts:
-            base = results.count(count.model, "base")
-            if count.form == "ours, fused" and base:
-                yield Figure(value(count, base), count.model, "roofline.csv")
-
-    return figures
-
-
-def moved(own: Count, base: Count) -> float:
+def moved(row: Row, base: Row) -> float:
     """Return the bytes moved over the base's."""
-    return (own.forward_bytes + own.backward_bytes) / (base.forward_bytes + base.backward_bytes)
+    return (row.forward_bytes + row.backward_bytes) / (base.forward_bytes + base.backward_bytes)
 
 
-def transform(results: Results) -> Iterator[Figure]:
-    """Return the figures of seconds for a graph of about a thousand nodes."""
-    for source in results.scaling:
-        for row in source.rows:
-            if row.what == "transform" and NODES[0] <= row.size <= NODES[1]:
-                yield Figure(row.seconds, f"{row.case}, {row.size} nodes", source.name)
+def a_thousand_nodes(row: Row, _: Row) -> float | None:
+    """Return the seconds of transform for a graph of about a thousand nodes."""
+    return row.seconds if row.what == "transform" and NODES[0] <= row.size <= NODES[1] else None
 
 
-def linear(results: Results) -> Iterator[Figure]:
-    """Return the figures of what a node costs in the largest graph over one in the smallest."""
-    for source in results.scaling:
-        rows = sorted((row for row in source.rows if row.what == "transform"), key=lambda row: row.size)
-        if len(rows) > 1:
-            small, large = rows[0], rows[-1]
-            ratio = (large.seconds / large.size) / (small.seconds / small.size)
-            yield Figure(ratio, f"{large.size} nodes over {small.size}", source.name)
+def dearer(row: Row, smallest: Row) -> float | None:
+    """Return what a node costs in a graph of about a thousand over one in the smallest."""
+    seconds = a_thousand_nodes(row, smallest)
+    return seconds and (seconds / row.size) / (smallest.seconds / smallest.size)
 
 
-CALIBRATE = "meansparse_fx.calibrate|torch.compile, observe"
-shares = functools.partial(rows_of, "kernels", True, "meansparse_fx", "of_clone")
+def calls_a_site(row: Row, _: Row) -> float:
+    """Return how many calls of operators a site takes forward."""
+    return row.forward_calls / row.sites
+
+
+FUSED, CALIBRATE = "ours, fused", "meansparse_fx.calibrate|torch.compile, observe"
+shares = functools.partial(
+    Target, benchmark="kernels", gpu=True, contender="meansparse_fx", value="of_clone", least=True
+)
 TARGETS = (
-    Target("eager, fused, over base, GPU", 1.00, rows_of("models", True, "ours, fused")),
-    Target("the same, time on the device alone", 1.00, rows_of("models", True, "ours, fused", "device_ratio")),
-    Target("eager over base, CPU", 1.15, rows_of("models", False, "ours")),
-    Target("eager, fused, over base, CPU", 1.15, rows_of("models", False, "ours, fused")),
-    Target("compiled over base compiled, GPU", 1.02, rows_of("models", True, "ours compiled")),
-    Target("the same, mode reduce-overhead", 1.00, rows_of("models", True, "ours reduce-overhead")),
-    Target("compiled over base compiled, CPU", 1.05, rows_of("models", False, "ours compiled")),
-    Target("graphs of the compiled model", 1, rows_of("models", None, "ours compiled", "graphs")),
-    Target("bytes kept for backward over base", 1.00, kept("ours")),
-    Target("the same, fused", 1.00, kept("ours, fused")),
-    Target("the same, compiled over base compiled", 1.00, kept("ours compiled")),
-    Target("calls a site, fused, forward (counted)", 1, counted(lambda own, base: own.forward_calls / own.sites)),
-    Target("bytes moved at the sites, fused over base (counted)", 1.00, counted(moved)),
-    Target("kernel's share of the clone's bandwidth, forward, GPU", 0.90, shares(" forward"), least=True),
-    Target("the same, backward", 0.90, shares(" backward"), least=True),
-    Target("moments, share of a read at the clone's bandwidth, GPU", 0.90, shares(" moments"), least=True),
-    Target("moments and activation, share of the clone's, GPU", 0.95, shares(" moments+activation"), least=True),
-    Target("calibration over plain forward pass, GPU", 1.05, rows_of("calibration", True, CALIBRATE)),
-    Target("calibration over plain forward pass, CPU", 1.15, rows_of("calibration", False, CALIBRATE)),
-    Target("attack over attack on the base, GPU", 1.00, rows_of("attack", True, "ours.*")),
-    Target("transform of a graph of 1,000 nodes", 2.00, transform, unit=" s"),
-    Target("a node of the largest graph over one of the smallest (linear)", LINEAR, linear),
+    Target("eager, fused, over base, GPU", 1.00, "models", True, FUSED),
+    Target("the same, time on the device alone", 1.00, "models", True, FUSED, "device_ratio"),
+    Target("eager over base, CPU", 1.15, "models", False),
+    Target("eager, fused, over base, CPU", 1.15, "models", False, FUSED),
+    Target("compiled over base compiled, GPU", 1.02, "models", True, "ours compiled"),
+    Target("the same, mode reduce-overhead", 1.00, "models", True, "ours reduce-overhead"),
+    Target("compiled over base compiled, CPU", 1.05, "models", False, "ours compiled"),
+    Target("graphs of the compiled model", 1, "models", None, "ours compiled", "graphs"),
+    Target("bytes kept for backward over base", 1.00, "models", None, value=kept),
+    Target("the same, fused", 1.00, "models", None, FUSED, kept),
+    Target("the same, compiled over base compiled", 1.00, "models", None, "ours compiled", kept),
+    Target("calls a site, fused, forward (counted)", 1, "roofline", None, FUSED, calls_a_site),
+    Target("bytes moved at the sites, fused over base (counted)", 1.00, "roofline", None, FUSED, moved),
+    shares("kernel's share of the clone's bandwidth, forward, GPU", 0.90, behind=" forward"),
+    shares("the same, backward", 0.90, behind=" backward"),
+    shares("moments, share of a read at the clone's bandwidth, GPU", 0.90, behind=" moments"),
+    shares("moments and activation, share of the clone's, GPU", 0.95, behind=" moments+activation"),
+    Target("calibration over plain forward pass, GPU", 1.05, "calibration", True, CALIBRATE),
+    Target("calibration over plain forward pass, CPU", 1.15, "calibration", False, CALIBRATE),
+    Target("attack over attack on the base, GPU", 1.00, "attack", True, "ours.*"),
+    Target("transform of a graph of 1,000 nodes", 2.00, "scaling", None, "", a_thousand_nodes, unit=" s"),
+    Target("a node of the largest graph over one of the smallest (linear)", 1.50, "scaling", None, "", dearer),
 )
 
 

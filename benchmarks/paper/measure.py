@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,52 +20,16 @@ from meansparse_fx.evaluate.ledger import Ledger, model_identity
 from meansparse_fx.evaluate.outcome import mean
 from meansparse_fx.evaluate.plan import plan_runs
 from meansparse_fx.operators import operators
+from meansparse_fx.progress import bar
 
+from ..harness import Row
 from ..train_robust import subsets
-from .tables import NETWORKS, Cell, Table
+from .tables import NETWORKS, TABLES, Cell
 from .training import trained
 
 BATCH = 250
 QUERIES = 1000
 Data = tuple[Tensor, Tensor]  # images and labels
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One entry of a table as measured; the fields are the CSV's columns. Accuracies are fractions.
-
-    Attributes:
-        table, row, column: Where it stands.
-        alpha, ..., steps: What was measured; see `tables.Cell`.
-        images, clean: How many images, and accuracy on them.
-        attacked: How many of them were attacked.
-        own, ..., worst_high: See `changes`.
-    """
-
-    table: int
-    row: str
-    column: str
-    alpha: float
-    network: str
-    sites: str
-    centre: str
-    split: str
-    attacks: str
-    norm: str
-    eps: float
-    steps: int
-    images: int
-    clean: float
-    attacked: int
-    own: float
-    own_change: float
-    own_low: float
-    own_high: float
-    worst: float | None
-    worst_change: float | None
-    worst_low: float | None
-    worst_high: float | None
-    torch: str
 
 
 def changes(base: ModelOutcome, own: ModelOutcome) -> dict[str, Any]:
@@ -123,15 +86,21 @@ class Laboratory:
         self.sparse: Callable[[str], fx.GraphModule] = cache(self._make)
         self.images: Callable[[str], Data] = cache(self._load)
 
-    def rows(self, number: int, table: Table, advance: Callable[[], object]) -> Iterator[Row]:
-        """Yield the rows of a table in its order."""
-        for cell in table.cells:
-            base, own = self._outcome(cell, 0.0), self._outcome(cell, cell.alpha)
-            threat, sites = cell.threat, " ".join(map(str, cell.sites))
-            where = (number, cell.row, cell.column, cell.alpha, cell.network, sites, cell.centre, cell.split)
-            attacker = (" ".join(threat.attacks), threat.norm, threat.eps, self._steps or threat.steps)
-            yield Row(*where, *attacker, len(own.clean), mean(own.clean), **changes(base, own))
-            advance()
+    def rows(self, number: int, column: str) -> list[Row]:
+        """Return the rows of one column of a table."""
+        cells = [cell for cell in TABLES[number].cells if cell.column == column]
+        rows = []
+        with bar() as shown:
+            task = shown.add_task(f"table {number}", total=len(cells), note=column)
+            for cell in cells:
+                base, own, threat = self._outcome(cell, 0.0), self._outcome(cell, cell.alpha), cell.threat
+                row = Row(table=number, row=cell.row, column=cell.column, alpha=cell.alpha, network=cell.network)
+                row |= {"operators": " ".join(map(str, cell.sites)), "centre": cell.centre, "split": cell.split}
+                row |= {"attacks": " ".join(threat.attacks), "norm": threat.norm, "eps": threat.eps}
+                row |= {"steps": self._steps or threat.steps, "images": len(own.clean), "clean": mean(own.clean)}
+                rows.append(row.but(**changes(base, own)))
+                shown.advance(task)
+        return rows
 
     def _outcome(self, cell: Cell, alpha: float) -> ModelOutcome:
         sparse, threat = self.sparse(cell.network), cell.threat

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from .training import Recipe
@@ -65,18 +64,6 @@ class Table:
     title: str
     row: str
     cells: tuple[Cell, ...]
-
-    def only(self, columns: Collection[str] | None) -> Table:
-        """Return the table with these columns alone; with all of them for None.
-
-        Raises:
-            ValueError: There is no such column.
-        """
-        if columns is None:
-            return self
-        if unknown := set(columns) - set(self.columns):
-            raise ValueError(f"no column {', '.join(sorted(unknown))}: there are {', '.join(self.columns)}")
-        return replace(self, cells=tuple(c for c in self.cells if c.column in columns))
 
     @property
     def columns(self) -> list[str]:

@@ -105,6 +105,12 @@ def pgd(
     return adv.detach()
 
 
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Return the share of images ``x`` whose label of ``y`` the model finds."""
+    with torch.inference_mode():
+        return float(torch.cat([model(b).argmax(1) for b in x.split(500)]).eq(y).double().mean())
+
+
 def divergence(logits: Tensor, clean: Tensor) -> Tensor:
     """Return the mean Kullback-Leibler divergence of the predictions from those on clean images."""
     return F.kl_div(F.log_softmax(logits, 1), F.softmax(clean, 1), reduction="batchmean")

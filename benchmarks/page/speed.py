@@ -1,22 +1,30 @@
-"""What the template of docs/performance.md calls, each made from results; where there are none it says so."""
+"""What the template of docs/performance.md calls and draws, each made from results; where there are none it says so."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from meansparse_fx.plots import LIGHT, SMALL, legend, new_figure
 
 from ..harness import Row
 from ..models import CONTENDERS, Case
 from . import markdown
-from .results import MEASURED, Results, Source, mark
+from .results import Results, Source, mark
 from .targets import TARGETS
 
 NOTHING = "Not measured: there is no file of this in `benchmarks/results/`."
 MIB = 2**20
-# Contenders of benchmarks.models that are a form of the counts, which knows no modules.
-FORMS = ("published module", "branch-free module", "ours", "ours, fused")
+# Contenders of benchmarks.models that are a form of the counts, which knows no modules, and how they are drawn.
+FORMS = {
+    "published module": ("#9ba2ab", "s"),
+    "branch-free module": ("#1d5fa8", "^"),
+    "ours": ("#ff8f57", "o"),
+    "ours, fused": ("#c2410c", "D"),
+}
 table = functools.partial(markdown.table, space=" ")
 
 
@@ -26,15 +34,15 @@ def each(sources: Sequence[Source], caller: Callable[[Source], str]) -> str:
     return "\n\n".join(f"**{s.where}** (`{s.name}`)\n\n{text}" for s, text in said if text) or NOTHING
 
 
-def text(row: Any, field: str, form: str = "{:.2f}", marked: bool = False, scale: float = 1) -> str:
+def text(row: Row | None, column: str, form: str = "{:.2f}", marked: bool = False, scale: float = 1) -> str:
     """Return a figure of a row, and its mark; empty where there is none."""
-    value = None if row is None else getattr(row, field)
+    value = None if row is None else row.get(column)
     return "" if value is None else form.format(scale * value) + (mark(row) if marked else "")
 
 
-def ratio(row: Row | None, field: str = "ratio") -> str:
+def ratio(row: Row | None, column: str = "ratio") -> str:
     """Return a ratio of a row, and its mark."""
-    return text(row, field, marked=True)
+    return text(row, column, marked=True)
 
 
 def times(source: Source) -> str:
@@ -43,15 +51,15 @@ def times(source: Source) -> str:
     for base in ("base", "base compiled", "base reduce-overhead"):
         beside = [n for n in source.contenders if n != base and CONTENDERS.get(n, ("",))[0] == base]
         heads = ("case", base, *(name.removesuffix(base.removeprefix("base")) for name in beside))
-        for words, time, field in (
+        for words, time, column in (
             ("", "milliseconds", "ratio"),
             ("On the device alone:\n\n", "device_ms", "device_ratio"),
         ):
             rows = []
             for case, found in source.cases.items():
-                cells = [ratio(found.get(name), field) for name in beside]
+                cells = [ratio(found.get(name), column) for name in beside]
                 if base in found and any(cells):
-                    long = (getattr(found[base], time) or 0) >= 3
+                    long = (found[base].get(time) or 0) >= 3
                     rows.append((case, text(found[base], time, "{:.1f} ms" if long else "{:.2f} ms"), *cells))
             if rows:
                 tables.append(words + table(heads, rows))
@@ -63,20 +71,20 @@ def extras(results: Results, source: Source) -> Iterator[tuple[str, Row, float, 
     for found in source.cases.values():
         base = found.get("base")
         case = Case.read(base.case) if base else None
-        for contender in FORMS:
+        for contender in FORMS if case and case.dtype == "float32" else ():
             row = found.get(contender)
-            extra = case and row and extra_bytes(results, case.model, contender.removesuffix(" module"), case.mode)
-            if row and row.milliseconds is not None and extra is not None and case.dtype == "float32":
+            extra = extra_bytes(results, case, contender.removesuffix(" module"))
+            if row and row.milliseconds is not None and extra is not None:
                 yield contender, row, extra * case.batch / MIB, (row.ratio - 1) * base.milliseconds
 
 
-def extra_bytes(results: Results, model: str, form: str, mode: str) -> int | None:
+def extra_bytes(results: Results, case: Case, form: str) -> int | None:
     """Return the bytes that a form moves more than the base, for one image; None where that was not counted."""
-    own, base = results.count(model, form), results.count(model, "base")
-    if own is None or base is None or mode == "all gradients":
+    counts = results.counts.get(case.model, {})
+    if not {form, "base"} <= counts.keys() or case.mode == "all gradients":
         return None
-    forward = own.forward_bytes - base.forward_bytes
-    return forward if mode == "forward" else forward + own.backward_bytes - base.backward_bytes
+    ways = ("forward_bytes",) if case.mode == "forward" else ("forward_bytes", "backward_bytes")
+    return sum(counts[form][way] - counts["base"][way] for way in ways)
 
 
 def kernels(source: Source) -> str:
@@ -84,10 +92,12 @@ def kernels(source: Source) -> str:
     names = ("clone", "meansparse_fx", "meansparse_fx, compiled", "torch operators", "published form")
     if source.gpu:
         beside = [name for name in source.contenders if name != "clone"]
-        timed = [(name, field) for field in ("device_ms", "host_ms") for name in ("torch activation", "meansparse_fx")]
-        lines = [("case", *beside, *(f"{name}, {field[:-3]}, µs" for name, field in timed))]
+        timed = [
+            (name, column) for column in ("device_ms", "host_ms") for name in ("torch activation", "meansparse_fx")
+        ]
+        lines = [("case", *beside, *(f"{name}, {column[:-3]}, µs" for name, column in timed))]
         for case, found in source.cases.items():
-            times = [text(found.get(name), field, "{:.1f}", True, 1e3) for name, field in timed]
+            times = [text(found.get(name), column, "{:.1f}", True, 1e3) for name, column in timed]
             lines.append((case, *(ratio(found.get(name), "of_clone") for name in beside), *times))
         columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
         heads, *rows = zip(*columns, strict=True)
@@ -118,9 +128,8 @@ def kernels_on_gpus(results: Results) -> str:
     return each([source for source in results.kernels if source.gpu], content)
 
 
-def summary(results: Results) -> str:
+def summary(gpus: Results) -> str:
     """Return what was measured on GPUs against each target, and the headline: for a terminal, 38 lines at most."""
-    gpus = replace(results, **{name: [s for s in getattr(results, name) if s.gpu] for name in MEASURED})
     lines = [target.line(gpus) for target in TARGETS]
     found = [f"{what}, {limit}: {verdict}; {figures}" for what, limit, verdict, figures, _ in lines if figures]
     return "\n".join([*headline(gpus).splitlines(), *found][:38])
@@ -141,13 +150,71 @@ def headline(results: Results) -> str:
     return "\n".join(lines) or "Whole models have not been measured."
 
 
-def _spans(source: Source, names: dict[str, str], field: str = "ratio") -> str:
+def _spans(source: Source, names: dict[str, str], column: str = "ratio") -> str:
     """Return the least and the largest ratio of each contender, under the words it is called by."""
     found = {words: [row for row in source.rows if row.contender == name] for name, words in names.items()}
-    return ", ".join(f"{words} {span}" for words, rows in found.items() if (span := _span(rows, field)))
+    return ", ".join(f"{words} {span}" for words, rows in found.items() if (span := _span(rows, column)))
 
 
-def _span(rows: Sequence[Row], field: str) -> str:
-    rows = [row for row in rows if getattr(row, field) is not None]
-    texts = [f"{value:.2f}" for value in sorted(getattr(row, field) for row in rows)]
+def _span(rows: Sequence[Row], column: str) -> str:
+    rows = [row for row in rows if column in row]
+    texts = [f"{value:.2f}" for value in sorted(row[column] for row in rows)]
     return " to ".join(dict.fromkeys((texts[0], texts[-1]))) + mark(rows[0]) if texts else ""
+
+
+# The plots.
+
+
+def models_figure(results: Results) -> Figure | None:
+    """Return every contender's ratio, a line a case: eager ones left, compiled ones right; None without rows."""
+    cases = [(source, case) for source in results.models for case in source.cases]
+    if not cases:
+        return None
+    figure = new_figure(LIGHT, 8.6, 1.6 + 0.34 * len(cases))
+    axes = figure.subplots(1, 2, sharey=True)
+    for side, suffix, title in zip(axes, ("", " compiled"), ("over the base", "over the compiled base"), strict=True):
+        rows = {name: [source.cases[case].get(name + suffix) for source, case in cases] for name in FORMS}
+        points = {name: [(r.ratio, -at) for at, r in enumerate(own) if r] for name, own in rows.items()}
+        _dots(side, points, named=not suffix)
+        side.set_title(title, fontsize=SMALL)
+        side.axvline(1, color=LIGHT.ink, linewidth=1)
+    labels = [f"{case}\n{source.where.partition(', torch')[0]}" for source, case in cases]
+    axes[0].set_yticks([-line for line in range(len(cases))], labels, fontsize=7)
+    axes[0].set_ylim(0.6 - len(cases), 0.6)
+    legend(figure, LIGHT, 4)
+    return figure
+
+
+def roofline_figure(results: Results) -> Figure | None:
+    """Return measured extra time over counted extra bytes; None without rows."""
+    points: dict[str, list[tuple[float, float]]] = {name: [] for name in FORMS}
+    for source in results.models:
+        for name, _, extra, longer in extras(results, source):
+            points[name].append((extra, longer))
+    if not any(points.values()):
+        return None
+    figure = new_figure(LIGHT, 8.6, 4.2)
+    axes = figure.subplots()
+    _dots(axes, points)
+    axes.axhline(0, color=LIGHT.ink, linewidth=1)
+    axes.axvline(0, color=LIGHT.ink, linewidth=1)
+    axes.set_xlabel("counted: MiB moved more than by the base, a call", fontsize=SMALL)
+    axes.set_ylabel("measured: ms longer than the base", fontsize=SMALL)
+    legend(figure, LIGHT, 4)
+    return figure
+
+
+def _dots(axes: Axes, points: dict[str, list[tuple[float, float]]], named: bool = True) -> None:
+    for name, (colour, marker) in FORMS.items():
+        if points[name]:
+            axes.plot(
+                *zip(*points[name], strict=True), marker, color=colour, markersize=6, label=name if named else None
+            )
+    axes.grid(color=LIGHT.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=SMALL, length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+PLOTS = {"performance-models.png": models_figure, "performance-roofline.png": roofline_figure}

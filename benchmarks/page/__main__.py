@@ -1,0 +1,109 @@
+"""Make every page, plot and table of README and docs that has figures from the files in benchmarks/results/.
+
+    python -m benchmarks.page [--results DIRECTORY] [--root DIRECTORY] [--summary]
+
+Nothing is measured here. What no file has is "not measured" on the page. Templates are in benchmarks/page/.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from meansparse_fx.plots import picture
+
+from ..harness import RESULTS, ROOT, Row, options
+from ..judge import THREAT
+from ..paper.tables import NETWORKS, SITES, TABLES
+from . import paper, speed
+from .markdown import between_marks, points, render
+from .results import Results
+from .targets import wins
+
+
+def performance_page(results: Results) -> str:
+    """Return docs/performance.md; the template calls what is in `speed`."""
+    figures = [name for name, draw in speed.PLOTS.items() if draw(results)]
+    return render("performance.md", **vars(speed), results=results, wins=wins, figures=figures)
+
+
+def paper_page(results: Results) -> str:
+    """Return docs/paper.md."""
+    given = {"TABLES": TABLES, "SITES": SITES, "networks": len(NETWORKS), "measured": results.paper}
+    given |= {"figures": paper.drawn(results), "choice": results.choice, "summary": paper.summary(results.paper)}
+    return render("paper.md", **given, finding=paper.finding, lines=paper.lines, points=points)
+
+
+def zoo_page(results: Results) -> str:
+    """Return docs/zoo.md, of the list and of other libraries' models."""
+    rows, extra = results.zoo, results.extra
+    captured = [row for row in rows if row.route]
+    return render(
+        "zoo.md", rows=rows, extra=extra, captured=captured, Counter=Counter, spoken=_spoken, total=_total, cell=_cell,
+        equal=_spoken("bitwise" if row.equal == "bitwise" else "within rounding" for row in captured),
+        bitwise=sum(row.equal == row.gradient == "bitwise" for row in extra),
+        where="; ".join(sorted({f"{row.device}, torch {row.torch}, {row.threads} threads" for row in rows})),
+        libraries="; ".join(sorted({row.torch for row in extra})),
+    )  # fmt: skip
+
+
+def _spoken(words: Iterable[str] | Counter) -> str:
+    return ", ".join(f"{count} {word}" for word, count in Counter(words).most_common())
+
+
+def _total(rows: Sequence[Row], column: str) -> str:
+    totals: Counter = Counter()
+    for row in rows:
+        for item in getattr(row, column).split():
+            word, _, count = item.rpartition(":")
+            totals[word.replace("-", " ") if column == "skipped" else word] += int(count)
+    return _spoken(totals) or "none"
+
+
+def _cell(text: str) -> str:
+    # Paths of one machine mean nothing on another.
+    return re.sub(r"/\S*/(?:site-packages|lib/python[\d.]+)/", "", text).replace("|", "\\|")
+
+
+# What is written whole, and between two marks of a page.
+PAGES = {"performance.md": performance_page, "paper.md": paper_page, "zoo.md": zoo_page}
+PARTS = {
+    ("README.md", "performance"): speed.headline,
+    ("docs/kernels.md", "kernels"): speed.kernels_on_gpus,
+    ("docs/robustness.md", "judge"): lambda results: render("judge.md", rows=results.judge, threat=THREAT),
+    ("docs/robustness.md", "strongest"): lambda results: render("strongest.md", rows=results.strongest),
+}
+
+
+def write_pages(results: Results, root: Path) -> None:
+    """Write everything below ``root``, which has README.md and docs/."""
+    for name, page in PAGES.items():
+        (root / "docs" / name).write_text(page(results))
+    for (path, part), text in PARTS.items():
+        between_marks(root / path, part, text(results))
+    figures: dict[str, Figure | None] = {name: draw(results) for name, draw in speed.PLOTS.items()}
+    figures |= {f"paper-{number}.png": paper.figure_of(number, rows) for number, rows in paper.drawn(results).items()}
+    for name, figure in figures.items():
+        if figure is not None:
+            figure.set_dpi(130)
+            (root / "docs" / name).write_bytes(picture(figure))
+
+
+def main() -> None:
+    parser = options(__doc__, out="")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--root", type=Path, default=ROOT, help="of README.md and docs/")
+    parser.add_argument("--summary", action="store_true", help="print verdicts and headline of GPUs, 40 lines at most")
+    args = parser.parse_args()
+    write_pages(Results(args.results), args.root)
+    if args.summary:
+        print(speed.summary(Results(args.results, gpu=True)))
+    print(args.root / "docs")
+
+
+if __name__ == "__main__":
+    main()
