@@ -5,7 +5,7 @@
 Contenders: the base; the published module in the place of our operators; ours at alpha 0.2 with the operator's own
 gradient and with the identity in its place, plain and fused; with --compile the base and ours fused in a mode of
 torch.compile as well, as `evaluate(compile=)` runs them. Same images, same seed, in turns. Attacks: APGD-CE with a
-fixed number of steps, on the bundled network and, for its cost alone, on a WRN-16-4 with random weights; AutoAttack
+fixed number of steps, on the bundled network and, for its cost alone, on --model with random weights; AutoAttack
 (standard) on the bundled network.
 
 An attack leaves an image alone once it is broken, so that a more robust model costs more time without being slower. So
@@ -30,7 +30,7 @@ from meansparse_fx import bundled
 from meansparse_fx.evaluate.attacks import VERSIONS, AttackSettings, attack
 from meansparse_fx.evaluate.compiled import FastModel
 
-from .contenders import PublishedForm, build, with_form
+from .contenders import MODELS, build, with_form
 from .harness import Row, measure, options, run
 
 ALPHA = 0.2
@@ -68,7 +68,7 @@ def contenders(model: nn.Module, images: Tensor, mode: str | None = None) -> dic
     model.requires_grad_(False)  # an attack wants the images' gradient alone
     statistics = msfx.calibrate(msfx.transform(model, images[:2]), [images], progress=False)
     plain = msfx.transform(model, images[:2], statistics=statistics, alpha=ALPHA)
-    found = {"base": model, "published module": with_form(plain, PublishedForm)}
+    found = {"base": model, "published module": with_form(plain, "published")}
     for name, (fuse, backward) in CONTENDERS.items():
         options = {"statistics": statistics, "alpha": ALPHA, "backward": backward, "fuse": fuse}
         found[name] = msfx.transform(copy.deepcopy(model), images[:2], **options)
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=100, help="images among which those for AutoAttack are looked for")
     parser.add_argument("--steps", type=int, default=10, help="of the gradient attacks; AutoAttack's own: 100")
     parser.add_argument("--queries", type=int, default=250, help="of Square; AutoAttack's own: 5000")
+    parser.add_argument("--model", choices=MODELS, default="WRN-16-4", help="with random weights, for its cost alone")
     parser.add_argument("--compile", metavar="MODE", help="of torch.compile")
     args = parser.parse_args()
     settings = AttackSettings(bundled.EPS, steps=args.steps, queries=args.queries)
@@ -125,8 +126,8 @@ def main() -> None:
     # Half the radius that the images stood at: none breaks on the way, and all models do the same work.
     standing = (own, unbroken(own, (images, labels), args.steps, args.images), replace(settings, eps=bundled.EPS / 2))
     torch.manual_seed(0)
-    model = build("WRN-16-4").to(args.device)
-    images = torch.rand(args.images, 3, 32, 32, device=args.device)
+    model, side = build(args.model).to(args.device), MODELS[args.model][1]
+    images = torch.rand(args.images, 3, side, side, device=args.device)
     with torch.no_grad():
         labels = model(images).argmax(1)
     wide = (contenders(model, images, args.compile), (images, labels), replace(settings, eps=8 / 255))
@@ -134,7 +135,7 @@ def main() -> None:
     asked = {
         f"bundled apgd-ce, {sizes}": (("apgd-ce",), *standing),
         f"bundled autoattack standard, {sizes}, {args.queries} queries": (VERSIONS["standard"], *standing),
-        f"WRN-16-4 apgd-ce, {sizes}": (("apgd-ce",), *wide),
+        f"{args.model} apgd-ce, {sizes}": (("apgd-ce",), *wide),
     }
     run({case: partial(rows_of, case, *own, args.device, args.repetitions) for case, own in asked.items()}, args.out)
 

@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from meansparse_fx.kernels import elementwise, layout, moments
+from meansparse_fx.kernels import elementwise, layout, moments, reference
 from meansparse_fx.kernels.device_activations import ACTIVATIONS, activation_constexprs
 from meansparse_fx.kernels.layout import Layout, layout_of
 from meansparse_fx.kernels.moments import Tiles, tiles_of
@@ -43,8 +43,6 @@ LAYOUTS = {  # what it is called, and a shape of it: a vector has one channel, c
     "columns": (64, 256, 56, 56),
     "7x7": (256, 2048, 7, 7),
 }
-LEARNED = ("prelu", "psilu", "pssilu")
-CONSTANTS = {"leaky_relu": (0.01,), "elu": (1.0,), "softplus": (1.0, 20.0), "pssilu": (0.1,)}
 KERNELS = {
     "forward": elementwise.forward_kernel,
     "backward": elementwise.backward_kernel,
@@ -83,37 +81,28 @@ class Case:
     backward: str = "exact"
 
     @property
-    def plan(self) -> Layout | Tiles:
-        """How the kernel walks a tensor of this layout."""
+    def plan(self) -> tuple[Layout | Tiles, dict[str, Any], int]:
+        """How the kernel walks a tensor of this layout, the compiler's options, and elements of a program or its loop."""
         shape = LAYOUTS[self.layout]
-        dense = torch.empty(shape, device="meta")
-        if self.layout == "columns":
-            dense = dense.to(memory_format=torch.channels_last)
-        walk = tiles_of if self.kernel.startswith("moments") else layout_of
-        return walk(shape, dense.stride(), dense.stride(), 1, DTYPES[self.dtype].itemsize)
-
-    @property
-    def options(self) -> dict:
-        """The compiler's, with the number of warps."""
-        return moments.OPTIONS if self.kernel.startswith("moments") else layout.OPTIONS
-
-    @property
-    def elements(self) -> int:
-        """How many a program has; in the moments' loop at a time."""
-        found = self.plan
-        return found.block_rows * found.block_cols if isinstance(found, Tiles) else layout.VECTORS * found.vector
+        order = torch.channels_last if self.layout == "columns" else torch.contiguous_format
+        strides = torch.empty(shape, device="meta", memory_format=order).stride()
+        given = (shape, strides, strides, 1, DTYPES[self.dtype].itemsize)
+        if self.kernel.startswith("moments"):
+            tiles = tiles_of(*given)
+            return tiles, moments.OPTIONS, tiles.block_rows * tiles.block_cols
+        return (found := layout_of(*given)), layout.OPTIONS, layout.VECTORS * found.vector
 
 
 def compile_case(case: Case) -> triton.compiler.CompiledKernel:
     """Return the kernel compiled for the case's target, pointers aligned to 16 bytes as torch allocates them."""
-    function = KERNELS[case.kernel.split("+")[0]]
-    known = activation_constexprs(case.activation, CONSTANTS.get(case.activation, ()), None)
+    function, activation = KERNELS[case.kernel.split("+")[0]], reference.ACTIVATIONS[case.activation]
+    (plan, options, _), (_, _, pointers) = case.plan, CASES[case.kernel]
+    known = activation_constexprs(case.activation, [value for _, value in activation.constants], None)
     known |= {"WEIGHT_STRIDE": 1, "VARIANT": case.variant, "BACKWARD": case.backward}
-    _, _, pointers = CASES[case.kernel]
-    known |= {"FROM_SUM": "grad_sum_ptr" in pointers} | case.plan.constexprs
+    known |= {"FROM_SUM": "grad_sum_ptr" in pointers} | plan.constexprs
     given = {"x_ptr", "grad_ptr", "grad_x_ptr", "centre_ptr", "threshold_ptr", "parts_ptr", *pointers}
     given |= {"y_ptr"} if case.kernel.startswith("forward") else set()
-    given |= {"weight_ptr"} if case.activation in LEARNED else set()
+    given |= {"weight_ptr"} if activation.weight_backward else set()
     signature, constexprs, attributes = {}, {}, {}
     for at, name in enumerate(inspect.signature(function.fn).parameters):
         if name in known or (name.endswith("_ptr") and name not in given):
@@ -127,7 +116,7 @@ def compile_case(case: Case) -> triton.compiler.CompiledKernel:
     source = ASTSource(function, signature, constexprs, attributes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of compute capabilities that a later Triton drops
-        return triton.compile(source, target=TARGETS[case.target], options=case.options)
+        return triton.compile(source, target=TARGETS[case.target], options=options)
 
 
 def read_code(case: Case) -> dict[str, Any]:
@@ -135,28 +124,35 @@ def read_code(case: Case) -> dict[str, Any]:
 
     Accesses are bits to how often, ``streams`` tensors read and written.
     """
-    compiled = compile_case(case)
+    compiled, (_, options, elements) = compile_case(case), case.plan
     amd = case.target.startswith("gfx")
-    per_thread = case.elements // (case.options["num_warps"] * (64 if amd else 32))
-    facts = _amd(compiled.asm["amdgcn"]) if amd else _nvidia(compiled.asm["cubin"])
-    instructions, reciprocals = facts.pop("instructions"), facts.pop("reciprocals")
+    read = _amd(compiled.asm["amdgcn"]) if amd else _nvidia(compiled.asm["cubin"])
+    registers, spilled, loads, stores, reciprocals, instructions = read
+    per_thread = elements // (options["num_warps"] * (64 if amd else 32))
     return asdict(case) | {
         "elements_per_thread": per_thread,
         "streams": CASES[case.kernel][:2],
+        "registers": registers,
+        "spilled_bytes": spilled,
         "shared_bytes": compiled.metadata.shared,
-        **facts,
+        "loads": dict(Counter(loads)),
+        "stores": dict(Counter(stores)),
         "reciprocals_per_element": round(reciprocals / per_thread, 2),
         "instructions_per_element": round(instructions / per_thread, 1),
     }
 
 
-def _nvidia(cubin: bytes) -> dict:
+# Registers, spilled bytes, the widths of loads and of stores in bits, reciprocals, instructions.
+Read = tuple[int, int, list[int], list[int], int, int]
+
+
+def _nvidia(cubin: bytes) -> Read:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
         dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    resources = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump))
+    resources = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump)}
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(.*);", dump, re.MULTILINE)
     operations = [name for _, name, _ in lines if name.split(".")[0] not in ("NOP", "BRA")]  # padding and its loop
     jumps = [(int(at, 16), re.search(r"(0x[0-9a-f]+)\s*$", rest)) for at, name, rest in lines if name.startswith("BRA")]
@@ -164,39 +160,30 @@ def _nvidia(cubin: bytes) -> dict:
     end, start = max(back, key=lambda jump: jump[0] - jump[1], default=(0, 0))
     body = sum(start <= int(at, 16) <= end for at, _, _ in lines) if end > start else len(operations)
 
-    def widths(verb: str) -> dict[int, int]:
+    def widths(verb: str) -> list[int]:
         named = (re.search(r"\.[US]?(8|16|64|128|256)\b", name) for name in operations if name.startswith(verb))
-        return dict(Counter(int(match[1]) if match else 32 for match in named))
+        return [int(match[1]) if match else 32 for match in named]
 
-    return {
-        "registers": int(resources["REG"]),
-        "spilled_bytes": int(resources["STACK"]) + int(resources["LOCAL"]),
-        "loads": widths("LDG"),
-        "stores": widths("STG"),
-        "reciprocals": sum(name.startswith("MUFU.RCP") for name in operations),
-        "instructions": body,
-    }
+    reciprocals = sum(name.startswith("MUFU.RCP") for name in operations)
+    spilled = resources["STACK"] + resources["LOCAL"]
+    return resources["REG"], spilled, widths("LDG"), widths("STG"), reciprocals, body
 
 
-def _amd(assembly: str) -> dict:
+def _amd(assembly: str) -> Read:
     operations = re.findall(r"^\t([svb][a-z]*_[a-z0-9_]+|global_[a-z0-9_]+|ds_[a-z0-9_]+)", assembly, re.MULTILINE)
-    words = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8}
+    bits = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8}
 
-    def widths(verb: str) -> dict[int, int]:
-        pattern = rf"(?:global|buffer)_{verb}_({'|'.join(words)})"
-        return dict(Counter(words[match[1]] for name in operations if (match := re.match(pattern, name))))
+    def widths(verb: str) -> list[int]:
+        pattern = rf"(?:global|buffer)_{verb}_({'|'.join(bits)})"
+        return [bits[match[1]] for name in operations if (match := re.match(pattern, name))]
 
     def number(key: str) -> int:
         return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])
 
-    return {
-        "registers": number("vgpr_count"),
-        "spilled_bytes": 4 * number("vgpr_spill_count") + number("private_segment_fixed_size"),
-        "loads": widths("load"),
-        "stores": widths("store"),
-        "reciprocals": sum(name.startswith("v_rcp") for name in operations),
-        "instructions": sum(name not in ("s_nop", "s_code_end", "s_endpgm") for name in operations),
-    }
+    spilled = 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
+    reciprocals = sum(name.startswith("v_rcp") for name in operations)
+    body = sum(name not in ("s_nop", "s_code_end", "s_endpgm") for name in operations)
+    return number("vgpr_count"), spilled, widths("load"), widths("store"), reciprocals, body
 
 
 def cases(targets: list[str], activations: list[str], dtypes: list[str]) -> Iterator[Case]:
@@ -220,10 +207,10 @@ HEADS += ("loads", "stores", "rcp/el", "instr/el")
 def line(code: dict[str, Any]) -> list[str]:
     """Return what machine code shows as cells of a table; a width is written bits x count."""
     mode = "variant" if code["kernel"].startswith("forward") else "backward"
-    keys = ["kernel", "activation", mode, "dtype", "layout", "target", "registers", "spilled_bytes", "shared_bytes"]
-    widths = [" ".join(f"{w}x{n}" for w, n in sorted(code[c].items(), reverse=True)) for c in ("loads", "stores")]
-    each = (str(code[f"{what}_per_element"]) for what in ("reciprocals", "instructions"))
-    return [*(str(code[key]) for key in keys), *widths, *each]
+    widths = {c: " ".join(f"{w}x{n}" for w, n in sorted(code[c].items(), reverse=True)) for c in ("loads", "stores")}
+    keys = ("kernel", "activation", mode, "dtype", "layout", "target", "registers", "spilled_bytes", "shared_bytes")
+    keys += ("loads", "stores", "reciprocals_per_element", "instructions_per_element")
+    return [str((code | widths)[key]) for key in keys]
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from meansparse_fx.activations import ActivationCall
 from meansparse_fx.cost.forms import branch_free, published
 from meansparse_fx.kernels.reference import ACTIVATIONS, parameters
 from meansparse_fx.nn import MeanSparse
@@ -59,9 +60,10 @@ class WideResNet(nn.Module):
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-# Name -> how to build it, and the side of its images. The small RaWRN is RaWRN-70-16, its depth 2, 2, 2, its stages 32,
+# Name -> how to build it, and the side of its images. WRN-10-1 is for rehearsals. The small RaWRN is RaWRN-70-16, its depth 2, 2, 2, its stages 32,
 # 64 and 128 channels wide.
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "WRN-10-1": (lambda: WideResNet(10, 1), 32),
     "WRN-16-4": (lambda: WideResNet(16, 4), 32),
     "WRN-28-10": (lambda: WideResNet(28, 10), 32),
     "WRN-70-16": (lambda: WideResNet(70, 16), 32),
@@ -73,78 +75,56 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-@torch.no_grad()
 def build(name: str) -> nn.Module:
-    """Return a model of `MODELS` in eval mode.
-
-    What starts at 0 or 1, or next to it, is moved: a mistake made with it would not be seen in the logits.
+    """Return a model of `MODELS` in eval mode, its norms and biases moved.
 
     Raises:
         ModelError: Its package is not installed.
     """
     model = MODELS[name][0]().eval()
-    for path, parameter in model.named_parameters():
-        if "layer_scale" in path:  # ConvNeXt's, which starts with 1e-6
-            parameter.fill_(0.3)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 1.5)
-            module.bias.normal_(std=0.1)
+    zoo_models.perturb(model)
     return model
 
 
-class PublishedForm(nn.Module):
-    """The operator as published checkpoints have it: a Python branch on a tensor, std from the variance each time."""
+class Form(nn.Module):
+    """The operator as others write it, then an activation, in place where the model has it in place.
 
-    def __init__(self, centre: Tensor, std: Tensor, alpha: float, channel_dim: int = 1) -> None:
+    Args:
+        name: ``published``, as checkpoints have it: a Python branch on a tensor, std from the variance each time; or
+            ``branch-free``, its band computed once: what a careful reader of the paper would write.
+        centre, std: ``[C]``.
+    """
+
+    def __init__(
+        self, name: str, centre: Tensor, std: Tensor, alpha: float, channel_dim: int = 1,
+        activation: ActivationCall | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.channel_dim = channel_dim
-        self.register_buffer("running_mean", centre.clone())
-        self.register_buffer("running_var", std.square())
         # Published: `<`. The next float, of the type they compute in, makes that the others' closed interval.
-        above = torch.nextafter(std.new_tensor(alpha), std.new_tensor(1.0))
-        self.register_buffer("threshold", above.to(centre.device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return published(x, self.running_mean, self.running_var, self.threshold, self.channel_dim)
-
-
-class BranchFreeForm(nn.Module):
-    """The same without the branch, its band computed once: what a careful reader of the paper would write."""
-
-    def __init__(self, centre: Tensor, std: Tensor, alpha: float, channel_dim: int = 1) -> None:
-        super().__init__()
+        above = torch.nextafter(std.new_tensor(alpha), std.new_tensor(1.0)) if name == "published" else None
         self.channel_dim = channel_dim
         self.register_buffer("centre", centre.clone())
-        self.register_buffer("band", alpha * std)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return branch_free(x, self.centre, self.band, self.channel_dim)
-
-
-class Activated(nn.Module):
-    """A form of the operator, then the site's activation, in place where the model has it in place."""
-
-    def __init__(self, form: nn.Module, operator: MeanSparse) -> None:
-        super().__init__()
-        self.form = form
-        call = operator.activation
-        row = ACTIVATIONS[call.name if call else "identity"]
-        self.act = row.overwrite if call and call.inplace and row.overwrite else row.forward
-        self.constants = call.constants if call else ()
+        self.register_buffer("width", alpha * std if above is None else std.square())
+        self.register_buffer("alpha", above)
+        row = ACTIVATIONS[activation.name if activation else "identity"]
+        self.act = row.overwrite if activation and activation.inplace and row.overwrite else row.forward
+        self.constants = activation.constants if activation else ()
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        return self.act(self.form(x), *parameters(weight, self.constants))
+        if self.alpha is None:
+            x = branch_free(x, self.centre, self.width, self.channel_dim)
+        else:
+            x = published(x, self.centre, self.width, self.alpha, self.channel_dim)
+        return self.act(x, *parameters(weight, self.constants))
 
 
-def with_form(sparse: fx.GraphModule, form: type[PublishedForm] | type[BranchFreeForm]) -> nn.Module:
-    """Return a copy of a transformed model that has ``form``, in the model's dtype, and an activation at each site."""
+def with_form(sparse: fx.GraphModule, form: str) -> nn.Module:
+    """Return a copy of a transformed model that has a `Form`, in the model's dtype, at each site."""
     rival = copy.deepcopy(sparse)
     dtype = next((p.dtype for p in sparse.parameters() if p.is_floating_point()), None)
-    for path, operator in list(rival.named_modules()):
-        if isinstance(operator, MeanSparse):
-            inner = form(operator.mean, operator.std, float(operator.alpha), operator.channel_dim)
+    for path, own in list(rival.named_modules()):
+        if isinstance(own, MeanSparse):
+            inner = Form(form, own.mean, own.std, float(own.alpha), own.channel_dim, own.activation).to(dtype=dtype)
             parent, _, name = path.rpartition(".")
-            setattr(rival.get_submodule(parent), name, Activated(inner.to(dtype=dtype), operator))
+            setattr(rival.get_submodule(parent), name, inner)
     return rival

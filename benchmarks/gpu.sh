@@ -89,10 +89,10 @@ dry)
     cuda() { run 600 "benchmarks.$1" --device cpu --out "$results/${1}-$device.csv" "${@:2}"; }
     cuda host --rounds 3
     cuda kernels --activation relu --mode forward moments moments+activation --shape 2x4x4x4 2x3x4 --dtype bfloat16 --repetitions 2
-    cuda models --append --eager --model WRN-16-4 --batch 1 --mode forward --repetitions 2
-    cuda attack --images 2 --pool 8 --steps 2 --queries 2 --repetitions 1
+    cuda models --append --eager --model WRN-10-1 --batch 1 --mode forward --repetitions 2
+    cuda attack --model WRN-10-1 --images 2 --pool 8 --steps 2 --queries 2 --repetitions 1
     cuda calibration --repetitions 1 --case bundled --images 256
-    cuda scaling --depth 10 16 --images 2 --channels 2 --plan WRN-16-4 --batch 2 --repetitions 1
+    cuda scaling --depth 10 16 --images 2 --channels 2 --plan WRN-10-1 --batch 2 --repetitions 1
     ;;
 *)
     echo "no part $part: first, rest or dry" >&2

@@ -43,7 +43,7 @@ _NAMES: dict[type, str] = {
         beside tolerance mean_error std_error accuracy forward_cpu_s capture_cpu_s find_cpu_s transform_cpu_s alpha
         eps clean clean_change own own_change own_low own_high worst worst_change worst_low worst_high
         selection_change selection_low selection_high base gain strongest_base strongest_gain strongest_low
-        strongest_high""",
+        strongest_high robust""",
     bool: "chosen convicted",
 }
 COLUMNS = {name: kind for kind, names in _NAMES.items() for name in names.split()}

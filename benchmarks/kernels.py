@@ -21,7 +21,7 @@ from torch import Tensor
 
 from meansparse_fx.kernels import ops
 
-from .contenders import BranchFreeForm, PublishedForm
+from .contenders import Form
 from .harness import Make, Row, measure, on_gpu, options, run
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -55,13 +55,12 @@ def contenders(x: Tensor, dim: int, name: str, mode: str, compiled: bool) -> dic
     generator = torch.Generator().manual_seed(0)
     centre = (torch.randn(x.shape[dim], generator=generator) * 0.1).to(x.device)
     std, alpha, act = torch.ones_like(centre), 0.25, ACTIVATIONS[name]
-    published = PublishedForm(centre, std, alpha, dim).to(x.dtype)
-    branch_free = BranchFreeForm(centre, std, alpha, dim)
+    published, in_dtype = (Form(form, centre, std, alpha, dim).to(x.dtype) for form in ("published", "branch-free"))
+    branch_free = Form("branch-free", centre, std, alpha, dim)
 
     def own(x: Tensor) -> Tensor:
         return ops.mean_sparse(x, centre, alpha * std, dim, name)
 
-    in_dtype = BranchFreeForm(centre, std, alpha, dim).to(x.dtype)
     forms: dict[str, Callable[[Tensor], Tensor]] = {
         "torch activation": act,
         "meansparse_fx": own,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import meansparse_fx as msfx
 from meansparse_fx.nn import MeanSparse
 
-from .contenders import MODELS, BranchFreeForm, PublishedForm, with_form
+from .contenders import MODELS, with_form
 from .contenders import build as build_model
 from .facts import facts_of
 from .harness import Row, measure, on_gpu, options, read, run
@@ -96,7 +96,7 @@ def build(model: nn.Module, images: Tensor, mode: str, compiled: bool) -> dict[s
     sparse = msfx.transform(model, images)
     statistics = msfx.calibrate(sparse, [images], progress=False)
     msfx.set_alpha(sparse, ALPHA)
-    published, branch_free = with_form(sparse, PublishedForm), with_form(sparse, BranchFreeForm)
+    published, branch_free = with_form(sparse, "published"), with_form(sparse, "branch-free")
     contenders = {"base": model, "published module": published, "branch-free module": branch_free, "ours": sparse}
     settings = {"statistics": statistics, "alpha": ALPHA}
     if mode != "all gradients":  # the norms of the fused one are frozen

@@ -52,7 +52,7 @@ def build(name: str) -> nn.Module:
         model.default_cfg = model.default_cfg | {"input_size": (3, size, size)}
     else:
         model = load_model(f"{source}:{rest}")
-    _perturb(model)
+    perturb(model)
     return model
 
 
@@ -103,10 +103,10 @@ def _limited(init: Any, limits: dict[str, Any]) -> Any:
 
 
 @torch.no_grad()
-def _perturb(model: nn.Module) -> None:
-    """Move what starts at 0 or 1: a branch that is scaled by zero hides every mistake made in it."""
+def perturb(model: nn.Module) -> None:
+    """Move what starts at 0 or 1, or next to it: a branch that is scaled by zero hides every mistake made in it."""
     for parameter in model.parameters():
-        if parameter.dim() == 1 and len(parameter) > 1:
+        if 1 < parameter.numel() == max(parameter.shape):
             parameter += 0.1 * torch.randn_like(parameter)
     for module in model.modules():
         held = module._buffers

@@ -406,17 +406,16 @@ def test_passes_are_counted():
 
 
 def test_attacks_ask_all_models_for_the_same(monkeypatch, tmp_path):
-    monkeypatch.setattr(attack, "build", lambda name: WideResNet(10, 1).eval())
     monkeypatch.setitem(attack.VERSIONS, "standard", ("apgd-ce", "square"))
     out = tmp_path / "attack.csv"
     options = ("--images", 3, "--pool", 10, "--steps", 2, "--queries", 3, "--repetitions", 2, "--device", "cpu")
-    main(attack, monkeypatch, *options, "--out", out)
+    main(attack, monkeypatch, *options, "--model", "WRN-10-1", "--out", out)
     rows = read(out)
     cases = {case: list(group) for case, group in itertools.groupby(rows, lambda r: r.case)}
     assert list(cases) == [
         "bundled apgd-ce, 3 images, 2 steps",
         "bundled autoattack standard, 3 images, 2 steps, 3 queries",
-        "WRN-16-4 apgd-ce, 3 images, 2 steps",
+        "WRN-10-1 apgd-ce, 3 images, 2 steps",
     ]
     for case, found in cases.items():
         assert [r.contender for r in found] == ["base", "published module", *attack.CONTENDERS]

@@ -1,1 +1,1 @@
-"""The paper's tables in small: `tables` and `published` say what, `training`, `measure` and `page` do it."""
+"""The paper's tables in small: what is asked, and who does it; published.csv has the paper's own."""
