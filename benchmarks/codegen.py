@@ -82,7 +82,7 @@ class Case:
 
     @property
     def plan(self) -> tuple[Layout | Tiles, dict[str, Any], int]:
-        """How the kernel walks a tensor of this layout, the compiler's options, and elements of a program or its loop."""
+        """How the kernel walks a tensor of this layout, compiler options, and elements of a program or loop."""
         shape = LAYOUTS[self.layout]
         order = torch.channels_last if self.layout == "columns" else torch.contiguous_format
         strides = torch.empty(shape, device="meta", memory_format=order).stride()

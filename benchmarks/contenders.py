@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import meansparse_fx as msfx
 from meansparse_fx.activations import ActivationCall
 from meansparse_fx.cost.forms import branch_free, published
 from meansparse_fx.kernels.reference import ACTIVATIONS, parameters
 from meansparse_fx.nn import MeanSparse
 from meansparse_fx.zoo import load_model
 
-from . import zoo_models
+from . import zoo
+from .harness import Row
 
 
 class Block(nn.Module):
@@ -60,14 +62,14 @@ class WideResNet(nn.Module):
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-# Name -> how to build it, and the side of its images. WRN-10-1 is for rehearsals. The small RaWRN is RaWRN-70-16, its depth 2, 2, 2, its stages 32,
-# 64 and 128 channels wide.
+# Name -> how to build it, and the side of its images. WRN-10-1 is for rehearsals. The small RaWRN is RaWRN-70-16, its
+# depth 2, 2, 2, its stages 32, 64 and 128 channels wide.
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "WRN-10-1": (lambda: WideResNet(10, 1), 32),
     "WRN-16-4": (lambda: WideResNet(16, 4), 32),
     "WRN-28-10": (lambda: WideResNet(28, 10), 32),
     "WRN-70-16": (lambda: WideResNet(70, 16), 32),
-    "RaWRN-small": (partial(zoo_models.build, "robustbench:Linf/cifar10/Peng2023Robust"), 32),
+    "RaWRN-small": (partial(zoo.build, "robustbench:Linf/cifar10/Peng2023Robust"), 32),
     "ResNet-50": (partial(load_model, "torchvision:resnet50"), 224),
     "ConvNeXt-T": (partial(load_model, "torchvision:convnext_tiny"), 224),
     "Swin-T": (partial(load_model, "torchvision:swin_t"), 224),
@@ -82,7 +84,7 @@ def build(name: str) -> nn.Module:
         ModelError: Its package is not installed.
     """
     model = MODELS[name][0]().eval()
-    zoo_models.perturb(model)
+    zoo.perturb(model)
     return model
 
 
@@ -128,3 +130,20 @@ def with_form(sparse: fx.GraphModule, form: str) -> nn.Module:
             parent, _, name = path.rpartition(".")
             setattr(rival.get_submodule(parent), name, inner)
     return rival
+
+
+def counts(name: str) -> list[Row]:
+    """Return what each form of the operator must move in a model, by `meansparse_fx.cost`, a form a row.
+
+    That depends on shapes alone, so it is the same on every machine.
+    """
+    torch.manual_seed(0)
+    found = msfx.cost(build(name), torch.rand(2, 3, MODELS[name][1], MODELS[name][1]))
+    return [
+        Row(
+            benchmark="roofline", case=name, contender=form, sites=len(found),
+            forward_calls=total.forward.calls, forward_bytes=total.forward.bytes // found.images,
+            backward_calls=total.backward.calls, backward_bytes=total.backward.bytes // found.images,
+        )
+        for form, total in found.total.items()
+    ]  # fmt: skip

@@ -25,6 +25,5 @@ run 1 benchmarks.calibration --device cpu --compiled --repetitions 5 \
     --out "$results/calibration-cpu-1-thread.csv"                                     # 3
 run 1 benchmarks.kernels --device cpu --shape 8x160x32x32 --mode forward forward+backward --compiled \
     --out "$results/kernels-cpu-1-thread.csv"                                         # 1
-run 1 benchmarks.roofline --out "$results/roofline.csv"                               # 1
-run 1 benchmarks.page
+run 1 benchmarks.page --count                                                         # 1
 exit $failed

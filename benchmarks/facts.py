@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -48,12 +48,9 @@ def _operators_counted_as_one(tally: Tally) -> Iterator[None]:
 
         return call
 
-    with ExitStack() as stack:
-        for module in (operator, autograd):
-            stack.enter_context(mock.patch.object(module, "is_observed", return_value=False))
-        for name in ("forward", "backward"):
-            run = counted(getattr(operator.Call, name))
-            stack.enter_context(mock.patch.object(operator.Call, name, run))
+    patch, runs = mock.patch.multiple, {name: counted(getattr(operator.Call, name)) for name in ("forward", "backward")}
+    nobody = {"is_observed": lambda *_: False}
+    with patch(operator, **nobody), patch(autograd, **nobody), patch(operator.Call, **runs):
         yield
 
 

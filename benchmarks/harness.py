@@ -215,7 +215,7 @@ def measure(
 
 def run(
     cases: Mapping[str, Callable[[], Sequence[Row]]], out: Path | None, held: Sequence[Row] = (),
-    place: Callable[[Row], Any] | None = None, case_of: Callable[[Row], str] = lambda row: row.case,
+    case_of: Callable[[Row], str] = lambda row: row.case,
 ) -> None:  # fmt: skip
     """Measure cases, print each one's rows, and write all after each: a run that is stopped keeps what it had.
 
@@ -225,7 +225,6 @@ def run(
     Args:
         out: The file, if any.
         held: Its rows; those of a case that is measured again are replaced.
-        place: What rows are sorted by in the file.
         case_of: Which case a row is of.
     """
     rows, wrong = list(held), []
@@ -239,9 +238,10 @@ def run(
             wrong.append(f"FAILED {name}: {reason}")
             continue
         report(found)
-        rows = [row for row in rows if case_of(row) != name] + list(found)
+        at = next((i for i, row in enumerate(rows) if case_of(row) == name), len(rows))
+        rows[at:] = [*found, *(row for row in rows[at:] if case_of(row) != name)]
         if out is not None:
-            write(sorted(rows, key=place) if place else rows, out)
+            write(rows, out)
     if wrong:
         sys.exit("\n".join(wrong))
 

@@ -123,13 +123,6 @@ RATIOS = {
 }
 
 
-def as_json(rows: list[Row]) -> str:
-    """Return one object: where it ran, ``microseconds`` by call, and the ratios of `RATIOS` to torch's own calls."""
-    ratios = {name: row.ratio for name, key in RATIOS.items() for row in rows if (row.case, row.contender) == key}
-    times = {f"{row.case}: {row.contender}": 1e3 * row.host_ms for row in rows}
-    return json.dumps({"device": rows[0].device, "torch": rows[0].torch, "microseconds": times} | ratios)
-
-
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -137,7 +130,12 @@ def main() -> None:
     parser.add_argument("--device", help="for benchmarks/gpu.sh: it is a GPU where there is one, else the stub")
     args = parser.parse_args()
     rows = timed(args.rounds)
-    print(as_json(rows)) if args.json else report(rows)
+    if args.json:
+        ratios = {name: row.ratio for name, key in RATIOS.items() for row in rows if (row.case, row.contender) == key}
+        times = {f"{row.case}: {row.contender}": 1e3 * row.host_ms for row in rows}
+        print(json.dumps({"device": rows[0].device, "torch": rows[0].torch, "microseconds": times} | ratios))
+    else:
+        report(rows)
     if args.out:
         write(rows, args.out)
 

@@ -100,28 +100,26 @@ class Case:
 
 def cases(cache: Path) -> dict[str, Case]:
     """Return all cases by name; networks that are trained for them are kept in ``cache``."""
-    found: dict[str, Case] = {}
-
-    def add(name: str, kind: str, make: Callable[[], Any], **given: Any) -> None:
-        found[name] = Case(kind, make, given)
 
     def own(*settings: Any, **variant: str) -> Callable[[], Any]:
         return lambda: (captured(bundled.load_model(), *settings, **variant), None)
 
-    for name, mask in MASKS.items():
-        add(name, "mask in the model", lambda mask=mask: (captured(masked(*mask)), captured(bundled.load_model())))
-    add("two steps", "mask in the model", own(0.2), steps=2, queries=10)
+    def beside_the_plain(*mask: Any) -> Callable[[], Any]:
+        return lambda: (captured(masked(*mask)), captured(bundled.load_model()))
+
+    def trained_for(n: str, *epochs: int) -> Callable[[], Any]:
+        return lambda: tuple(captured(network(n, each, cache)) for each in epochs)
+
+    found = {name: Case("mask in the model", beside_the_plain(*mask)) for name, mask in MASKS.items()}
+    found["two steps"] = Case("mask in the model", own(0.2), {"steps": 2, "queries": 10})
     for name, (alpha, variant) in OPERATORS.items():
-        add(name, "mask in the operator", own(alpha, **variant))
-    for alpha in HONEST_ALPHAS:
-        add(f"GELU, alpha {alpha:g}", "honest", own(alpha))
+        found[name] = Case("mask in the operator", own(alpha, **variant))
+    honest = {f"GELU, alpha {alpha:g}": own(alpha) for alpha in HONEST_ALPHAS}
     for n in ACTIVATIONS:
         if n != "gelu":
-            add(f"{n}, alpha 0.02", "honest", lambda n=n: (captured(network(n, LONG, cache), 0.02), None))
-    for n in ("relu", "gelu"):
-        words = f"{n}, trained shorter and longer"
-        add(words, "honest", lambda n=n: tuple(captured(network(n, epochs, cache)) for epochs in (LONG, SHORT)))
-    return found
+            honest[f"{n}, alpha 0.02"] = lambda n=n: (captured(network(n, LONG, cache), 0.02), None)
+    honest |= {f"{n}, trained shorter and longer": trained_for(n, LONG, SHORT) for n in ("relu", "gelu")}
+    return found | {name: Case("honest", make) for name, make in honest.items()}
 
 
 def captured(model: nn.Module, alpha: Any = 0.0, **variant: str) -> fx.GraphModule:
@@ -193,9 +191,8 @@ def main() -> None:
     args.cache.mkdir(parents=True, exist_ok=True)
     calls = {name: partial(judge, name, case, args.images) for name, case in cases(args.cache).items()}
     calls[AGAIN] = partial(same_against_same, 4 * args.images)
-    names = list(calls)
-    asked = args.case or [name for name in names if name not in {row.case for row in held}]
-    run({name: lambda name=name: [calls[name]()] for name in asked}, args.out, held, lambda row: names.index(row.case))
+    asked = args.case or [name for name in calls if name not in {row.case for row in held}]
+    run({name: lambda call=calls[name]: [call()] for name in asked}, args.out, held)
 
 
 if __name__ == "__main__":

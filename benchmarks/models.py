@@ -75,12 +75,6 @@ class Case:
         words += ["channels_last"] * self.channels_last + [self.dtype] * (self.dtype != "float32")
         return " ".join(words)
 
-    @property
-    def place(self) -> tuple[int, ...]:
-        """Where its rows stand among others; first, those of a model that is no more."""
-        model = list(MODELS).index(self.model) if self.model in MODELS else -1
-        return model, self.batch, list(DTYPES).index(self.dtype), self.channels_last, MODES.index(self.mode)
-
     @classmethod
     def read(cls, text: str) -> Case:
         """Return the case of a row."""
@@ -233,7 +227,7 @@ def main() -> None:
     how = (args.device, args.repetitions, not args.eager, args.cold)
     calls = {str(case): functools.partial(rows_of, case, *how) for case in cases}
     held = read(args.out) if args.append and args.out else ()
-    run(calls, args.out, held, place=lambda row: Case.read(row.case).place)
+    run(calls, args.out, held)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def main() -> None:
             given = (laboratory, network, alpha, args.images, args.cache)
             calls[f"{network}, {alpha}"] = lambda given=given: [measure(*given)]
     case_of = "{0.network}, {0.alpha}".format
-    run(calls, args.out, read(args.out), lambda row: (row.network, row.alpha), case_of)
+    run(calls, args.out, read(args.out), case_of)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ from benchmarks.page.paper import PUBLISHED, change, drawn, figure_of
 from benchmarks.page.results import Results
 from benchmarks.paper import __main__ as program
 from benchmarks.paper.tables import NETWORKS, TABLES
-from benchmarks.paper.training import ACTIVATIONS, Recipe, pgd, train
-from benchmarks.train_robust import subsets
+from benchmarks.paper.training import ACTIVATIONS, Recipe, pgd, subsets, train
 
 ROOT = Path(__file__).parents[1]
 COUNTS = {"selection_images": 10, "images": 10, "attacked": 10}
@@ -113,7 +112,8 @@ def test_some_columns_of_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*arguments, "ELU"])
     program.main()
     rows = read(tmp_path / "paper-2.csv")
-    assert [(row.column, row.row) for row in rows] == [(column, name) for column in cells for name in cells[column]]
+    assert [(row.column, row.row) for row in rows if row.column == "ELU"] == [("ELU", name) for name in cells["ELU"]]
+    assert len(rows) == len(TABLES[2].cells)
     monkeypatch.setattr(sys, "argv", [*arguments, "Relu"])
     with pytest.raises(SystemExit):
         program.main()

@@ -20,7 +20,7 @@ from benchmarks import zoo as table
 from benchmarks.harness import Row, read, write
 from benchmarks.page.__main__ import zoo_page
 from benchmarks.page.results import Results
-from benchmarks.zoo_models import MODELS, build
+from benchmarks.zoo import MODELS, build
 from meansparse_fx.errors import ArtifactError, MeanSparseError, ModelError
 from meansparse_fx.zoo import Normalised, input_shape, load_model, robustbench_mend
 from meansparse_fx.zoo import robustbench as robustbench_zoo

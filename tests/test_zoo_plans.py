@@ -44,8 +44,7 @@ def rows_of(path) -> dict:
 def plan_of(model: str) -> list[str]:
     import meansparse_fx as msfx
     from benchmarks.harness import RESULTS
-    from benchmarks.zoo import SMALL
-    from benchmarks.zoo_models import build
+    from benchmarks.zoo import SMALL, build
 
     size = rows_of(RESULTS / "zoo.csv")[model].image or SMALL
     with warnings.catch_warnings():

@@ -1,6 +1,7 @@
 """Make every page, plot and table of README and docs that has figures from the files in benchmarks/results/.
 
     python -m benchmarks.page [--results DIRECTORY] [--root DIRECTORY] [--summary]
+    python -m benchmarks.page --count     first count anew what the operator must move, for roofline.csv
 
 Nothing is measured here. What no file has is "not measured" on the page. Templates are in benchmarks/page/.
 """
@@ -10,13 +11,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from meansparse_fx.plots import picture
 
-from ..harness import RESULTS, ROOT, Row, options
+from ..contenders import MODELS, counts
+from ..harness import RESULTS, ROOT, Row, options, run
 from ..judge import THREAT
 from ..paper.tables import NETWORKS, SITES, TABLES
 from . import paper, speed
@@ -69,6 +72,7 @@ def _cell(text: str) -> str:
     return re.sub(r"/\S*/(?:site-packages|lib/python[\d.]+)/", "", text).replace("|", "\\|")
 
 
+COUNTED = ("WRN-16-4", "WRN-28-10", "RaWRN-small", "ResNet-50", "ConvNeXt-T", "Swin-T")
 # What is written whole, and between two marks of a page.
 PAGES = {"performance.md": performance_page, "paper.md": paper_page, "zoo.md": zoo_page}
 PARTS = {
@@ -98,7 +102,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--root", type=Path, default=ROOT, help="of README.md and docs/")
     parser.add_argument("--summary", action="store_true", help="print verdicts and headline of GPUs, 40 lines at most")
+    parser.add_argument("--count", nargs="*", choices=MODELS, help="models, by default those that are counted")
     args = parser.parse_args()
+    if args.count is not None:
+        run({name: partial(counts, name) for name in args.count or COUNTED}, args.results / "roofline.csv")
     write_pages(Results(args.results), args.root)
     if args.summary:
         print(speed.summary(Results(args.results, gpu=True)))

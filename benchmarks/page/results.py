@@ -50,7 +50,7 @@ class Results:
 
     Attributes:
         models, kernels, calibration, attack, host, scaling: Sources, a device each; without those of CPUs on demand.
-        counts: What `benchmarks.roofline` counted, by model and form.
+        counts: What `contenders.counts` has, by model and form.
         images: How many images calibration needs.
         judge, strongest, choice, zoo, extra: Rows.
         paper: Rows by table, those tables alone that were measured.

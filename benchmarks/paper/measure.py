@@ -23,9 +23,8 @@ from meansparse_fx.operators import operators
 from meansparse_fx.progress import bar
 
 from ..harness import Row
-from ..train_robust import subsets
 from .tables import NETWORKS, TABLES, Cell
-from .training import trained
+from .training import subsets, trained
 
 BATCH = 250
 QUERIES = 1000

@@ -1,6 +1,6 @@
 """Floor 1: the bundled model and its images, kept inside the package: no download, nothing unpickled.
 
-`benchmarks/train_robust.py` made both. Calibration images come from the training set; selection and test
+`python -m benchmarks.paper bundled` made both. Calibration images come from the training set; selection and test
 images from the test set, which training never saw. No image is in two of them.
 """
 
