@@ -503,8 +503,13 @@ def test_the_committed_pages_are_what_the_files_say(monkeypatch, root, capsys):
             assert (folder / "docs" / plot).read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_files_nothing_was_measured(tmp_path):
-    page = pages.performance_page(Results(tmp_path))
+def test_without_files_nothing_was_measured(root):
+    pages.write_pages(Results(root / "nothing"), root)
+    for name in ("robustness", "zoo"):
+        assert (root / f"docs/{name}.md").read_text() == (ROOT / f"docs/{name}.md").read_text(), "no file says anything"
+    assert not list(root.glob("**/*.png"))
+    assert "Whole models have not been measured." in (root / "README.md").read_text()
+    page = (root / "docs/performance.md").read_text()
     assert "![" not in page
     assert page.count("| not measured |") == len(TARGETS)
     assert "met |" not in page
@@ -557,8 +562,10 @@ def test_the_page_copes_with_whatever_there_is(tmp_path):
     page = pages.performance_page(found)
     assert f"| {case}, ours | +0.0 | +2.00 |  |" in page
     assert "| ours against base (`models-cpu-2-threads.csv`) | 0 | 1 | 1.20 |" in page
-    for draw in speed.PLOTS.values():
-        assert draw(found) is not None
+    left, right = speed.figure_of(found.models).axes
+    ratios = {line.get_label(): sorted(line.get_xdata()) for line in left.lines}
+    assert (ratios["ours"], ratios["published module"]) == ([0.9, 1.2], [])
+    assert [sorted(line.get_xdata()) for line in right.lines if line.get_marker() == "o"] == [[1.3]]
 
 
 @pytest.mark.parametrize(

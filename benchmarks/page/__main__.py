@@ -14,8 +14,6 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from meansparse_fx.plots import picture
 
 from ..contenders import MODELS, counts
@@ -30,8 +28,7 @@ from .targets import wins
 
 def performance_page(results: Results) -> str:
     """Return docs/performance.md; the template calls what is in `speed`."""
-    figures = [name for name, draw in speed.PLOTS.items() if draw(results)]
-    return render("performance.md", **vars(speed), results=results, wins=wins, figures=figures)
+    return render("performance.md", **vars(speed), results=results, wins=wins)
 
 
 def paper_page(results: Results) -> str:
@@ -84,17 +81,19 @@ PARTS = {
 
 
 def write_pages(results: Results, root: Path) -> None:
-    """Write everything below ``root``, which has README.md and docs/."""
+    """Write everything below ``root``, in its README.md and docs/; the zoo, judge and strongest if they have a file."""
+    needs = {"zoo.md": results.zoo, "judge": results.judge, "strongest": results.strongest}
     for name, page in PAGES.items():
-        (root / "docs" / name).write_text(page(results))
+        if needs.get(name, True):
+            (root / "docs" / name).write_text(page(results))
     for (path, part), text in PARTS.items():
-        between_marks(root / path, part, text(results))
-    figures: dict[str, Figure | None] = {name: draw(results) for name, draw in speed.PLOTS.items()}
+        if needs.get(part, True):
+            between_marks(root / path, part, text(results))
+    figures = {"performance-models.png": speed.figure_of(results.models)} if results.models else {}
     figures |= {f"paper-{number}.png": paper.figure_of(number, rows) for number, rows in paper.drawn(results).items()}
     for name, figure in figures.items():
-        if figure is not None:
-            figure.set_dpi(130)
-            (root / "docs" / name).write_bytes(picture(figure))
+        figure.set_dpi(130)
+        (root / "docs" / name).write_bytes(picture(figure))
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from meansparse_fx.plots import LIGHT, SMALL, legend, new_figure
@@ -162,59 +161,25 @@ def _span(rows: Sequence[Row], column: str) -> str:
     return " to ".join(dict.fromkeys((texts[0], texts[-1]))) + mark(rows[0]) if texts else ""
 
 
-# The plots.
-
-
-def models_figure(results: Results) -> Figure | None:
-    """Return every contender's ratio, a line a case: eager ones left, compiled ones right; None without rows."""
-    cases = [(source, case) for source in results.models for case in source.cases]
-    if not cases:
-        return None
+def figure_of(sources: Sequence[Source]) -> Figure:
+    """Return every contender's ratio, a line a case: eager ones left, compiled ones right."""
+    cases = [(source, case) for source in sources for case in source.cases]
     figure = new_figure(LIGHT, 8.6, 1.6 + 0.34 * len(cases))
     axes = figure.subplots(1, 2, sharey=True)
     for side, suffix, title in zip(axes, ("", " compiled"), ("over the base", "over the compiled base"), strict=True):
-        rows = {name: [source.cases[case].get(name + suffix) for source, case in cases] for name in FORMS}
-        points = {name: [(r.ratio, -at) for at, r in enumerate(own) if r] for name, own in rows.items()}
-        _dots(side, points, named=not suffix)
+        for name, (colour, marker) in FORMS.items():
+            rows = [source.cases[case].get(name + suffix) for source, case in cases]
+            points = [(row.ratio, -at) for at, row in enumerate(rows) if row]
+            style = {"color": colour, "markersize": 6, "label": None if suffix else name}
+            side.plot([x for x, _ in points], [y for _, y in points], marker, **style)
         side.set_title(title, fontsize=SMALL)
         side.axvline(1, color=LIGHT.ink, linewidth=1)
+        side.grid(color=LIGHT.grid, linewidth=0.8)
+        side.set_axisbelow(True)
+        side.tick_params(labelsize=SMALL, length=0)
+        side.spines[:].set_visible(False)
     labels = [f"{case}\n{source.where.partition(', torch')[0]}" for source, case in cases]
     axes[0].set_yticks([-line for line in range(len(cases))], labels, fontsize=7)
     axes[0].set_ylim(0.6 - len(cases), 0.6)
     legend(figure, LIGHT, 4)
     return figure
-
-
-def roofline_figure(results: Results) -> Figure | None:
-    """Return measured extra time over counted extra bytes; None without rows."""
-    points: dict[str, list[tuple[float, float]]] = {name: [] for name in FORMS}
-    for source in results.models:
-        for name, _, extra, longer in extras(results, source):
-            points[name].append((extra, longer))
-    if not any(points.values()):
-        return None
-    figure = new_figure(LIGHT, 8.6, 4.2)
-    axes = figure.subplots()
-    _dots(axes, points)
-    axes.axhline(0, color=LIGHT.ink, linewidth=1)
-    axes.axvline(0, color=LIGHT.ink, linewidth=1)
-    axes.set_xlabel("counted: MiB moved more than by the base, a call", fontsize=SMALL)
-    axes.set_ylabel("measured: ms longer than the base", fontsize=SMALL)
-    legend(figure, LIGHT, 4)
-    return figure
-
-
-def _dots(axes: Axes, points: dict[str, list[tuple[float, float]]], named: bool = True) -> None:
-    for name, (colour, marker) in FORMS.items():
-        if points[name]:
-            axes.plot(
-                *zip(*points[name], strict=True), marker, color=colour, markersize=6, label=name if named else None
-            )
-    axes.grid(color=LIGHT.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=SMALL, length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
-PLOTS = {"performance-models.png": models_figure, "performance-roofline.png": roofline_figure}
