@@ -85,15 +85,22 @@ class Case:
         return cls(model, int(batch), int(side), mode, layout is not None, "bfloat16" if dtype else "float32")
 
 
-def build(model: nn.Module, images: Tensor, mode: str, compiled: bool) -> dict[str, nn.Module]:
-    """Return the contenders, compiled ones not yet compiled."""
+def build(
+    case: Case, device: str, dtype: torch.dtype, batch: int, compiled: bool
+) -> tuple[dict[str, nn.Module], Tensor, Tensor]:
+    """Return the contenders, compiled ones not yet compiled, their images, and a gradient of their logits."""
+    torch.manual_seed(0)
+    layout = torch.channels_last if case.channels_last else torch.contiguous_format
+    model = build_model(case.model).to(device, dtype, memory_format=layout)
+    images = torch.rand(batch, 3, case.side, case.side, device=device, dtype=dtype).contiguous(memory_format=layout)
+    with torch.no_grad():
+        upstream = torch.randn_like(model(images))
     sparse = msfx.transform(model, images)
-    statistics = msfx.calibrate(sparse, [images], progress=False)
+    settings = {"statistics": msfx.calibrate(sparse, [images], progress=False), "alpha": ALPHA}
     msfx.set_alpha(sparse, ALPHA)
     published, branch_free = with_form(sparse, "published"), with_form(sparse, "branch-free")
     contenders = {"base": model, "published module": published, "branch-free module": branch_free, "ours": sparse}
-    settings = {"statistics": statistics, "alpha": ALPHA}
-    if mode != "all gradients":  # the norms of the fused one are frozen
+    if case.mode != "all gradients":  # the norms of the fused one are frozen
         frozen = copy.deepcopy(model).requires_grad_(False)
         contenders["ours, fused"] = msfx.transform(frozen, images, **settings, fuse="all")
     if compiled:
@@ -103,7 +110,7 @@ def build(model: nn.Module, images: Tensor, mode: str, compiled: bool) -> dict[s
     if compiled and images.is_cuda:  # CUDA graphs; of what `transform` returns, for a plug-in takes options, no mode
         for name in ("base", "ours"):
             contenders[f"{name} reduce-overhead"] = torch.compile(contenders[name], mode="reduce-overhead")
-    return contenders
+    return contenders, images, upstream
 
 
 def calls_of(
@@ -163,13 +170,8 @@ def check(results: dict[str, tuple[Tensor, ...]], what: str, tolerance: float, a
 
 def check_exactly(case: Case, device: str) -> None:
     """Raise unless every eager contender computes in float64 what its model computes, and the operators show in it."""
-    torch.manual_seed(0)
-    model = build_model(case.model).to(device, torch.float64)
-    images = torch.rand(2, 3, case.side, case.side, device=device, dtype=torch.float64)
-    with torch.no_grad():
-        upstream = torch.randn_like(model(images))
-    contenders = build(model, images, case.mode, compiled=False)
-    results = {name: calls_of(net, images, upstream, case.mode)[0]() for name, net in contenders.items()}
+    contenders, *given = build(case, device, torch.float64, 2, compiled=False)
+    results = {name: calls_of(net, *given, case.mode)[0]() for name, net in contenders.items()}
     check(results, f"{case} in float64", EXACT)
 
 
@@ -182,17 +184,10 @@ def rows_of(case: Case, device: str, repetitions: int, compiled: bool = True, co
     """
     torch.compiler.reset()  # each case is compiled afresh
     check_exactly(case, device)
-    torch.manual_seed(0)
-    dtype, layout = DTYPES[case.dtype], torch.channels_last if case.channels_last else torch.contiguous_format
-    model = build_model(case.model).to(device, dtype, memory_format=layout)
-    images = torch.rand(case.batch, 3, case.side, case.side, device=device, dtype=dtype)
-    images = images.contiguous(memory_format=layout)
-    with torch.no_grad():
-        upstream = torch.randn_like(model(images))
-    contenders = build(model, images, case.mode, compiled)
+    contenders, *given = build(case, device, DTYPES[case.dtype], case.batch, compiled)
     calls, facts = {}, {}
     for name, contender in contenders.items():
-        calls[name], graph = calls_of(contender, images, upstream, case.mode)
+        calls[name], graph = calls_of(contender, *given, case.mode)
         state = functools.partial(state_of, name, contender)
         facts[name] = facts_of(calls[name], graph, state, device, name in COMPILED, cold)
     if case.dtype == "float32":  # bfloat16 rounds ResNet-50's logits by 7 %, as much as operators change them
