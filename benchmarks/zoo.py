@@ -26,8 +26,7 @@ import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,7 +35,9 @@ import torch
 from torch import Tensor, nn
 
 import meansparse_fx
+from meansparse_fx.capture import capture
 from meansparse_fx.outputs import flatten
+from meansparse_fx.sites import Placement, find_sites
 from meansparse_fx.zoo import input_shape, load_model
 from meansparse_fx.zoo import robustbench as robustbench_zoo
 
@@ -141,21 +142,19 @@ def measure(name: str) -> Row:
         model = build(name)
         images, expected, forward = _first_forward(model)
         row |= {"image": images.shape[-1], "forward_cpu_s": forward}
-        with _stopwatch() as (seconds, results):
-            start = time.process_time()
-            sparse = meansparse_fx.transform(model, images)
-            row["transform_cpu_s"] = round(time.process_time() - start, 3)
+        captured, row["capture_cpu_s"] = _timed(lambda: capture(model, images))
+        given = (captured.graph_module, captured.route, images, Placement())
+        _, row["find_cpu_s"] = _timed(lambda: find_sites(*given))
+        sparse, row["transform_cpu_s"] = _timed(lambda: meansparse_fx.transform(model, images))
         plan = meansparse_fx.inspect(sparse)
         return row.but(
             route=plan.route,
-            checked=results["capture"].checked,
+            checked=captured.checked,
             rewritten=_counts(site.kind for site in plan.active),
             skipped=_counts(site.refusal.kind for site in plan if site.refusal),
             nodes=len(sparse.graph.nodes),
             equal=_difference(sparse(images), expected),
             gradient=_difference(_gradient(sparse, images), _gradient(model, images)),
-            capture_cpu_s=seconds["capture"],
-            find_cpu_s=seconds["find_sites"],
         )
     except Exception as error:  # a row with its error, whatever it is
         return row.but(error=re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:600])
@@ -169,33 +168,16 @@ def _first_forward(model: nn.Module) -> tuple[Tensor, Any, float]:
         size = sizes.pop(0)
         images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
         try:
-            start = time.process_time()
-            return images, model(images), round(time.process_time() - start, 3)
+            return images, *_timed(lambda images=images: model(images))
         except Exception:
             if not sizes:
                 raise
 
 
-@contextlib.contextmanager
-def _stopwatch() -> Iterator[tuple[dict[str, float], dict[str, Any]]]:
-    """Yield the processor's seconds that `transform` spends in its phases, and what each of them returns."""
-    verbs = importlib.import_module("meansparse_fx.transform")
-    seconds: dict[str, float] = {}
-    results: dict[str, Any] = {}
-
-    def timed(name: str) -> AbstractContextManager[Any]:
-        function = getattr(verbs, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.process_time()
-            results[name] = function(*args, **kwargs)
-            seconds[name] = round(time.process_time() - start, 3)
-            return results[name]
-
-        return mock.patch.object(verbs, name, call)
-
-    with timed("capture"), timed("find_sites"):
-        yield seconds, results
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    """Return what a call returns, and the processor's seconds that it took."""
+    start = time.process_time()
+    return call(), round(time.process_time() - start, 3)
 
 
 def _counts(words: Any) -> str:
