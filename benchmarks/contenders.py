@@ -141,7 +141,7 @@ def counts(name: str) -> list[Row]:
     found = msfx.cost(build(name), torch.rand(2, 3, MODELS[name][1], MODELS[name][1]))
     return [
         Row(
-            benchmark="roofline", case=name, contender=form, sites=len(found),
+            benchmark="roofline", case=name, contender=form, site_count=len(found),
             forward_calls=total.forward.calls, forward_bytes=total.forward.bytes // found.images,
             backward_calls=total.backward.calls, backward_bytes=total.backward.bytes // found.images,
         )

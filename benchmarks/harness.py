@@ -32,10 +32,10 @@ Make = Callable[[], Call]  # makes a call, on the stream that is current
 _NAMES: dict[type, str] = {
     str: """
         benchmark case contender baseline device torch triton commit date what unit formula model route checked
-        rewritten skipped equal gradient error kind verdict failed search setting row column network operators
+        rewritten skipped equal gradient error kind verdict failed search setting row column network sites
         centre split attacks norm""",
     int: """
-        repetitions threads kept_bytes peak_bytes launches graphs forward_images backward_images size sites
+        repetitions threads kept_bytes peak_bytes launches graphs forward_images backward_images size site_count
         forward_calls forward_bytes backward_calls backward_bytes image nodes table images attacked steps
         selection_images test_images""",
     float: """

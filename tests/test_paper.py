@@ -51,7 +51,7 @@ def test_the_papers_changes():
 
 def a_row(number: int, cell, **given) -> Row:
     known = {"table": number, "row": cell.row, "column": cell.column, "alpha": cell.alpha, "network": cell.network}
-    known |= {"operators": "0", "centre": cell.centre, "split": cell.split, "attacks": "apgd-ce", "norm": "Linf"}
+    known |= {"sites": "0", "centre": cell.centre, "split": cell.split, "attacks": "apgd-ce", "norm": "Linf"}
     known |= {"eps": 0.1, "steps": 3, "images": 100, "clean": 0.8, "attacked": 50, "torch": "2"}
     known |= {"own": 0.5, "own_change": 0.02, "own_low": 0.01, "own_high": 0.03}
     known |= {"worst": 0.4, "worst_change": -0.01, "worst_low": -0.02, "worst_high": 0.0}

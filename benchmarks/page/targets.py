@@ -101,7 +101,7 @@ def dearer(row: Row, smallest: Row) -> float | None:
 
 def calls_a_site(row: Row, _: Row) -> float:
     """Return how many calls of operators a site takes forward."""
-    return row.forward_calls / row.sites
+    return row.forward_calls / row.site_count
 
 
 FUSED, CALIBRATE = "ours, fused", "meansparse_fx.calibrate|torch.compile, observe"

@@ -94,7 +94,7 @@ class Laboratory:
             for cell in cells:
                 base, own, threat = self._outcome(cell, 0.0), self._outcome(cell, cell.alpha), cell.threat
                 row = Row(table=number, row=cell.row, column=cell.column, alpha=cell.alpha, network=cell.network)
-                row |= {"operators": " ".join(map(str, cell.sites)), "centre": cell.centre, "split": cell.split}
+                row |= {"sites": " ".join(map(str, cell.sites)), "centre": cell.centre, "split": cell.split}
                 row |= {"attacks": " ".join(threat.attacks), "norm": threat.norm, "eps": threat.eps}
                 row |= {"steps": self._steps or threat.steps, "images": len(own.clean), "clean": mean(own.clean)}
                 rows.append(row.but(**changes(base, own)))
