@@ -474,6 +474,15 @@ def test_the_counts_kept_are_todays():
     assert {count.case for count in kept} >= {"WRN-16-4", "WRN-28-10", "ResNet-50", "ConvNeXt-T", "Swin-T"}
 
 
+def test_counts_of_one_model_leave_the_others(monkeypatch, tmp_path, root):
+    path = tmp_path / "roofline.csv"
+    counted = contenders.counts("WRN-10-1")
+    others = [row.but(case="other") for row in counted]
+    write([counted[0].but(site_count=99), *others], path)
+    main(pages, monkeypatch, "--count", "WRN-10-1", "--results", tmp_path, "--root", root)
+    assert read(path) == counted + others
+
+
 PAGES = ("README.md", *(f"docs/{name}.md" for name in ("performance", "kernels", "robustness", "paper", "zoo")))
 
 
