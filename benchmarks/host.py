@@ -68,7 +68,7 @@ def calls(device: str) -> dict[str, Call]:
     norm.requires_grad_(False), conv.requires_grad_(False)
     module = MeanSparse("site", channels, 1, ActivationCall("relu")).to(device)
     fused = MeanSparse("fused", channels, 1, ActivationCall("relu")).to(device)
-    fused.prologue = Prologue(FrozenNorm(norm, norm.eps))
+    fused.prologue = Prologue(FrozenNorm(norm))
 
     def gradient(form: Callable[[Tensor], Tensor]) -> Call:
         return lambda: torch.autograd.grad(form(leaf), leaf, upstream)

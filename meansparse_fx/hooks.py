@@ -242,9 +242,20 @@ class NoHooks(OrderedDict):
 
 
 def forbid_hooks(module: nn.Module, reason: str) -> None:
-    """Refuse hooks from now on, with a reason."""
+    """Refuse hooks from now on, with a reason, and another module in its place."""
     for kind in _RUNNING:
         module.__dict__[kind] = NoHooks.because(reason)
+
+
+def _refuse_replacement(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    held = parent._modules.get(name)
+    hooks = None if held is None or held is module else held.__dict__.get(_FORWARD[0])
+    if isinstance(hooks, NoHooks):
+        fact = hooks.reason.partition(":")[0]
+        raise StateError(f"{fact}: put another module there in the base, and transform that")
+
+
+torch_module.register_module_module_registration_hook(_refuse_replacement)  # or it would change nothing, silently
 
 
 def allow_hooks(module: nn.Module) -> None:

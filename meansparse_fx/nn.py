@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from .activations import ActivationCall
 from .arguments import number
 from .errors import SiteError, StateError
-from .frozen import Prologue
+from .frozen import WANT_GRADIENTS, Prologue
 from .kernels.operator import Operator
 from .kernels.records import Options, Vectors
 from .kernels.reference import BACKWARDS, VARIANTS
@@ -113,6 +113,10 @@ class MeanSparse(nn.Module):
         norms: tuple[Tensor | None, ...] = (None, None, None, None)
         if fused:
             norms = self.prologue.affines(self.name)
+            if layer_scale is not None and layer_scale.requires_grad and torch.is_grad_enabled():
+                raise StateError(f"{self.name}: the numbers of the LayerScale fused into it {WANT_GRADIENTS}")
+            if torch._C._are_functorch_transforms_active():  # whose tensors have no memory
+                return self._bind(Vectors(centre, threshold, weight), norms, layer_scale, fused)
         if torch.compiler.is_compiling():
             return self._bind(Vectors(centre, threshold, weight), norms, layer_scale, fused, "composition")
         key: tuple[int, ...] = id(centre), id(threshold), id(weight)
@@ -152,6 +156,11 @@ class MeanSparse(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bound": {}}
+
+    def __prepare_scriptable__(self) -> MeanSparse:
+        raise StateError(
+            "torch.jit.script cannot compile MeanSparse operators: torch.jit.trace(model, images), or meansparse_fx.export"
+        )
 
     @property
     def calibrated(self) -> bool:

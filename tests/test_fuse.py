@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -288,6 +289,61 @@ def test_a_norm_that_is_written_to_counts(model, images, write):
             if key.endswith("running_var"):
                 write(buffer)
     torch.testing.assert_close(fused(images), plain(images), rtol=1e-9, atol=1e-11)
+
+
+def norms(sparse):
+    return [m for m in sparse.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def test_another_eps_counts(model, images):
+    fused, plain = calibrated(model, images, fuse="all"), calibrated(model, images)
+    before = fused(images)
+    for norm in (*norms(fused), *norms(plain)):
+        norm.eps = 0.5
+    torch.testing.assert_close(fused(images), plain(images), rtol=1e-9, atol=1e-11)
+    assert bool((fused(images) == before).all()) == (not norms(fused))
+
+
+def test_weights_of_norms_under_torch_func(model, images):
+    fused, plain = calibrated(model, images, fuse="all"), calibrated(model, images)
+    factors, results = torch.tensor([1.0, 1.5], dtype=torch.float64), []
+    for sparse in (fused, plain):
+        sparse(images)
+        state = {k: factors.view(2, *[1] * v.dim()) * v for k, v in sparse.named_parameters()}
+        state |= {k: factors.view(2, *[1] * v.dim()) * v for k, v in sparse.named_buffers() if "running" in k}
+        call = torch.func.vmap(lambda s, sparse=sparse: torch.func.functional_call(sparse, s, (images,)))
+        results.append(call(state))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(results[0][0], fused(images), rtol=1e-9, atol=1e-11)
+
+
+def test_gradients_wanted_later_are_refused(model, images):
+    """They would be none, or zero under torch.func, without a word."""
+    fused = calibrated(model, images, fuse="all").requires_grad_(True)
+    with pytest.raises(StateError, match=r"(norm|LayerScale) fused into it want gradients now.*requires_grad_"):
+        fused(images)
+    with torch.no_grad():
+        assert torch.equal(fused(images), fused.requires_grad_(False)(images))
+
+
+def test_torch_jit_traces_the_norms_themselves(images):
+    fused = calibrated(build(PostActivation), images, fuse="all")
+    fused(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is on its way out
+        traced = torch.jit.trace(fused, images)
+        with pytest.raises(StateError, match="torch.jit.script cannot .* torch.jit.trace"):
+            torch.jit.script(fused)
+    for norm in norms(fused):
+        norm.running_var.mul_(2)
+    assert torch.equal(traced(images), fused(images))
+
+
+def test_a_norm_without_statistics_is_refused(images):
+    fused = calibrated(build(PostActivation), images, fuse="all")
+    fused.bn0.running_var = None
+    with pytest.raises(StateError, match="relu: fused with a batch norm .* lost its statistics"):
+        fused(images)
 
 
 def test_a_layer_scale_in_new_memory_counts(images):

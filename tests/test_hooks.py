@@ -368,7 +368,13 @@ def test_a_transformed_model_refuses_hooks_where_nothing_is_called():
         sparse.get_submodule(path).register_forward_hook(lambda *_: calls.append(1))
     sparse(IMAGES)
     assert len(calls) == 5
+    for path in ("act", "body.2", "bn", "body.1", "scale"):  # nor another module in its place, which changes nothing
+        owner, _, name = path.rpartition(".")
+        with pytest.raises(StateError, match=f"{path}.*: put another module there in the base"):
+            setattr(sparse.get_submodule(owner), name, nn.Softplus())
+    sparse.head = nn.Identity()
     base = msfx.restore(sparse)
+    base.head = model.head
     for path in ("act", "body.1"):
         base.get_submodule(path).register_forward_hook(halve)
     assert not torch.equal(base(IMAGES), model(IMAGES))

@@ -277,7 +277,7 @@ class Finder:
         module = self._operators.module(node)
         if not isinstance(module, _NORMS) or type(module) not in _NORMS or len(node.args) != 1:
             return None
-        return None if module.training or has_own_forward(module) else FrozenNorm(module, module.eps)
+        return None if module.training or has_own_forward(module) else FrozenNorm(module)
 
     def _function_norm(self, node: fx.Node) -> FrozenNorm | None:
         """Of F.batch_norm with all that it reads from one module, as classes that extend torch's norms call it."""
