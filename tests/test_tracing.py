@@ -305,10 +305,6 @@ def by_counting_images(self, x):
     return torch.stack([F.relu(x[i]) for i in range(x.shape[0])])
 
 
-def by_splitting(self, x):  # into one part at 2 and at 3 images
-    return torch.cat([F.relu(part) for part in x.split(4)])
-
-
 def by_each_image(self, x):
     return torch.stack([F.relu(image) for image in x])
 
@@ -347,7 +343,6 @@ def by_gradient(self, x):
         (by_number_of_value, r"item() asks for values that are computed from the images"),
         (by_batch_size, "a branch depends on the batch size: True for 2 and False for 3 images"),
         (by_counting_images, "a number is needed here, and it depends on the batch size"),
-        (by_splitting, "the number of tensors depends on the batch size"),
         (by_each_image, "a loop runs as often as there are images in a batch"),
         (by_number_found, "a branch depends on a number that is computed from the images"),
         (by_transform, "a transform of torch.func, which no graph holds, inside of forward"),
@@ -386,6 +381,40 @@ def test_batches_about_which_the_examples_say_nothing_are_refused(decide, others
         assert torch.equal(copied(IMAGES), model(IMAGES))
     with pytest.raises(CaptureError, match="decides by the number of images"):
         find_sites(graph_module, BY_EXAMPLE, torch.randn(others, 4, 8, 8))
+
+
+def squeezed(x):
+    y = x.mean((2, 3)).squeeze()
+    return y[None] if y.dim() == 1 else y
+
+
+@pytest.mark.parametrize(
+    ("asks", "refused"),
+    [
+        (lambda x: x * x[:2].shape[0], 1),
+        (lambda x: x * F.relu(x[-2:]).flatten(1).size(0), 1),
+        (lambda x: x * len(x[:2]), 1),
+        (lambda x: x * sum(1 for _ in x[:2]), 1),
+        (lambda x: x * (x.flatten(1) @ x.flatten(1).t())[:2].shape[0], 1),
+        (lambda x: x * len(x.chunk(2)), 1),
+        (lambda x: x * len(x[:2].unbind(0)), 1),
+        (lambda x: torch.cat([F.relu(part) for part in x.split(8)]), 9),
+        (squeezed, 1),
+        (lambda x: x * x[0].shape[0] * x.mean(0).dim() * x[:1].size(0), None),
+        (lambda x: torch.cat(x.chunk(2, 1)[::-1], 1) * x.mean((2, 3)).squeeze(-1).shape[1], None),
+    ],
+)
+def test_sizes_on_which_the_examples_agree_by_their_number_alone(asks, refused):
+    """``x[:2].shape[0]`` is 2 of 2 and of 3 images, and 1 of one."""
+    model = Functional(lambda self, x: asks(F.relu(x)) if x.shape[1] == 4 else x).eval()
+    graph_module = capture(model, IMAGES).graph_module
+    for images in (IMAGES[:2], IMAGES, torch.randn(7, 4, 8, 8)):
+        assert torch.equal(graph_module(images), model(images))
+    if refused is None:
+        assert torch.equal(graph_module(IMAGES[:1]), model(IMAGES[:1]))
+    else:
+        with pytest.raises(CaptureError, match="decides by the number of images"):
+            graph_module(torch.randn(refused, 4, 8, 8))
 
 
 @pytest.mark.parametrize(

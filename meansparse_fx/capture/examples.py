@@ -152,12 +152,13 @@ class ExampleTracer(ModelTracer):
         """Return the answer to a question; else a new node's proxy, or a tuple, list or dict of its parts' proxies."""
         kind, target, args = self.spelled(kind, target, args)
         examples, by_value = self._examples(kind, target, args, kwargs)
-        first = examples[0]
+        first, agreed = examples[0], _agreed(_name(target), values_of(ExampleProxy, (args, kwargs)), examples)
         if len({type(e) for e in examples}) > 1:
             raise TraceError(f"{target} gives {type(first).__name__} for one batch size and not for another")
         settled = not (by_value and isinstance(first, int | float | torch.Size))
         if settled and isinstance(first, _ANSWERS) and all(e == first for e in examples):
-            if len(examples) > 1 and any(type(a) is NumberProxy for a in args):
+            sizes = agreed and type(first) in (int, torch.Size)
+            if len(examples) > 1 and (sizes or any(type(a) is NumberProxy for a in args)):
                 self.expect(self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs)), first)
             if _name(target) in _READS_VALUES:
                 self.note_read(*args)
@@ -168,11 +169,11 @@ class ExampleTracer(ModelTracer):
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr)
         if kind == "get_attr" or (target in (operator.getitem, getattr) and not isinstance(first, Tensor)):
             self._pure.append(node)
-        if _name(target) in _SPLITS and isinstance(first, tuple | list) and len(first) == 1:
+        if isinstance(first, tuple | list) and len({len(e) for e in examples}) == 1 < len(examples):
             dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
-            if len({e[0].shape[dim] for e in examples}) > 1:  # both are too small to be split, and others are not
-                raise TraceError(_HOW_MANY)
-        return self._present(node, examples, by_value)
+            if agreed or (_name(target) in _SPLITS and len({e[0].shape[dim] for e in examples}) > 1):
+                len(ExampleProxy(node, self, examples, by_value, agreed=True))  # of few or many images it is another
+        return self._present(node, examples, by_value, agreed)
 
     def expect(self, number: fx.Node, answer: Any) -> None:
         """Let the graph refuse batches of which ``number`` is not what answered the model."""
@@ -189,16 +190,16 @@ class ExampleTracer(ModelTracer):
             if node.op == "get_attr":
                 self.read[str(node.target)] = None
 
-    def _present(self, node: fx.Node, examples: tuple, by_value: bool) -> Any:
+    def _present(self, node: fx.Node, examples: tuple, by_value: bool, agreed: bool) -> Any:
         """Return what the model sees of a new node: containers are real ones, of proxies."""
         first = examples[0]
         if first is None:
             return None
         if isinstance(first, Tensor):
-            return TensorProxy(node, self, examples, by_value)
+            return TensorProxy(node, self, examples, by_value, agreed)
         if isinstance(first, int | float):
-            return NumberProxy(node, self, examples, by_value)
-        whole = ExampleProxy(node, self, examples, by_value)
+            return NumberProxy(node, self, examples, by_value, agreed)
+        whole = ExampleProxy(node, self, examples, by_value, agreed)
         if type(first) is dict:
             return {key: self._part(whole, key) for key in first}
         if type(first) in (tuple, list, torch.Size):
@@ -270,6 +271,21 @@ class ExampleTracer(ModelTracer):
                 yield
         finally:
             self._evaluating = before
+
+
+def _agreed(name: str, given: list[ExampleProxy], examples: tuple) -> bool:
+    """Return whether examples agree on sizes that what they were made of did not agree on, or might not have."""
+    if any(proxy.agreed for proxy in given):
+        return True
+    before = max((_differing(proxy.examples) for proxy in given), default=0)
+    return before > 0 and isinstance(examples[0], Tensor) and (name == "squeeze" or _differing(examples) < before)
+
+
+def _differing(examples: tuple) -> int:
+    """Return how many dimensions are of another size in each batch."""
+    if len(examples) == 1 or not isinstance(examples[0], Tensor):
+        return 0
+    return sum(len(set(sizes)) > 1 for sizes in zip(*(e.shape for e in examples), strict=False))
 
 
 def _name(target: Any) -> str:

@@ -73,14 +73,17 @@ class ExampleProxy(ModelProxy):
     Attributes:
         examples: One for each batch, or a single one if it does not depend on the images.
         by_value: Its sizes, or it itself if it is a number, depend on values of the images.
+        agreed: Sizes that the batch decided are no longer among those that differ: ``x[:2]``, ``x.squeeze()``. The
+            examples agree on them, and other batches may not.
     """
 
     tracer: Any
 
-    def __init__(self, node: fx.Node, tracer: fx.Tracer, examples: tuple, by_value: bool) -> None:
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, examples: tuple, by_value: bool, agreed: bool = False) -> None:
         super().__init__(node, tracer)
         self.examples = examples
         self.by_value = by_value
+        self.agreed = agreed
 
     def __getattr__(self, k: str) -> Any:
         with self.tracer.evaluating():
@@ -90,15 +93,18 @@ class ExampleProxy(ModelProxy):
         return self.tracer.create_proxy("call_function", getattr, (self, k), {})
 
     def __len__(self) -> int:
-        lengths = {len(example) for example in self.examples}
-        return lengths.pop() if len(lengths) == 1 and not self.by_value else self._ask_again(sys._getframe(1))
+        if not self._has_one_length():
+            return self._ask_again(sys._getframe(1))
+        return self.tracer.create_proxy("call_function", len, (self,), {})
 
     def __iter__(self) -> Iterator[Any]:
-        lengths = {len(example) for example in self.examples}
-        if len(lengths) > 1 or self.by_value:
+        if not self._has_one_length():
             raise TraceError("a loop runs as often as there are images in a batch, or as their values say")
         proxy: Any = self
-        return (proxy[i] for i in range(lengths.pop()))
+        return (proxy[i] for i in range(len(proxy)))
+
+    def _has_one_length(self) -> bool:
+        return len({len(example) for example in self.examples}) == 1 and not self.by_value
 
     def _ask_again(self, frame: FrameType) -> Any:
         """Trace again with other `int`, `float` and `len` in the file that called one of them."""
