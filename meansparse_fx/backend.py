@@ -58,7 +58,10 @@ def meansparse(
         SiteError: No site in the whole model, or one that cannot be rewritten safely.
         StatisticsError: The statistics do not fit.
     """
-    from .sites.dynamo import DynamoGraph  # Dynamo is running, so importing it costs nothing; at the top it would
+    from .sites.dynamo import (
+        DynamoGraph,
+        model_call,
+    )  # Dynamo is running: importing it costs nothing, at the top it would
 
     asked = Options.read(options, mode)
     compile_inner = _inner_compiler(asked)
@@ -85,7 +88,7 @@ def meansparse(
     compiled = compile_inner(graph_module, example_inputs)
     if report.transformed or captured.last:
         return compiled
-    return report.following(compiled, found.output_axes)
+    return report.following(compiled, found.output_axes, plan, model_call)
 
 
 meansparse.reset = _REPORTS.clear  # type: ignore[attr-defined]  # torch.compiler.reset() calls it
@@ -119,7 +122,9 @@ def compile_report(compiled: nn.Module, options: Mapping[str, Any] | None = None
         reports = [report for report in reports if report.options == asked]
     if not reports:
         raise StateError(
-            'nothing compiled by backend="meansparse" for this model and these options: call the compiled model once'
+            'nothing compiled by backend="meansparse" for this model and these options: call the compiled model '
+            "once. If it was, Dynamo leaves all of it to Python (an nn.GRU, checkpoint_sequential, a graph break in a "
+            "loop), and it has no operators: take what transform(model, images) returns"
         )
     if len(reports) > 1:
         raise StateError("the model was compiled with several options: pass those that are meant as options=")

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,6 +83,15 @@ class Options:
         return asked
 
 
+class _Entered(set[str]):
+    """The sites that one call of a model came to. Its frame holds it as a trace function, which nobody calls unless
+    somebody traces, and which is gone with the frame: it takes no weak reference.
+    """
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> _Entered:
+        return self
+
+
 class CompileReport:
     """What the back end did to one model with one set of options; printing it gives the table.
 
@@ -105,6 +114,7 @@ class CompileReport:
         self._plans: dict[tuple[CodeType, tuple[str, ...]], SitePlan] = {}
         self._starts: dict[tuple[CodeType, str], int] = {}
         self._calls: Counter[str] = Counter()
+        self._checked = self._earlier = 0  # compilations when all were checked, when a call of the model last began
         if self.transformed:
             if options != Options(inner=options.inner, inner_options=options.inner_options, mode=options.mode):
                 raise StateError(
@@ -235,13 +245,30 @@ class CompileReport:
         self._plans[captured.code, tuple(s.name for s in plan)] = plan.without_nodes()
         if captured.model is None and len(plan):
             raise SiteError(f"{plan.sites[0].name}: found outside of any module, so that its name says nothing")
+        if captured.by_python and not self.options.allow_missing:
+            raise SiteError(
+                f"Dynamo leaves {captured.by_python} to Python, for a graph break in a loop or in a part of it; what "
+                "activations that calls get no operator: take what transform(model, images) returns, or, where there "
+                "are none, pass option allow_missing=True"
+            )
         if captured.last and captured.model is not None:
             self._check()
 
-    def following(self, compiled: Callable, axes: Sequence[int | None]) -> Callable:
-        """Return a graph's compiled form that notes the channel dimensions of what it puts out."""
+    def following(
+        self, compiled: Callable, axes: Sequence[int | None], plan: SitePlan, model_call: Callable[[], FrameType | None]
+    ) -> Callable:
+        """Return a graph's compiled form that notes the channel dimensions of what it puts out.
+
+        Args:
+            compiled: The graph.
+            axes: The channel dimensions.
+            plan: Its sites, each of which one call of the model may come to once.
+            model_call: Returns the frame of the call of the model that is running.
+        """
+        names = {site.name for site in plan.active}
 
         def call(*args: Any) -> Any:
+            self._enter(model_call(), names)
             outputs = compiled(*args)
             for value, axis in zip(outputs, axes, strict=True):
                 if axis is not None and isinstance(value, Tensor):
@@ -249,6 +276,24 @@ class CompileReport:
             return outputs
 
         return call
+
+    def _enter(self, frame: FrameType | None, sites: set[str]) -> None:
+        """Refuse sites that this call of the model has come to before; check what no last graph had checked."""
+        if frame is None:
+            return
+        if frame.f_trace is None:
+            frame.f_trace = _Entered()
+            if self._earlier == self.compilations != self._checked:  # the last call compiled nothing: it was complete
+                self._check()
+            self._earlier = self.compilations
+        entered = frame.f_trace
+        if isinstance(entered, _Entered):  # and no debugger's
+            if again := sorted(entered & sites):
+                raise SiteError(
+                    f"{again[0]}: Dynamo compiled one code for several calls in one forward, each of which is a "
+                    "site of its own: take what transform(model, images) returns"
+                )
+            entered |= sites
 
     def _check(self) -> None:
         plan = self.plan
@@ -271,3 +316,4 @@ class CompileReport:
         check_channel_dims(self.options.placement, names)
         if isinstance(self._alpha, Mapping) and (unknown := unknown_sites(self._alpha, names)):
             raise StateError(f"option alpha names {unknown[0]!r}, which is no site; sites are {', '.join(names)}")
+        self._checked = self.compilations

@@ -159,7 +159,7 @@ class MeanSparse(nn.Module):
 
     def __prepare_scriptable__(self) -> MeanSparse:
         raise StateError(
-            "torch.jit.script cannot compile MeanSparse operators: torch.jit.trace(model, images), or meansparse_fx.export"
+            "torch.jit.script cannot compile an operator: use torch.jit.trace(model, images), or meansparse_fx.export"
         )
 
     @property

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import meansparse_fx as msfx
 from meansparse_fx.backend import compile_report
-from meansparse_fx.errors import CalibrationError, StateError
+from meansparse_fx.errors import CalibrationError, SiteError, StateError, StatisticsError
 
 
 @pytest.fixture(autouse=True)
@@ -628,13 +628,76 @@ def test_activation_module_that_is_a_frame_of_its_own_is_a_site(images):
     net = Looped().eval()
     placement = msfx.Placement(channel_dims={"acts.0": 1, "acts.1": 1}, exclude=("last",))
     with torch.no_grad():
-        compiled = plug_in(net, fullgraph=False, observe=True, placement=placement)
+        with pytest.raises(BackendCompilerFailed, match=rf"Dynamo leaves forward \({__file__}:\d+\) to Python"):
+            plug_in(net, fullgraph=False, observe=True, placement=placement)(images)
+        torch.compiler.reset()
+        compiled = plug_in(net, fullgraph=False, observe=True, placement=placement, allow_missing=True)
         assert torch.equal(compiled(images), net(images))
     stats = compile_report(compiled).statistics()
     expected = {"acts.0": images, "acts.1": net.acts[0](images)}
     assert stats.keys() == expected.keys()
     for name, x in expected.items():
         torch.testing.assert_close(stats[name].mean, x.double().mean((0, 2, 3)), check_dtype=False)
+
+
+class Around(nn.Module):
+    """Sites around a part that breaks the graph: nn.Sequential is then left to Python, and what it calls itself."""
+
+    def __init__(self, around) -> None:
+        super().__init__()
+        self.block, self.around = Block(True), around
+        self.stem = nn.Sequential(nn.Conv2d(3, 3, 1), nn.GELU(), self.block, nn.Conv2d(3, 3, 1), nn.SiLU())
+
+    def forward(self, x):
+        return self.around(self, x)
+
+
+@breaks_graphs
+@pytest.mark.parametrize("options", [{}, {"observe": True}])
+def test_activations_that_python_calls_are_not_left_out_silently(images, options):
+    net = Around(lambda self, x: self.stem(x)).eval()
+    with pytest.raises(BackendCompilerFailed, match=r"SiteError: Dynamo leaves stem.forward \(.*container.py"):
+        plug_in(net, fullgraph=False, **options)(images)
+
+
+@breaks_graphs
+@pytest.mark.parametrize("options", [{}, {"observe": True}])
+def test_two_calls_of_one_frame_are_no_single_site(images, options):
+    """Dynamo compiles a frame once, however often it is called; alone, it is called once in each forward."""
+    net = Around(lambda self, x: self.block(x)).eval()
+    compiled = plug_in(net, fullgraph=False, **options)
+    for _ in range(3):
+        assert torch.equal(compiled(images), net(images))
+    torch.compiler.reset()
+    net = Around(lambda self, x: self.block(self.block(x))).eval()
+    compiled = plug_in(net, fullgraph=False, **options)
+    for _ in range(2):
+        with pytest.raises(SiteError, match=r"block\.act.*one code for several calls.*take what transform"):
+            compiled(images)
+
+
+class Disabled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 3, 1), nn.ReLU()
+
+    def forward(self, x):
+        return self.activated(self.act(self.conv(x)))
+
+    @torch.compiler.disable
+    def activated(self, x):
+        return F.gelu(self.conv(x))
+
+
+@breaks_graphs
+def test_statistics_without_a_graph_are_known_without_a_last_graph(images):
+    """The last graph would check that, and behind the break there is none."""
+    net = Disabled().eval()
+    _, stats = calibrated(net, images)
+    compiled = plug_in(net, fullgraph=False, statistics=stats, alpha=0.1)
+    compiled(images)
+    with pytest.raises(StatisticsError, match=r"1 site\(s\) that none of the 1 graph\(s\) has: gelu \(no such call\)"):
+        compiled(images)
 
 
 @breaks_graphs

@@ -332,7 +332,7 @@ def test_torch_jit_traces_the_norms_themselves(images):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch.jit is on its way out
         traced = torch.jit.trace(fused, images)
-        with pytest.raises(StateError, match="torch.jit.script cannot .* torch.jit.trace"):
+        with pytest.raises(StateError, match=r"torch.jit.script cannot .* torch.jit.trace"):
             torch.jit.script(fused)
     for norm in norms(fused):
         norm.running_var.mul_(2)
@@ -342,7 +342,7 @@ def test_torch_jit_traces_the_norms_themselves(images):
 def test_a_norm_without_statistics_is_refused(images):
     fused = calibrated(build(PostActivation), images, fuse="all")
     fused.bn0.running_var = None
-    with pytest.raises(StateError, match="relu: fused with a batch norm .* lost its statistics"):
+    with pytest.raises(StateError, match=r"relu: fused with a batch norm .* lost its statistics"):
         fused(images)
 
 

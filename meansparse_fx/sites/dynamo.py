@@ -8,13 +8,16 @@ file that looks into Dynamo. Imports this folder and floor 1 only.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch._dynamo import convert_frame, eval_frame
 from torch._dynamo.guards import GuardBuilder, install_guard
@@ -32,6 +35,8 @@ from .shapes import recorded
 
 _ROUTE = "torch.compile"
 _ENTRANCE = ("compile_wrapper", eval_frame.__file__)
+_MODULE_CALLS = (nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.__code__)
+_TORCH = str(Path(torch.__file__).parent)
 _HEAD = re.compile(r"([LG])\['([^']+)'\]")
 _STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
 _NAMELESS = "the code after the graph break does not know which module it belongs to"
@@ -67,6 +72,7 @@ class DynamoGraph:
         last: The model's forward ends with this graph: no more graphs follow in this call.
         callers: Path of the module that makes each call, where one is known.
         owners: The call of an activation module that each call is inside of, for those inside of one.
+        by_python: Code of the model around this frame that Python runs, and that may call activations; "" if none.
     """
 
     graph: fx.Graph
@@ -78,6 +84,7 @@ class DynamoGraph:
     last: bool
     callers: dict[fx.Node, str]
     owners: dict[fx.Node, ModuleCall]
+    by_python: str
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoGraph:
@@ -114,7 +121,8 @@ class DynamoGraph:
         _pin(dict.fromkeys(sources.values()), running[:1], scope)
         forward = getattr(type(model).forward, "__code__", None) if model is not None else None
         first = not stack_above or frame.f_code is forward
-        return cls(graph, frame.f_code, model, inputs, state, first, last, callers, owners)
+        by_python = next(_run_by_python(stack_above, names), "")
+        return cls(graph, frame.f_code, model, inputs, state, first, last, callers, owners, by_python)
 
     def find(
         self,
@@ -163,6 +171,32 @@ def _pin(sources: Iterable[str], running: list[nn.Module], scope: Scope) -> None
         if hasattr(scope[kind].get(name), "__dict__"):
             source = LocalSource(name) if kind == "L" else GlobalSource(name)
             install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def model_call() -> FrameType | None:
+    """Return the frame of the call of the model that is running: the outermost call of a module in torch.compile."""
+    found, frame = None, inspect.currentframe()
+    while frame is not None and (frame.f_code.co_name, frame.f_code.co_filename) != _ENTRANCE:
+        found = frame if frame.f_code in _MODULE_CALLS else found
+        frame = frame.f_back
+    return found
+
+
+def _run_by_python(frames: Sequence[FrameType], names: Mapping[int, str]) -> Iterator[str]:
+    """Yield those of the model's frames that Dynamo left to Python, and in which activations may be called.
+
+    It leaves a function that breaks the graph in a loop, and torch's own forwards, such as nn.Sequential's.
+    """
+    modules = [i for i, frame in enumerate(frames) if isinstance(frame.f_locals.get("self"), nn.Module)]
+    for frame in frames[: modules[-1] + 1] if modules else ():
+        code, own = frame.f_code, frame.f_locals.get("self")
+        calls = code not in convert_frame.output_codes and code.co_filename != contextlib.__file__
+        if code.co_filename.startswith(_TORCH):
+            children = own.children() if code.co_name == "forward" and isinstance(own, nn.Module) else ()
+            calls &= any(match_module(m) is not None and not _is_traced_activation(m) for m in children)
+        if calls:
+            path = names.get(id(own), "")
+            yield f"{path}{'.' * bool(path)}{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
 
 
 def _callers() -> list[FrameType]:
