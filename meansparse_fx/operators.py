@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor, fx, nn
 
 from .arguments import number
+from .capture.preconditions import refuse_train_mode
 from .errors import StateError, StatisticsError
 from .nn import MeanSparse
 from .passes import Added
@@ -39,8 +40,7 @@ def require_transformed(model: nn.Module, verb: str, calibrated: bool = False) -
     found = operators(model)
     if not isinstance(model, fx.GraphModule):
         raise StateError(f"{verb} needs the GraphModule that transform returned, not a wrapper around it")
-    if model.training:
-        raise StateError(f"the model is in train mode: call .eval() before {verb}")
+    refuse_train_mode(model, "the model", f"before {verb}")
     if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
         raise StateError(f"the model is on the meta device, without weights: load them before {verb}")
     lacking = [name for name, operator in found.items() if not operator.calibrated]

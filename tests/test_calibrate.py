@@ -76,6 +76,9 @@ def test_bad_data_is_refused(net, images):
         msfx.calibrate(sparse, ["x"], progress=False)
     with pytest.raises(StateError, match="train mode"):
         msfx.calibrate(sparse.train(), [images], progress=False)
+    sparse.eval().bn.train()  # would use the batch's statistics, and change its own
+    with pytest.raises(StateError, match=r"train mode \(bn\): call model.eval\(\) before calibrate"):
+        msfx.calibrate(sparse, [images], progress=False)
 
 
 def test_a_dead_channel_is_left_alone(net, images):

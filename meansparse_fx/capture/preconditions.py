@@ -51,14 +51,19 @@ def check_model(model: nn.Module) -> None:
             )
         if (reason := _foreign(module)) is not None:
             raise CaptureError(f"{path or 'the model'} ({type(module).__name__}) {reason}")
+    refuse_train_mode(model, type(model).__name__, "first")
+
+
+def refuse_train_mode(model: nn.Module, name: str, when: str) -> None:
+    """Raise StateError if a part of a model is in train mode that its eval() would take out of it."""
     training = _in_train_mode(model)
     if training:
         # A model whose own eval() leaves some parts out has them so by its author's will.
         stubborn = _in_train_mode(copied(model, {id(p): p for p in model.parameters()}).eval())
-        training = [name for name in training if name not in stubborn]
+        training = [path for path in training if path not in stubborn]
     if training:
         more = f" and {len(training) - 1} more" if len(training) > 1 else ""
-        raise StateError(f"{type(model).__name__} is in train mode ({training[0]}{more}): call model.eval() first")
+        raise StateError(f"{name} is in train mode ({training[0]}{more}): call model.eval() {when}")
 
 
 def input_name(model: nn.Module) -> str:
