@@ -58,10 +58,8 @@ def meansparse(
         SiteError: No site in the whole model, or one that cannot be rewritten safely.
         StatisticsError: The statistics do not fit.
     """
-    from .sites.dynamo import (
-        DynamoGraph,
-        model_call,
-    )  # Dynamo is running: importing it costs nothing, at the top it would
+    # Dynamo is running, so importing this costs nothing; at the top it would.
+    from .sites.dynamo import DynamoGraph, model_call
 
     asked = Options.read(options, mode)
     compile_inner = _inner_compiler(asked)

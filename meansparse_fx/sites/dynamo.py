@@ -13,7 +13,6 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
@@ -36,7 +35,7 @@ from .shapes import recorded
 _ROUTE = "torch.compile"
 _ENTRANCE = ("compile_wrapper", eval_frame.__file__)
 _MODULE_CALLS = (nn.Module._wrapped_call_impl.__code__, nn.Module._call_impl.__code__)
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = torch.__file__.removesuffix("__init__.py")  # the folder, with its separator: torchvision is another
 _HEAD = re.compile(r"([LG])\['([^']+)'\]")
 _STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
 _NAMELESS = "the code after the graph break does not know which module it belongs to"
