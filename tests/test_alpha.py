@@ -287,6 +287,11 @@ def test_stages_are_found():
     mobile = [(f"blocks.{i}.0.act", size) for i, size in enumerate((64, 32, 16, 16, 8))]
     assert by_stage(*mobile, ("act", 8)) == {"blocks.0": 1, "blocks.1": 1, "blocks.2": 2, "blocks.4": 2}
     assert by_stage(*((f"blocks.{i}.mlp.act", 14) for i in range(12))) == {"blocks": 12}
+    twice = [(f"a.{i}.{k}", size) for i, size in enumerate((16, 8, 16)) for k in ("act1", "act2")]
+    assert by_stage(*twice) == {"a.0": 2, "a.1": 2, "a.2": 2}
+    assert by_stage() == {}
+    assert by_stage(("a.act", 64), ("b.act", 32)) == {"a": 1, "b": 1}
+    assert by_stage(("stem.act", 8), ("blocks.0.act", 8), ("blocks.1.act", 8)) == {"stem.act": 3}
 
 
 def test_alpha_by_stage(sparse, held_out):

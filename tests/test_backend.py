@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import meansparse_fx as msfx
 from meansparse_fx.backend import compile_report
 from meansparse_fx.errors import CalibrationError, SiteError, StateError, StatisticsError
+from tests.models import Functional
 
 
 @pytest.fixture(autouse=True)
@@ -266,6 +267,7 @@ def test_placement(net, images):
     assert list(compile_report(compiled).operators) == ["relu_1", "gelu"]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_models_inside_functions(net, images):
     sparse, stats = calibrated(net, images)
     msfx.set_alpha(sparse, 0.3)
@@ -275,7 +277,15 @@ def test_models_inside_functions(net, images):
         return model(x).softmax(-1)
 
     closed = torch.compile(lambda x: net(x).argmax(-1), backend="meansparse", options=options, fullgraph=True)
+
+    def in_a_loop(x):
+        for _ in range(2):  # which Python runs, so that the model's forward is a frame of its own
+            y = net(x)
+            torch._dynamo.graph_break()
+        return y
+
     assert torch.equal(closed(images), sparse(images).argmax(-1))
+    assert torch.equal(torch.compile(in_a_loop, backend="meansparse", options=options)(images), sparse(images))
     assert torch.equal(
         torch.compile(predict, backend="meansparse", options=options)(net, images), predict(sparse, images)
     )
@@ -283,6 +293,75 @@ def test_models_inside_functions(net, images):
     assert torch.equal(net(images), sparse(images))
     report = compile_report(net)
     assert (len(report.graphs), len(report.operators)) == (3, 4)
+
+
+OUTSIDE = nn.Sequential(nn.Conv2d(4, 4, 1), nn.SiLU()).eval()
+
+
+class Unregistered(nn.Module):
+    """Calls modules that are not among its children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 4, 1), nn.ReLU()
+        self.__dict__["acts"] = [nn.ReLU(), nn.Sequential(nn.Conv2d(4, 4, 1), nn.GELU())]
+        self.__dict__["named"] = {"registered": self.act}
+
+    def forward(self, x):
+        return self.named["registered"](OUTSIDE(self.acts[1](self.acts[0](self.conv(x)))))
+
+
+def test_modules_that_the_model_does_not_register_have_the_names_of_where_they_are(images):
+    model = Unregistered().eval()
+    compiled = plug_in(model)
+    assert torch.equal(compiled(images), model(images))
+    plan = compile_report(compiled).plan
+    assert [(s.name, s.channels, s.producer) for s in plan.active] == [
+        ("acts.0.relu", 4, "conv"),
+        ("acts.1.1.gelu", 4, "conv"),
+        ("1.silu", 4, "conv"),
+        ("act", 4, "silu"),
+    ]
+
+
+def test_torchs_activations_are_fused_as_by_transform(images):
+    acts = (nn.ReLU6(), nn.GELU("tanh"), nn.Hardtanh(-2.0, 2.0), nn.Softplus(2.0), nn.Threshold(0.1, 0.0), nn.SELU())
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), *acts).eval()
+    compiled = plug_in(net)
+    compiled(images)
+    plans = (compile_report(compiled).plan, msfx.inspect(net, images))
+    mine, theirs = ([(s.name, s.activation.fused) for s in plan] for plan in plans)
+    assert mine == theirs
+
+
+SHIFT = torch.rand(4, 1, 1)
+
+
+class Unseeing(nn.Module):
+    """Activations of what is no parameter and no buffer, and does not depend on the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(3, 4, 1), torch.rand(4, 1, 1)
+
+    def forward(self, x):
+        return F.gelu(self.conv(x) * F.silu(self.scale) + F.relu(SHIFT))
+
+
+def test_tensors_that_the_model_holds_in_other_ways_are_no_inputs(images):
+    compiled = plug_in(Unseeing().eval())
+    compiled(images)
+    plan = {s.name: s.refusal.kind if s.refusal else "" for s in compile_report(compiled).plan}
+    assert plan == {"silu": "input-independent", "relu": "input-independent", "gelu": ""}
+
+
+def test_sizes_that_vary_are_those_of_the_example(net, images):
+    expected = [s.shape for s in msfx.inspect(net, images)]
+    compiled, varying = plug_in(net), images.clone()
+    for dim in (0, 2, 3):
+        torch._dynamo.maybe_mark_dynamic(varying, dim)
+    assert torch.equal(compiled(varying), net(images))
+    assert [s.shape for s in compile_report(compiled).plan] == expected
 
 
 class Squared(nn.Module):
@@ -359,6 +438,7 @@ class Calling(nn.Module):
         self.left, self.right, self.act, self.calls = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), act, calls
         self.block, self.both = nn.Sequential(nn.Conv2d(4, 4, 1), act), nn.Sequential(act, act)
         self.slope, self.last = nn.Parameter(torch.rand(4, 1, 1)), nn.ReLU()
+        self.own = Functional(lambda self, x: self.act(x), act=act)
 
     def forward(self, x):
         return self.last(self.calls(self, self.left(x), self.right(x)))
@@ -369,6 +449,7 @@ CALLS = {
     "after both inputs": lambda net, a, b: net.act(a) + net.act(b),
     "on the same input": lambda net, a, b: net.act(a) + net.act(a) * b,
     "under one path": lambda net, a, b: net.both(a) + b,
+    "in a module of one's own": lambda net, a, b: net.own(net.own(a)) + b,
     "in a block": lambda net, a, b: net.block(net.block(a)) + b,
     "on a parameter": lambda net, a, b: a * net.act(net.slope) + net.act(b),
 }
@@ -393,8 +474,11 @@ def test_each_call_of_an_activation_module_is_a_site(images, make, calls):
         msfx.set_alpha(sparse, 0.5)
         compiled = plug_in(net, statistics=stats, alpha=0.5)
         torch.testing.assert_close(compiled(images), sparse(images), rtol=1e-5, atol=1e-6)
-        plan = [(s.name, s.channels, s.skipped) for s in compile_report(compiled).plan]
-        assert plan == [(s.name, s.channels, s.skipped) for s in msfx.inspect(net, images)]
+        plan, expected = compile_report(compiled).plan, msfx.inspect(net, images)
+        if not getattr(net.act, "inplace", False):  # of which the function inside is the site
+            assert [s.activation.name for s in plan] == [s.activation.name for s in expected]
+        plan = [(s.name, s.channels, s.skipped) for s in plan]
+        assert plan == [(s.name, s.channels, s.skipped) for s in expected]
         assert [name for name, *_ in plan] == ["act", "act_1", "last"]
         compile_report(compiled).set_alpha(0.0)
         assert torch.equal(compiled(images), net(images))
@@ -512,6 +596,37 @@ def test_graph_breaks_are_survived(broken, images, inner):
         msfx.set_alpha(sparse, 0.1)
         for own, expected in zip(gradients(compiled, images), gradients(sparse, images), strict=True):
             torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+
+
+class Part(nn.Module):
+    """Calls modules and functions on both sides of a break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.SiLU()
+
+    def forward(self, x):
+        x = F.relu(self.conv(x))
+        torch._dynamo.graph_break()
+        return F.gelu(self.act(self.norm(x)))
+
+
+@breaks_graphs
+def test_graphs_of_parts_name_their_sites_from_the_whole_model(images):
+    parts = nn.Sequential(Part(), Part())
+    children = {"parts": parts, "last": nn.ReLU(), "again": parts[1].act}
+    model = Functional(lambda self, x: self.again(self.last(self.parts(x))), **children).eval()
+    compiled = plug_in(model, fullgraph=False)
+    assert torch.equal(compiled(images), model(images))
+    assert [(s.name, s.channel_dim, s.producer) for s in compile_report(compiled).plan.active] == [
+        *(
+            (f"parts.{k}.{name}", 1, after)
+            for k in (0, 1)
+            for name, after in (("relu", "conv"), ("act", "batch_norm"), ("gelu", "silu"))
+        ),
+        ("last", 1, "input"),
+        ("parts.1.act_1", 1, "relu"),
+    ]
 
 
 @breaks_graphs
@@ -827,6 +942,13 @@ def test_statistics_that_do_not_fit(net, images):
         net.head.bias[0] += 1
     refused("StatisticsError: .*other weights", net, images, statistics=stats)
     plug_in(net, statistics=stats, check_weights=False)(images)
+
+
+def test_function_without_a_module_has_no_names(images):
+    weight = torch.rand(4, 3, 3, 3)
+    compiled = torch.compile(lambda x: F.gelu(F.conv2d(x, weight)), backend="meansparse", options={"inner": "eager"})
+    with pytest.raises(BackendCompilerFailed, match="SiteError: gelu: found outside of any module"):
+        compiled(images)
 
 
 def test_graph_without_a_site(images):

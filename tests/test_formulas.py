@@ -48,6 +48,9 @@ SPELLINGS = {
         lambda x: x.mul_(x.sigmoid()),
         lambda x: x * x.clone().sigmoid_(),
         lambda x: torch.special.expit(x) * x,
+        lambda x: x * torch.sigmoid(x * torch.ones_like(x)),
+        lambda x: x * torch.sigmoid(x * x.new_ones(1)),
+        lambda x: (s := torch.sigmoid(x)) * x + torch.zeros(s.shape),  # a shape is no value of it
     ),
     "relu": (
         lambda x: x.clamp(min=0),
@@ -61,11 +64,18 @@ SPELLINGS = {
         lambda x: torch.fmax(x, x.new_zeros(())),
         lambda x: torch.max(x, other=torch.zeros_like(x)),
         lambda x: x * (x > 0).int(),
+        lambda x: torch.maximum(x, torch.full_like(x, 0.0)),
+        lambda x: torch.maximum(x, torch.full_like(x, fill_value=0)),
+        lambda x: torch.maximum(x, torch.full((1,), 0.0)),
+        lambda x: torch.maximum(x, x.new_full((1,), 0.0)),
+        lambda x: torch.maximum(x, torch.tensor(0.0)),
+        lambda x: torch.maximum(x, torch.scalar_tensor(0.0)),
     ),
     "leaky_relu": (
         lambda x: torch.maximum(x, 0.1 * x),
         lambda x: torch.where(x > 0, x, 0.1 * x),
         lambda x: F.relu(x) - 0.1 * F.relu(-x),
+        lambda x: 0.9 * F.relu(x) + 0.1 * x,  # one activation, scaled, and more than that
     ),
     "elu": (lambda x: torch.where(x > 0, x, torch.exp(x) - 1),),
     "relu6": (lambda x: x.clamp(0, 6), lambda x: F.relu(x).clamp(max=6)),
@@ -285,6 +295,7 @@ UNKNOWN = [
     lambda x: x * torch.tanh(torch.exp(x)),
     lambda x: x * torch.log(1 + torch.sigmoid(x)),
     lambda x: x * torch.sigmoid(x + 1),
+    lambda x: 1 / (x.exp() + 2),
 ]
 
 
@@ -324,7 +335,24 @@ NONE = {
     "quantiser": lambda self, h: torch.round(h / 0.1) * 0.1,
     "overflow guard": lambda self, h: h.clamp(-65504, 65504),
     "LayerScale": lambda self, h: h * self.norm.weight.view(-1, 1, 1) + 1,
+    "not of a layer": lambda self, h: torch.sin(F.avg_pool2d(h, 3, 1, 1)),
+    "of a vector alone": lambda self, h: h * torch.sin(self.norm.weight).view(-1, 1, 1),
+    "mean of magnitudes": lambda self, h: h.abs().mean((2, 3), keepdim=True),
+    "kernel of attention": lambda self, h: torch.sin(h) @ h.mT,
+    "kernel of attention, reshaped": lambda self, h: torch.sin(h).transpose(2, 3) @ h,
+    "weight of a mean": lambda self, h: (h * torch.sin(h)).mean(1, keepdim=True).expand_as(h),
+    "of a broadcast": lambda self, h: (p := h.mean((2, 3), keepdim=True)) * torch.sigmoid(p + torch.zeros(6, 6)),
+    "masked by a buffer": lambda self, h: h.masked_fill(self.norm.running_mean.view(-1, 1, 1) > 0, 0),
 }
+
+
+def dropped_in_between(self, h):
+    gate = torch.sigmoid(h)
+    F.dropout(h, 0.5, training=True, inplace=True)
+    return h * gate
+
+
+NONE["gate of what it was before"] = dropped_in_between
 
 
 @pytest.mark.parametrize("name", NONE)
@@ -337,6 +365,7 @@ def test_gates_norms_and_means_are_no_activations(name):
 KNOWN = {  # next to other element-wise calls they stay what they are, fused and by their own names
     "scaled": lambda h: F.relu(h) * 1.0,
     "around it a sum": lambda h: F.relu(h) + h,
+    "there and back": lambda h: F.relu(h * 2) / 2,
     "in another type": lambda h: F.relu(h.float()).type_as(h),
     "of a multiple": lambda h: F.relu(h * 2) / 6,
 }
@@ -354,7 +383,10 @@ def test_a_part_that_others_read_is_a_reason():
         gate = torch.sigmoid(h)
         return self.last(h * gate) * gate
 
-    assert names_in(forward) == [("swish", "swish", "shared")]
+    (site,) = msfx.inspect(Functional(forward, conv=nn.Conv2d(3, 4, 3), last=nn.Conv2d(4, 4, 1)).eval(), IMAGES)
+    assert site.skipped == (
+        "shared: others read sigmoid inside of it, so that no operator can stand before the activation alone"
+    )
 
 
 def test_applied_twice_it_is_two():
@@ -364,7 +396,69 @@ def test_applied_twice_it_is_two():
     ]
 
 
+def test_parts_that_others_read_are_what_they_are_by_themselves():
+    """Not the weight, nor the unknown function, that they are a part of."""
+
+    def weight(self, x):
+        r = F.relu6(self.conv(x) + 3)
+        return self.last(r) * (r / 6)
+
+    def unknown(self, x):
+        h = self.conv(x)
+        t = torch.tanh(torch.exp(h))
+        return self.last(h * t) + self.last(t)
+
+    assert names_in(weight) == [("relu6", "relu6", "")]
+    assert names_in(unknown) == [("tanh", "tanh", "")]
+
+
+def test_a_learned_activation_inside_is_a_site_of_its_own():
+    model = Functional(
+        lambda self, x: self.last(0.5 * (F.relu(h := self.conv(x)) + self.prelu(h))),
+        **{"conv": nn.Conv2d(3, 4, 3), "last": nn.Conv2d(4, 4, 1), "prelu": nn.PReLU()},
+    )
+    assert rows_of(msfx.inspect(model.double().eval(), IMAGES.double())) == [
+        ("relu", "relu", ""),
+        ("prelu", "prelu", ""),
+    ]
+
+
+def test_what_is_in_no_table_is_seen_before_a_layer_scale():
+    def forward(self, x):
+        scaled = torch.sin(self.conv(x)).flatten(2) * self.scale.weight.view(-1, 1)
+        return self.last(scaled.unflatten(2, (6, 6)))
+
+    assert names_in(forward, scale=nn.BatchNorm2d(4)) == [("unknown", "unknown", "not known as an activation")]
+
+
+CONSTANTS = {  # what a model keeps or computes, and the activation that it makes
+    "zero-initialised": (lambda self, x: x * torch.sigmoid(self.zero * x), "swish"),
+    "a buffer of zeros": (lambda self, x: torch.maximum(x, self.none), "relu"),
+    "computed zeros": (lambda self, x: torch.maximum(x, self.none * 2), "relu"),
+    "a product": (lambda self, x: x * torch.sigmoid(F.linear(self.row, self.row) * x), "swish"),
+    "a slope in another shape": (lambda self, x: torch.maximum(x, self.slope.view(1, -1, 1, 1) * x), "leaky_relu"),
+    "an element": (lambda self, x: torch.maximum(x, self.slope[0] * x), "leaky_relu"),
+    "a cast": (lambda self, x: torch.maximum(x, self.slope.view(4, 1, 1).float() * x), "leaky_relu"),
+    "softened": (lambda self, x: x * torch.sigmoid(self.slope.exp().view(-1, 1, 1) * x), "swish"),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_of_a_model_make_activations(name):
+    function, expected = CONSTANTS[name]
+    act = Functional(function)
+    act.zero = nn.Parameter(torch.zeros(4, 1, 1))
+    act.slope = nn.Parameter(torch.tensor([0.1, 0.2, 0.3, 0.25]))
+    act.register_buffer("none", torch.zeros(4, 1, 1))
+    act.register_buffer("row", torch.ones(1, 4))
+    assert [row[:2] for row in rows(network(act))] == [("1", expected)]
+
+
 # In place.
+
+
+def test_what_overwrites_its_input_and_returns_another_tensor_is_refused():
+    assert names_in(lambda self, x: self.last((h := self.conv(x)).add_(h.abs()) / 2)) == [("relu", "relu", "in place")]
 
 
 def test_later_readers_of_an_overwritten_input_read_the_result():

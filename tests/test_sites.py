@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torchvision.ops import stochastic_depth
 
 from meansparse_fx.capture import capture
 from meansparse_fx.errors import SiteError
@@ -123,10 +124,13 @@ def test_a_constant_that_the_graph_computes_leaves_the_call_in_place():
             self.register_buffer("slope", torch.tensor(0.5))
 
         def forward(self, x):
-            return F.leaky_relu(self.conv(x), self.slope.sum().item())
+            return F.leaky_relu(self.conv(x), self.slope.sum().item(), self.inplace)
 
-    (site,) = plan_of(Slope()).sites
-    assert (site.activation.name, site.activation.fused) == ("leaky_relu", False)
+    for inplace in (False, True):
+        model = Slope()
+        model.inplace = inplace
+        (call,) = (site.activation for site in plan_of(model))
+        assert (call.name, call.fused, call.inplace) == ("leaky_relu", False, inplace)
 
 
 def test_no_activation_is_an_error():
@@ -228,6 +232,38 @@ AXES = {
     "layer_norm of space": (lambda c, t: F.layer_norm(c, (6, 6)), 1),
     "max_pool1d": (lambda c, t: F.max_pool1d(c.flatten(2), 2), 1),
     "expand ahead": (lambda c, t: c.mean((2, 3)).expand(3, -1, -1), 2),
+    # One of each row of the table of operators that no other line has.
+    "swapaxes": (lambda c, t: torch.swapaxes(c, 1, 2), 2),
+    "moveaxis": (lambda c, t: torch.moveaxis(c, 1, 3), 3),
+    "view_as": (lambda c, t: c.flatten(2).view_as(c), 1),
+    "expand_as": (lambda c, t: c.expand_as(torch.stack((c, c))), 2),
+    "repeat_interleave": (lambda c, t: c.repeat_interleave(2, 3), 1),
+    "repeat_interleave of channels": (lambda c, t: c.repeat_interleave(2, 1), None),
+    "concat": (lambda c, t: torch.concat((c, c), 2), 1),
+    "cumsum": (lambda c, t: c.cumsum(2), 1),
+    "sort": (lambda c, t: c.sort(2)[0], 1),
+    "clone": (lambda c, t: c.clone(), 1),
+    "cast": (lambda c, t: c.double(), 1),
+    "embedding": (lambda c, t: F.embedding(c.long().abs(), torch.ones(99, 7)), 4),
+    "conv1d": (lambda c, t: F.conv1d(c.flatten(2), torch.ones(6, 4, 1)), 1),
+    "conv2d": (lambda c, t: F.conv2d(t, torch.ones(6, 3, 1, 1)), 1),
+    "conv_transpose3d": (lambda c, t: F.conv_transpose3d(c[:, :, None], torch.ones(4, 6, 1, 1, 1)), 1),
+    "batch_norm": (lambda c, t: F.batch_norm(t, torch.zeros(3), torch.ones(3)), 1),
+    "instance_norm": (lambda c, t: F.instance_norm(t), 1),
+    "rms_norm": (lambda c, t: F.rms_norm(c, (6,)), 3),
+    "bilinear": (lambda c, t: F.bilinear(t, t, torch.ones(7, 5, 5)), 3),
+    "pixel_unshuffle": (lambda c, t: F.pixel_unshuffle(c, 2), 1),
+    "channel_shuffle": (lambda c, t: F.channel_shuffle(t, 3), 1),
+    "avg_pool1d": (lambda c, t: F.avg_pool1d(c.flatten(2), 2), 1),
+    "avg_pool2d": (lambda c, t: F.avg_pool2d(c, 2), 1),
+    "avg_pool3d": (lambda c, t: F.avg_pool3d(c[..., None], (2, 2, 1)), 1),
+    "adaptive_max_pool1d": (lambda c, t: F.adaptive_max_pool1d(c.flatten(2), 4), 1),
+    "adaptive_max_pool2d": (lambda c, t: F.adaptive_max_pool2d(c, 4), 1),
+    "adaptive_avg_pool3d": (lambda c, t: F.adaptive_avg_pool3d(c[..., None], (2, 2, 1)), 1),
+    "pool of lines": (lambda c, t: F.avg_pool1d(t.flatten(0, 1), 2), None),
+    "pool of volumes": (lambda c, t: F.avg_pool3d(c.transpose(1, 2)[..., None], (2, 2, 1)), None),
+    "stochastic_depth": (lambda c, t: stochastic_depth(c, 0.5, "row", training=False), 1),
+    "called by name": (lambda c, t: F.max_pool2d(input=c, kernel_size=2), 1),
 }
 
 
@@ -246,6 +282,44 @@ def test_channel_axis(name):
         assert site.skipped == f"channel axis unknown: no layer around it tells: {cure}"
 
 
+# What a plan calls the maker of what the activation reads: an operator's own name where it has no word.
+MAKERS = {
+    "conv": (
+        lambda c, t: c,
+        lambda c, t: F.dropout2d(c, training=False),
+        lambda c, t: F.conv2d(t, torch.ones(6, 3, 1, 1)),
+    ),
+    "linear": (lambda c, t: t, lambda c, t: F.linear(t, torch.ones(4, 5))),
+    "batch_norm": (lambda c, t: F.batch_norm(t, torch.zeros(3), torch.ones(3)),),
+    "group_norm": (lambda c, t: F.group_norm(c, 2),),
+    "layer_norm": (lambda c, t: F.layer_norm(t, (5,)),),
+    "add": (lambda c, t: c + 1, lambda c, t: 1 + c, lambda c, t: c.add_(1)),
+    "sub": (lambda c, t: c - 1, lambda c, t: torch.sub(c, 1)),
+    "mul": (lambda c, t: c * 2, lambda c, t: c.mul(2)),
+    "div": (lambda c, t: c / 2, lambda c, t: torch.true_divide(c, 2)),
+    "permute": (lambda c, t: c.permute(0, 2, 3, 1), lambda c, t: c.mT.transpose(1, 2), lambda c, t: c.movedim(1, 2)),
+    "reshape": (lambda c, t: c.flatten(2), lambda c, t: c[:, :, None].squeeze(2), lambda c, t: c.flatten(2).view_as(c)),
+    "expand": (lambda c, t: c.expand_as(torch.stack((c, c))),),
+    "cat": (lambda c, t: torch.cat((c, c)),),
+    "stack": (lambda c, t: torch.stack((c, c)),),
+    "slice": (lambda c, t: c[:, 1:], lambda c, t: c.chunk(2, 1)[0], lambda c, t: c.select(2, 0)),
+    "shuffle": (lambda c, t: F.pixel_shuffle(c, 2), lambda c, t: F.channel_shuffle(c, 2)),
+    "pool": (lambda c, t: F.max_pool2d(c, 2), lambda c, t: F.adaptive_avg_pool1d(c.flatten(2), 2)),
+    "matmul": (lambda c, t: c @ c.mT, lambda c, t: torch.bmm(t[0], t[0].mT)),
+    "attention": (lambda c, t: F.scaled_dot_product_attention(t, t, t),),
+    "softmax": (lambda c, t: c.softmax(1),),
+    "flip": (lambda c, t: torch.flip(c, (2,)),),
+}
+
+
+@pytest.mark.parametrize("word", MAKERS)
+def test_makers_have_the_words_of_the_field(word):
+    children = {"conv": nn.Conv2d(3, 4, 3), "linear": nn.Linear(8, 5)}
+    for function in MAKERS[word]:
+        (site,) = sites_of(lambda self, x, f=function: F.relu(f(self.conv(x), self.linear(x))), **children)
+        assert site.producer == word
+
+
 @pytest.mark.parametrize(
     ("layer", "rank", "axis", "producer"),
     [
@@ -260,6 +334,8 @@ def test_channel_axis(name):
         (nn.GroupNorm(2, 4), 4, 1, "group_norm"),
         (nn.LayerNorm(4), 3, 2, "layer_norm"),
         (nn.RMSNorm(4), 3, 2, "rms_norm"),
+        (nn.Conv2d(4, 6, 1), 4, 1, "conv"),
+        (nn.BatchNorm3d(4), 5, 1, "batch_norm"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
 )
@@ -276,6 +352,7 @@ def test_layers_say_where_their_channels_are(layer, rank, axis, producer):
     [
         (nn.MultiheadAttention(8, 2, batch_first=True), IMAGES[:, 0], 2),
         (nn.LSTM(8, 5, batch_first=True), IMAGES[:, 0], 2),
+        (nn.GRU(8, 5, batch_first=True), IMAGES[:, 0], 2),
     ],
 )
 def test_modules_with_several_results(module, images, expected):
@@ -287,6 +364,29 @@ def test_modules_with_several_results(module, images, expected):
     assert site.channel_dim == expected
 
 
+@pytest.mark.parametrize(
+    ("module", "producer"),
+    [
+        *((nn.AdaptiveAvgPool2d(2), "pool"), (nn.LPPool2d(2, 2), "pool"), (nn.Upsample(scale_factor=2), "upsample")),
+        *((nn.PixelUnshuffle(2), "shuffle"), (nn.ChannelShuffle(2), "shuffle"), (nn.Softmax2d(), "softmax2d")),
+        *((nn.ConstantPad2d(1, 0.0), "constantpad2d"), (nn.CircularPad2d(1), "circularpad2d")),
+        *((nn.ReflectionPad2d(1), "reflectionpad2d"), (nn.LocalResponseNorm(2), "localresponsenorm")),
+        *((nn.Sigmoid(), "sigmoid"), (nn.LogSigmoid(), "logsigmoid"), (nn.Flatten(2), "reshape")),
+        *((nn.Dropout2d(), "conv"), (nn.Identity(), "conv")),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else value,
+)
+def test_modules_without_weights_leave_the_channels_where_they_are(module, producer):
+    site = plan_of(nn.Sequential(nn.Conv2d(3, 4, 3), module, nn.ReLU())).sites[-1]
+    assert (site.channel_dim, site.channels, site.producer) == (1, site.shape[1], producer)
+
+
+def test_a_windows_attention_returns_its_tokens():
+    attention = pytest.importorskip("torchvision").models.swin_transformer.ShiftedWindowAttention(8, [2, 2], [0, 0], 1)
+    (site,) = plan_of(nn.Sequential(attention, nn.ReLU())).sites  # of [N, H, W, C]
+    assert (site.channel_dim, site.channels, site.producer) == (3, 8, "attention")
+
+
 def test_unknown_layers_leave_it_to_the_readers():
     class Odd(nn.Module):
         def forward(self, x):
@@ -295,6 +395,13 @@ def test_unknown_layers_leave_it_to_the_readers():
     assert sites_of(lambda self, x: F.relu(self.odd(x)), odd=Odd())[0].channel_dim is None
     for reader, expected in ((nn.Conv2d(3, 4, 3), 1), (nn.Linear(8, 4), 3)):
         (site,) = sites_of(lambda self, x: self.reader(F.relu(self.odd(x)) + 1), odd=Odd(), reader=reader)
+        assert (site.channel_dim, site.producer, site.skipped) == (expected, "odd", None)
+        (site,) = sites_of(lambda self, x: self.reader(input=F.relu(input=self.odd(x))), odd=Odd(), reader=reader)
+        assert (site.channel_dim, site.producer, site.skipped) == (expected, "odd", None)
+        (site,) = sites_of(lambda self, x: self.reader(F.relu(self.odd(x)).mT), odd=Odd(), reader=reader)
+        assert site.channel_dim is None
+        # Of two readers, one says nothing.
+        (site,) = sites_of(lambda self, x: (self.reader(y := F.relu(self.odd(x))), y + 1), odd=Odd(), reader=reader)
         assert (site.channel_dim, site.producer, site.skipped) == (expected, "odd", None)
 
 
@@ -336,6 +443,7 @@ def home_made(pool, back):
         lambda x, y: x * y[:, :, None, None],
         lambda x, y: y.view(x.shape[0], -1, 1, 1).expand_as(x) * x,
         lambda x, y: torch.mul(x, y.unsqueeze(-1).unsqueeze(-1)),
+        lambda x, y: x * y.view(*y.shape, 1, 1).repeat(1, 1, *x.shape[2:]).reshape_as(x),
     ],
 )
 @pytest.mark.parametrize("size", [8, 3])  # of 3, one pixel is left to pool
@@ -343,6 +451,46 @@ def test_home_made_gates_are_skipped(pool, back, size):
     gate, main = plan_of(home_made(pool, back), IMAGES[:, :, :size, :size]).sites
     assert gate.skipped == "gate: squeeze-and-excitation, pooled then multiplied onto stem"
     assert (main.name, main.producer, main.skipped) == ("gelu", "mul", None)
+
+
+@pytest.mark.parametrize(
+    ("dims", "pool"),
+    [
+        (1, F.adaptive_avg_pool1d),
+        (1, F.adaptive_max_pool1d),
+        (2, F.adaptive_max_pool2d),
+        (3, F.adaptive_avg_pool3d),
+        (1, lambda x, size: F.avg_pool1d(x, 6)),
+        (2, lambda x, size: F.max_pool2d(x, 6)),
+        (3, lambda x, size: F.avg_pool3d(x, 6)),
+        (1, lambda x, size: x @ x.mean(1, keepdim=True).softmax(-1).mT),  # attention of one query
+        (2, lambda x, size: x.logsumexp((2, 3), keepdim=True)),
+    ],
+)
+def test_whatever_pools_makes_a_gate(dims, pool):
+    def forward(self, x):
+        x = self.stem(x)
+        return F.gelu(x * torch.sigmoid(self.up(F.relu(self.down(pool(x, 1))))))
+
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    layers = {"stem": conv(3, 4, 1), "down": conv(4, 2, 1), "up": conv(2, 4, 1)}
+    gate, main = sites_of(forward, torch.rand(2, 3, *[6] * dims), **layers)
+    assert gate.skipped == "gate: squeeze-and-excitation, pooled then multiplied onto stem"
+    assert main.skipped is None
+
+
+def test_a_gate_whose_pooling_has_a_hook_is_skipped():
+    pooling = Functional(lambda self, x: x.mean((2, 3), keepdim=True))
+    pooling.register_forward_hook(lambda module, args, result: None)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return F.gelu(x * torch.sigmoid(self.up(F.relu(self.down(self.pooling(x))))))
+
+    layers = {"stem": nn.Conv2d(3, 4, 1), "down": nn.Conv2d(4, 2, 1), "up": nn.Conv2d(2, 4, 1)}
+    gate, main = sites_of(forward, pooling=pooling, **layers)
+    assert gate.skipped == "gate: squeeze-and-excitation, pooled then multiplied onto stem"
+    assert main.skipped is None
 
 
 def test_a_gate_of_one_token_is_skipped():
@@ -487,6 +635,66 @@ def test_placement_has_the_last_word_on_what_structure_allows():
     assert main.skipped == "placement: excluded"
 
 
+def test_a_plan_prints_all_that_is_known():
+    def forward(self, x):
+        x = self.act(self.conv(x))
+        x = x + self.same(F.gelu(self.same(x)))
+        x = x * torch.sigmoid(self.up(F.relu(self.down(x.mean((2, 3), keepdim=True)))))
+        return F.silu(F.fold(F.unfold(x, 1), (6, 6), 1))
+
+    layers = {
+        "conv": nn.Conv2d(3, 4, 3),
+        "same": nn.Conv2d(4, 4, 1),
+        "down": nn.Conv2d(4, 2, 1),
+        "up": nn.Conv2d(2, 4, 1),
+    }
+    placement = Placement(kinds=("activation", "residual_sum"), exclude="gelu")
+    plan = plan_of(Functional(forward, act=nn.ReLU(), **layers), placement=placement).with_fusion({"act": "norm"})
+    table = plan.table()
+    gate = "gate: squeeze-and-excitation, pooled then multiplied onto add"
+    axis = (
+        "channel axis unknown: no layer around it tells: give it by hand, Placement(channel_dims={'silu': dimension})"
+    )
+    assert list(zip(*(column.cells for column in table.columns), strict=True)) == [
+        ("act", "relu", "Nx4x6x6", "4 @ dim 1", "conv", "rewritten; fused: norm"),
+        ("gelu", "gelu", "Nx4x6x6", "4 @ dim 1", "conv", "placement: excluded"),
+        ("residual_sum", "residual_sum", "Nx4x6x6", "4 @ dim 1", "add", "rewritten"),
+        ("relu", "relu", "Nx2x1x1", "2 @ dim 1", "conv", gate),
+        ("silu", "silu", "Nx4x6x6", "?", "fold", axis),
+    ]
+    assert [column.header for column in table.columns] == ["site", "activation", "input", "channels", "after", "status"]
+    assert [column.justify for column in table.columns] == ["left", "left", "left", "right", "left", "left"]
+    assert table.caption == (
+        f"2 of 5 sites rewritten, captured by {plan.route}; skipped: 1 placement, 1 gate, 1 channel axis unknown"
+    )
+    assert plan.left == {"gelu"}
+    (only,) = plan_of(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())).table().caption.splitlines()
+    assert only == f"1 of 1 sites rewritten, captured by {plan.route}"
+
+
+@pytest.mark.parametrize(
+    ("placement", "taken"),
+    [
+        ({}, ["act", "body.act", "body.gelu"]),
+        ({"include": "body"}, ["body.act", "body.gelu"]),
+        ({"include": (r"gelu$", r"^act$")}, ["act", "body.gelu"]),
+        ({"exclude": "act"}, ["body.gelu"]),
+        ({"include": "act", "exclude": "^act"}, ["body.act"]),
+        ({"predicate": lambda site: site.producer == "conv"}, ["act", "body.gelu"]),
+        ({"include": "body", "predicate": lambda site: site.activation.name == "relu"}, ["body.act"]),
+    ],
+)
+def test_placements_choose_among_sites(placement, taken):
+    body = Functional(lambda self, x: F.gelu(self.conv(self.act(x + 1))), conv=nn.Conv2d(4, 4, 1), act=nn.ReLU())
+    model = nn.Sequential()
+    for name, child in {"conv": nn.Conv2d(3, 4, 3), "act": nn.ReLU(), "body": body}.items():
+        model.add_module(name, child)
+    plan = plan_of(model, placement=Placement(**placement))
+    assert [site.name for site in plan.active] == taken
+    assert {site.refusal.kind for site in plan if site.refusal} <= {"placement"}
+    assert plan.left == {"act", "body.act", "body.gelu"} - {*taken}
+
+
 # In-place activations.
 
 
@@ -507,6 +715,8 @@ VIEWS = {
     "contiguous": lambda h: h.contiguous(),
     "reshape that copied": lambda h: h.transpose(2, 3).reshape(2, 4, -1),
     "detach": lambda h: h.detach(),
+    "contiguous that copied": lambda h: h.transpose(2, 3).contiguous(),
+    "reshape_as that copied": lambda h: h.transpose(2, 3).reshape_as(h.flatten(2)),
 }
 
 
@@ -572,6 +782,25 @@ def test_the_graph_is_not_changed_and_runs_on_values_if_it_must():
     assert (site.producer, site.channels) == ("peeking", 4)
     assert graph_module.code == before
     assert not hasattr(model[1], "kept")
+
+
+def test_a_module_may_be_called_by_any_of_its_names():
+    act = nn.ReLU()
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), act, nn.Conv2d(4, 4, 1), act)
+    graph = fx.Tracer().trace(model)
+    graph.find_nodes(op="call_module", target="1")[1].target = "3"
+    assert [s.name for s in find_sites(fx.GraphModule(model, graph), "by hand", IMAGES)] == ["1", "1_1"]
+
+
+def test_tensors_that_are_not_strided_have_no_memory_to_share():
+    def forward(self, x):
+        x = F.relu(self.conv(x))
+        return torch.sparse.mm(self.mixing, x.flatten(1).T)
+
+    model = Functional(forward, conv=nn.Conv2d(3, 4, 3))
+    model.register_buffer("mixing", torch.eye(144).to_sparse())
+    (site,) = plan_of(model).sites
+    assert (site.channels, site.skipped) == (4, None)
 
 
 def test_readers_tell_the_channels_of_what_they_read_as_their_input_alone():

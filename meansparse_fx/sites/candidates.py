@@ -31,7 +31,7 @@ class Candidate:
         call: The activation.
         inside: The activation calls in a residual branch.
         published: The published operator that stands here.
-        reader: The activation that alone reads a residual sum.
+        reader: What alone reads a residual sum.
         left: The model has published operators, but none here.
     """
 
@@ -69,19 +69,16 @@ def find_candidates(
             f"the model holds {len(published)} published operators, which are its placement: leave placement out, or "
             "transform the base model"
         )
-    if published or not {"residual_sum", "residual_branch"}.isdisjoint(placement.kinds):
-        connections = residuals(graph, operators, flow, data)
-        for residual in connections:
-            path = operators.enclosing(residual.total)
-            total, branch, inside = residual.total, residual.branch, residual.activations
-            reader = operators.reader(total)
-            reader = reader if reader in calls else None
-            found += [
-                Candidate(total, "residual_branch", _below(path, "residual_branch"), branch, inside=inside),
-                Candidate(total, "residual_sum", _below(path, "residual_sum"), total, inside=inside, reader=reader),
-            ]
-        if published:
-            found = _taken_over(published, found, connections, operators)
+    connections = residuals(graph, operators, flow, data)
+    for residual in connections:
+        total, branch, inside = residual.total, residual.branch, residual.activations
+        path, reader = operators.enclosing(total), operators.reader(total)
+        found += [
+            Candidate(total, "residual_branch", _below(path, "residual_branch"), branch, inside=inside),
+            Candidate(total, "residual_sum", _below(path, "residual_sum"), total, inside=inside, reader=reader),
+        ]
+    if published:
+        found = _taken_over(published, found, connections, operators)
     return sorted(found, key=lambda c: order[c.node])
 
 

@@ -216,8 +216,6 @@ class CompositeFinder:
     def _path(self, node: fx.Node, word: str) -> str:
         """Return a composite's name: the path of the module that is nothing else, or a name in its module."""
         path = self._operators.enclosing(node)
-        if node.op == "call_module":
-            path = path.rpartition(".")[0]
         if path not in self._mixed_modules:
             return path
         return f"{path}.{word}" if path else word

@@ -103,21 +103,21 @@ def remove_entrances(graph: fx.Graph) -> None:
 
 
 def _refusal(owner: ModuleCall, call: ActivationCall, sources: list[fx.Node], mark: fx.Node) -> Refusal | None:
-    """Return why a call cannot be rewritten; None if it can, or is computed from parameters alone."""
+    """Return why a call cannot be rewritten; None if it can."""
     if owner.broken:
         return Refusal(_BROKEN, mark.name, "move the break out of its forward", kind="graph break")
     if len(sources) > 1:
         return Refusal(_SEVERAL.format(len(sources)), mark.name, kind="several inputs")
-    return in_several_steps(mark) if call.inplace and sources else None
+    return in_several_steps(mark) if call.inplace else None
 
 
 def _is_one_function(nodes: list[fx.Node], call: ActivationCall, sources: list[fx.Node]) -> bool:
     """Return whether a function that is an activation by itself is a module's all, or in place all that reads x."""
     if call.inplace:
         readers = [node for node in nodes if any(n in sources for n in node.all_input_nodes)]
-        functions = [n for n in nodes if n.op != "call_module" and match_function(n.target, (), {}) is not None]
+        functions = [n for n in nodes if match_function(n.target, (), {}) is not None]
         return len(readers) == 1 and readers == functions
-    if len(nodes) > 1 or nodes[0].op == "call_module":
+    if len(nodes) > 1:
         return False
     found = match_function(nodes[0].target, (), {})
     return found is not None and (found.name == call.name or call.name.startswith(found.name))

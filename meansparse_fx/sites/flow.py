@@ -53,7 +53,7 @@ def expected_axes(graph: fx.Graph, operators: Operators, flow: Flow) -> dict[fx.
         wishes: set[int | None] = set()
         for reader in node.users if shape else ():
             op = operators.op(reader)
-            if op.wants is not None and reader.args and reader.args[0] is node:
+            if op.wants is not None and node is (reader.args[0] if reader.args else reader.kwargs.get("input")):
                 wishes.add(op.wants % len(shape))
             elif op.carry in _KEEPING and len(flow.shape(reader)) == len(shape):
                 wishes.add(expected[reader])

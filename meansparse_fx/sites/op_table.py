@@ -88,7 +88,7 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
     ("contiguous to type type_as float half bfloat16 double cpu cuda", Op(carry=axis.same, may_alias=True)),
     (
         "dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout stochastic_depth",
-        Op("dropout", axis.same, passes=True, may_alias=True),
+        Op("dropout", axis.same, passes=True),
         dropout._DropoutNd,
     ),
     ("permute", Op("permute", axis.permuted)),
@@ -123,7 +123,7 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
     ("apply", Op("function", axis.applied)),
     ("", ELEMENTWISE, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Tanhshrink, nn.Hardsigmoid, nn.Hardtanh, nn.Softsign),
     ("", ELEMENTWISE, nn.SELU, nn.CELU, nn.RReLU, nn.Threshold, nn.Softshrink, nn.Hardshrink),
-    ("", Op("identity", axis.same, passes=True, may_alias=True), nn.Identity),
+    ("", Op("identity", axis.same, passes=True), nn.Identity),
     ("", Op("rnn", axis.last), nn.RNNBase),
 )
 METHODS: dict[str, Op] = {name: op for names, op, *_ in _ROWS for name in names.split()}
@@ -133,7 +133,7 @@ FUNCTIONS: dict[Any, Op] = {
     for function in (getattr(namespace, name, None) for namespace in (F, torch, torch._C._nn, torch.special, operator))
     if function is not None
 } | {
-    getattr: Op(carry=axis.attribute, may_alias=True),
+    getattr: Op(carry=axis.attribute),
     enter: Op("hooks", axis.joined, may_alias=True),
     leave: Op("hooks", axis.left, like=True, may_alias=True),
 }

@@ -166,7 +166,7 @@ class Operators:
 
     def maker(self, node: fx.Node) -> fx.Node:
         """Return what makes a node's value, looking through what changes nothing in eval mode."""
-        while self.op(node).passes and node.all_input_nodes:
+        while self.op(node).passes:
             node = node.all_input_nodes[0]
         return node
 
@@ -219,7 +219,7 @@ def _qualified(node: fx.Node) -> str:
 
 def _arguments(node: fx.Node) -> dict:
     """Return a call's arguments by name, with defaults, as far as the function tells their names."""
-    signature = _signature(node.target) if node.op == "call_function" else None
+    signature = _signature(node.target)
     if signature is None:
         return node.kwargs
     try:
@@ -231,8 +231,8 @@ def _arguments(node: fx.Node) -> dict:
 
 
 @functools.cache
-def _signature(target: Callable) -> inspect.Signature | None:
+def _signature(target: Callable | str) -> inspect.Signature | None:
     try:
-        return inspect.signature(target)
-    except (TypeError, ValueError):  # written in C: such functions name what works in place with an underscore
+        return inspect.signature(target)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # methods, and what is written in C: they name what works in place by an underscore
         return None

@@ -282,9 +282,7 @@ def _stages(sites: Sequence[Site], depth: int) -> Iterator[tuple[str, Sequence[S
 def _is_stage(sites: Sequence[Site], depth: int) -> bool:
     """Return whether all sites have one resolution, but for some of the first block before it is reduced."""
     first, *others = _children(sites, depth)
-    if len(sites) == 1 or not others:
-        return len(sites) == 1 or _is_stage(first, depth + 1)
-    if len(first) == 1 and len(others) + 1 == len(sites):  # a block, or a network without blocks
+    if len(others) + 1 == len(sites):  # one each: a block, or a network without blocks
         return len({site.resolution for site in sites}) <= (2 if depth else 1)
     end = {sites[-1].resolution}
     agree = {first[-1].resolution} == end and all({site.resolution for site in child} == end for child in others)

@@ -44,7 +44,7 @@ class Pieces:
     def __init__(self, graph: fx.Graph, operators: Operators, flow: Flow, data: set[fx.Node]) -> None:
         self._operators, self._flow, self._data = operators, flow, data
         self._order = {node: position for position, node in enumerate(graph.nodes)}
-        self._depths: dict[fx.Node, int] = {}
+        self._depths: dict[fx.Node, int] = defaultdict(int)
         self._known: dict[tuple, Tensor | None] = {}
         self.parents: dict[fx.Node, fx.Node] = {}
         self.operands: dict[fx.Node, tuple[fx.Node, ...]] = {}
@@ -61,7 +61,7 @@ class Pieces:
             if node.op == "output" or flow.is_tensor(node) or operators.writes(node):
                 for value in values:
                     self.readers[value].append(node)
-            if values and node in data and not is_constant(node) and self._is_pointwise(node, values):
+            if values and not is_constant(node) and self._is_pointwise(node, values):
                 self._add_to_tree(node, tuple(dict.fromkeys(values)))
             if operators.writes(node) and node.args and isinstance(node.args[0], fx.Node):
                 first[node] = first.get(node.args[0], node.args[0])
@@ -117,14 +117,14 @@ class Pieces:
         for operand in operands[1:]:
             other: fx.Node | None = operand
             while parent is not other and parent is not None and other is not None:
-                if self._depths.get(parent, 0) >= self._depths.get(other, 0):
+                if self._depths[parent] >= self._depths[other]:
                     parent = self.parents.get(parent)
                 else:
                     other = self.parents.get(other)
             parent = parent if other is parent else None
         if parent is not None:
             self.parents[node], self.operands[node] = parent, operands
-            self._depths[node] = self._depths.get(parent, 0) + 1
+            self._depths[node] = self._depths[parent] + 1
 
     # Running a piece on numbers.
 
@@ -163,7 +163,7 @@ class Pieces:
         name = name_of(node)
         if node.op in ("get_attr", "placeholder"):
             tensor = self._operators.tensor(node)
-            if tensor is None or not tensor.numel() or (isinstance(tensor, nn.Parameter) and not tensor.any()):
+            if tensor is None or (isinstance(tensor, nn.Parameter) and not tensor.any()):
                 return _tensor(_SOME_NUMBER)
             flat = tensor.detach().flatten().double()
             return _tensor(float(flat[flat.abs().argmax()]))
@@ -172,7 +172,7 @@ class Pieces:
         if name in _FILLED:
             value = node.kwargs.get("fill_value", node.args[_FILLED[name]] if len(node.args) > _FILLED[name] else None)
             return _tensor(float(value) if isinstance(value, int | float) else _SOME_NUMBER)
-        if node.op not in CALLS or depth > 8 or not node.all_input_nodes or not self._flow.is_tensor(node):
+        if depth > 8 or not self._flow.is_tensor(node):
             return _tensor(_SOME_NUMBER)
         if self._operators.moves_only(node) or name in ("getitem", *CASTS):
             return self._constant(node.all_input_nodes[0], depth + 1)

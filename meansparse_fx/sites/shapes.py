@@ -142,29 +142,37 @@ class _Recorder(fx.Interpreter):
 
 def cheap_fake(target: Any, args: tuple) -> Tensor | None:
     """Return the fake result of calling a module or a function, where it is known without asking torch; else None."""
-    if not (args and isinstance(args[0], FakeTensor)):
-        return None
-    if isinstance(target, nn.Module) and (has_hooks(target) or has_own_forward(target)):
+    if (x := _plain_input(target, args)) is None:
         return None
     if type(target) is nn.Conv2d:
-        return _convolved(target, args[0])
-    return torch.empty_like(args[0]) if keeps_shape(target) else None
+        return _convolved(target, x)
+    return torch.empty_like(x) if keeps_shape(target) else None
 
 
 def like_input(function: Any, args: tuple) -> bool:
     """Return whether a result is known to be like the first argument, which then serves as its example."""
-    if not args or not isinstance(args[0], FakeTensor) or torch.is_autocast_enabled(args[0].device.type):
-        return False
-    if isinstance(function, nn.Module) and has_hooks(function):
+    if (x := _plain_input(function, args)) is None:
         return False
     if isinstance(function, nn.Module) and match_module(function) is not None:
         return True
     if function in _ARITHMETIC and len(args) == 2:
-        x, other = args
-        if isinstance(other, Tensor):
-            return x.shape == other.shape and x.dtype == other.dtype and x.stride() == other.stride()
-        return x.is_floating_point() and type(other) in (int, float)
+        layouts = {(t.dtype, t.shape, t.stride()) for t in args if isinstance(t, Tensor)}
+        alike = isinstance(args[1], Tensor) or type(args[1]) in (int, float)
+        return x.is_floating_point() and alike and len(layouts) == 1
     return keeps_shape(function)
+
+
+def _plain_input(target: Any, args: tuple) -> FakeTensor | None:
+    """Return the first argument of a call, if nothing but the target's own code and that tell what comes out.
+
+    Of what is not contiguous, torch decides from case to case how a result is laid out.
+    """
+    x = args[0] if args else None
+    if not isinstance(x, FakeTensor) or not x.is_contiguous() or torch.is_autocast_enabled(x.device.type):
+        return None
+    if isinstance(target, nn.Module) and (has_hooks(target) or has_own_forward(target)):
+        return None
+    return x
 
 
 def keeps_shape(target: Any) -> bool:
@@ -175,10 +183,8 @@ def keeps_shape(target: Any) -> bool:
 
 
 def _convolved(conv: nn.Conv2d, x: FakeTensor) -> Tensor | None:
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or torch.is_autocast_enabled(x.device.type):
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or x.dim() != 4 or not conv.weight.is_contiguous():
         return None
-    if x.dim() != 4 or not (x.is_contiguous() and conv.weight.is_contiguous()):
-        return None  # in channels last torch decides how the result is laid out
     rows = zip(x.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
     sizes = [(n + 2 * pad - gap * (kernel - 1) - 1) // stride + 1 for n, kernel, stride, pad, gap in rows]
     return x.new_empty(x.shape[0], conv.out_channels, *sizes)
