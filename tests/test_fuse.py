@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
 
 import meansparse_fx as msfx
 from meansparse_fx.errors import StateError
@@ -638,3 +640,20 @@ def test_the_norm_of_either_operand_of_a_sum_is_taken(add):
     fused = msfx.transform(net, IMAGES, fuse="all")
     assert not {"bn", operator.add} & {node.target for node in fused.graph.nodes}
     torch.testing.assert_close(fused(IMAGES), net(IMAGES))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own, of forward mode
+@pytest.mark.parametrize("name", ["1.weight", "1.bias"])
+def test_forward_mode_derivatives_by_a_fused_norms_parameters(name):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval().requires_grad_(False)
+    images = torch.rand(2, 3, 8, 8)
+    sparse = msfx.transform(net, images, fuse="all")
+    sparse(images)  # from here on it knows scale and shift
+    tangents = []
+    for model in (net, sparse):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(net.get_parameter(name).clone(), torch.ones(4))
+            tangents.append(forward_ad.unpack_dual(functional_call(model, {name: dual}, (images,))).tangent)
+    torch.testing.assert_close(*tangents)
+    assert tangents[0].any()
