@@ -332,7 +332,7 @@ def test_torch_jit_traces_the_norms_themselves(images):
     fused = calibrated(build(PostActivation), images, fuse="all")
     fused(images)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit")  # on its way out; the kind of warning depends on torch's version
+        warnings.filterwarnings("ignore", "`torch.jit")  # on its way out: a warning whose kind depends on torch
         traced = torch.jit.trace(fused, images)
         with pytest.raises(StateError, match=r"torch.jit.script cannot .* torch.jit.trace"):
             torch.jit.script(fused)
