@@ -50,10 +50,13 @@ def is_observed(x: Tensor, residual: Tensor | None = None, shortcut: Tensor | No
         or (shortcut is not None and type(shortcut) not in _PLAIN)
         or _dispatch_modes() > 0
         or (_function_mode() and _function_mode_observes())
-        or _transforms()
-        or forward_ad._current_level >= 0
-        or _jit_traces()
+        or is_followed()
     )
+
+
+def is_followed() -> bool:
+    """Return whether transforms of torch.func, forward-mode derivatives or torch.jit.trace follow what is computed."""
+    return _transforms() or forward_ad._current_level >= 0 or _jit_traces()
 
 
 def _function_mode_observes() -> bool:

@@ -1,6 +1,6 @@
 """Floor 3: what a pass may take into the operator that stands before it: frozen batch norms.
 
-Knows modules and tensors, nothing of graphs. Imports torch and the errors only.
+Knows modules and tensors, nothing of graphs. Imports torch, the errors, and who follows a call.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from .errors import StateError
+from .kernels.lowering import is_followed
 
 _STATE = ("running_mean", "running_var", "weight", "bias")
 WANT_GRADIENTS = 'want gradients now, and get none: requires_grad_(False), or transform with fuse="activation"'
@@ -56,18 +56,13 @@ class FrozenNorm:
         if wanted and torch.is_grad_enabled():
             raise StateError(f"{site}: the parameters of the batch norm fused into it {WANT_GRADIENTS}")
         eps: Any = module.eps if self.eps is None else self.eps
-        if torch.compiler.is_compiling() or _is_followed():
+        if torch.compiler.is_compiling() or is_followed():
             return _computed(eps, tensors)
         # Asking costs 4 us on a CPU, 1 elsewhere.
         state = [eps, *(None if t is None else _content(t) for t in tensors)]
         if self._affine is None or state != self._state:
             self._affine, self._state = _computed(eps, tensors), state
         return self._affine
-
-
-def _is_followed() -> bool:
-    """Return whether torch.func, forward-mode derivatives or torch.jit.trace follow what is made of the parameters."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._is_tracing()
 
 
 def _computed(eps: float, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:

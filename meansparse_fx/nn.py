@@ -19,6 +19,7 @@ from .activations import ActivationCall
 from .arguments import number
 from .errors import SiteError, StateError
 from .frozen import WANT_GRADIENTS, Prologue
+from .kernels.lowering import is_followed
 from .kernels.operator import Operator
 from .kernels.records import Options, Vectors
 from .kernels.reference import BACKWARDS, VARIANTS
@@ -115,10 +116,10 @@ class MeanSparse(nn.Module):
             norms = self.prologue.affines(self.name)
             if layer_scale is not None and layer_scale.requires_grad and torch.is_grad_enabled():
                 raise StateError(f"{self.name}: the numbers of the LayerScale fused into it {WANT_GRADIENTS}")
-            if torch._C._are_functorch_transforms_active():  # whose tensors have no memory
-                return self._bind(Vectors(centre, threshold, weight), norms, layer_scale, fused)
         if torch.compiler.is_compiling():
             return self._bind(Vectors(centre, threshold, weight), norms, layer_scale, fused, "composition")
+        if fused and is_followed():  # scale and shift are others at each call, and may have no memory
+            return self._bind(Vectors(centre, threshold, weight), norms, layer_scale, fused)
         key: tuple[int, ...] = id(centre), id(threshold), id(weight)
         if fused:
             scale = 0 if layer_scale is None else layer_scale.data_ptr()

@@ -172,7 +172,8 @@ class ExampleTracer(ModelTracer):
         if isinstance(first, tuple | list) and len({len(e) for e in examples}) == 1 < len(examples):
             dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
             if agreed or (_name(target) in _SPLITS and len({e[0].shape[dim] for e in examples}) > 1):
-                len(ExampleProxy(node, self, examples, by_value, agreed=True))  # of few or many images it is another
+                whole = ExampleProxy(node, self, examples, by_value, agreed=True)
+                self.create_proxy("call_function", len, (whole,), {})  # expected: few or many images give another
         return self._present(node, examples, by_value, agreed)
 
     def expect(self, number: fx.Node, answer: Any) -> None:
