@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from meansparse_fx.artifacts import write_whole
 from meansparse_fx.errors import MeanSparseError, ModelError
 
 ROOT = Path(__file__).parents[1]
@@ -275,13 +276,15 @@ def write(rows: Sequence[Row], path: Path) -> None:
     """
     if not rows:
         raise ValueError(f"no rows for {path}")
+
+    def save(place: Path) -> None:
+        with place.open("w", newline="") as file:
+            writer = csv.DictWriter(file, _columns(rows))
+            writer.writeheader()
+            writer.writerows(rows)
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, _columns(rows))
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(path)
+    write_whole(path, save)
 
 
 def read(path: Path) -> list[Row]:

@@ -27,7 +27,8 @@ def parsed(parser: Callable[[str], Any], metavar: str, help: str, *names: str) -
     return typer.Option(*names, parser=parser, metavar=metavar, help=help)
 
 
-def _file(help: str) -> Any:
+def file_option(help: str) -> Any:
+    """Return the option that is a file which another command wrote."""
     return typer.Option(exists=True, dir_okay=False, help=help)
 
 
@@ -64,11 +65,14 @@ class ModelOptions:
 
     model: Annotated[str, typer.Argument(parser=parsing.model, metavar="MODEL", help=SPECS)]
     weights: Annotated[
-        Path | None, typer.Option(exists=True, help="safetensors, a state_dict or a checkpoint; never unpickled.")
+        Path | None, typer.Option(exists=True, help="safetensors, or what torch.load reads with weights_only=True.")
     ] = None
     num_classes: Annotated[int | None, typer.Option(min=1, help="Logits of a timm or torchvision model.")] = None
     normalise: Annotated[
-        tuple | None, parsed(parsing.normalisation, "imagenet|MEAN/STD", "In the model; eps stays in [0, 1]: 0.5/0.2.")
+        tuple | None,
+        parsed(
+            parsing.normalisation, "imagenet|MEAN/STD", "Normalise in the model, so that eps is of [0, 1]: 0.5/0.2."
+        ),
     ] = None
     placement: Annotated[
         Any, parsed(parsing.name(PLACEMENTS), "NAME", f"Sites to take: of {', '.join(PLACEMENTS)}.")
@@ -79,7 +83,9 @@ class ModelOptions:
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="REGEX", help="Leave sites in whose name it is found; repeatable.")
     ] = None
-    settings: Annotated[Path | None, _file("From calibrate or select --out, or msfx.save: all but the weights.")] = None
+    settings: Annotated[
+        Path | None, file_option("From calibrate or select --out, or msfx.save: all but the weights.")
+    ] = None
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="cuda if there is one")] = None
 
     def __post_init__(self) -> None:
@@ -91,7 +97,7 @@ class ModelOptions:
 class MeasuredOptions(ModelOptions):
     """Which model, and what was measured of it."""
 
-    statistics: Annotated[Path | None, _file("From calibrate, where there are no --settings.")] = None
+    statistics: Annotated[Path | None, file_option("From calibrate, where there are no --settings.")] = None
 
     def __post_init__(self) -> None:
         ModelOptions.__post_init__(self)  # super() knows only the class without slots

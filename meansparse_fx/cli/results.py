@@ -14,7 +14,7 @@ import meansparse_fx as msfx
 from ..errors import StateError, StatisticsError
 from . import parsing
 from .model import Shape
-from .options import ModelOptions, file_argument, parsed
+from .options import ModelOptions, file_argument, file_option, parsed
 
 if TYPE_CHECKING:
     from ..settings import Settings
@@ -98,7 +98,7 @@ class OptionalModel(ModelOptions):
 
 def card(
     model: OptionalModel,
-    report: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="report.json of evaluate --report.")],
+    report: Annotated[Path, file_option("report.json of evaluate --report.")],
     out: Annotated[Path, typer.Option(help="Folder for config.json, model.safetensors, README.md and the settings.")],
     shape: Shape = None,
 ) -> None:
