@@ -42,12 +42,14 @@ def lowering_of(x: Tensor, channel_dim: int, weight: Tensor | None = None, choic
 
 def is_observed(x: Tensor, residual: Tensor | None = None, shortcut: Tensor | None = None) -> bool:
     """Return whether somebody observes or transforms what is done with these: a transform of torch.func, forward-mode
-    differentiation, a mode, a tracer, a subclass. Not a profiler, which changes nothing.
+    differentiation, a mode, a tracer, a subclass, or a view whose memory holds other values: ``z.conj().imag``'s are
+    negated. Not a profiler, which changes nothing.
     """
     return (
         type(x) not in _PLAIN
-        or (residual is not None and type(residual) not in _PLAIN)
-        or (shortcut is not None and type(shortcut) not in _PLAIN)
+        or x.is_neg()
+        or (residual is not None and (type(residual) not in _PLAIN or residual.is_neg()))
+        or (shortcut is not None and (type(shortcut) not in _PLAIN or shortcut.is_neg()))
         or _dispatch_modes() > 0
         or (_function_mode() and _function_mode_observes())
         or is_followed()

@@ -61,6 +61,7 @@ def channel_moments(x: Tensor, channel_dim: int) -> tuple[int, Tensor, Tensor]:
     The Triton kernel reads x once and is exact to float32 rounding relative to the deviation; on a CPU everything
     is float64.
     """
+    x = x.resolve_neg()  # kernels read what lies in memory
     count = x.numel() // x.shape[channel_dim]
     if count == 0:
         zeros = torch.zeros(2, x.shape[channel_dim], dtype=torch.float64, device=x.device)
@@ -78,6 +79,7 @@ def activation_moments(
     x: Tensor, channel_dim: int, activation: str, constants: Sequence[float] = (), weight: Tensor | None = None
 ) -> tuple[Tensor, tuple[int, Tensor, Tensor]]:
     """Return act(x), and the moments of x as `channel_moments` does: on a GPU from one read of x."""
+    x = x.resolve_neg()
     if x.numel() and lowering_of(x, channel_dim, weight) == "triton":
         return _triton_moments(x, channel_dim, activation, constants, weight)
     wide = x if x.dtype == torch.float64 else x.float()

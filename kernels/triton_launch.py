@@ -11,6 +11,7 @@ Floor 0, imported only where a kernel is launched: importing this module imports
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from .layout import INT32_ELEMENTS, OPTIONS, Layout
 
 _ALIGNMENT = 16  # bytes, what Triton compiles for if all pointers have it
 _COMPILED: dict[Hashable, Any] = {}
+_LOADING = threading.Lock()  # Triton shows a kernel that one thread is loading to others, who would launch nothing yet
 _runtime = knobs.runtime
 
 
@@ -79,17 +81,35 @@ class Launch:
 
     def _first(self, tensors: tuple[Tensor | None, ...], aligned: bool, hooked: bool) -> None:
         """Launch as Triton does, which compiles where there is need, and keep what can be called directly from now."""
-        numbers = self._rest[: len(self._rest) - len(self._constexprs)]
         with torch.cuda.device_of(next(t for t in tensors if t is not None)):
             dtypes = tuple([t if t is None else t.dtype for t in tensors])
             values = tuple(self._constexprs.values())
             key = self._kernel, dtypes, values, self._device, self._wide_sizes, self.within_2gb
             found = _COMPILED.get(key) if aligned and not hooked else None
-            compiled = found or self._kernel[(self.grid,)](*tensors, *numbers, **self._constexprs, **OPTIONS)
+            compiled = found or self._by_triton(tensors)
             if not aligned or not hasattr(compiled, "run"):  # interpreted kernels return nothing
                 return
             _COMPILED[key] = compiled
-            self._run, self._function, self._metadata = compiled.run, compiled.function, compiled.packed_metadata
+            self._function, self._metadata = compiled.function, compiled.packed_metadata
             self._stream = driver.active.get_current_stream
+            self._run = compiled.run  # last: from here on other threads use all of them
             if found:
                 self(*tensors)
+
+    def _by_triton(self, tensors: tuple[Tensor | None, ...]) -> Any:
+        """Launch as Triton does, and return the compiled kernel.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured, and the kernel was never called before.
+        """
+        numbers = self._rest[: len(self._rest) - len(self._constexprs)]
+        try:
+            with _LOADING:
+                return self._kernel[(self.grid,)](*tensors, *numbers, **self._constexprs, **OPTIONS)
+        except RuntimeError as error:
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a kernel is loaded by its first call, which CUDA does not permit while a graph is captured: call "
+                    "the model once on such inputs before capturing it"
+                ) from error
+            raise

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -93,3 +96,103 @@ def test_who_listens_to_launches_hears_all(monkeypatch) -> None:
     heard.launch_enter_hook.calls.clear()
     own(X, None, Y)
     assert (len(kernel.looked), len(kernel.ran)) == (2, 1)
+
+
+def test_other_threads_see_a_launch_when_all_of_it_is_there(monkeypatch) -> None:
+    kernel = Kernel()
+    own = launch(kernel)
+
+    class Active:  # another thread's call while the first one looks up the driver
+        @property
+        def active(self):
+            monkeypatch.setattr(triton_launch, "driver", SimpleNamespace(active=stream_of_driver))
+            own(X, None, Y)
+            return stream_of_driver
+
+    stream_of_driver = SimpleNamespace(get_current_stream=lambda index: 7)
+    monkeypatch.setattr(triton_launch, "driver", Active())
+    own(X, None, Y)
+    own(X, None, Y)
+    assert all(arguments[3] == 7 for arguments in kernel.ran)
+    assert len(kernel.looked) + len(kernel.ran) == 3
+
+
+def test_first_calls_of_several_threads_take_turns() -> None:
+    """Triton 3.6 puts a kernel where other threads find it before it has been loaded."""
+
+    class Slow(Kernel):
+        loading = together = 0
+
+        def __getitem__(self, grid):
+            def call(*arguments, **constexprs):
+                self.loading += 1
+                self.together = max(self.together, self.loading)
+                time.sleep(0.01)
+                self.loading -= 1
+                return Kernel.__getitem__(self, grid)(*arguments, **constexprs)
+
+            return call
+
+    kernel, barrier = Slow(), threading.Barrier(4)
+
+    def work(mode):
+        own = launch(kernel, MODE=mode)
+        barrier.wait()
+        own(X, None, Y)
+        own(X, None, Y)
+
+    threads = [threading.Thread(target=work, args=(mode,)) for mode in ("mean", "mean", "edge", "smooth")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert kernel.together == 1
+    assert len(kernel.looked) + len(kernel.ran) == 8
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_first_call_in_a_graph_capture_says_what_to_do(capturing, monkeypatch) -> None:
+    class Refused(Kernel):
+        def __getitem__(self, grid):
+            raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call the model once" if capturing else "^Triton Error") as caught:
+        launch(Refused())(X, None, Y)
+    assert (caught.value.__cause__ is not None) == capturing
+    launch(Kernel())(X, None, Y)  # and nobody waits for ever
+
+
+def test_the_stream_is_that_of_each_call(monkeypatch) -> None:
+    kernel, streams = Kernel(), iter("abc")
+    active = SimpleNamespace(get_current_stream=lambda index: next(streams))
+    monkeypatch.setattr(triton_launch, "driver", SimpleNamespace(active=active))
+    own = launch(kernel)
+    for _ in range(4):
+        own(X, None, Y)
+    assert [arguments[3] for arguments in kernel.ran] == ["a", "b", "c"]
+
+
+def test_another_current_device_is_left_for_the_launch(monkeypatch) -> None:
+    kernel = Kernel()
+    own = launch(kernel)
+    own(X, None, Y)
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(wanted):
+        before, current[0] = current[0], own._index
+        yield
+        current[0] = before
+
+    own._several, own._index = True, 1
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    seen = []
+    own._run = lambda *arguments: seen.append((current[0], arguments[3]))
+    own(X, None, Y)
+    current[0] = 1
+    own(X, None, Y)
+    assert seen == [(1, ("stream", 1))] * 2
+    assert current == [1]

@@ -75,6 +75,32 @@ def test_what_is_kept_may_come_back_in_another_layout(name, device) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("negated", "choice"), [*((n, "triton") for n in ("x", "residual", "shortcut", "upstream")), ("x", "auto")]
+)
+def test_views_whose_memory_holds_other_signs(negated, choice, device, monkeypatch) -> None:
+    """``z.conj().imag`` is such a view, and the gradient of what becomes an imaginary part is."""
+    monkeypatch.setenv("MEANSPARSE_FX_LOWERING", choice)
+    g = torch.Generator().manual_seed(0)
+    names = ["x", "residual", "shortcut", "upstream"]
+    tensors = {n: torch.randn(4, 8, 16, 32, generator=g).to(device) for n in names}
+    plain = tensors | {negated: -tensors[negated]}
+    views = tensors | {negated: torch._neg_view(tensors[negated])}
+    assert views[negated].is_neg()
+    own = Operator(Vectors(torch.zeros(8, device=device), torch.full((8,), 0.3, device=device)), Options(1, "gelu"))
+    found = []
+    for given in (views, plain):
+        x = given["x"].detach().requires_grad_()
+        alone = negated in ("x", "upstream")
+        y = own(x) if alone else own(x, given["residual"], given["shortcut"])
+        found.append((y, *torch.autograd.grad(y, x, given["upstream"])))
+    for view, expected in zip(*found, strict=True):
+        torch.testing.assert_close(view, expected, rtol=1e-5, atol=1e-5)
+    if negated == "x":
+        (_, mean, _), (_, expected, _) = (ops.channel_moments(given["x"], 1) for given in (views, plain))
+        torch.testing.assert_close(mean, expected)
+
+
 def test_moments_are_those_of_the_observer(device) -> None:
     x = torch.randn(3, 6, 5, 4, generator=torch.Generator().manual_seed(0)).to(device) + 7
     count, mean, m2 = ops.channel_moments(x, 1)
