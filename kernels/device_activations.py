@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import reference
+
 
 @triton.jit
 def identity(s, grad, weight, A: tl.constexpr, B: tl.constexpr):
@@ -170,6 +172,7 @@ ACTIVATIONS: dict[str, Any] = {  # names and constants as in `reference.ACTIVATI
 
 def activation_constexprs(name: str, constants: Sequence[float], weight: Tensor | None) -> dict[str, Any]:
     """Return the compile-time arguments of an activation, in the order in which all kernels take them."""
-    first, second = (*map(float, constants), 0.0, 0.0)[:2]
+    defaults = [default for _, default in reference.ACTIVATIONS[name].constants]
+    first, second = (*map(float, constants), *defaults[len(constants) :], 0.0, 0.0)[:2]
     stride = 0 if weight is None or weight.numel() == 1 else 1  # of a slope that all channels share: 0
     return {"ACTIVATION": ACTIVATIONS[name], "A": first, "B": second, "WEIGHT_STRIDE": stride}

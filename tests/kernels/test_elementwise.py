@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from meansparse_fx.kernels import layout as layouts
-from meansparse_fx.kernels.device_activations import ACTIVATIONS
+from meansparse_fx.kernels.device_activations import ACTIVATIONS, activation_constexprs
 from meansparse_fx.kernels.records import Options, Vectors
 
 from . import calls
@@ -149,6 +149,15 @@ def test_activation(activation, dtype, name, device) -> None:
     x, *vectors = inputs((2, 5, 3, 7), 1, dtype, device)
     arrange, channel_dim = LAYOUTS[name]
     check(arrange(x), *vectors, channel_dim, activation)
+
+
+def test_constants_that_are_not_given_are_torchs() -> None:
+    defaults = {"leaky_relu": (0.01, 0.0), "elu": (1.0, 0.0), "softplus": (1.0, 20.0), "relu": (0.0, 0.0)}
+    for name, expected in defaults.items():
+        found = activation_constexprs(name, (), None)
+        assert (found["A"], found["B"]) == expected
+    found = activation_constexprs("softplus", (2.0,), None)
+    assert (found["A"], found["B"]) == (2.0, 20.0)
 
 
 MODES = list(itertools.product(("mean", "edge", "smooth"), ("exact", "identity", "smooth")))
