@@ -58,10 +58,12 @@ run() {
     timeout --signal=INT $((seconds < left ? seconds : left)) "$python" -m "$@" || { failed=1; echo "== failed or stopped: $*"; }
 }
 cuda() { run "$1" "benchmarks.$2" --device cuda --out "$results/${2}-$device.csv" "${@:3}"; }
+tests() { run "$1" pytest -q -p no:cacheprovider "${@:2}"; }
 models() { cuda "$1" models --append --repetitions 11 "${@:2}"; }
 
 case $part in
 first)
+    tests 100 tests/kernels/test_gpu.py -m "gpu and not slow"
     cuda 30 host
     cuda 90 kernels --activation relu gelu --mode forward backward moments moments+activation --repetitions 5
     models 40 --eager --model WRN-16-4 --batch 1 8 64 256
@@ -75,10 +77,11 @@ first)
     cuda 30 calibration
     models 90 --model WRN-16-4 --batch 8 --mode forward
     cuda 40 scaling --batches 2 --repetitions 3
-    run 60 pytest -q -p no:cacheprovider tests/kernels -m "not slow"
+    tests 60 tests/kernels -m "not gpu and not slow"
     ;;
 rest)
     budget=${BUDGET:-3600}
+    tests 300 tests/kernels/test_gpu.py -m "gpu and slow"
     cuda 600 kernels --compiled
     models 900 --model WRN-16-4 WRN-28-10 ResNet-50 ConvNeXt-T Swin-T --batch 64
     models 900 --eager --model WRN-28-10 ResNet-50 ConvNeXt-T Swin-T --batch 1 8 64 256 --dtype float32 bfloat16
@@ -88,6 +91,7 @@ rest)
     ;;
 dry)
     cuda() { run 600 "benchmarks.$1" --device cpu --out "$results/${1}-$device.csv" "${@:2}"; }
+    TRITON_INTERPRET=1 tests 300 tests/kernels/test_gpu.py -k replayed
     cuda host --rounds 3
     cuda kernels --activation relu --mode forward moments moments+activation --shape 2x4x4x4 2x3x4 --dtype bfloat16 --repetitions 2
     cuda models --append --eager --model WRN-10-1 --batch 1 --mode forward --repetitions 2
