@@ -50,15 +50,18 @@ KERNELS = {
 }
 # Tensor-sized reads and writes of each case, and the pointers that it gives; all others are None, which compiles their
 # code away.
+INPUT_NORM, SUM_NORM = (
+    tuple(f"{of}_{name}_ptr" for name in ("mean", "variance", "weight", "bias")) for of in ("input", "sum")
+)
 CASES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "forward": (1, 1, ()),
-    "forward+norm+residual": (2, 1, ("input_scale_ptr", "input_shift_ptr", "residual_ptr")),
-    "forward+norm+residual+sum": (2, 2, ("input_scale_ptr", "input_shift_ptr", "residual_ptr", "sum_ptr")),
-    "forward+residual+sum+norm": (2, 2, ("residual_ptr", "sum_ptr", "sum_scale_ptr", "sum_shift_ptr")),
+    "forward+norm+residual": (2, 1, (*INPUT_NORM, "residual_ptr")),
+    "forward+norm+residual+sum": (2, 2, (*INPUT_NORM, "residual_ptr", "sum_ptr")),
+    "forward+residual+sum+norm": (2, 2, ("residual_ptr", "sum_ptr", *SUM_NORM)),
     "forward+layerscale+shortcut": (2, 1, ("layer_scale_ptr", "shortcut_ptr")),
     "backward": (2, 1, ()),
-    "backward+norm+residual": (3, 2, ("input_scale_ptr", "input_shift_ptr", "residual_ptr", "grad_v_ptr")),
-    "backward+sum+norm": (3, 1, ("grad_sum_ptr", "sum_scale_ptr", "sum_shift_ptr")),
+    "backward+norm+residual": (3, 2, (*INPUT_NORM, "residual_ptr", "grad_v_ptr")),
+    "backward+sum+norm": (3, 1, ("grad_sum_ptr", *SUM_NORM)),
     "backward+layerscale": (2, 1, ("layer_scale_ptr",)),
     "moments": (1, 0, ()),
     "moments+activation": (1, 1, ("y_ptr",)),
@@ -112,7 +115,7 @@ def compile_case(case: Case) -> triton.compiler.CompiledKernel:
             attributes[(at,)] = [["tt.divisibility", 16]]
         else:
             wide = name.endswith("_multiplier")
-            signature[name] = "fp32" if name.endswith("steepness") else "i64" if wide else "i32"
+            signature[name] = "fp32" if name.endswith(("steepness", "eps")) else "i64" if wide else "i32"
     source = ASTSource(function, signature, constexprs, attributes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of compute capabilities that a later Triton drops

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 import meansparse_fx as msfx
-from meansparse_fx.nn import MeanSparse
 
 from .contenders import MODELS, with_form
 from .contenders import build as build_model
@@ -137,11 +136,8 @@ def calls_of(
 
 
 def state_of(name: str, contender: nn.Module) -> Iterable[Tensor]:
-    """Return parameters and buffers, those that the plug-in holds too, and the scales of norms that are fused."""
+    """Return parameters and buffers, those that the plug-in holds too."""
     found = [*contender.parameters(), *contender.buffers()]
-    for module in contender.modules():
-        if isinstance(module, MeanSparse):
-            found += [vector for vector in module.prologue.affines(module.name) if vector is not None]
     if name == "ours compiled":
         found += [b for operator in msfx.compile_report(contender).operators.values() for b in operator.buffers()]
     return found

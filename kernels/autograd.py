@@ -49,8 +49,8 @@ class _MeanSparse(torch.autograd.Function):
         vectors, x, residual = call.operator.vectors, saved[0], None
         if _version(vectors) != ctx.version:
             raise RuntimeError(
-                "alpha, statistics or a LayerScale were changed between a forward pass and its backward: set them "
-                "before, or run the forward pass again"
+                "alpha, statistics, a norm or a LayerScale were changed between a forward pass and its backward: set "
+                "them before, or run the forward pass again"
             )
         run = _differentiate if torch.is_grad_enabled() or is_observed(grad, grad_sum) else type(call).backward
         if len(needed) == 2 and grad is not None:
@@ -64,9 +64,11 @@ class _MeanSparse(torch.autograd.Function):
 
 
 def _version(vectors: Vectors) -> int:
-    """Return what tells whether the band, or a LayerScale, was changed since."""
+    """Return what tells whether the band, or a norm or a LayerScale, was changed since."""
     version = vectors.centre._version + vectors.threshold._version
-    return version if vectors.layer_scale is None else version + vectors.layer_scale._version
+    if vectors.scaled or vectors.sum_mean is not None:
+        version += sum([v._version for v in vectors[3:] if v is not None])
+    return version
 
 
 # Past Function.apply in Python, whose questions `Operator.__call__` answers: 1.2 microseconds.
@@ -133,22 +135,20 @@ def _differentiate(
 ) -> Sequence[Tensor | None]:
     """Return the gradients as `Call.backward` does, by differentiating the reference: themselves differentiable."""
     operator, source = call.operator, call.source
-    options, dim = operator.options, operator.options.channel_dim
+    options = operator.options
     if source == "result":  # whose derivative by y is zero wherever there is one
         options, from_sum = operator.for_backward(source)
         return composition.backward(x.detach(), grad, None, None, vectors, options, from_sum, wanted)
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         x, residual, weight = _alias(x), _alias(residual), _alias(vectors.weight)
-        v = reference.residual_sum(x, residual, vectors, dim) if source == "input" else reference.widened(x)
+        v = reference.residual_sum(x, residual, vectors, options) if source == "input" else reference.widened(x)
         y = reference.activated(v, vectors._replace(weight=weight), options)
         leaves = [v, weight] if wanted.weight else [v]
         grad_v, *grad_weight = torch.autograd.grad(y, leaves, grad.to(y.dtype), create_graph=again)
         if grad_sum is not None:
             grad_v = grad_v + grad_sum
-        grad_x = reference.affine(
-            reference.affine(grad_v, vectors.layer_scale, None, dim), vectors.input_scale, None, dim
-        )
+        grad_x = reference.sum_gradient(grad_v, vectors, options)
     return grad_x.to(x.dtype), grad_v.to(x.dtype), grad_weight[0] if wanted.weight else None
 
 

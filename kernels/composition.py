@@ -22,12 +22,14 @@ from torch import Tensor
 from .records import Options, Vectors
 from .reference import (
     ACTIVATIONS,
-    affine,
+    norm_gradient,
+    normed,
     parameters,
     residual_sum,
     shaped,
     smooth_gate,
     smooth_gate_derivative,
+    sum_gradient,
     widened,
 )
 
@@ -86,11 +88,11 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Return y, and v if it is wanted, in the dtype and memory format of x; arguments as in `reference.operator`."""
     dim = options.channel_dim
-    v, rounded = residual_sum(x, residual, vectors, dim), None
+    v, rounded = residual_sum(x, residual, vectors, options), None
     if options.want_sum:
         rounded = v.clone() if v is x else _in_dtype(v, x.dtype)
         v = widened(rounded)  # y is the function of exactly what others see
-    u = affine(v, vectors.sum_scale, vectors.sum_shift, dim)
+    u = normed(v, vectors.sum_norm, options.sum_eps)
     centre, threshold, weight = (shaped(vector, u, dim) for vector in vectors[:3])
     s, _ = _sparsify(u, centre, threshold, options)
     row = ACTIVATIONS[options.activation]
@@ -131,14 +133,13 @@ def backward(
         grad_sum: Of v, where that is a result that somebody read.
         from_sum: x is not x but v, or what stands for v.
     """
-    dim = options.channel_dim
-    v = widened(x) if from_sum else residual_sum(x, residual, vectors, dim)
-    u = affine(v, vectors.sum_scale, vectors.sum_shift, dim)
+    v = widened(x) if from_sum else residual_sum(x, residual, vectors, options)
+    u = normed(v, vectors.sum_norm, options.sum_eps)
     grad_u, grad_weight = _activation_gradient(widened(grad), u, vectors, options, wanted.weight)
-    grad_v = affine(grad_u, vectors.sum_scale, None, dim)
+    grad_v = norm_gradient(grad_u, vectors.sum_norm, options.sum_eps)
     if grad_sum is not None:
         grad_v = grad_v + grad_sum
-    grad_x = affine(affine(grad_v, vectors.layer_scale, None, dim), vectors.input_scale, None, dim).to(x.dtype)
+    grad_x = sum_gradient(grad_v, vectors, options).to(x.dtype)
     return Gradients(grad_x, grad_v.to(x.dtype) if wanted.v else None, grad_weight)
 
 

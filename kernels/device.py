@@ -96,20 +96,40 @@ def load_channel(ptr, index, CHANNELS: tl.constexpr, STRIDE: tl.constexpr = 1):
 
 
 @triton.jit
-def affine(v, scale_ptr, shift_ptr, index, CHANNELS: tl.constexpr):
-    """v * scale + shift per channel, each where its pointer is given: a frozen batch norm."""
+def scaled(v, scale_ptr, index, CHANNELS: tl.constexpr):
+    """v * scale per channel, where the pointer is given."""
     if scale_ptr is not None:
         v = v * load_channel(scale_ptr, index, CHANNELS)
-    if shift_ptr is not None:
-        v = v + load_channel(shift_ptr, index, CHANNELS)
     return v
 
 
 @triton.jit
-def residual_sum(x, residual_ptr, scale_ptr, shift_ptr, layer_scale_ptr, index, offsets, mask, CHANNELS: tl.constexpr):
-    """v in float32: frozen batch norm, LayerScale, residual sum, each where its pointer is given."""
-    v = affine(x.to(tl.float32), scale_ptr, shift_ptr, index, CHANNELS)
-    v = affine(v, layer_scale_ptr, None, index, CHANNELS)
+def norm_gradient(grad, variance_ptr, weight_ptr, eps, index, CHANNELS: tl.constexpr):
+    """grad * weight / sqrt(variance + eps) per channel, where the pointers are given."""
+    if variance_ptr is not None:
+        scale = tl.rsqrt(load_channel(variance_ptr, index, CHANNELS) + eps)
+        grad = grad * scaled(scale, weight_ptr, index, CHANNELS)
+    return grad
+
+
+@triton.jit
+def normed(v, mean_ptr, variance_ptr, weight_ptr, bias_ptr, eps, index, CHANNELS: tl.constexpr):
+    """(v - mean) * weight / sqrt(variance + eps) + bias per channel, where the pointers are given."""
+    if mean_ptr is not None:
+        v = norm_gradient(v - load_channel(mean_ptr, index, CHANNELS), variance_ptr, weight_ptr, eps, index, CHANNELS)
+    if bias_ptr is not None:
+        v = v + load_channel(bias_ptr, index, CHANNELS)
+    return v
+
+
+@triton.jit
+def residual_sum(
+    x, residual_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, eps, layer_scale_ptr, index, offsets, mask,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """v in float32: batch norm, LayerScale, residual sum, each where its pointer is given."""
+    v = normed(x.to(tl.float32), mean_ptr, variance_ptr, weight_ptr, bias_ptr, eps, index, CHANNELS)
+    v = scaled(v, layer_scale_ptr, index, CHANNELS)
     if residual_ptr is not None:
         v = v + tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     return v

@@ -1,7 +1,8 @@
 """The operator's two kernels, forward and backward, for every activation, layout, variant and fusion.
 
-    v = (x * input_scale[c] + input_shift[c]) * layer_scale[c] + residual
-    u = v * sum_scale[c] + sum_shift[c]
+    norm(x) = (x - mean[c]) / sqrt(variance[c] + eps) * weight[c] + bias[c]
+    v = input_norm(x) * layer_scale[c] + residual
+    u = sum_norm(v)
     y = act(s(u)) + shortcut
 
 Each factor is off unless given (a None pointer is a compile-time constant). The backward kernel recomputes u and s from
@@ -18,12 +19,14 @@ import triton
 import triton.language as tl
 
 from .device import (
-    affine,
     channel_index,
     load_channel,
+    norm_gradient,
+    normed,
     part_of_tensor,
     place_in_slabs,
     residual_sum,
+    scaled,
     sparsify,
     sparsify_gradient,
 )
@@ -31,7 +34,7 @@ from .device import (
 # Sizes stay unspecialised: a new shape compiles nothing.
 _SIZES = [
     "vectors", "tail", "period", "period_multiplier", "period_shift", "inner", "inner_multiplier", "inner_shift",
-    "slab", "slab_multiplier", "slab_shift", "outer_stride", "steepness", "gate_steepness",
+    "slab", "slab_multiplier", "slab_shift", "outer_stride", "steepness", "gate_steepness", "input_eps", "sum_eps",
 ]  # fmt: skip
 
 
@@ -39,9 +42,10 @@ _SIZES = [
 def forward_kernel(
     x_ptr, y_ptr, sum_ptr, residual_ptr, shortcut_ptr,  # n elements, x perhaps in slabs
     centre_ptr, threshold_ptr, weight_ptr,  # [C], as what follows
-    input_scale_ptr, input_shift_ptr, layer_scale_ptr, sum_scale_ptr, sum_shift_ptr,
+    input_mean_ptr, input_variance_ptr, input_weight_ptr, input_bias_ptr, layer_scale_ptr,
+    sum_mean_ptr, sum_variance_ptr, sum_weight_ptr, sum_bias_ptr,
     vectors, tail, period, period_multiplier, period_shift, inner, inner_multiplier, inner_shift,
-    slab, slab_multiplier, slab_shift, outer_stride, steepness,
+    slab, slab_multiplier, slab_shift, outer_stride, steepness, input_eps, sum_eps,
     ACTIVATION: tl.constexpr, A: tl.constexpr, B: tl.constexpr, WEIGHT_STRIDE: tl.constexpr, VARIANT: tl.constexpr,
     CHANNELS: tl.constexpr, STRIDED: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr,
     V: tl.constexpr, VECTORS: tl.constexpr,
@@ -60,14 +64,15 @@ def forward_kernel(
         threshold = load_channel(threshold_ptr, channel, CHANNELS)
         weight = load_channel(weight_ptr, channel, CHANNELS, WEIGHT_STRIDE)
         v = residual_sum(
-            x, residual_ptr, input_scale_ptr, input_shift_ptr, layer_scale_ptr, channel, offsets, mask, CHANNELS
-        )
+            x, residual_ptr, input_mean_ptr, input_variance_ptr, input_weight_ptr, input_bias_ptr, input_eps,
+            layer_scale_ptr, channel, offsets, mask, CHANNELS,
+        )  # fmt: skip
         if sum_ptr is not None:
             # The caller sees v in its own dtype, so y is the function of exactly that.
             rounded = v.to(sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + offsets, rounded, mask=mask)
             v = rounded.to(tl.float32)
-        u = affine(v, sum_scale_ptr, sum_shift_ptr, channel, CHANNELS)
+        u = normed(v, sum_mean_ptr, sum_variance_ptr, sum_weight_ptr, sum_bias_ptr, sum_eps, channel, CHANNELS)
         y = ACTIVATION(sparsify(u, centre, threshold, steepness, VARIANT), u, weight, A, B)[0]
         if shortcut_ptr is not None:
             y += tl.load(shortcut_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -78,15 +83,16 @@ def forward_kernel(
 def backward_kernel(
     x_ptr, grad_x_ptr, grad_v_ptr, grad_ptr, grad_sum_ptr, residual_ptr,  # n elements, x perhaps in slabs
     centre_ptr, threshold_ptr, weight_ptr,  # [C], as what follows
-    input_scale_ptr, input_shift_ptr, layer_scale_ptr, sum_scale_ptr, sum_shift_ptr,
+    input_mean_ptr, input_variance_ptr, input_weight_ptr, input_bias_ptr, layer_scale_ptr,
+    sum_mean_ptr, sum_variance_ptr, sum_weight_ptr, sum_bias_ptr,
     vectors, tail, period, period_multiplier, period_shift, inner, inner_multiplier, inner_shift,
-    slab, slab_multiplier, slab_shift, outer_stride, steepness, gate_steepness,
+    slab, slab_multiplier, slab_shift, outer_stride, steepness, gate_steepness, input_eps, sum_eps,
     ACTIVATION: tl.constexpr, A: tl.constexpr, B: tl.constexpr, WEIGHT_STRIDE: tl.constexpr, VARIANT: tl.constexpr,
     BACKWARD: tl.constexpr, FROM_SUM: tl.constexpr,
     CHANNELS: tl.constexpr, STRIDED: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr,
     V: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """grad_v = grad_y * act'(s(u)) * s'(u) * sum_scale + grad_sum,   grad_x = grad_v * layer_scale * input_scale."""
+    """grad_v = grad_y * act'(s(u)) * s'(u) * sum_norm' + grad_sum,   grad_x = grad_v * layer_scale * input_norm'."""
     for part in tl.static_range(2 if TAIL else 1):
         vec, lane, mask = part_of_tensor(vectors, tail, part, V, VECTORS)
         channel = channel_index(
@@ -103,20 +109,20 @@ def backward_kernel(
         v = x.to(tl.float32)
         if not FROM_SUM:
             v = residual_sum(
-                x, residual_ptr, input_scale_ptr, input_shift_ptr, layer_scale_ptr, channel, offsets, mask, CHANNELS
-            )
-        u = affine(v, sum_scale_ptr, sum_shift_ptr, channel, CHANNELS)
+                x, residual_ptr, input_mean_ptr, input_variance_ptr, input_weight_ptr, input_bias_ptr, input_eps,
+                layer_scale_ptr, channel, offsets, mask, CHANNELS,
+            )  # fmt: skip
+        u = normed(v, sum_mean_ptr, sum_variance_ptr, sum_weight_ptr, sum_bias_ptr, sum_eps, channel, CHANNELS)
         s = u  # exact, and not the smooth variant: s differs from u only where the gradient is zero
         if BACKWARD != "exact" or VARIANT == "smooth":
             s = sparsify(u, centre, threshold, steepness, VARIANT)
         grad_s = ACTIVATION(s, grad, weight, A, B)[1]
         grad_u = sparsify_gradient(grad_s, u, centre, threshold, gate_steepness, VARIANT, BACKWARD)
-        grad_v = affine(grad_u, sum_scale_ptr, None, channel, CHANNELS)
+        grad_v = norm_gradient(grad_u, sum_variance_ptr, sum_weight_ptr, sum_eps, channel, CHANNELS)
         if grad_sum_ptr is not None:
             grad_v += tl.load(grad_sum_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if grad_v_ptr is not None:
             tl.store(grad_v_ptr + offsets, grad_v.to(grad_v_ptr.dtype.element_ty), mask=mask)
-        grad_x = affine(
-            affine(grad_v, layer_scale_ptr, None, channel, CHANNELS), input_scale_ptr, None, channel, CHANNELS
-        )
+        grad_x = scaled(grad_v, layer_scale_ptr, channel, CHANNELS)
+        grad_x = norm_gradient(grad_x, input_variance_ptr, input_weight_ptr, input_eps, channel, CHANNELS)
         tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)

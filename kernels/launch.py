@@ -34,7 +34,7 @@ def forward_runner(
     """
     constexprs = activation_constexprs(options.activation, options.constants, vectors.weight)
     constexprs |= {"VARIANT": options.variant}
-    numbers = (float(options.steepness),)
+    numbers = float(options.steepness), options.input_eps, options.sum_eps
     return _runner(forward_kernel, vectors, options, x, (residual, shortcut), options.want_sum, numbers, constexprs)
 
 
@@ -54,7 +54,7 @@ def backward_runner(
     """
     constexprs = activation_constexprs(options.activation, options.constants, vectors.weight)
     constexprs |= {"VARIANT": options.variant, "BACKWARD": options.backward, "FROM_SUM": from_sum}
-    numbers = float(options.steepness), float(options.gate_steepness or 0.0)
+    numbers = float(options.steepness), float(options.gate_steepness or 0.0), options.input_eps, options.sum_eps
     return _runner(backward_kernel, vectors, options, x, (grad, grad_sum, residual), wanted.v, numbers, constexprs)
 
 

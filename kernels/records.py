@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 Results = tuple[Tensor, Tensor | None]  # y and v, or the gradients of x and v; None for a v that nobody wants
+Norm = tuple[Tensor | None, ...]  # mean, variance, weight and bias of a batch norm in eval mode; all None without one
 Runner = Callable[..., Results]  # of the vectors, as a record, and the tensors
 
 
@@ -20,24 +21,38 @@ class Vectors(NamedTuple):
     Attributes:
         centre, threshold: The band, in the units of u.
         weight: The activation's learned slope, ``[C]`` or ``[1]``.
-        input_scale, input_shift: Of a frozen norm of x: weight / sqrt(variance + eps), and bias - mean * scale.
+        input_mean, input_variance, input_weight, input_bias: Of a batch norm of x in eval mode, the last two or none.
         layer_scale: Of a LayerScale after it.
-        sum_scale, sum_shift: Of a frozen norm of v.
+        sum_mean, sum_variance, sum_weight, sum_bias: Of a batch norm of v.
     """
 
     centre: Tensor
     threshold: Tensor
     weight: Tensor | None = None
-    input_scale: Tensor | None = None
-    input_shift: Tensor | None = None
+    input_mean: Tensor | None = None
+    input_variance: Tensor | None = None
+    input_weight: Tensor | None = None
+    input_bias: Tensor | None = None
     layer_scale: Tensor | None = None
-    sum_scale: Tensor | None = None
-    sum_shift: Tensor | None = None
+    sum_mean: Tensor | None = None
+    sum_variance: Tensor | None = None
+    sum_weight: Tensor | None = None
+    sum_bias: Tensor | None = None
+
+    @property
+    def input_norm(self) -> Norm:
+        """The vectors of the norm of x."""
+        return self[3:7]
+
+    @property
+    def sum_norm(self) -> Norm:
+        """The vectors of the norm of v."""
+        return self[8:12]
 
     @property
     def scaled(self) -> bool:
         """Whether x is scaled on its way into v; else its gradient is the residual's, and one tensor serves as both."""
-        return self.input_scale is not None or self.layer_scale is not None
+        return self.input_mean is not None or self.layer_scale is not None
 
     @property
     def gapped(self) -> bool:
@@ -63,6 +78,7 @@ class Options(NamedTuple):
         steepness: Of the smooth variant's gate, per relative distance to the band's edge.
         backward_steepness: Of the smooth backward's gate; values do not depend on it.
         want_sum: v is a second result.
+        input_eps, sum_eps: Of the norms of x and of v, added to their variances.
     """
 
     channel_dim: int
@@ -73,6 +89,8 @@ class Options(NamedTuple):
     steepness: float = 10.0
     backward_steepness: float = 10.0
     want_sum: bool = False
+    input_eps: float = 1e-5
+    sum_eps: float = 1e-5
 
     @property
     def gate_steepness(self) -> float | None:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .records import Options, Vectors
+from .records import Norm, Options, Vectors
 
 VARIANTS = ("mean", "edge", "smooth")
 BACKWARDS = ("exact", "identity", "smooth")
@@ -152,19 +152,36 @@ def shaped(vector: Tensor | None, like: Tensor, channel_dim: int) -> Tensor | No
     return per_channel(vector if vector.dtype == like.dtype else vector.to(like.dtype), like.dim(), channel_dim)
 
 
-def affine(v: Tensor, scale: Tensor | None, shift: Tensor | None, channel_dim: int) -> Tensor:
-    """Return v * scale + shift per channel, each where it is given: a frozen norm, or a LayerScale."""
-    scale, shift = shaped(scale, v, channel_dim), shaped(shift, v, channel_dim)
-    if scale is not None and shift is not None:
-        return torch.addcmul(shift, v, scale)
-    return v if scale is None else v * scale
+def scaled(v: Tensor, scale: Tensor | None, channel_dim: int) -> Tensor:
+    """Return v times a LayerScale, if there is one."""
+    return v if scale is None else v * shaped(scale, v, channel_dim)
 
 
-def residual_sum(x: Tensor, residual: Tensor | None, vectors: Vectors, channel_dim: int) -> Tensor:
+def normed(v: Tensor, norm: Norm, eps: float) -> Tensor:
+    """Return a batch norm of v, whose channels are dimension 1; v itself without one."""
+    mean, variance, weight, bias = (t if t is None else t.to(v.dtype) for t in norm)
+    return v if mean is None else F.batch_norm(v, mean, variance, weight, bias, False, 0.0, eps)
+
+
+def norm_gradient(grad: Tensor, norm: Norm, eps: float) -> Tensor:
+    """Return the gradient of what `normed` was given."""
+    _, variance, weight, _ = (t if t is None else t.to(grad.dtype) for t in norm)
+    if variance is None:
+        return grad
+    scale = torch.rsqrt(variance + eps)
+    return grad * per_channel(scale if weight is None else scale * weight, grad.dim(), 1)
+
+
+def residual_sum(x: Tensor, residual: Tensor | None, vectors: Vectors, options: Options) -> Tensor:
     """Return v = input_norm(x) * layer_scale + residual in the computing dtype."""
-    v = affine(widened(x), vectors.input_scale, vectors.input_shift, channel_dim)
-    v = affine(v, vectors.layer_scale, None, channel_dim)
+    v = normed(widened(x), vectors.input_norm, options.input_eps)
+    v = scaled(v, vectors.layer_scale, options.channel_dim)
     return v if residual is None else v + widened(residual)
+
+
+def sum_gradient(grad: Tensor, vectors: Vectors, options: Options) -> Tensor:
+    """Return the gradient of x by that of v."""
+    return norm_gradient(scaled(grad, vectors.layer_scale, options.channel_dim), vectors.input_norm, options.input_eps)
 
 
 def inside_band(x: Tensor, centre: Tensor, threshold: Tensor) -> Tensor:
@@ -225,7 +242,7 @@ def smooth_gate_derivative(x: Tensor, centre: Tensor, threshold: Tensor, steepne
 def activated(v: Tensor, vectors: Vectors, options: Options) -> Tensor:
     """Return act(s(sum_norm(v))) of a v in its computing dtype."""
     dim = options.channel_dim
-    u = affine(v, vectors.sum_scale, vectors.sum_shift, dim)
+    u = normed(v, vectors.sum_norm, options.sum_eps)
     centre, threshold, weight = (shaped(vector, u, dim) for vector in vectors[:3])
     s = sparsify(u, centre, threshold, options.variant, options.backward, options.steepness, options.backward_steepness)
     return ACTIVATIONS[options.activation].forward(s, *parameters(weight, options.constants))
@@ -243,7 +260,7 @@ def operator(
         vectors: Per channel.
         options: Everything else. A v that is wanted is rounded first, and y is the function of that.
     """
-    v = residual_sum(x, residual, vectors, options.channel_dim)
+    v = residual_sum(x, residual, vectors, options)
     parts = (t.dtype for t in (residual, vectors.layer_scale) if t is not None)
     dtype = reduce(torch.promote_types, parts, x.dtype)
     rounded = v.to(dtype)

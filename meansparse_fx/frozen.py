@@ -1,52 +1,48 @@
 """Floor 3: what a pass may take into the operator that stands before it: frozen batch norms.
 
-Knows modules and tensors, nothing of graphs. Imports torch, the errors, and who follows a call.
+Knows modules and tensors, nothing of graphs. Imports torch, the errors and kernels.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import StateError
-from .kernels.lowering import is_followed
+from .kernels.records import Norm
 
 _STATE = ("running_mean", "running_var", "weight", "bias")
 WANT_GRADIENTS = 'want gradients now, and get none: requires_grad_(False), or transform with fuse="activation"'
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class FrozenNorm:
-    """A batch norm in eval mode as a scale and a shift per channel, always those of its present parameters.
+    """A batch norm in eval mode, whose present parameters a kernel reads.
 
-    Args:
+    Attributes:
         module: Holds ``weight``, ``bias`` (both or neither may be None), ``running_mean`` and ``running_var``. It stays
             where it is in the model, so that nothing changes in its state_dict.
         eps: Added to the variance; None for the module's own, whatever that is by then.
     """
 
-    def __init__(self, module: nn.Module, eps: float | None = None) -> None:
-        self.module = module
-        self.eps = eps
-        self._state: list = []
-        self._affine: tuple[Tensor, Tensor] | None = None
+    module: nn.Module
+    eps: float | None = None
 
-    def affine(self, site: str) -> tuple[Tensor, Tensor]:
-        """Return scale and shift ``[C]``, float32 or wider: norm(x) = x * scale + shift.
+    def vectors(self, site: str) -> Norm:
+        """Return mean, variance, weight and bias ``[C]``.
 
         Raises:
             StateError: The norm would use the batch's statistics, or its parameters want gradients; names the site.
         """
         module = self.module
         parameters, buffers = module._parameters, module._buffers
-        tensors = [
-            parameters[n] if n in parameters else buffers[n] if n in buffers else getattr(module, n) for n in _STATE
-        ]
-        mean, variance, weight, bias = tensors
+        found = tuple(
+            [parameters[n] if n in parameters else buffers[n] if n in buffers else getattr(module, n) for n in _STATE]
+        )
+        mean, variance, weight, bias = found
         if module.training or mean is None or variance is None:
             raise StateError(
                 f"{site}: fused with a batch norm in eval mode, which is in train mode or lost its statistics: call "
@@ -55,35 +51,13 @@ class FrozenNorm:
         wanted = (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
         if wanted and torch.is_grad_enabled():
             raise StateError(f"{site}: the parameters of the batch norm fused into it {WANT_GRADIENTS}")
-        eps: Any = module.eps if self.eps is None else self.eps
-        if torch.compiler.is_compiling() or is_followed():
-            return _computed(eps, tensors)
-        # Asking costs 4 us on a CPU, 1 elsewhere.
-        state = [eps, *(None if t is None else _content(t) for t in tensors)]
-        if self._affine is None or state != self._state:
-            self._affine, self._state = _computed(eps, tensors), state
-        return self._affine
+        return found
 
-
-def _computed(eps: float, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        mean, variance, weight, bias = (
-            None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors
-        )
-        assert mean is not None  # as `affine` has seen
-        assert variance is not None
-        scale = torch.rsqrt(variance + eps)
-        scale = scale if weight is None else scale * weight
-        shift = -mean * scale
-        return scale, shift if bias is None else shift + bias
-
-
-def _content(tensor: Tensor) -> object:
-    """Return what is another where a tensor holds other values; on devices it overlooks ``tensor.data.mul_(2)``."""
-    pointer = tensor.data_ptr()
-    if pointer and tensor.is_cpu and tensor.is_contiguous():  # fake ones have no memory
-        return ctypes.string_at(pointer, tensor.nbytes)
-    return pointer, 0 if tensor.is_inference() else tensor._version
+    @property
+    def present_eps(self) -> float:
+        """What is added to the variance now."""
+        eps: Any = self.module.eps if self.eps is None else self.eps
+        return float(eps)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,16 +74,16 @@ class Prologue:
     sum_norm: FrozenNorm | None = None
     want_sum: bool = False
 
-    def affines(self, site: str) -> tuple[Tensor | None, ...]:
-        """Return scale and shift of x's norm, then of the sum's; None where there is none.
+    def norms(self, site: str) -> tuple[Norm, Norm, tuple[float, float]]:
+        """Return the vectors of x's norm and of the sum's, None where there is none, and what is added to variances.
 
         Raises:
-            StateError: As `FrozenNorm.affine` raises it.
+            StateError: As `FrozenNorm.vectors` raises it.
         """
-        found: list[Tensor | None] = []
-        for norm in (self.input_norm, self.sum_norm):
-            found += (None, None) if norm is None else norm.affine(site)
-        return tuple(found)
+        both = self.input_norm, self.sum_norm
+        first, second = ((None,) * 4 if norm is None else norm.vectors(site) for norm in both)
+        eps, sum_eps = (1e-5 if norm is None else norm.present_eps for norm in both)
+        return first, second, (eps, sum_eps)
 
 
 def fused_parts(

@@ -21,13 +21,14 @@ from .errors import SiteError, StateError
 from .frozen import WANT_GRADIENTS, Prologue
 from .kernels.lowering import is_followed
 from .kernels.operator import Operator
-from .kernels.records import Options, Vectors
+from .kernels.records import Norm, Options, Vectors
 from .kernels.reference import BACKWARDS, VARIANTS
 from .published import PublishedOperator
 from .rewrite import RecordedCall
 from .statistics import ChannelStatistics
 
 CENTRES = ("channel", "zero", "layer")
+_NO_NORMS = Prologue().norms("")
 _SWITCHES = ("variant", "centre", "steepness", "strict", "backward", "backward_steepness")
 
 
@@ -62,7 +63,7 @@ class MeanSparse(nn.Module):
     centre: Tensor
     threshold: Tensor
     gate_steepness: Tensor
-    _bound: dict[tuple[int, ...], tuple]
+    _bound: dict[tuple, tuple]
 
     def __init__(self, name: str, channels: int, channel_dim: int, activation: ActivationCall | None = None):
         super().__init__()
@@ -111,34 +112,36 @@ class MeanSparse(nn.Module):
         """Return the operator with all of its vectors and options, made again only where one is another."""
         centre: Any = self._buffers["centre"]  # faster than attributes, which torch looks up by hand
         threshold: Any = self._buffers["threshold"]
-        norms: tuple[Tensor | None, ...] = (None, None, None, None)
+        norms = _NO_NORMS
         if fused:
-            norms = self.prologue.affines(self.name)
+            norms = self.prologue.norms(self.name)
             if layer_scale is not None and layer_scale.requires_grad and torch.is_grad_enabled():
                 raise StateError(f"{self.name}: the numbers of the LayerScale fused into it {WANT_GRADIENTS}")
         if torch.compiler.is_compiling():
             return self._bind(Vectors(centre, threshold, weight), norms, layer_scale, fused, "composition")
-        if fused and is_followed():  # scale and shift are others at each call, and may have no memory
+        if fused and is_followed():  # vectors are others at each call, and may have no memory
             return self._bind(Vectors(centre, threshold, weight), norms, layer_scale, fused)
-        key: tuple[int, ...] = id(centre), id(threshold), id(weight)
+        key: tuple = id(centre), id(threshold), id(weight)
         if fused:
             scale = 0 if layer_scale is None else layer_scale.data_ptr()
-            key = (*key, id(norms[0]), id(norms[2]), id(layer_scale), scale)
+            # ``norm.half()`` puts others into the same tensors.
+            kinds = [t if t is None else (id(t), t.dtype, t.stride()) for t in norms[0] + norms[1]]
+            key = (*key, *kinds, norms[2], id(layer_scale), scale)
         bound = self._bound.get(key)
         if bound is None:
             if len(self._bound) > 16:  # of tensors that are gone
                 self._bound.clear()
             operator = self._bind(Vectors(centre, threshold, weight), norms, layer_scale, fused)
             # What an id stands for lives as long as the id is asked for.
-            bound = self._bound[key] = operator, norms, layer_scale
+            bound = self._bound[key] = operator, layer_scale
         return bound[0]
 
     def _bind(
-        self, vectors: Vectors, norms: tuple[Tensor | None, ...], layer_scale: Tensor | None, fused: bool,
+        self, vectors: Vectors, norms: tuple[Norm, Norm, tuple[float, float]], layer_scale: Tensor | None, fused: bool,
         choice: str | None = None,
     ) -> Operator:  # fmt: skip
         layer_scale = None if layer_scale is None else layer_scale.detach().flatten()
-        vectors = Vectors(*vectors[:3], *norms[:2], layer_scale, *norms[2:])
+        vectors = Vectors(*vectors[:3], *norms[0], layer_scale, *norms[1])
         name, constants = (self.activation.name, self.activation.constants) if self.activation else ("identity", ())
         backward: str = self.backward
         width: Any = self.backward_steepness
@@ -147,7 +150,7 @@ class MeanSparse(nn.Module):
             backward, width = (backward, self.gate_steepness) if torch.is_grad_enabled() else ("exact", 10.0)
         options = Options(
             self.channel_dim, name, tuple(map(float, constants)), self.variant, backward, float(self.steepness),
-            width, fused and self.prologue.want_sum,
+            width, fused and self.prologue.want_sum, *norms[2],
         )  # fmt: skip
         return Operator(vectors, options, choice)
 

@@ -79,7 +79,8 @@ def test_each_kind_of_sizes_is_compiled_once(auto, monkeypatch, backward, residu
             vectors = Vectors(
                 torch.zeros(24),
                 torch.full((24,), 0.3),
-                input_scale=torch.linspace(0.5, 1, 24),
+                input_mean=torch.zeros(24),
+                input_variance=torch.linspace(0.5, 2, 24),
                 layer_scale=torch.linspace(1, 2, 24),
             )
             options = Options(1, "gelu", backward=backward, want_sum=want_sum)

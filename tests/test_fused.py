@@ -15,17 +15,19 @@ from meansparse_fx.kernels.operator import Operator
 from meansparse_fx.kernels.records import Options, Vectors
 
 PROLOGUES = [
-    ("input_scale", "input_shift"),
+    ("input_norm",),
     ("residual",),
-    ("input_scale", "input_shift", "residual"),
+    ("input_norm", "residual"),
     ("layer_scale", "residual"),
-    ("residual", "sum_scale", "sum_shift"),
-    ("input_scale", "input_shift", "residual", "sum_scale", "sum_shift"),
+    ("residual", "sum_norm"),
+    ("input_norm", "residual", "sum_norm"),
     ("shortcut",),
     ("layer_scale", "shortcut"),
-    ("input_scale", "input_shift", "layer_scale", "residual", "sum_scale", "sum_shift", "shortcut"),
+    ("input_norm", "layer_scale", "residual", "sum_norm", "shortcut"),
 ]
 STREAMS = ("residual", "shortcut")
+STATE = ("mean", "variance", "weight", "bias")
+EPS = {"input_eps": 0.2, "sum_eps": 0.1}
 LAYOUTS = {
     "rows": lambda t: t.contiguous(),
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
@@ -42,14 +44,24 @@ def case(names, shape, dtype):
     channels = shape[1]
     x = normal(0, *shape).to(dtype)
     residual, shortcut = (normal(s, *shape).to(dtype) if n in names else None for s, n in enumerate(STREAMS, 1))
-    vectors = {n: normal(3 + i, channels).float() + 1 for i, n in enumerate(names) if n not in STREAMS}
+    parts = [n for n in names if n == "layer_scale"]
+    parts += [f"{n.removesuffix('norm')}{part}" for n in names if n.endswith("norm") for part in STATE]
+    vectors = {n: normal(3 + i, channels).float() + 1 for i, n in enumerate(parts)}
+    for n in parts:
+        if n.endswith("variance"):
+            vectors[n] = vectors[n].square() + 0.1
     if "layer_scale" in vectors:  # a parameter of the model, whose dtype x has
         vectors["layer_scale"] = vectors["layer_scale"].to(dtype)
     wide = {n: v.double().view(1, -1, 1, 1) for n, v in vectors.items()}
     leaves = [t if t is None else t.double().clone().requires_grad_() for t in (x, residual, shortcut)]
-    v = leaves[0] * wide.get("input_scale", 1) + wide.get("input_shift", 0)
+
+    def normed(t, of):
+        mean, variance, weight, bias = (wide[f"{of}_{part}"] for part in STATE)
+        return (t - mean) / (variance + EPS[f"{of}_eps"]).sqrt() * weight + bias
+
+    v = normed(leaves[0], "input") if "input_norm" in names else leaves[0]
     v = v * wide.get("layer_scale", 1) + (0 if residual is None else leaves[1])
-    u = v * wide.get("sum_scale", 1) + wide.get("sum_shift", 0)
+    u = normed(v, "sum") if "sum_norm" in names else v
     centre = normal(9, channels).float() / 2
     distance = (u.detach() - centre.double().view(1, -1, 1, 1)).abs().transpose(0, 1).flatten(1).sort(1).values
     middle = distance[:, distance.shape[1] // 4 : 3 * distance.shape[1] // 4]
@@ -63,7 +75,7 @@ def case(names, shape, dtype):
 def check(names, shape, dtype, layout, want_sum, rtol):
     (*tensors, vectors), leaves, v, y = case(names, shape, dtype)
     inputs = [None if t is None else LAYOUTS[layout](t).requires_grad_() for t in tensors]
-    results = Operator(vectors, Options(1, "silu", want_sum=want_sum))(*inputs)
+    results = Operator(vectors, Options(1, "silu", want_sum=want_sum, **EPS))(*inputs)
     upstream = [normal(20 + i, *shape) for i in range(2 if want_sum else 1)]
     got = results if want_sum else (results,)
     for result, expected in zip(got, (y, v), strict=False):
@@ -114,9 +126,7 @@ def test_what_is_kept_for_backward(want_sum):
 
 
 @pytest.mark.parametrize("backward", ["exact", "identity"])
-@pytest.mark.parametrize(
-    "names", [("input_scale", "input_shift"), ("residual",), ("input_scale", "input_shift", "residual")], ids="+".join
-)
+@pytest.mark.parametrize("names", [("input_norm",), ("residual",), ("input_norm", "residual")], ids="+".join)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_a_relus_gradient_is_told_from_its_result(names, backward, dtype):
     """The result alone is kept, which the next layer keeps anyway; in half precision, where it is rounded, more."""
@@ -128,7 +138,7 @@ def test_a_relus_gradient_is_told_from_its_result(names, backward, dtype):
     inputs = [None if t is None else t.requires_grad_() for t in (x, residual)]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = Operator(vectors, Options(1, "relu", backward=backward))(*inputs, None)
+        y = Operator(vectors, Options(1, "relu", backward=backward, **EPS))(*inputs, None)
     large = [t for t in kept if t.numel() == x.numel()]
     if dtype == torch.bfloat16:
         assert len(large) == 1 + ("residual" in names)
@@ -223,8 +233,10 @@ def test_what_broadcasts_is_added_to_every_image(name):
 
 def test_what_belongs_together_is_checked_once_and_by_name():
     (x, residual, _, vectors), *_ = case(("residual",), (3, 4, 5, 2), torch.float32)
-    with pytest.raises(ValueError, match="input_scale has 3 elements for 4 channels"):
-        Operator(vectors._replace(input_scale=torch.ones(3)), Options(1))
+    with pytest.raises(ValueError, match="input_mean has 3 elements for 4 channels"):
+        Operator(vectors._replace(input_mean=torch.ones(3)), Options(1))
+    with pytest.raises(ValueError, match="norms have their channels at dim 1, the operator at dim 3"):
+        Operator(vectors._replace(sum_mean=torch.ones(4)), Options(3))
     with pytest.raises(ValueError, match="variant must be one of mean, edge, smooth, got 'none'"):
         Operator(vectors, Options(1, variant="none"))
     with pytest.raises(ValueError, match="prelu takes a weight, a learned slope"):

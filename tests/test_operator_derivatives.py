@@ -88,10 +88,11 @@ def test_gradients_of_gradients_of_every_mode_are_the_references(variant, backwa
 @pytest.mark.parametrize("want_sum", [False, True])
 def test_gradients_of_gradients_with_what_stands_around(want_sum):
     """The residual is made of x, so that its path must not be counted as x's."""
-    scales = {
-        n: normal(i, CHANNELS) + 1 for i, n in enumerate(("input_scale", "input_shift", "layer_scale", "sum_scale"), 10)
-    }
-    own = operator("gelu", 0.4, sum_shift=normal(14, CHANNELS), want_sum=want_sum, **scales)
+    names = ("input_mean", "input_variance", "input_weight", "input_bias", "layer_scale")
+    names += ("sum_mean", "sum_variance", "sum_weight", "sum_bias")
+    around = {n: normal(i, CHANNELS) + 1 for i, n in enumerate(names, 10)}
+    around |= {n: around[n].square() + 0.1 for n in names if n.endswith("variance")}
+    own = operator("gelu", 0.4, want_sum=want_sum, **around)
     other = normal(6, 2, CHANNELS, 2)
     found = []
     for call in (own, lambda *t: reference.operator(*t, own.vectors, own.options)[: 1 + want_sum]):

@@ -306,7 +306,8 @@ def test_at_alpha_0_a_view_has_the_bits_of_the_base(activation, view, monkeypatc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_is_computed_has_the_features_type_whatever_the_vectors_have(dtype):
     x, vector = torch.rand(2, 3, 4, dtype=dtype), torch.rand(3, dtype=torch.float64)
-    y = reference.affine(x, vector, vector.float(), 1)
+    y = reference.scaled(reference.normed(x, (vector, vector.float(), None, vector), 0.5), vector.float(), 1)
     assert y.dtype == dtype
-    expected = x.numpy() * vector.to(dtype).numpy()[:, None] + vector.float().to(dtype).numpy()[:, None]
+    vector = vector.numpy()[:, None]
+    expected = ((x.numpy() - vector) / np.sqrt(vector + 0.5) + vector) * vector
     np.testing.assert_allclose(y.numpy(), expected, rtol=1e-6)

@@ -183,7 +183,7 @@ def cost(model: nn.Module, images: Tensor, placement: Placement | str | None = N
         region = _region(node, operator, shapes[operator.name], dtype)
         v = region.vectors
         before = fused_parts(
-            v.input_scale is not None, v.layer_scale is not None, region.residual, v.sum_scale is not None,
+            v.input_mean is not None, v.layer_scale is not None, region.residual, v.sum_mean is not None,
             region.shortcut, region.options.want_sum,
         )  # fmt: skip
         sites.append(SiteCost(operator.name, before, {name: _counted(form, region) for name, form in FORMS.items()}))
@@ -195,7 +195,7 @@ def _region(node: fx.Node, operator: MeanSparse, shape: tuple[int, ...], dtype: 
     vector = torch.empty(shape[operator.channel_dim], device="meta")
     there = call and call.weight is not None, prologue.input_norm, "layer_scale" in node.kwargs, prologue.sum_norm
     weight, input_norm, layer_scale, sum_norm = (vector if one else None for one in there)
-    vectors = Vectors(vector, vector, weight, input_norm, input_norm, layer_scale, sum_norm, sum_norm)
+    vectors = Vectors(vector, vector, weight, *[input_norm] * 4, layer_scale, *[sum_norm] * 4)
     name, constants = (call.name, call.constants) if call else ("identity", ())
     options = Options(operator.channel_dim, name, constants, want_sum=prologue.want_sum)
     around = "residual" in node.kwargs, "shortcut" in node.kwargs

@@ -13,7 +13,9 @@ from meansparse_fx.kernels.records import Options, Vectors
 
 from . import calls
 
-SILU, BOTH = Options(1, "silu"), Options(1, "silu", want_sum=True)
+SILU = Options(1, "silu", input_eps=0.2, sum_eps=0.1)
+BOTH = SILU._replace(want_sum=True)
+STATE = ("mean", "variance", "weight", "bias")
 
 # As in test_elementwise: rounded once, a whole unit for bfloat16 under the interpreter, which truncates.
 TOLERANCES = {
@@ -32,12 +34,12 @@ def assert_close(got: Tensor, expected: Tensor, rtol: float) -> None:
 
 
 PROLOGUES = [
-    "input_scale input_shift",
-    "input_scale input_shift residual",
+    "input_norm",
+    "input_norm residual",
     "layer_scale residual",
     "residual",
-    "residual sum_scale sum_shift",
-    "input_scale input_shift residual sum_scale sum_shift",
+    "residual sum_norm",
+    "input_norm residual sum_norm",
 ]
 
 
@@ -56,14 +58,27 @@ def case(request, names, memory_format, device) -> SimpleNamespace:
     """x, the prologue's arguments, v and u in float64 with their graph, and a band whose edges no u is near."""
     dtype = request.param
     x = random(0, 2, 5, 3, 4).to(device, dtype).contiguous(memory_format=memory_format)
-    prologue = {n: random(2, *x.shape).to(x) if n == "residual" else random(3, 5).to(device) + 1 for n in names}
-    wide = {n: v.double() if n == "residual" else v.double().view(1, -1, 1, 1) for n, v in prologue.items()}
-    factor = wide.get("input_scale", torch.ones((), device=device)) * wide.get("layer_scale", 1)
+    residual = random(2, *x.shape).to(x) if "residual" in names else None
+    parts = [n for n in names if n == "layer_scale"]
+    parts += [n.replace("norm", part) for n in names if n.endswith("norm") for part in STATE]
+    prologue = {n: random(3 + i, 5).to(device) + 1 for i, n in enumerate(parts)}
+    prologue |= {n: v.square() + 0.1 for n, v in prologue.items() if n.endswith("variance")}
+    wide = {n: v.double().view(1, -1, 1, 1) for n, v in prologue.items()}
+    one = torch.ones((), device=device)
+
+    def normed(t: Tensor, of: str, eps: float) -> tuple[Tensor, Tensor]:
+        """Return what a norm makes of t, and its slope."""
+        if f"{of}_mean" not in wide:
+            return t, one
+        mean, variance, weight, bias = (wide[f"{of}_{part}"] for part in STATE)
+        return (t - mean) / (variance + eps).sqrt() * weight + bias, weight / (variance + eps).sqrt()
+
     leaf = x.double().requires_grad_()
-    v = leaf * wide.get("input_scale", 1) + wide.get("input_shift", 0)
-    v = v * wide.get("layer_scale", 1) + wide.get("residual", 0)
+    v, factor = normed(leaf, "input", SILU.input_eps)
+    factor = factor * wide.get("layer_scale", 1)
+    v = v * wide.get("layer_scale", 1) + (0 if residual is None else residual.double())
     v.retain_grad()
-    u = v * wide.get("sum_scale", 1) + wide.get("sum_shift", 0)
+    u, _ = normed(v, "sum", SILU.sum_eps)
     centre = random(1, 5).to(device) / 2
     # The middle of the widest gap among the inner half of the distances, so that about half the samples are inside.
     distance = (u.detach() - centre.view(1, -1, 1, 1)).abs().transpose(0, 1).flatten(1).sort(1).values[:, 6:18]
@@ -73,7 +88,6 @@ def case(request, names, memory_format, device) -> SimpleNamespace:
     y = F.silu(torch.where(inside, centre.double().view(1, -1, 1, 1), u))
     grad_y = random(4, *x.shape).to(x)
     y.backward(grad_y.double())
-    residual = prologue.pop("residual", None)
     vectors = Vectors(centre, threshold, **prologue)
     return SimpleNamespace(
         x=x, residual=residual, vectors=vectors, factor=factor, v=v, y=y, grad_y=grad_y, grad_x=leaf.grad,
@@ -98,18 +112,18 @@ def test_the_sum_as_a_second_output(case) -> None:
     assert v.stride() == y.stride() == case.x.stride()
     assert_close(v, case.v.detach(), case.rtol)
     # y is the operator of the sum as returned, bit for bit.
-    centre, threshold, *_, scale, shift = case.vectors
-    norm = Vectors(centre, threshold, input_scale=scale, input_shift=shift)
-    assert torch.equal(y, calls.forward(v, norm, SILU))
+    norm = Vectors(*case.vectors[:3], *case.vectors.sum_norm)
+    alone = SILU._replace(input_eps=SILU.sum_eps)
+    assert torch.equal(y, calls.forward(v, norm, alone))
     both = calls.forward(case.x, case.vectors, BOTH, case.residual, case.grad_y)
     assert torch.equal(both[1], v)
-    assert torch.equal(both[0], calls.forward(v, norm, SILU, shortcut=case.grad_y))
+    assert torch.equal(both[0], calls.forward(v, norm, alone, shortcut=case.grad_y))
 
 
 def test_gradients_through_both_outputs(case) -> None:
     _, v = calls.forward(case.x, case.vectors, BOTH, case.residual)
     grads = calls.backward(case.grad_y, v, case.vectors, BOTH, case.residual, case.grad_y, want_grad_sum=True)
-    outer = case.vectors._replace(input_scale=None, input_shift=None, layer_scale=None)
+    outer = case.vectors._replace(**{f"input_{part}": None for part in STATE}, layer_scale=None)
     plain = calls.backward(case.grad_y, v, outer, BOTH).x.double()
     both = case.grad_y.double() + plain
     rounding = case.rtol * (plain.abs() + both.abs()) + 1e-6  # each is rounded apart
