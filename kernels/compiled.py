@@ -108,7 +108,8 @@ def _on_views(
         if call is None:
             call = calls[threads] = kernel.compiled_for(arguments)
         first, *second = call(arguments)
-        return first.as_strided(whole, strides), second[0].as_strided(whole, strides) if second else None
+        # In place: they are new, and autograd lets nobody write into a view that a Function returned.
+        return first.as_strided_(whole, strides), second[0].as_strided_(whole, strides) if second else None
 
     return run
 

@@ -1,9 +1,14 @@
-"""Floor 1: the error types, and the first line of others'. Every message says what, where (the site) and what to do.
+"""Floor 1: the error types, and what raises them at a site. Every message says what, where (the site) and what to do.
 
 Imports nothing of this package.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class MeanSparseError(Exception):
@@ -61,3 +66,16 @@ def first_line(error: BaseException) -> str:
         ('no such device', 'AssertionError')
     """
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def check_dims(site: str, x: Tensor, dims: int | None) -> None:
+    """Raise SiteError unless a site's input has as many dimensions as it was found with: channels are counted there.
+
+    Args:
+        dims: None takes any number.
+    """
+    if dims not in (None, x.dim()):
+        raise SiteError(
+            f"{site}: an input of {x.dim()} dimensions, {list(x.shape)}, where the example images gave {dims}: "
+            "give batches [N, ...], one image as image.unsqueeze(0)"
+        )

@@ -247,15 +247,22 @@ def forbid_hooks(module: nn.Module, reason: str) -> None:
         module.__dict__[kind] = NoHooks.because(reason)
 
 
-def _refuse_replacement(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    held = parent._modules.get(name)
-    hooks = None if held is None or held is module else held.__dict__.get(_FORWARD[0])
+def _refuse_change(parent: nn.Module, name: str, value: nn.Module | nn.Parameter | None) -> None:
+    if torch.compiler.is_compiling():  # Dynamo, which cannot follow what is asked here, makes a module
+        return
+    if isinstance(value, nn.Parameter):  # a second name: pruning computes the first from it, in a hook
+        second = any(p is value and n != name for n, p in parent._parameters.items())
+        held, change = parent if second else None, "prune it"
+    else:
+        held, change = parent._modules.get(name), "put another module there"
+    hooks = None if held is None or held is value else held.__dict__.get(_FORWARD[0])
     if isinstance(hooks, NoHooks):
-        fact = hooks.reason.partition(":")[0]
-        raise StateError(f"{fact}: put another module there in the base, and transform that")
+        raise StateError(f"{hooks.reason.partition(':')[0]}: {change} in the base, and transform that")
 
 
-torch_module.register_module_module_registration_hook(_refuse_replacement)  # or it would change nothing, silently
+# Or they would change nothing, silently.
+torch_module.register_module_module_registration_hook(_refuse_change)
+torch_module.register_module_parameter_registration_hook(_refuse_change)
 
 
 def allow_hooks(module: nn.Module) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 
 from .activations import ActivationCall
 from .arguments import number
-from .errors import SiteError, StateError
-from .frozen import WANT_GRADIENTS, Prologue
+from .errors import SiteError, StateError, check_dims
+from .frozen import WANT_GRADIENTS, Prologue, ReplacedModule
 from .kernels.lowering import is_followed
 from .kernels.operator import Operator
 from .kernels.records import Norm, Options, Vectors
@@ -44,6 +44,7 @@ class MeanSparse(nn.Module):
         channels: Number of channels C.
         channel_dim: Dimension of the input that holds them, not negative.
         activation: The activation to fuse; None for the bare operator.
+        dims: How many dimensions the input has; any number if None.
 
     Attributes:
         mean, std: ``[C]``, the site's statistics; std is NaN until calibrated.
@@ -51,6 +52,7 @@ class MeanSparse(nn.Module):
         centre, threshold: ``[C]``, what the kernel reads: derived from the above, so not in the state_dict.
             Always float32, or float64 in a float64 model. A negative threshold switches a channel off.
         replaces: The call this operator took the place of, activation included; None for a bare operator.
+        replaced: The module that it called, if it called one.
         prologue: What a fused call takes in besides its tensors; see `passes.fuse`.
         strict: The band is open, as published checkpoints have it: values at distance alpha * std stay.
         variant, backward, steepness, backward_steepness: See `kernels.records.Options`.
@@ -65,13 +67,17 @@ class MeanSparse(nn.Module):
     gate_steepness: Tensor
     _bound: dict[tuple, tuple]
 
-    def __init__(self, name: str, channels: int, channel_dim: int, activation: ActivationCall | None = None):
+    def __init__(
+        self, name: str, channels: int, channel_dim: int, activation: ActivationCall | None = None,
+        dims: int | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.name = name
         self.channels = channels
-        self.channel_dim = channel_dim
+        self.channel_dim, self.dims = channel_dim, dims
         self.activation = activation
         self.replaces: RecordedCall | None = None
+        self.replaced: ReplacedModule | None = None
         self.prologue = Prologue()
         self.strict = False
         self.variant, self.centre_mode, self.backward = "mean", "channel", "exact"
@@ -106,6 +112,9 @@ class MeanSparse(nn.Module):
         if isinstance(x, fx.Proxy):  # to whoever traces a transformed model the operator is one call
             given = x, weight, fused, residual, layer_scale, shortcut
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), given, {})
+        check_dims(self.name, x, self.dims)
+        if self.replaced is not None:
+            self.replaced.check()
         return self._operator(weight, fused, layer_scale)(x, residual, shortcut)
 
     def _operator(self, weight: Tensor | None, fused: bool, layer_scale: Tensor | None) -> Operator:

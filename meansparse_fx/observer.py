@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import ActivationCall
-from .errors import SiteError
+from .errors import SiteError, check_dims
 from .kernels.ops import activation_moments, channel_moments
 from .statistics import ChannelStatistics
 
@@ -27,17 +27,21 @@ class ChannelMoments(nn.Module):
         channels: Number of channels C.
         channel_dim: Dimension of the input that holds them.
         activation: Returned applied to the input, which a GPU then reads once; None returns the input.
+        dims: How many dimensions the input has; any number if None.
 
     Attributes:
         latest: Of the latest call; None before the first.
         bins: Called with the input ``[C, values]`` too, if set: what counts histograms.
     """
 
-    def __init__(self, name: str, channels: int, channel_dim: int, activation: ActivationCall | None = None):
+    def __init__(
+        self, name: str, channels: int, channel_dim: int, activation: ActivationCall | None = None,
+        dims: int | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.name = name
         self.channels = channels
-        self.channel_dim = channel_dim
+        self.channel_dim, self.dims = channel_dim, dims
         self.activation = activation
         self.latest: ChannelStatistics | None = None
         self.bins: Callable[[Tensor], None] | None = None
@@ -45,6 +49,7 @@ class ChannelMoments(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Return x ``[..., C, ...]``, or act(x), having measured it; weight is the activation's learned slope."""
+        check_dims(self.name, x, self.dims)
         if x.shape[self.channel_dim] != self.channels:
             raise SiteError(
                 f"{self.name}: input has {x.shape[self.channel_dim]} channels at dim {self.channel_dim}, "

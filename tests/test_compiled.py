@@ -52,6 +52,22 @@ def test_compiled_agrees_with_eager(auto, monkeypatch, layout, name, variant, ba
 
 
 @pytest.mark.slow
+def test_who_reads_a_result_may_write_into_it(auto):
+    """As into that of torch's GELU or SiLU: x = act(x), then x += shortcut."""
+    x, centre, threshold = tensors("tokens")
+    x.requires_grad_()
+    assert ops.lowering_of(x, 1) == "compiled"
+    plain = ops.mean_sparse(x, centre, threshold, 1, "gelu")
+    written = ops.mean_sparse(x, centre, threshold, 1, "gelu")
+    written[:, :3] += 1.0
+    written.mul_(2.0)
+    shift = torch.zeros(24, 1).index_fill(0, torch.arange(3), 1.0)
+    assert torch.equal(written, (plain + shift) * 2)
+    ours, expected = (torch.autograd.grad(y.sum(), x)[0] for y in (written, plain * 2))
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.slow
 def test_one_kernel_serves_all_sizes(auto):
     for rows in (9, 10, 31):
         x = torch.randn(rows, 64, 32, 33)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils import prune
 
 import meansparse_fx as msfx
 from meansparse_fx.errors import CaptureError, SiteError, StateError
@@ -379,6 +380,59 @@ def test_a_transformed_model_refuses_hooks_where_nothing_is_called():
         base.get_submodule(path).register_forward_hook(halve)
     assert not torch.equal(base(IMAGES), model(IMAGES))
     assert not sparse.act._forward_hooks
+
+
+@pytest.mark.parametrize("path", ["bn", "act", "scale"])
+def test_pruning_what_is_not_called_is_refused_and_changes_nothing(path):
+    model = net()
+    model.act = nn.PReLU(4)
+    sparse = msfx.transform(model.eval().requires_grad_(False), IMAGES, fuse="all")
+    before, module = sparse(IMAGES), sparse.get_submodule(path)
+    name = next(name for name, _ in module.named_parameters())
+    with pytest.raises(StateError, match=f"{path}.*: prune it in the base"):
+        prune.l1_unstructured(module, name, amount=0.5)
+    assert sparse.state_dict().keys() - {"meansparse"} == msfx.transform(model, IMAGES, fuse="all").state_dict().keys()
+    assert torch.equal(sparse(IMAGES), before)
+
+
+@pytest.mark.parametrize(
+    ("act", "change"),
+    [
+        (nn.LeakyReLU(0.1), {"negative_slope": 0.3}),
+        (nn.GELU(), {"approximate": "tanh"}),
+        (nn.Softplus(), {"beta": 2.0}),
+        (nn.ReLU(), {"forward": F.silu}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("copier", [lambda model: model, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_an_activation_that_becomes_another_is_refused(act, change, copier):
+    model = net()
+    model.act = copy.deepcopy(act).eval()
+    sparse = copier(msfx.transform(model, IMAGES))
+    sparse.act.inplace, sparse.act.note = True, "no part of its function"  # both are taken
+    sparse(IMAGES)
+    for name, value in change.items():
+        setattr(sparse.act, name, value)
+    with pytest.raises(StateError, match=f"act: .*{next(iter(change))}.*transform the base model anew"):
+        sparse(IMAGES)
+    base = msfx.restore(sparse)
+    for name, value in change.items():
+        setattr(model.act, name, value)
+    assert torch.equal(base(IMAGES), model(IMAGES))
+
+
+def test_modules_made_under_torch_compile_are_none_of_ours():
+    class Disables(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.GELU()
+
+        def forward(self, x):
+            return torch.compiler.disable(self.act)(x)
+
+    model = Disables()
+    assert torch.equal(torch.compile(model, backend="eager")(IMAGES), model(IMAGES))
 
 
 def test_a_module_that_the_graph_calls_for_its_hooks_takes_more():

@@ -210,6 +210,27 @@ def test_forward_does_not_depend_on_backward_and_gradients_do(sparse, images):
     assert not torch.equal(grads["exact"], grads["smooth"])
 
 
+def test_one_image_without_a_batch_is_refused():
+    """Its channels are dimension 0 of 3, which may be as long as dimension 1 of a batch."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()).eval()
+    images = torch.rand(4, 3, 8, 8)
+    torch.testing.assert_close(net(images[0]), net(images)[0])
+    sparse = msfx.transform(net, images)
+    stats = msfx.calibrate(sparse, [images], progress=False)
+    msfx.set_alpha(sparse, 0.5)
+    for use in (
+        lambda: sparse(images[0]),
+        lambda: torch.func.vmap(sparse)(images),
+        lambda: msfx.calibrate(sparse, list(images), progress=False),
+    ):
+        with pytest.raises(SiteError, match=r"1: an input of 3 dimensions, \[8, 8, 8\].*image.unsqueeze\(0\)"):
+            use()
+    options = {"statistics": stats, "alpha": 0.5, "inner": "eager"}  # a graph for each number of dimensions
+    compiled = torch.compile(net, backend="meansparse", options=options)
+    torch.testing.assert_close(compiled(images[0]), sparse(images)[0])
+
+
 def test_centres(sparse):
     msfx.set_alpha(sparse, 0.5)
     operator = msfx.operators(sparse)["gelu"]

@@ -58,12 +58,12 @@ def explaining_misfit(images: Tensor) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         shape, problem = list(images.shape), first_line(error)
         if images.dim() == 4 and shape[3] in _CHANNELS and shape[1] not in _CHANNELS:
             raise DataError(f"images {shape} have their channels last: images.permute(0, 3, 1, 2)") from error
         if images.dim() == 3:
-            cure = "images.unsqueeze(1) gives them an axis of one channel"
+            cure = "image.unsqueeze(0) is a batch of one image, images.unsqueeze(1) has an axis of one channel"
         elif "channels" in problem and images.dim() == 4 and shape[1] in _CHANNELS:
             cure = "images.mean(1, keepdim=True) has one channel, images.expand(-1, 3, -1, -1) three of one"
         elif "type" in problem and "same" in problem:

@@ -29,7 +29,7 @@ def observe(sparse: fx.GraphModule, fused: bool = False) -> tuple[fx.GraphModule
     observed._modules[PREFIX] = nn.Module()
     for target, operator in operators.items():
         activation = operator.activation if fused else None
-        observer = ChannelMoments(operator.name, operator.channels, operator.channel_dim, activation)
+        observer = ChannelMoments(operator.name, operator.channels, operator.channel_dim, activation, operator.dims)
         observed.add_submodule(target, observer)
         observers[operator.name] = observer
     with rewrite.editing(observed, "observe"):

@@ -14,6 +14,7 @@ from torch import fx
 
 from .. import rewrite
 from ..errors import SiteError
+from ..frozen import ReplacedModule
 from ..hooks import has_hooks
 from ..nn import MeanSparse
 from ..published import published_operator
@@ -48,6 +49,9 @@ def sparsify(graph_module: fx.GraphModule, plan: SitePlan) -> None:
                 _take_over(graph_module, place.node, site, operator)
             else:
                 _INSERT[site.kind](place, operator)
+            if operator.replaces is not None and operator.replaces.op == "call_module":
+                path = operator.replaces.target
+                operator.replaced = ReplacedModule(path, graph_module.get_submodule(path))
     graph_module.get_submodule(PREFIX).eval()
 
 
@@ -56,7 +60,7 @@ def _operator(site: Site, graph_module: fx.GraphModule) -> MeanSparse:
     fused = site.activation if site.activation and site.activation.fused else None
     assert site.channels is not None  # or it would be skipped
     assert site.channel_dim is not None
-    operator = MeanSparse(site.name, site.channels, site.channel_dim, fused)
+    operator = MeanSparse(site.name, site.channels, site.channel_dim, fused, len(site.shape))
     for p in graph_module.parameters():
         if p.is_floating_point():
             return operator.to(p.device, torch.float64 if p.dtype == torch.float64 else torch.float32)
