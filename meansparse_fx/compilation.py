@@ -245,9 +245,11 @@ class CompileReport:
         self._plans[captured.code, tuple(s.name for s in plan)] = plan.without_nodes()
         if captured.model is None and len(plan):
             raise SiteError(f"{plan.sites[0].name}: found outside of any module, so that its name says nothing")
-        if captured.by_python and not self.options.allow_missing:
+        # Statistics of elsewhere have the sites that are disabled.
+        left = captured.by_python or (captured.disabled if self.options.observe else "")
+        if left and not self.options.allow_missing:
             raise SiteError(
-                f"Dynamo leaves {captured.by_python} to Python, for a graph break in a loop or in a part of it; what "
+                f"Dynamo leaves {left} to Python, for a graph break in a loop or in a part of it, or disabled; what "
                 "activations that calls get no operator: take what transform(model, images) returns, or, where there "
                 "are none, pass option allow_missing=True"
             )

@@ -816,6 +816,18 @@ def test_statistics_without_a_graph_are_known_without_a_last_graph(images):
 
 
 @breaks_graphs
+def test_disabled_activations_are_not_left_out_of_what_is_observed(images):
+    net = Disabled().eval()
+    line = re.escape("return self.activated(self.act(self.conv(x)))")
+    with pytest.raises(BackendCompilerFailed, match=rf"Dynamo leaves what torch.compiler.disable wraps in `{line}`"):
+        plug_in(net, fullgraph=False, observe=True)(images)
+    torch.compiler.reset()
+    compiled = plug_in(net, fullgraph=False, observe=True, allow_missing=True)
+    compiled(images)
+    assert list(compile_report(compiled).statistics()) == ["act"]
+
+
+@breaks_graphs
 def test_channel_axis_is_carried_from_graph_to_graph(images):
     net = Interrupted(pause).eval()
     compiled = plug_in(net, fullgraph=False)

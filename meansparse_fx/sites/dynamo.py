@@ -72,6 +72,7 @@ class DynamoGraph:
         callers: Path of the module that makes each call, where one is known.
         owners: The call of an activation module that each call is inside of, for those inside of one.
         by_python: Code of the model around this frame that Python runs, and that may call activations; "" if none.
+        disabled: The line that calls what torch.compiler.disable keeps out, if the graph ends there; "" if not.
     """
 
     graph: fx.Graph
@@ -84,6 +85,7 @@ class DynamoGraph:
     callers: dict[fx.Node, str]
     owners: dict[fx.Node, ModuleCall]
     by_python: str
+    disabled: str
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoGraph:
@@ -121,7 +123,9 @@ class DynamoGraph:
         forward = getattr(type(model).forward, "__code__", None) if model is not None else None
         first = not stack_above or frame.f_code is forward
         by_python = next(_run_by_python(stack_above, names), "")
-        return cls(graph, frame.f_code, model, inputs, state, first, last, callers, owners, by_python)
+        line = reason.user_stack[-1] if "torch.compiler.disable" in reason.reason else None
+        disabled = f"what torch.compiler.disable wraps in `{line.line}` ({line.filename}:{line.lineno})" if line else ""
+        return cls(graph, frame.f_code, model, inputs, state, first, last, callers, owners, by_python, disabled)
 
     def find(
         self,
