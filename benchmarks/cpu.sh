@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# The files of a CPU: two cores that do nothing else, about 40 minutes, most of it compiling. Cases of
-# benchmarks.models that are not measured here stay in its file.
+# The files of a CPU: two cores that do nothing else, about 40 minutes, most of it compiling.
 #   bash benchmarks/cpu.sh [PYTHON]
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +9,7 @@ failed=0
 export OMP_WAIT_POLICY=PASSIVE
 # One step on so many threads; the next ones are run whatever becomes of it.
 run() { export OMP_NUM_THREADS=$1; shift; echo "== $*"; "$python" -m "$@" || failed=1; }
-models() { run 2 benchmarks.models --device cpu --append --out "$results/models-cpu-2-threads.csv" "$@"; }
+models() { run 2 benchmarks.models --device cpu --out "$results/models-cpu-2-threads.csv" "$@"; }
 
 models --model WRN-16-4 --batch 8 --repetitions 15 --cold                             # 6 minutes
 models --model ResNet-50 --batch 4 --mode forward --repetitions 11                    # 4

@@ -59,7 +59,7 @@ run() {
 }
 cuda() { run "$1" "benchmarks.$2" --device cuda --out "$results/${2}-$device.csv" "${@:3}"; }
 tests() { run "$1" pytest -q -p no:cacheprovider "${@:2}"; }
-models() { cuda "$1" models --append --repetitions 11 "${@:2}"; }
+models() { cuda "$1" models --repetitions 11 "${@:2}"; }
 
 case $part in
 first)
@@ -94,7 +94,7 @@ dry)
     TRITON_INTERPRET=1 tests 300 tests/kernels/test_gpu.py -k replayed
     cuda host --rounds 3
     cuda kernels --activation relu --mode forward moments moments+activation --shape 2x4x4x4 2x3x4 --dtype bfloat16 --repetitions 2
-    cuda models --append --eager --model WRN-10-1 --batch 1 --mode forward --repetitions 2
+    cuda models --eager --model WRN-10-1 --batch 1 --mode forward --repetitions 2
     cuda attack --model WRN-10-1 --images 2 --pool 8 --steps 2 --queries 2 --repetitions 1
     cuda calibration --repetitions 1 --case bundled --images 256
     cuda scaling --depth 10 16 --images 2 --channels 2 --plan WRN-10-1 --batch 2 --repetitions 1

@@ -214,21 +214,27 @@ def measure(
     return rows
 
 
-def run(
-    cases: Mapping[str, Callable[[], Sequence[Row]]], out: Path | None, held: Sequence[Row] = (),
-    case_of: Callable[[Row], str] = lambda row: row.case,
-) -> None:  # fmt: skip
-    """Measure cases, print each one's rows, and write all after each: a run that is stopped keeps what it had.
+# Rows that have these in common were measured together, and are replaced together.
+TOGETHER = ("case", "baseline", "what", "unit", "model", "table", "column", "network", "alpha", "search", "tolerance")
+
+
+def _together(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(map(row.get, TOGETHER)), []).append(row)
+    return found
+
+
+def run(cases: Mapping[str, Callable[[], Sequence[Row]]], out: Path | None) -> None:
+    """Measure cases, print each one's rows, and put them into a file, if one is given, after each.
+
+    What the file holds of the same case and baseline is replaced; all else stays, so that a run may measure a part, and
+    one that is stopped keeps what it had.
 
     A case that raises a `ModelError`, as where a library is not installed, is skipped, in words. One that raises
     another error of ours or an AssertionError has failed: the others are measured, and the process exits with it.
-
-    Args:
-        out: The file, if any.
-        held: Its rows; those of a case that is measured again are replaced.
-        case_of: Which case a row is of.
     """
-    rows, wrong = list(held), []
+    held, wrong = _together(read(out)) if out else {}, []
     for name, measured in cases.items():
         try:
             found = measured()
@@ -239,10 +245,9 @@ def run(
             wrong.append(f"FAILED {name}: {reason}")
             continue
         report(found)
-        at = next((i for i, row in enumerate(rows) if case_of(row) == name), len(rows))
-        rows[at:] = [*found, *(row for row in rows[at:] if case_of(row) != name)]
-        if out is not None:
-            write(rows, out)
+        held |= _together(found)
+        if out:
+            write([row for rows in held.values() for row in rows], out)
     if wrong:
         sys.exit("\n".join(wrong))
 

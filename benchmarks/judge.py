@@ -187,12 +187,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=150)
     parser.add_argument("--cache", type=Path, default=Path(".cache/judge"))
     args = parser.parse_args()
-    held = read(args.out)
     args.cache.mkdir(parents=True, exist_ok=True)
     calls = {name: partial(judge, name, case, args.images) for name, case in cases(args.cache).items()}
     calls[AGAIN] = partial(same_against_same, 4 * args.images)
-    asked = args.case or [name for name in calls if name not in {row.case for row in held}]
-    run({name: lambda call=calls[name]: [call()] for name in asked}, args.out, held)
+    asked = args.case or [name for name in calls if name not in {row.case for row in read(args.out)}]
+    run({name: lambda call=calls[name]: [call()] for name in asked}, args.out)
 
 
 if __name__ == "__main__":

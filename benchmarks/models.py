@@ -24,7 +24,7 @@ import meansparse_fx as msfx
 from .contenders import MODELS, with_form
 from .contenders import build as build_model
 from .facts import facts_of
-from .harness import Row, measure, on_gpu, options, read, run
+from .harness import Row, measure, on_gpu, options, run
 
 # What is computed: the images' gradient is what an attack asks for, the parameters' what training asks for.
 MODES = ("forward", "images' gradient", "all gradients")
@@ -208,7 +208,6 @@ def main() -> None:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--eager", action="store_true", help="leave the compiled contenders out")
     parser.add_argument("--cold", action="store_true", help="compile without caches on disk, and note the seconds")
-    parser.add_argument("--append", action="store_true", help="keep the other cases that --out holds already")
     args = parser.parse_args()
     torch.compiler.config.force_disable_caches = args.cold
     cases = (
@@ -217,8 +216,7 @@ def main() -> None:
     )
     how = (args.device, args.repetitions, not args.eager, args.cold)
     calls = {str(case): functools.partial(rows_of, case, *how) for case in cases}
-    held = read(args.out) if args.append and args.out else ()
-    run(calls, args.out, held)
+    run(calls, args.out)
 
 
 if __name__ == "__main__":

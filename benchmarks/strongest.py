@@ -19,7 +19,7 @@ from meansparse_fx import bundled
 from meansparse_fx.evaluate import PairedDifference
 from meansparse_fx.evaluate.outcome import mean
 
-from .harness import RESULTS, Row, options, read, run
+from .harness import RESULTS, Row, options, run
 from .paper.measure import Laboratory
 
 BUNDLED = "bundled"
@@ -69,8 +69,7 @@ def main() -> None:
         for alpha in args.alpha:
             given = (laboratory, network, alpha, args.images, args.cache)
             calls[f"{network}, {alpha}"] = lambda given=given: [measure(*given)]
-    case_of = "{0.network}, {0.alpha}".format
-    run(calls, args.out, read(args.out), case_of)
+    run(calls, args.out)
 
 
 if __name__ == "__main__":

@@ -223,11 +223,10 @@ def main() -> None:
     warnings.simplefilter("ignore")  # the libraries' own
     names = list(EXTRA if args.extra else MODELS)
     out = args.out or RESULTS / ("zoo-extra.csv" if args.extra else "zoo.csv")
-    held = [row for row in read(out) if row.model in names]
-    known = set() if args.fresh else {row.model for row in held}
+    known = set() if args.fresh else {row.model for row in read(out)}
     asked = [name for name in names if re.search(args.only, name) and name not in known]
     calls = {name: lambda name=name: [measure(name)] for name in asked}
-    run(calls, out, held, lambda row: row.model)
+    run(calls, out)
 
 
 if __name__ == "__main__":

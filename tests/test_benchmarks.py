@@ -220,7 +220,7 @@ def test_models_that_are_not_there_are_skipped(tiny, monkeypatch, tmp_path, caps
     out = tmp_path / "models-cpu-1-thread.csv"
     write([row(case="other 1x3x8x8 forward"), row(case="tiny 2x3x8x8 forward", contender="old")], out)
     options = ("--mode", "forward", "--batch", 2, "--eager", "--repetitions", 2, "--device", "cpu")
-    main(models, monkeypatch, "--model", "missing", tiny, *options, "--append", "--out", out)
+    main(models, monkeypatch, "--model", "missing", tiny, *options, "--out", out)
     assert "skipped missing 2x3x8x8 forward: robustbench is not installed" in capsys.readouterr().out
     rows = read(out)
     assert [r.contender for r in rows] == ["ours", *EAGER]
@@ -232,9 +232,9 @@ def test_a_case_that_fails_does_not_keep_the_others(tmp_path, capsys):
         raise AssertionError("wrong")
 
     out = tmp_path / "rows.csv"
-    held = [row(case="b"), row(case="a", contender="old"), row(case="fails")]
+    write([row(case="b"), row(case="a", contender="old"), row(case="fails")], out)
     with pytest.raises(SystemExit, match="FAILED fails: wrong"):
-        harness.run({"fails": fails, "a": lambda: [row(case="a")]}, out, held)
+        harness.run({"fails": fails, "a": lambda: [row(case="a")]}, out)
     assert [(r.case, r.contender) for r in read(out)] == [("b", "ours"), ("a", "ours"), ("fails", "ours")]
 
 
@@ -352,8 +352,12 @@ def test_the_gpu_script_runs_dry(tmp_path):
 def test_calibration(monkeypatch, tmp_path):
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
     monkeypatch.setattr(calibration, "models", lambda *_: {"tiny": (net, list(torch.rand(8, 1, 6, 6).split(4)))})
-    main(calibration, monkeypatch, "--device", "cpu", "--repetitions", 2, "--out", tmp_path / "c.csv")
-    rows = read(tmp_path / "c.csv")
+    # What is not measured again stays in the file: another model, and this one through torch.compile.
+    held = [row("calibration", "other", "x"), row("calibration", "tiny", "x", baseline="plain forward, compiled")]
+    write([*held, row("calibration", "tiny", "old", baseline="plain forward")], tmp_path / "c.csv")
+    main(calibration, monkeypatch, "--case", "tiny", "--repetitions", 2, "--device", "cpu", "--out", tmp_path / "c.csv")
+    assert read(tmp_path / "c.csv")[:2] == held
+    rows = read(tmp_path / "c.csv")[2:]
     assert [r.contender for r in rows] == 2 * ["plain forward", "meansparse_fx.calibrate", "published form"]
     assert [r.case for r in rows] == 3 * ["tiny"] + 3 * ["tiny, an image more"]
     assert {r.baseline for r in rows} == {"plain forward"}

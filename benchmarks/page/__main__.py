@@ -17,7 +17,7 @@ from pathlib import Path
 from meansparse_fx.plots import picture
 
 from ..contenders import MODELS, counts
-from ..harness import RESULTS, ROOT, Row, options, read, run
+from ..harness import RESULTS, ROOT, Row, options, run
 from ..judge import THREAT
 from ..paper.tables import NETWORKS, SITES, TABLES
 from . import paper, speed
@@ -104,8 +104,8 @@ def main() -> None:
     parser.add_argument("--count", nargs="*", choices=MODELS, help="models, by default those that are counted")
     args = parser.parse_args()
     if args.count is not None:
-        path = args.results / "roofline.csv"
-        run({name: partial(counts, name) for name in args.count or COUNTED}, path, read(path))
+        calls = {name: partial(counts, name) for name in args.count or COUNTED}
+        run(calls, args.results / "roofline.csv")
     write_pages(Results(args.results), args.root)
     if args.summary:
         print(speed.summary(Results(args.results, gpu=True)))

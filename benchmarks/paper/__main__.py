@@ -17,7 +17,7 @@ from pathlib import Path
 
 from meansparse_fx import bundled
 
-from ..harness import RESULTS, ROOT, options, read, run
+from ..harness import RESULTS, ROOT, options, run
 from .measure import Laboratory
 from .tables import TABLES
 from .training import make_bundled
@@ -42,8 +42,7 @@ def main() -> None:
         if unknown := set(args.column or ()) - set(columns):
             parser.error(f"table {number}: no column {', '.join(sorted(unknown))}: there are {', '.join(columns)}")
         calls = {column: partial(laboratory.rows, number, column) for column in args.column or columns}
-        path = (args.out or RESULTS) / f"paper-{number}.csv"
-        run(calls, path, read(path), lambda row: row.column)
+        run(calls, (args.out or RESULTS) / f"paper-{number}.csv")
 
 
 if __name__ == "__main__":
