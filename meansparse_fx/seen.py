@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,8 +12,6 @@ from torch import Tensor
 MOST_MARKS = 2**15  # that are kept, 256 KiB; of more images the least
 MOST_VALUES = 1024
 SHARED = 0.005  # of a set's images that may be in another: data sets have a few twice
-
-Part = tuple[str, int, int]  # of an image set: its identity, the first position, the one after the last
 
 
 def image_marks(images: Tensor) -> Tensor:
@@ -44,13 +42,3 @@ def known_share(known: Tensor, marks: Tensor) -> float:
     """Return which share of N marks is among those that `least_marks` returned, estimated where it left some out."""
     comparable = marks if len(known) < MOST_MARKS else marks[marks <= known[-1]]
     return float(torch.isin(comparable, known).double().mean()) if len(comparable) else 0.0
-
-
-def overlap(own: Iterable[Part], others: Iterable[Part]) -> range | None:
-    """Return the first positions that are in two collections of parts of image sets; None if there are none."""
-    theirs = list(others)
-    for name, first, end in own:
-        for other, start, stop in theirs:
-            if name == other and (shared := range(max(first, start), min(end, stop))):
-                return shared
-    return None

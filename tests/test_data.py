@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from meansparse_fx import bundled
-from meansparse_fx.data import load_idx, load_images, part_of, read_idx
+from meansparse_fx.data import load_idx, load_images, read_idx
 from meansparse_fx.errors import ArtifactError
 
 
@@ -639,20 +639,3 @@ def test_a_size_that_was_not_looked_at_is_an_error(tmp_path, monkeypatch):
     found = load_images(pictures_of(tmp_path, [(32, 32), (32, 32), (32, 32), (40, 32)]), "train")
     with pytest.raises(ArtifactError, match="40x32, where others are 32x32"):
         list(found)
-
-
-def test_parts_of_a_set_are_known_wherever_it_lies(tmp_path):
-    sets = []
-    for name, value in (("a", 0), ("b", 0), ("c", 1)):
-        place = tmp_path / name
-        place.mkdir()
-        np.savez(place / "x.npz", images=np.full((9, 4, 4), value, np.uint8), labels=np.arange(9) % 3)
-        sets.append(load_images(place / "x.npz", skip=2, limit=4))
-    first, moved, other = (part_of(images.loader(2)) for images in sets)
-    assert first == moved
-    assert first[1:] == (2, 6)
-    assert other[0] != first[0]
-    assert part_of(sets[0].loader(2), 3)[1:] == (2, 5)
-    for other in ({"shuffle": True}, {"sampler": range(2, 4)}, {"sampler": range(2)}):
-        assert part_of(torch.utils.data.DataLoader(sets[0], **other)) is None
-    assert part_of([torch.zeros(2)]) is None

@@ -208,7 +208,7 @@ def test_statistics_changed_at_one_site_are_those_of_no_calibration(net, images,
     msfx.save(sparse, tmp_path / "a")
     check_same(msfx.load(tmp_path / "a", net, images), sparse, images)
     kept = msfx.Statistics.load(tmp_path / "a")
-    assert (kept.images, kept.metadata, kept.seen) == (0, {}, ())
+    assert (kept.images, kept.metadata, len(kept.marks)) == (0, {}, 0)
     assert (kept["relu"].count, kept["slope"].count) == (0, stats["slope"].count)
 
 

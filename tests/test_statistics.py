@@ -198,24 +198,6 @@ def test_histograms_of_equal_bins_merge_and_others_are_dropped():
     assert one.merge(None) is None
 
 
-def test_parts_that_overlap_are_not_merged():
-    def part(first, end):
-        moments = ChannelStatistics(end - first, torch.full((2,), float(first)).double(), torch.ones(2).double())
-        return Statistics({"relu": moments}, "f", end - first, seen=(("set", first, end),))
-
-    merged = part(0, 10).merge(part(10, 15))
-    assert merged.images == 15
-    assert merged.seen == (("set", 0, 10), ("set", 10, 15))
-    with pytest.raises(StatisticsError, match=r"3 images \(12 to 14\) are in both"):
-        merged.merge(part(12, 20))
-
-
-def test_parts_survive_a_file(tmp_path):
-    moments = ChannelStatistics(3, torch.zeros(2).double(), torch.ones(2).double())
-    Statistics({"relu": moments}, "f", 3, seen=(("set", 0, 3),)).save(tmp_path / "s")
-    assert Statistics.load(tmp_path / "s").seen == (("set", 0, 3),)
-
-
 @pytest.mark.parametrize(
     "site",
     [

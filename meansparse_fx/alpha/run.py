@@ -131,7 +131,7 @@ def select_alpha(
         data = [first, *batches]
         warn_if_wide(settings, first[0])
         marks = torch.cat([image_marks(images).cpu() for images, _ in data])
-        checks = [*check_calibration(sparse, held_out, first[0], marks), check_distinct(marks)]
+        checks = [*check_calibration(sparse, first[0], marks), check_distinct(marks)]
         trials = Trials(model, data, attacked, runs, settings, ledger, full_rows, compile, amp)
         right, labels = trials.outcome(candidates[keys[0]]).clean, torch.cat([labels for _, labels in data])
         for check in (*checks, next(checks_of_labels(labels, len(labels), right))):

@@ -18,7 +18,6 @@ from torch import Tensor, fx
 from ..arguments import autocast_dtype, number
 from ..batches import explaining_misfit
 from ..capture.modes import GRAD_MODE_CALLS
-from ..data import part_of
 from ..errors import CalibrationError, DataError, WriteError
 from ..kernels import ops
 from ..operators import added, operators, require_transformed, set_statistics
@@ -237,10 +236,8 @@ class _Pass:
             facts["precision"] = str(self._precision or "unknown: too few batches")
         table = {site.name: site.facts() for site in self._plan.active}
         by_name = dict(zip(self._names, sites, strict=True))
-        part = part_of(self._source.data, None if ranks.world > 1 else tally.images)
-        seen = () if part is None else (part,)
         marks = least_marks(ranks.gather(tally.marks, "marks"))
-        return Statistics(by_name, self._weights, images, facts | metadata, self._graph, table, seen, marks)
+        return Statistics(by_name, self._weights, images, facts | metadata, self._graph, table, marks)
 
     @property
     def _settled(self) -> bool:

@@ -26,7 +26,7 @@ class Source:
     """
 
     def __init__(self, data: Any, model: nn.Module) -> None:
-        self.data, self.nothing = data, nothing_in(data)
+        self.nothing = nothing_in(data)
         self._loader = loader = as_batches(data)
         self._intake = Intake(model)
         self.batches = length(loader)

@@ -5,7 +5,7 @@ Nothing is ever unpickled, but for CIFAR's batches, by a reader that knows dicti
 """
 
 from .idx import load_idx, read_idx
-from .image_set import ImageSet, part_of
+from .image_set import ImageSet
 from .load import load_images
 
-__all__ = ["ImageSet", "load_idx", "load_images", "part_of", "read_idx"]
+__all__ = ["ImageSet", "load_idx", "load_images", "read_idx"]

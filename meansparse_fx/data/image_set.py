@@ -30,14 +30,11 @@ class ImageSet(Dataset):
         images: What an index turns into an image: a tensor ``[N, C, H, W]``, or files decoded when asked for.
         labels: ``[N]`` int64.
         description: Where they came from, for reports.
-        part: Which images: what the set that they were cut from is known by, the first position in its fixed shuffled
-            order, and the one after the last. None if unknown.
     """
 
     images: Any
     labels: Tensor
     description: str
-    part: tuple[str, int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,21 +73,6 @@ class ImageSet(Dataset):
         """Raise ArtifactError if a label has no logit in a model of that many classes."""
         if problem := out_of_range(self.labels, classes):
             raise ArtifactError(f"{self.description}: {problem}")
-
-
-def part_of(data: Any, count: int | None = None) -> tuple[str, int, int] | None:
-    """Return which images an image set, or a loader of its own, yields in order, ``count`` at most; None if unknown."""
-    found, sampler = getattr(data, "dataset", data), getattr(data, "sampler", None)
-    if not (isinstance(found, ImageSet) and found.part):
-        return None
-    if isinstance(sampler, range):
-        known = sampler == range(sampler.start, len(found), sampler.step) and sampler.start < sampler.step
-    else:
-        known = found is data
-    if not known:
-        return None
-    name, first, end = found.part
-    return name, first, end if count is None else min(end, first + count)
 
 
 def from_arrays(images: np.ndarray, labels: np.ndarray, description: str) -> ImageSet:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -65,17 +64,7 @@ def load_images(
     description = found.description
     if len(kept) < len(found):
         description += f", {len(kept)} of {len(found)}" + (f" after {skip}" if skip else "")
-    part = _identity(found), skip, skip + len(kept)
-    return ImageSet(images, found.labels[torch.from_numpy(kept)], description, part)
-
-
-def _identity(found: ImageSet) -> str:
-    """Return what a set of images is known by wherever it lies: its labels, and its first image or its files' names."""
-    digest = hashlib.blake2b(found.labels.numpy().tobytes(), digest_size=8)
-    arrays = isinstance(found.images, np.ndarray)
-    names = "" if arrays else "/".join(Path(path).name for path in found.images.paths)
-    digest.update(found.images[0].tobytes() if arrays else names.encode())
-    return digest.hexdigest()
+    return ImageSet(images, found.labels[torch.from_numpy(kept)], description)
 
 
 def _open(path: Path, split: str | None, image_size: int | None) -> ImageSet:

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..data import part_of
 from ..errors import EvaluationError
 from ..operators import added
-from ..seen import SHARED, known_share, overlap
+from ..seen import SHARED, known_share
 from .attacks import AttackSettings
 from .sanity import Check
 
@@ -29,14 +28,13 @@ def require_units(sparse: fx.GraphModule, images: Tensor) -> None:
             )
 
 
-def check_calibration(sparse: fx.GraphModule, data: Any, images: Tensor, marks: Tensor) -> Iterator[Check]:
+def check_calibration(sparse: fx.GraphModule, images: Tensor, marks: Tensor) -> Iterator[Check]:
     """Yield how the images that calibration saw differ from these, and how many are these; nothing if it is unknown.
 
     Args:
         sparse: The model, with its statistics.
-        data: What the verb was given.
-        images: Its first batch, in [0, 1].
-        marks: ``[N]``, of all its images: see `seen.image_marks`.
+        images: The first batch, in [0, 1].
+        marks: ``[N]``, of all images: see `seen.image_marks`.
     """
     calibrated = added(sparse).statistics
     if calibrated is None:
@@ -49,11 +47,9 @@ def check_calibration(sparse: fx.GraphModule, data: Any, images: Tensor, marks: 
         if float(high) * _NARROWER < (greatest := float(images.max())):
             differences.append(f"calibrated on images up to {high}, and these go up to {greatest:g}: divided twice?")
     finding, share = "calibrated on images of the same size and range", known_share(calibrated.marks, marks)
-    part = part_of(data)
-    shared = overlap(calibrated.seen, [part]) if part is not None else None
-    if count := max(round(len(marks) * share), len(shared or ())):
+    if count := round(len(marks) * share):
         words = f"{count} of these images were calibrated on"
-        if shared or share > SHARED:
+        if share > SHARED:
             differences.append(f"{words}: use others (--skip)")
         finding += f"; {words}"
     yield Check("calibration data", not differences, "; ".join(differences) or finding)

@@ -184,7 +184,7 @@ def evaluate(
             *comparison.checks(outcomes),
             check_distinct(seen_marks),
             *checks_of_choice(added(sparse).choice, settings, seen_marks),
-            *check_calibration(sparse, test, first[0], seen_marks),
+            *check_calibration(sparse, first[0], seen_marks),
         ),
     )
 

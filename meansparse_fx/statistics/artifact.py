@@ -20,7 +20,7 @@ from .. import artifacts
 from ..arguments import some
 from ..errors import StatisticsError
 from ..rewrite import PREFIX
-from ..seen import SHARED, Part, known_share, least_marks, overlap
+from ..seen import SHARED, known_share, least_marks
 from ..tables import as_text
 from .histogram import FeatureHistogram, stored_histogram, typical
 from .moments import ChannelHistogram, ChannelStatistics
@@ -45,7 +45,6 @@ class Statistics(Mapping[str, ChannelStatistics]):
         metadata: Further facts as strings: package versions, data description.
         graph: Of the captured graph, from `graph_fingerprint`: a record, since each capture route has its own graph.
         table: By site name what the site was: kind, activation, channel_dim, channels, after.
-        seen: Which images, where that is known: parts of image sets, see `seen.overlap`.
         marks: ``[K]`` int64, sorted: `seen.image_marks` of the images, of more than `MOST_MARKS` the least.
     """
 
@@ -55,7 +54,6 @@ class Statistics(Mapping[str, ChannelStatistics]):
     metadata: dict[str, str] = field(default_factory=dict)
     graph: str = ""
     table: dict[str, dict[str, Any]] = field(default_factory=dict)
-    seen: tuple[Part, ...] = ()
     marks: Tensor = field(default_factory=lambda: least_marks([]))
 
     def __getitem__(self, name: str) -> ChannelStatistics:
@@ -116,16 +114,11 @@ class Statistics(Mapping[str, ChannelStatistics]):
             raise StatisticsError("cannot merge: how many images one of them is of is not known; calibrate the model")
         if all(a.count == b.count and torch.equal(a.mean, b.mean) and torch.equal(a.m2, b.m2) for a, b in pairs):
             raise StatisticsError("cannot merge: both are of the same images, which would count twice")
-        if (shared := overlap(self.seen, other.seen)) is not None:
-            raise StatisticsError(
-                f"cannot merge: {len(shared)} images ({shared[0]} to {shared[-1]}) are in both and would count twice; "
-                "measure disjoint parts (--skip, --limit)"
-            )
         twice = max(known_share(self.marks, other.marks), known_share(other.marks, self.marks))
         if twice > SHARED:
             raise StatisticsError(
                 f"cannot merge: {100 * twice:.0f} % of the images of one are in the other and would count twice; "
-                "measure disjoint parts"
+                "measure disjoint parts (--skip, --limit)"
             )
         sites = {name: own.merge(other[name]) for name, own in self.sites.items()}
         metadata = {
@@ -133,9 +126,8 @@ class Statistics(Mapping[str, ChannelStatistics]):
             for key in self.metadata | other.metadata
         }
         table = self.table or other.table
-        seen = (*self.seen, *other.seen)
         marks = least_marks([self.marks, other.marks])
-        return Statistics(sites, self.fingerprint, self.images + other.images, metadata, self.graph, table, seen, marks)
+        return Statistics(sites, self.fingerprint, self.images + other.images, metadata, self.graph, table, marks)
 
     def without(self, left: Collection[str], kinds: Collection[str]) -> Statistics:
         """Return the statistics of fewer sites: without those that are ``left``, and of ``kinds`` alone."""
@@ -206,7 +198,6 @@ class Statistics(Mapping[str, ChannelStatistics]):
             "counts": {name: s.count for name, s in self.sites.items()},
             "table": self.table,
             "metadata": self.metadata,
-            "seen": self.seen,
             "settings": settings,
         }
         artifacts.write(path, FORMAT, FORMAT_VERSION, header, tensors, rescue=True)
@@ -227,17 +218,13 @@ class Statistics(Mapping[str, ChannelStatistics]):
         with artifacts.understanding(path):
             sites = {name: _site(tensors, name, count) for name, count in header["counts"].items()}
             facts = (header["fingerprint"], header["images"], header["metadata"], header["graph"], header["table"])
-            seen = tuple(
-                (str(name), artifacts.whole_number(first), artifacts.whole_number(end))
-                for name, first, end in header.get("seen", ())
-            )
             for fact, kind in zip(facts, (str, int, dict, str, dict), strict=True):
                 if not isinstance(fact, kind):
                     raise TypeError(f"{fact!r} where {kind.__name__} belongs")
             if not all(isinstance(row, dict) for row in facts[-1].values()):
                 raise TypeError("rows of its table are no tables")
             marks = artifacts.in_form({_MARKS: least_marks([])} | tensors, _MARKS, torch.int64, (None,))
-            return cls(sites, *facts, seen, marks), header.get("settings")
+            return cls(sites, *facts, marks), header.get("settings")
 
 
 def _site(tensors: Mapping[str, Tensor], name: str, count: int) -> ChannelStatistics:
