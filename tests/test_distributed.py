@@ -12,9 +12,11 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,11 +25,11 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 import meansparse_fx as msfx
-from meansparse_fx.calibrate import ranks
-from meansparse_fx.calibrate.ranks import Ranks
-from meansparse_fx.calibrate.totals import Totals
+from meansparse_fx import shards
+from meansparse_fx.calibrate.totals import Totals, gather_totals
 from meansparse_fx.data import ImageSet
-from meansparse_fx.errors import CalibrationError
+from meansparse_fx.errors import CalibrationError, EvaluationError
+from meansparse_fx.shards import Ranks
 
 SOURCE = """
 import torch
@@ -164,8 +166,9 @@ def test_shards_are_every_image_once(world, length) -> None:
 def threads(monkeypatch):
     """Run a function of a group in WORLD threads, each a rank; return what each returns, or the error of ours."""
     monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
-    monkeypatch.setattr(ranks, "_calls", itertools.repeat(0))
-    monkeypatch.setattr(ranks, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: list(range(group.size())))
+    monkeypatch.setattr(shards, "_uses", defaultdict(lambda: itertools.repeat(0)))
+    monkeypatch.setattr(shards, "LOOK_SECONDS", 0.01)
 
     def start(world: int, work) -> list:
         store = dist.HashStore()
@@ -200,7 +203,7 @@ def test_ranks_gather_totals(threads) -> None:
         with Ranks(group, timeout=60) as own:
             mean = torch.arange(3).double() + own.rank
             totals = Totals((own.rank, 2**60 + own.rank), mean, mean + 10, torch.tensor([1, 2]))
-            return own.gather_totals([totals], "end")
+            return gather_totals(own, [totals], "end")
 
     for totals in threads(3, work):
         for rank, got in enumerate(totals):
@@ -221,6 +224,38 @@ def test_a_rank_that_fails_is_known_to_the_others(threads) -> None:
     first, second, third = threads(3, work)
     assert second == "no luck"
     assert all("failed: " in error and error.endswith("no luck") for error in (first, third))
+
+
+def test_groups_do_not_hear_each_other(threads, monkeypatch) -> None:
+    """Two pairs work at the same time; where a rank of one fails, the other goes on."""
+    members = {}
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: members[group])
+
+    def work(group):
+        pair, rank = divmod(group.rank(), 2)
+        store = dist.PrefixStore(f"pair {pair}", distributed_c10d._get_default_store())
+        own_group = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=60))
+        members[own_group] = [2 * pair, 2 * pair + 1]
+        with Ranks(own_group, timeout=60) as own:
+            if group.rank() == 0:
+                raise CalibrationError("no luck")
+            return own.gather(group.rank(), "end")
+
+    assert threads(4, work) == ["no luck", "rank 0 failed: no luck", [2, 3], [2, 3]]
+
+
+def test_a_lost_connection_is_an_error_of_ours(threads) -> None:
+    def work(group):
+        def lost(*_, **__):
+            raise RuntimeError("connection reset by peer\nstack")
+
+        with Ranks(group, error=EvaluationError) as own:
+            own._dist = SimpleNamespace(all_gather_object=lost)
+            with pytest.raises(EvaluationError, match=r"^lost another process \(connection reset by peer\)\. Check"):
+                own.gather(1, "end")
+        return True
+
+    assert threads(2, work) == [True, True]
 
 
 def test_a_failure_is_seen_between_batches_too(threads) -> None:
@@ -267,7 +302,7 @@ def test_a_rank_that_never_came_counts_as_dead(threads) -> None:
 
 def test_signs_are_rare(threads, monkeypatch) -> None:
     """A sign a `LOOK_SECONDS`, not one a batch: the store is one process for all."""
-    monkeypatch.setattr(ranks, "LOOK_SECONDS", 60.0)
+    monkeypatch.setattr(shards, "LOOK_SECONDS", 60.0)
 
     def work(group):
         with Ranks(group, timeout=60) as own:

@@ -794,17 +794,23 @@ def test_two_processes_find_what_one_finds(sparse, test_set, tmp_path, monkeypat
     whole = msfx.evaluate(sparse, test_set, **options)
     parts = []
 
-    def first_alone(value, group):
-        parts.append(value)
-        raise RuntimeError("connection reset")
+    class Alone:
+        """It has found what it can, and the other process is gone."""
+
+        def __init__(self, group, error):
+            self.error = error
+
+        def gather(self, value, point):
+            parts.append(value)
+            raise self.error("lost another process")
 
     path = tmp_path / "c"
-    monkeypatch.setattr(run, "gather", first_alone)
+    monkeypatch.setattr(run, "Ranks", Alone)
     for rank in range(2):
         with pytest.raises(EvaluationError, match="lost another process"):
             msfx.evaluate(sparse, test_set, group=Pair(rank), checkpoint=path, **options)
     assert {file.name for file in tmp_path.iterdir()} == {"c.rank0-of-2", "c.rank1-of-2"}
-    monkeypatch.setattr(run, "gather", lambda value, group: parts)
+    monkeypatch.setattr(Alone, "gather", lambda *_: parts)
     made = count_attacks(monkeypatch)
     assert numbers(msfx.evaluate(sparse, test_set, group=Pair(1), checkpoint=path, **options)) == numbers(whole)
     assert not made, "each goes on from its own file"

@@ -24,13 +24,13 @@ from ..operators import added, operators, require_transformed, set_statistics
 from ..passes import observe
 from ..progress import bar, say_resumed
 from ..seen import least_marks
+from ..shards import Ranks
 from ..statistics import ChannelStatistics, Statistics, fingerprint, graph_fingerprint
 from .bins import Bins
 from .checkpoint import Checkpoint, Tally
 from .convergence import MIN_GROUPS, Precision, precision
-from .ranks import Ranks
 from .source import Source
-from .totals import Totals, merge_all
+from .totals import Totals, gather_totals, merge_all
 
 LOOK_SECONDS = 10.0  # between two looks for NaN on a GPU, each of which waits for it
 
@@ -216,7 +216,7 @@ class _Pass:
         images = sum(ranks.gather(tally.images, "images"))
         if not images:
             raise DataError(self._source.nothing)
-        sites = merge_all(ranks.gather_totals([tally.totals], "end")).by_site()
+        sites = merge_all(gather_totals(ranks, [tally.totals], "end")).by_site()
         if tally.bins is not None:
             counts = ranks.gather(tally.bins.counts.cpu(), "histograms")
             tally.bins.counts = torch.stack(counts).sum(0).to(self._device)
@@ -263,7 +263,7 @@ class _Pass:
 
     def _make_bins(self, first: Totals) -> None:
         """Lay the bins around what all processes saw first."""
-        self._tally.bins = Bins.around(merge_all(self._ranks.gather_totals([first], "bins")))
+        self._tally.bins = Bins.around(merge_all(gather_totals(self._ranks, [first], "bins")))
         self._tally.bins.watch(self._observers)
 
     def _look_at_precision(self) -> None:
@@ -271,5 +271,5 @@ class _Pass:
         groups = self._tally.groups
         if groups is None or groups.open_batches or len(groups.closed) < MIN_GROUPS // self._ranks.world:
             return
-        everyone = self._ranks.gather_totals(groups.closed, f"precision {len(groups.closed)} x {groups.length}")
+        everyone = gather_totals(self._ranks, groups.closed, f"precision {len(groups.closed)} x {groups.length}")
         self._precision = precision(everyone, self._names)

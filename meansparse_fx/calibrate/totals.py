@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..observer import ChannelMoments
+from ..shards import Ranks
 from ..statistics import ChannelStatistics, merged
 
 
@@ -69,3 +70,10 @@ class Totals:
 def merge_all(parts: Sequence[Totals]) -> Totals:
     """Return the totals of all samples together, merged in order."""
     return reduce(Totals.merge, parts)
+
+
+def gather_totals(ranks: Ranks, own: Sequence[Totals], point: str) -> list[Totals]:
+    """Return totals that every process has as many of: those of the first, then of the next."""
+    found = ranks.gather([(t.counts, torch.stack([t.mean, t.m2]).cpu()) for t in own], point)
+    pairs = [(counts, values.to(own[0].mean.device)) for rank in found for counts, values in rank]
+    return [Totals(counts, values[0], values[1], own[0].sizes) for counts, values in pairs]

@@ -22,7 +22,7 @@ from ..outputs import Logits, in_words
 from ..passes import restore, returning_logits
 from ..progress import bar, say_resumed
 from ..seen import image_marks
-from ..shards import gather, own_file, peer_lost, place
+from ..shards import Ranks, own_file, place
 from ..statistics import fingerprint
 from .attacks import AttackSettings
 from .comparison import Comparison
@@ -214,8 +214,8 @@ def _unite(comparison: Comparison, identity: dict[str, Any], seen: list[str], se
     """Give every process what all of them found, and return the seconds that the slowest of them took."""
     if group is None:
         return seconds
-    with peer_lost(EvaluationError):
-        parts = gather((identity, seen, comparison.found, comparison.sanity, comparison.evidence, seconds), group)
+    own = (identity, seen, comparison.found, comparison.sanity, comparison.evidence, seconds)
+    parts = Ranks(group, error=EvaluationError).gather(own, "end")
     for rank, part in enumerate(parts):
         if part[:2] != (identity, seen):
             raise EvaluationError(
