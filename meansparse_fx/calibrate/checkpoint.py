@@ -22,7 +22,7 @@ from .bins import BINS, Bins
 from .convergence import Groups
 from .totals import Totals
 
-FORMAT, VERSION = "meansparse_fx.checkpoint", "2"
+FORMAT, VERSION = "meansparse_fx.checkpoint", "3"
 
 
 class Tally:
@@ -37,6 +37,7 @@ class Tally:
         input_range: ``[2]``, least and greatest value of all images.
         groups: Totals of groups of batches, if a tolerance was given.
         bins: Histograms, if asked for and once the first batch was seen.
+        marks: Those of the images, batch by batch: see `seen.image_marks`.
     """
 
     def __init__(self, observers: Sequence[ChannelMoments], device: torch.device, grouped: bool) -> None:
@@ -46,7 +47,7 @@ class Tally:
         self.input_range = torch.tensor([torch.inf, -torch.inf], dtype=torch.float64, device=device)
         self.groups = Groups(self.totals) if grouped else None
         self.bins: Bins | None = None
-        self._marks: list[Tensor] = []
+        self.marks: list[Tensor] = []
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
     def add(self, images: Tensor) -> Totals:
@@ -59,20 +60,10 @@ class Tally:
             self.input_range = torch.stack([least, greatest])
         bad = ~batch.m2.isfinite().all() & (self._first_bad < 0)  # nor is m2 where the mean is not
         self._first_bad = torch.where(bad, self.batches, self._first_bad)
-        self._marks.append(image_marks(images))
+        self.marks.append(image_marks(images))
         self.batches += 1
         self.images += len(images)
         return batch
-
-    @property
-    def marks(self) -> Tensor:
-        """Those of the images so far: see `Statistics.marks`."""
-        self._marks = [least_marks(self._marks)]
-        return self._marks[0]
-
-    @marks.setter
-    def marks(self, known: Tensor) -> None:
-        self._marks = [known]
 
     def refuse_non_finite(self) -> None:
         """Raise CalibrationError if any site has seen NaN or inf, with the first batch that brought it."""
@@ -123,29 +114,23 @@ class Checkpoint:
             device, sizes = tally.totals.mean.device, tally.totals.sizes
             tensors = {name: value.to(device) for name, value in tensors.items()}
 
-            def pair(name: str) -> Tensor:  # [2, K]
-                return artifacts.in_form(tensors, name, torch.float64, (2, len(tally.totals.mean)))
-
-            def totals(name: str) -> Totals:
-                counts = tuple(map(artifacts.whole_number, header["counts"][name]))
-                if len(counts) != len(sizes):
-                    raise ValueError(f"{len(counts)} counts for {len(sizes)} sites")
-                mean, m2 = pair(name)
-                return Totals(counts, mean, m2, sizes)
-
-            tally.totals = totals("totals")
-            tally.input_range = artifacts.in_form(tensors, "input_range", torch.float64, (2,))
-            tally.marks = artifacts.in_form(tensors, "marks", torch.int64, (None,))
-            tally.batches, tally.images = (artifacts.whole_number(header[name]) for name in ("batches", "images"))
+            channels = len(tally.totals.mean)
+            moments = artifacts.in_form(tensors, "moments", torch.float64, (None, 2, channels))
+            counts = [tuple(map(artifacts.whole_number, of_sites)) for of_sites in header["counts"]]
+            if any(len(of_sites) != len(sizes) for of_sites in counts):
+                raise ValueError(f"other counts than of {len(sizes)} sites")
+            totals = [Totals(count, mean, m2, sizes) for count, (mean, m2) in zip(counts, moments, strict=True)]
+            tally.totals, *of_groups = totals
             if tally.groups is not None:
-                kept = {name: artifacts.whole_number(value) for name, value in header["groups"].items()}
-                tally.groups.closed = [totals(f"group{i}") for i in range(kept["closed"])]
-                tally.groups.open, tally.groups.open_batches = totals("open"), kept["open_batches"]
-                tally.groups.length = kept["length"]
+                tally.groups.open, *tally.groups.closed = of_groups
+                tally.groups.open_batches, tally.groups.length = map(artifacts.whole_number, header["groups"])
+            tally.input_range = artifacts.in_form(tensors, "input_range", torch.float64, (2,))
+            tally.marks = [artifacts.in_form(tensors, "marks", torch.int64, (None,))]
+            tally.batches, tally.images = (artifacts.whole_number(header[name]) for name in ("batches", "images"))
             if "histograms" in tensors:
-                low, width = pair("edges")
-                counts = artifacts.in_form(tensors, "histograms", torch.int64, (len(low), BINS))
-                tally.bins = Bins(low, width, counts, sizes.tolist())
+                low, width = artifacts.in_form(tensors, "edges", torch.float64, (2, channels))
+                histograms = artifacts.in_form(tensors, "histograms", torch.int64, (channels, BINS))
+                tally.bins = Bins(low, width, histograms, sizes.tolist())
             self._digests = {int(index): value for index, value in header["digests"].items()}
 
     def compare(self, index: int, images: Tensor) -> None:
@@ -172,17 +157,14 @@ class Checkpoint:
 
     def write(self, tally: Tally, images: Tensor) -> None:
         """Replace the file by what was measured so far; ``images`` is the latest batch."""
-        totals = {"totals": tally.totals}
-        groups: dict[str, int] = {}
-        if tally.groups is not None:
-            totals |= {f"group{i}": group for i, group in enumerate(tally.groups.closed)} | {"open": tally.groups.open}
-            groups = {
-                "closed": len(tally.groups.closed),
-                "open_batches": tally.groups.open_batches,
-                "length": tally.groups.length,
-            }
-        tensors = {name: torch.stack([t.mean, t.m2]) for name, t in totals.items()}
-        tensors |= {"input_range": tally.input_range, "marks": tally.marks}
+        groups, totals = tally.groups, [tally.totals]
+        if groups is not None:
+            totals += [groups.open, *groups.closed]
+        tensors = {
+            "moments": torch.stack([torch.stack([t.mean, t.m2]) for t in totals]),
+            "input_range": tally.input_range,
+            "marks": least_marks(tally.marks),
+        }
         if tally.bins is not None:
             tensors["edges"] = torch.stack([tally.bins.low, tally.bins.width])
             tensors["histograms"] = tally.bins.counts
@@ -190,8 +172,8 @@ class Checkpoint:
             "identity": self._identity,
             "batches": tally.batches,
             "images": tally.images,
-            "counts": {name: list(t.counts) for name, t in totals.items()},
-            "groups": groups,
+            "counts": [t.counts for t in totals],
+            "groups": None if groups is None else [groups.open_batches, groups.length],
             "digests": {"0": self._first, str(tally.batches - 1): artifacts.digest(images)},
         }
         artifacts.write(self.path, FORMAT, VERSION, header, tensors)

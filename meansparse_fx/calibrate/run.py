@@ -236,7 +236,7 @@ class _Pass:
             facts["precision"] = str(self._precision or "unknown: too few batches")
         table = {site.name: site.facts() for site in self._plan.active}
         by_name = dict(zip(self._names, sites, strict=True))
-        marks = least_marks(ranks.gather(tally.marks, "marks"))
+        marks = least_marks(ranks.gather(least_marks(tally.marks), "marks"))
         return Statistics(by_name, self._weights, images, facts | metadata, self._graph, table, marks)
 
     @property
