@@ -6,41 +6,52 @@ import math
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
 from ..errors import ArtifactError
-from .image_set import LAYOUTS, ImageSet, choose, describe, from_arrays
+from .image_set import LAYOUTS, Splits
 
 _IMAGES = {"images", "image", "imgs", "img", "x", "data"}
 _LABELS = {"labels", "label", "y", "targets", "target"}
 
 
-def open_npz(path: Path, split: str | None) -> ImageSet:
-    """Return one split of an .npz file, the names of its arrays as `_roles` reads them."""
+def npz_splits(path: Path) -> Splits:
+    """Return the splits in an .npz file, the names of its arrays as `_roles` reads them."""
     with _explained(path), zipfile.ZipFile(path) as archive:
-        members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
-        name, *pair = _pair(path, split, members)
-        arrays = []
-        for member in (members[key] for key in pair):
-            with archive.open(member) as stream:
-                arrays.append(_array(stream, member.file_size))
-        return from_arrays(arrays[0], arrays[1], describe(path, name))
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+    if not (found := _splits(path, names, partial(_from_archive, path))):
+        held = ", ".join(names) or "nothing"
+        raise ArtifactError(f"{path}: no images and labels in it, but {held}; expected {LAYOUTS}")
+    return found
 
 
-def open_npy(directory: Path, split: str | None) -> ImageSet:
-    """Return one split of a directory of .npy files, named as the arrays of an .npz file."""
-    files = {file.stem: file for file in _npy_files(directory)}
-    name, *pair = _pair(directory, split, files)
-    arrays = []
-    for file in (files[key] for key in pair):
-        with _explained(file), file.open("rb") as stream:
-            arrays.append(_array(stream, file.stat().st_size))
-    return from_arrays(arrays[0], arrays[1], describe(directory, name))
+def npy_splits(directory: Path) -> Splits:
+    """Return the splits in a directory of .npy files, named as the arrays of an .npz file."""
+    files = {file.stem: file for file in sorted(directory.glob("*.npy")) if not file.name.startswith(".")}
+    return _splits(directory, files, lambda name: _from_file(files[name]))
+
+
+def npy_split(file: Path) -> str:
+    """Return the split of which an .npy file is the images or the labels."""
+    return next(iter(_roles([file.stem])), file.stem)
+
+
+def _from_archive(path: Path, name: str) -> np.ndarray:
+    with _explained(path), zipfile.ZipFile(path) as archive:
+        member = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}[name]
+        with archive.open(member) as stream:
+            return _array(stream, member.file_size)
+
+
+def _from_file(file: Path) -> np.ndarray:
+    with _explained(file), file.open("rb") as stream:
+        return _array(stream, file.stat().st_size)
 
 
 @contextmanager
@@ -66,32 +77,14 @@ def _array(stream: IO[bytes], size: int) -> np.ndarray:
     return np.lib.format.read_array(stream, allow_pickle=False)
 
 
-def npy_split(file: Path) -> str:
-    """Return the split of which an .npy file is the images or the labels."""
-    return next(iter(_roles([file.stem]).values()), {}).get("split", file.stem)
+def _splits(path: Path, names: Iterable[str], read: Callable[[str], np.ndarray]) -> Splits:
+    def pair(split: str, role: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
+        if "labels" not in role:
+            lacking = f"{split}_labels" if split else "labels"
+            raise ArtifactError(f"{path}: no images and labels in it: {role['images']}, but no {lacking}")
+        return read(role["images"]), read(role["labels"])
 
-
-def has_npy(directory: Path) -> bool:
-    """Return whether there are .npy files of images in a directory."""
-    return any("images" in role for role in _roles(file.stem for file in _npy_files(directory)).values())
-
-
-def _npy_files(directory: Path) -> list[Path]:
-    return sorted(file for file in directory.glob("*.npy") if not file.name.startswith("."))
-
-
-def _pair(path: Path, split: str | None, names: Iterable[str]) -> tuple[str, str, str]:
-    """Return the split meant, and the names of its arrays of images and labels."""
-    names = list(names)
-    found = {name: role for name, role in _roles(names).items() if "images" in role}
-    if not found:
-        held = ", ".join(names) or "nothing"
-        raise ArtifactError(f"{path}: no images and labels in it, but {held}; expected {LAYOUTS}")
-    name = choose(path, split, found)
-    images, labels = found[name]["images"], found[name].get("labels")
-    if labels is None:
-        raise ArtifactError(f"{path}: no images and labels in it: {images}, but no {name + '_' if name else ''}labels")
-    return name, images, labels
+    return {split: partial(pair, split, role) for split, role in _roles(names).items() if "images" in role}
 
 
 def _roles(names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -102,9 +95,9 @@ def _roles(names: Iterable[str]) -> dict[str, dict[str, str]]:
         known = {word.lower() for word in words} & (_IMAGES | _LABELS)
         if not known:
             continue
-        split = "_".join(word for word in words if word.lower() not in known)
+        own = found.setdefault("_".join(word for word in words if word.lower() not in known), {})
         role = "labels" if known & _LABELS else "images"
-        if role in found.setdefault(split, {"split": split}):
-            raise ArtifactError(f"{found[split][role]} or {name}: which of them are the {role}? Name one otherwise")
-        found[split][role] = name
+        if role in own:
+            raise ArtifactError(f"{own[role]} or {name}: which of them are the {role}? Name one otherwise")
+        own[role] = name
     return found

@@ -10,39 +10,36 @@ import io
 import pickle
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import ArtifactError
-from .image_set import ImageSet, choose, describe, from_arrays
+from .image_set import Splits
 
 _PIXELS = 3 * 32 * 32
 
 
-def cifar_splits(directory: Path) -> dict[str, list[Path]]:
-    """Return the files of each split, in order; empty if there are none of CIFAR's in ``directory``."""
+def cifar_splits(directory: Path) -> Splits:
+    """Return ``train`` and ``test`` of CIFAR in a directory; of CIFAR-100 with their fine labels."""
     for suffix in (".bin", ""):
         hundred = suffix or (directory / "meta").is_file()  # a file "train" may be anything
-        found = {}
+        found: Splits = {}
         for name, pattern in (("train", "data_batch_*"), ("test", "test_batch")):
             files = [*sorted(directory.glob(pattern + suffix)), *([directory / (name + suffix)] if hundred else [])]
             if files := [f for f in files if f.suffix == suffix and f.is_file()]:
-                found[name] = files
+                found[name] = partial(_joined, files)
         if found:
             return found
     return {}
 
 
-def open_cifar(directory: Path, split: str | None) -> ImageSet:
-    """Return the images of ``train`` or ``test``, as stored; of CIFAR-100 with their fine labels."""
-    splits = cifar_splits(directory)
-    name = choose(directory, split, splits)
-    parts = [(_binary if file.suffix else _python)(file) for file in splits[name]]
+def _joined(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    parts = [(_binary if file.suffix else _python)(file) for file in files]
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    files = f" ({len(parts)} files)" if len(parts) > 1 else ""
-    return from_arrays(images.reshape(-1, 3, 32, 32), labels, describe(directory, name) + files)
+    return images.reshape(-1, 3, 32, 32), labels
 
 
 def _binary(file: Path) -> tuple[np.ndarray, np.ndarray]:

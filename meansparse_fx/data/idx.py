@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from ..errors import ArtifactError
-from .image_set import ImageSet, as_float_images, choose, describe, from_arrays
+from .image_set import Splits, as_float_images, from_arrays
 
 _DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
@@ -37,21 +38,21 @@ def read_idx(path: Path) -> np.ndarray:
 
 def load_idx(directory: Path, split: str) -> tuple[Tensor, Tensor]:
     """Return images ``[N, 1, H, W]`` in [0, 1] and labels ``[N]`` of ``split`` ("train" or "t10k"), in file order."""
-    found = open_idx(directory, split)
+    found = from_arrays(*_pair(directory, split), str(directory))
     return as_float_images(found.images, directory), found.labels
 
 
-def idx_splits(directory: Path) -> list[str]:
-    """Return the prefixes of the IDX image files in ``directory``."""
-    return sorted({f.name.split("-images")[0] for f in directory.glob("*-images[-.]idx3*")})
+def idx_splits(directory: Path) -> Splits:
+    """Return the splits of which there are IDX images in a directory, by the files' prefixes."""
+    names = sorted({f.name.split("-images")[0] for f in directory.glob("*-images[-.]idx3*")})
+    return {name: partial(_pair, directory, name) for name in names}
 
 
-def open_idx(directory: Path, split: str | None) -> ImageSet:
-    """Return one split as a set, its images as stored."""
-    name, arrays = choose(directory, split, idx_splits(directory)) if split is None else split, []
+def _pair(directory: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    arrays = []
     for kind in ("images[-.]idx3", "labels[-.]idx1"):
-        files = sorted(directory.glob(f"{name}-{kind}*"))
+        files = sorted(directory.glob(f"{split}-{kind}*"))
         if not files:
-            raise ArtifactError(f"{directory}: no {name}-{kind.replace('[-.]', '-')}-ubyte file (or its .gz)")
+            raise ArtifactError(f"{directory}: no {split}-{kind.replace('[-.]', '-')}-ubyte file (or its .gz)")
         arrays.append(read_idx(files[0]))
-    return from_arrays(arrays[0], arrays[1], describe(directory, split))
+    return arrays[0], arrays[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ LAYOUTS = (
     "(NAME-images-idx3-ubyte[.gz] with its labels), of CIFAR's batches or of images.npy and labels.npy, or an .npz "
     "file of images and labels"
 )
+
+
+# What a reader finds at a path: by the name of the split, a function that returns its images and labels as stored.
+Splits = dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,21 +114,6 @@ def as_float_images(images: np.ndarray, where: Path) -> Tensor:
             "values up to 255 as uint8, and images without their normalisation"
         )
     return torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
-
-
-def choose(path: Path, split: str | None, names: Iterable[str]) -> str:
-    """Return the one split meant, or raise with the names there are; the name of the only unnamed one is empty."""
-    names = sorted(names)
-    if split is None and "" in names:
-        return ""
-    if split is None and len(names) == 1:
-        return names[0]
-    if split is not None and split in names:
-        return split
-    if not names:
-        raise ArtifactError(f"{path}: no images and labels in it; expected {LAYOUTS}")
-    problem = "holds several splits" if split is None else f"has no split {split!r}"
-    raise ArtifactError(f"{path}: {problem}; choose one of {', '.join(name or 'none' for name in names)}")
 
 
 def describe(path: Path, split: str | None) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..errors import ArtifactError
-from .arrays import has_npy, npy_split, open_npy, open_npz
-from .cifar import cifar_splits, open_cifar
-from .idx import idx_splits, open_idx
-from .image_set import LAYOUTS, ImageSet, as_float_images
+from .arrays import npy_split, npy_splits, npz_splits
+from .cifar import cifar_splits
+from .idx import idx_splits
+from .image_set import LAYOUTS, ImageSet, Splits, as_float_images, describe, from_arrays
 
 
 def load_images(
@@ -67,26 +68,38 @@ def load_images(
     return ImageSet(images, found.labels[torch.from_numpy(kept)], description)
 
 
+# Of what lies in a directory each returns the splits that it can read; an image folder is what remains.
+DIRECTORIES: tuple[Callable[[Path], Splits], ...] = (idx_splits, cifar_splits, npy_splits)
+
+
 def _open(path: Path, split: str | None, image_size: int | None) -> ImageSet:
     """Return all images at ``path``, arrays as they are stored."""
     if path.is_file():
         if path.suffix == ".npz":
-            return open_npz(path, split)
+            return _choose(path, split, npz_splits(path))
         if path.suffix == ".npy":
-            return open_npy(path.parent, npy_split(path) if split is None else split)
+            return _choose(path.parent, npy_split(path) if split is None else split, npy_splits(path.parent))
         raise ArtifactError(f"{path}: not a layout this package reads; expected {LAYOUTS}")
     places = [(path, split)]
     if split is not None and (path / split).is_dir():
         places.append((path / split, None))
     for directory, name in places:
-        if idx_splits(directory):
-            return open_idx(directory, name)
-        if cifar_splits(directory):
-            return open_cifar(directory, name)
-        if has_npy(directory):
-            return open_npy(directory, name)
+        if found := next(filter(None, (splits(directory) for splits in DIRECTORIES)), None):
+            return _choose(directory, name, found)
     try:
         from .folder import open_folder  # torchvision takes a second to import
     except ImportError as error:
         raise ArtifactError(f"{path}: image folders need torchvision: pip install 'meansparse_fx[zoo]'") from error
     return open_folder(path, split, image_size)
+
+
+def _choose(path: Path, split: str | None, splits: Splits) -> ImageSet:
+    """Return the one split meant, or raise with the names there are; the name of the only unnamed one is empty."""
+    if split is None and (len(splits) == 1 or "" in splits):
+        split = "" if "" in splits else next(iter(splits))
+    if split in splits:
+        return from_arrays(*splits[split](), describe(path, split))
+    if not splits:
+        raise ArtifactError(f"{path}: no images and labels in it; expected {LAYOUTS}")
+    problem = "holds several splits" if split is None else f"has no split {split!r}"
+    raise ArtifactError(f"{path}: {problem}; choose one of {', '.join(name or 'none' for name in sorted(splits))}")
