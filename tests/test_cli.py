@@ -410,6 +410,12 @@ def test_card(tmp_path, model, data, chosen):
     assert json.loads((tmp_path / "hub" / "config.json").read_text())["sites"][0]["alpha"] == 0.2
     hub = ("--report", report, "--out", tmp_path / "hub")
     check_error(run("card", "--settings", chosen, *hub), "evaluated at alpha 0.2 at 2, where", "has 0.0")
+    # Alpha as it was typed is in the settings beside the report.
+    done = run("evaluate", model, "--data", data, "--settings", chosen, "--alpha", 0.3, *ATTACK, "--out", report.parent)
+    assert done.exit_code == 0, done.output
+    assert run("card", *hub).exit_code == 0
+    assert json.loads((tmp_path / "hub" / "config.json").read_text())["sites"][0]["alpha"] == 0.3
+    (report.parent / "settings.msfx.safetensors").unlink()
     check_error(run("card", *hub), "no settings")
 
 

@@ -37,6 +37,7 @@ def file_argument(help: str) -> Any:
     return typer.Argument(exists=True, dir_okay=False, metavar="FILE", help=help)
 
 
+SETTINGS = "settings.msfx.safetensors"  # as evaluate and card call it in their folders
 _DEFAULT_ATTACKS = ", ".join(DEFAULT_ATTACKS)
 Attacks = Annotated[
     Any, parsed(parsing.attacks, "NAMES", f"Of {', '.join(ATTACK_NAMES)}; with /GRADIENT, or under all --backwards.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,13 +14,12 @@ import meansparse_fx as msfx
 from ..errors import StateError, StatisticsError
 from . import parsing
 from .model import Shape
-from .options import ModelOptions, file_argument, file_option, parsed
+from .options import SETTINGS, ModelOptions, file_argument, file_option, parsed
 
 if TYPE_CHECKING:
     from ..settings import Settings
 
 FORMS = ("pdf", "png", "svg")
-SETTINGS = "settings.msfx.safetensors"
 
 _README = """\
 ---
@@ -104,7 +103,8 @@ def card(
 ) -> None:
     """Write a folder for a model hub: settings, state_dict, and a model card with the evaluation's table.
 
-    Without MODEL the state_dict is that of the operators alone.
+    Without MODEL the state_dict is that of the operators alone. Without --settings they are those that evaluate wrote
+    beside its report.
     """
     from safetensors.torch import save as to_bytes
 
@@ -112,10 +112,12 @@ def card(
     from ..settings import Settings
     from . import loading
 
-    if model.settings is None:
-        raise StateError("no settings: give --settings FILE of select --out, or of msfx.save")
+    settings_file = model.settings or report.with_name(SETTINGS)
+    if not settings_file.is_file():
+        raise StateError(f"no settings: {settings_file} is not there; give --settings FILE of msfx.save")
+    model = replace(model, settings=settings_file)
     require_place(out, folder=True)
-    settings = Settings.load(model.settings)
+    settings = Settings.load(settings_file)
     found = _read(report, settings)
     state = settings.state_dict()
     if model.model is not None:
@@ -152,7 +154,7 @@ def card(
         "config.json": (json.dumps(config, indent=2) + "\n").encode(),
         "model.safetensors": to_bytes({k: v.contiguous().clone().cpu() for k, v in state.items()}, {"format": "pt"}),
         "README.md": text.encode(),
-        SETTINGS: model.settings.read_bytes(),
+        SETTINGS: settings_file.read_bytes(),
     }
     write_folder(out, files)
     loading.console().print(f"{', '.join(files)}: {out}", highlight=False)
@@ -174,6 +176,6 @@ def _read(path: Path, settings: Settings) -> dict[str, Any]:
         site = differing[0]
         raise StateError(
             f"{path}: evaluated at alpha {evaluated.get(site)} at {site}, where {settings.path} has {own[site]}: "
-            "evaluate with these settings, or msfx.save the model that was evaluated"
+            f"those that were evaluated are in {SETTINGS} beside it"
         )
     return found

@@ -92,7 +92,7 @@ def evaluate(
     alpha: options.Alpha = None,
     report: Annotated[
         Path | None,
-        typer.Option("--report", "--out", help="Directory for report.json, report.html, figures and tables."),
+        typer.Option("--report", "--out", help="Directory for report.json, report.html, figures, tables and settings."),
     ] = None,
     save_adversarial: Annotated[
         Path | None, typer.Option(dir_okay=False, help="File for the adversarial images; verify checks it.")
@@ -141,6 +141,7 @@ def evaluate(
                 "test": images.description,
             },
         )
+        msfx.save(sparse, report / options.SETTINGS)
         console.print(f"report: {report / 'report.html'}")
 
 
