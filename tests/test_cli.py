@@ -363,7 +363,10 @@ def chosen(tmp_path, model, data):
         out,
     )
     assert done.exit_code == 0, done.output
-    assert "nothing to compare. --alpha 0.2 (with --settings also --alpha leader)" in " ".join(done.stdout.split())
+    assert (
+        "nothing to compare. To compare what looked best: --alpha 0.2 (with --settings also --alpha leader)"
+        in " ".join(done.stdout.split())
+    )
     return out
 
 
@@ -379,8 +382,14 @@ def test_settings_are_enough(tmp_path, model, data, chosen):
         "alpha was looked for under Linf eps 0.05, and this is Linf eps 0.1"
     )
     assert re.match(r"[1-9]\d* of 20 images were used to choose alpha:", checks["unseen images"])
-    done = run("export", model, "--input-shape", "1,8,8", "--settings", chosen, "--out", tmp_path / "a.pt2")
+    done = run("export", model, "--settings", chosen, "--out", tmp_path / "a.pt2")
     assert done.exit_code == 0, done.output
+    assert "images 1x8x8, as in calibration" in done.stderr
+    sparse = msfx.load(chosen, load_model(model), torch.rand(2, 1, 8, 8))
+    added(sparse).choice = {**added(sparse).choice, "leader": 0.0}
+    msfx.save(sparse, tmp_path / "s")
+    done = run("evaluate", model, "--data", data, "--settings", tmp_path / "s", "--alpha", "leader")
+    check_error(done, "gave up every alpha but 0", "--alpha a number")
     check_error(run(*evaluate, "--include", "relu"), "leave --placement, --include")
     check_error(
         run("evaluate", "bundled", "--data", data, "--settings", chosen), "another model", "first differing site"
@@ -394,7 +403,7 @@ def test_card(tmp_path, model, data, chosen):
     report = tmp_path / "out" / "report.json"
     done = run("evaluate", model, "--data", data, "--settings", tmp_path / "s", *ATTACK, "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
-    for spec in ((), (model, "--input-shape", "1,8,8")):
+    for spec in ((), (model,)):
         done = run("card", *spec, "--settings", tmp_path / "s", "--report", report, "--out", tmp_path / "hub")
         assert done.exit_code == 0, done.output
         state = load_file(tmp_path / "hub" / "model.safetensors")

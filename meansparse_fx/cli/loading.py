@@ -20,9 +20,11 @@ from ..evaluate.plan import plan_runs
 from ..outputs import Logits, logits_in
 from ..settings import Settings
 from ..sites import Placement, placement_of
+from ..statistics import Statistics
 from ..tables import terminal_width
 from ..transform import transform
 from ..zoo import Normalised, input_shape, load_model
+from . import parsing
 from .options import AttackOptions, DataOptions, MeasuredOptions, ModelOptions
 
 Options = TypeVar("Options", bound=ModelOptions)
@@ -114,8 +116,11 @@ def first_images(images: ImageSet, count: int, device: torch.device) -> Tensor:
 def random_images(options: ModelOptions, net: nn.Module, shape: tuple[int, ...] | None) -> Tensor:
     """Return two images ``[2, C, H, W]`` such as the model takes, on its device; an assumed size is printed."""
     if shape is None:
-        shape = input_shape(net.model if isinstance(net, Normalised) else net)
-        say(f"assumed: images {'x'.join(map(str, shape))} (--input-shape gives another)")
+        file = options.settings or (options.statistics if isinstance(options, MeasuredOptions) else None)
+        known = "" if file is None else Statistics.load(file).metadata.get("image_shape", "").split(" + ")[0]
+        shape = parsing.shape(known) if known else input_shape(net.model if isinstance(net, Normalised) else net)
+        words = f"images {known}, as in calibration" if known else f"assumed: images {'x'.join(map(str, shape))}"
+        say(f"{words} (--input-shape gives another)")
     return torch.rand(2, *shape, device=device_of(options))
 
 

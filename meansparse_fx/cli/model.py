@@ -54,11 +54,6 @@ def export(
     from .robustness import put_alpha
 
     room.require_file(out, format)
-    if shape is None:
-        measured = msfx.Statistics.load(model.settings or model.statistics)  # type: ignore[arg-type]
-        if calibrated := measured.metadata.get("image_shape", "").split(" + ")[0]:
-            shape = parsing.shape(calibrated)
-            loading.say(f"images {calibrated}, as in calibration (--input-shape gives another)")
     net = loading.open_model(model)
     images = loading.random_images(model, net, shape)
     sparse = loading.transformed(model, net, images)

@@ -44,17 +44,18 @@ Attacks = Annotated[
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the gradient attacks.")]
 Queries = Annotated[int, typer.Option(min=1, help="Queries of the Square attack.")]
-Seed = Annotated[int, typer.Option(help="Of the attacks.")]
+Seed = Annotated[int, typer.Option(help="Seed of the attacks.")]
 LogitsName = Annotated[
-    Any, parsed(parsing.name_or_position, "NAME", "Key or position of logits in what MODEL returns; else logits, out.")
+    Any, parsed(parsing.name_or_position, "NAME", "Key or position of logits in MODEL's output; else logits, out.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Do one batch, say how long all would take, keep nothing.")]
 Alpha = Annotated[
     str | None,
     typer.Option(
         metavar="ALPHA|FILE|leader",
-        help='Half width of the band; a JSON file {"alpha": ALPHA or {SITE or REGEX: ALPHA, ...}, "variant": NAME}; or '
-        "what looked best to select, whatever it chose. Else that of --settings.",
+        help='Half width of the band in standard deviations: a number, a JSON file {"alpha": ALPHA or {SITE or REGEX: '
+        'ALPHA, ...}, "variant": NAME}, or leader: what looked best to select, even if it chose 0. By default that of '
+        "--settings.",
     ),
 ]
 Amp = Annotated[Any, parsed(parsing.name(AUTOCAST), "DTYPE", f"Autocast the model: {' or '.join(AUTOCAST)}.")]
@@ -68,24 +69,26 @@ class ModelOptions:
     weights: Annotated[
         Path | None, typer.Option(exists=True, help="safetensors, or what torch.load reads with weights_only=True.")
     ] = None
-    num_classes: Annotated[int | None, typer.Option(min=1, help="Logits of a timm or torchvision model.")] = None
+    num_classes: Annotated[int | None, typer.Option(min=1, help="Classes of a timm or torchvision model.")] = None
     normalise: Annotated[
         tuple | None,
         parsed(
-            parsing.normalisation, "imagenet|MEAN/STD", "Normalise in the model, so that eps is of [0, 1]: 0.5/0.2."
+            parsing.normalisation,
+            "imagenet|MEAN/STD",
+            "Normalise images in front of MODEL, such as 0.5/0.2: it then takes images in [0, 1].",
         ),
     ] = None
     placement: Annotated[
-        Any, parsed(parsing.name(PLACEMENTS), "NAME", f"Sites to take: of {', '.join(PLACEMENTS)}.")
+        Any, parsed(parsing.name(PLACEMENTS), "NAME", f"Sites to rewrite: {', '.join(PLACEMENTS)}.")
     ] = PLACEMENTS[0]
     include: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="Take only sites in whose name it is found; repeatable.")
+        list[str] | None, typer.Option(metavar="REGEX", help="Rewrite only sites whose name matches; repeatable.")
     ] = None
     exclude: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="Leave sites in whose name it is found; repeatable.")
+        list[str] | None, typer.Option(metavar="REGEX", help="Leave out sites whose name matches; repeatable.")
     ] = None
     settings: Annotated[
-        Path | None, file_option("From calibrate or select --out, or msfx.save: all but the weights.")
+        Path | None, file_option("File of calibrate --out, select --out or msfx.save: all but the weights.")
     ] = None
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="cuda if there is one")] = None
 
@@ -98,7 +101,7 @@ class ModelOptions:
 class MeasuredOptions(ModelOptions):
     """Which model, and what was measured of it."""
 
-    statistics: Annotated[Path | None, file_option("From calibrate, where there are no --settings.")] = None
+    statistics: Annotated[Path | None, file_option("File of calibrate --out, in the place of --settings.")] = None
 
     def __post_init__(self) -> None:
         ModelOptions.__post_init__(self)  # super() knows only the class without slots
@@ -122,10 +125,10 @@ class DataOptions:
     ]
     split: Annotated[str | None, typer.Option(help="Subdirectory, IDX prefix (t10k), or name of the arrays.")] = None
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side to resize and crop images of a folder to; else their own, or 224.")
+        int | None, typer.Option(min=1, help="Resize and crop images of a folder to this side; else as stored, or 224.")
     ] = None
-    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many, of a fixed shuffled order.")] = None
-    skip: Annotated[int, typer.Option(min=0, help="Leave out the first of that order: other commands saw them.")] = 0
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many, in a fixed shuffled order.")] = None
+    skip: Annotated[int, typer.Option(min=0, help="Leave out this many first, for other commands.")] = 0
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 128
 
 
@@ -137,18 +140,21 @@ class AttackOptions:
     norm: Annotated[Any, parsed(parsing.name(NORMS), "NORM", "Linf or L2.")] = "Linf"
     attacks: Attacks = _DEFAULT_ATTACKS
     backwards: Annotated[
-        Any, parsed(parsing.backwards, "NAMES", f"If an attack names none: {', '.join(SURROGATES)}, smooth-STEEPNESS.")
+        Any,
+        parsed(parsing.backwards, "NAMES", f"For attacks that name none: {', '.join(SURROGATES)}, smooth-STEEPNESS."),
     ] = "exact,identity"
     steps: Steps = 100
     queries: Queries = 5000
     seed: Seed = 0
     logits: LogitsName = None
-    full_rows: Annotated[bool, typer.Option("--full-rows", help="Attack also what is broken already.")] = False
+    full_rows: Annotated[bool, typer.Option("--full-rows", help="Attack images that are already broken, too.")] = False
     compile: Annotated[
         str | None, typer.Option(metavar="MODE", help="Attack through torch.compile: default, reduce-overhead, ...")
     ] = None
     amp: Amp = None
-    checkpoint: Annotated[Path | None, typer.Option(dir_okay=False, help="Keep results here; go on from them.")] = None
+    checkpoint: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Keep results here; go on from them if killed.")
+    ] = None
 
 
 def with_groups_as_options(command: Callable[..., None]) -> Callable[..., None]:

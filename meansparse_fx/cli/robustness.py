@@ -183,8 +183,10 @@ def put_alpha(sparse: fx.GraphModule, written: str | None) -> None:
         if choice is None and msfx.get_alpha(sparse) == 0:
             raise StateError("no alpha: give --alpha, or --settings FILE of select --out")
     elif written == "leader":
-        if not (choice and choice["leader"]):
+        if choice is None:
             raise StateError("no leader: it is what select found, so give --settings FILE of select --out")
+        if not choice["leader"]:
+            raise StateError("no leader: select gave up every alpha but 0 early; give --alpha a number")
         msfx.set_variant(sparse, choice["variant"])
         msfx.set_alpha(sparse, choice["leader"])
     elif Path(written).is_file():
@@ -213,5 +215,5 @@ def _nothing(sparse: fx.GraphModule) -> str:
     choice = added(sparse).choice
     text = "Alpha is 0, so the model is its base, and evaluate has nothing to compare."
     if not choice or not choice["leader"]:
-        return f"{text} --alpha gives it another."
-    return f"{text} --alpha {choice['leader']:g} (with --settings also --alpha leader) takes what looked best."
+        return f"{text} Set another by --alpha."
+    return f"{text} To compare what looked best: --alpha {choice['leader']:g} (with --settings also --alpha leader)."
