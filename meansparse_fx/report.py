@@ -29,22 +29,26 @@ from .alpha.figures import alpha_figure, tradeoff_figure
 from .artifacts import write_folder
 from .evaluate import Evaluation
 from .evaluate.figures import evaluation_figure
+from .evaluate.outcome import mean
 from .kernels.reference import inside_band, per_channel, sparsify
 from .nn import MeanSparse
 from .operators import added, operators
 from .plots import DARK, LIGHT, Theme, histogram_figure, percent, picture
 from .sites import SitePlan
 from .statistics import FeatureHistogram, typical
+from .tables import as_html
 
 
 def headline(evaluation: Evaluation, search: AlphaSearch | None = None) -> str:
     """Return the result in plain sentences: verdict, worst case, clean accuracy, and what the search had asked for."""
-    base, sparse = evaluation.base.to_dict(), evaluation.sparse.to_dict()
-    change = evaluation.clean_change
+    change, outcomes = evaluation.clean_change, (evaluation.base, evaluation.sparse)
+    shares = {"clean accuracy": [mean(outcome.clean) for outcome in outcomes]}
+    if evaluation.sparse.robust:
+        shares = {"the worst case": [mean(outcome.worst) for outcome in outcomes]} | shares
+    moves = ", and ".join(f"{what} from {percent(b)} to {percent(s)}" for what, (b, s) in shares.items())
     text = (
-        f"{evaluation.verdict} On {evaluation.n_test} test images, {describe_alpha(evaluation.alpha)} takes the worst "
-        f"case from {percent(base['worst_case'])} to {percent(sparse['worst_case'])}, and clean accuracy from "
-        f"{percent(base['clean'])} to {percent(sparse['clean'])}: {change.points()} points (95 % intervals)."
+        f"{evaluation.verdict} On {evaluation.n_test} test images, {describe_alpha(evaluation.alpha)} takes {moves}: "
+        f"{change.points()} points (95 % intervals)."
     )
     if search and not chosen(evaluation, search):
         text += f" The search itself chose {describe_alpha(search.alpha)}: it found nothing better beyond noise."
@@ -108,7 +112,8 @@ def write_report(
         contents[f"{name}.png"] = light
         plots[name] = {k: base64.b64encode(v).decode() for k, v in (("light", light), ("dark", dark))}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": lambda v: f"{100 * v:.1f}", "points": lambda v: f"{100 * v:+.1f}"}
+    filters = {"percent": lambda v: f"{100 * v:.1f}", "points": lambda v: f"{100 * v:+.1f}", "html": as_html}
+    environment.filters |= filters
     template = environment.from_string((files(__package__) / "report.html.j2").read_text("utf-8"))
     page = template.render(
         report=report,

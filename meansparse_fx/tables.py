@@ -1,4 +1,4 @@
-"""Floor 1: printed tables, and the same as LaTeX and CSV. Imports rich only."""
+"""Floor 1: printed tables, the same as LaTeX and HTML, and CSV. Imports rich only."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import csv
 import io
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from html import escape
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -98,21 +99,38 @@ def terminal_width() -> int:
 def as_latex(table: Table) -> str:
     """Return ``table`` as a tabular of the LaTeX package booktabs, title and caption in comments."""
     words = [*(table.title or "").splitlines(), *(table.caption or "").splitlines()]  # type: ignore[union-attr]
-    heads = [re.sub(r"(?<=[/-])\n", "", str(column.header)).replace("\n", " ") for column in table.columns]
-    rows = [" & ".join(map(_in_latex, row)) for row in zip(*(map(str, c.cells) for c in table.columns), strict=True)]
+    heads, *rows = (rf"{' & '.join(map(_in_latex, row))} \\" for row in _texts(table))
     sides = "".join((column.justify or "left")[0] for column in table.columns)
     return "\n".join(
         [
             *(f"% {line}" for line in [r"\usepackage{booktabs}", *words]),
             rf"\begin{{tabular}}{{{sides}}}",
             r"\toprule",
-            rf"{' & '.join(map(_in_latex, heads))} \\",
+            heads,
             r"\midrule",
-            *(rf"{row} \\" for row in rows),
+            *rows,
             r"\bottomrule",
             "\\end{tabular}\n",
         ]
     )
+
+
+def as_html(table: Table) -> str:
+    """Return ``table`` as the rows of an HTML table, numbers of class ``number`` and bold rows of class ``strong``."""
+    sides = [' class="number"' if column.justify == "right" else "" for column in table.columns]
+    heads, *rows = (list(map(escape, row)) for row in _texts(table))
+    found = ["<tr>", *(f"<th{side}>{head}</th>" for side, head in zip(sides, heads, strict=True)), "</tr>"]
+    for texts, row in zip(rows, table.rows, strict=True):
+        found.append('<tr class="strong">' if row.style == "bold" else "<tr>")
+        found += [f"<td{side}>{text}</td>" for side, text in zip(sides, texts, strict=True)]
+        found.append("</tr>")
+    return "\n".join(found)
+
+
+def _texts(table: Table) -> Iterator[tuple[str, ...]]:
+    """Yield the headers of a table, without line breaks, and its rows."""
+    yield tuple(re.sub(r"(?<=[/-])\n", "", str(column.header)).replace("\n", " ") for column in table.columns)
+    yield from zip(*(map(str, column.cells) for column in table.columns), strict=True)
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:

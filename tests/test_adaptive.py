@@ -76,7 +76,7 @@ def test_objective_is_equation_8(sparse, images, labels, power):
     """Against the sum over the sites written out, with inputs from hooks and masks from the definition."""
     moved = (images + 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(3))).clamp(0, 1)
     weight = 7.0
-    adaptive = descent.Adaptive(sparse, "Linf", 0.1, 5, 0, power)
+    adaptive = descent.Adaptive(sparse, AttackSettings(0.1, steps=5), power)
     _, value = adaptive._penalised(images, weight)(moved, labels)
     clean, _ = seen_by_hooks(sparse, images)
     after, logits = seen_by_hooks(sparse, moved)
@@ -95,7 +95,8 @@ def test_objective_is_equation_8(sparse, images, labels, power):
 
 def test_adaptive_without_penalty_is_pgd(sparse, images, labels, monkeypatch):
     monkeypatch.setattr(descent, "PENALTIES", (0.0,))
-    pgd, adaptive = descent.PGD(sparse, "Linf", 0.05, 8, 3), descent.Adaptive(sparse, "Linf", 0.05, 8, 3, 2)
+    settings = AttackSettings(0.05, steps=8, seed=3)
+    pgd, adaptive = descent.PGD(sparse, settings), descent.Adaptive(sparse, settings, 2)
     assert torch.equal(pgd.perturb(images, labels), adaptive.perturb(images, labels))
 
 
@@ -107,14 +108,15 @@ def test_the_penalty_keeps_features_in_their_bands(sparse, images):
         clean = revealed(images)[1]
 
     def moved(weight):
-        adaptive = descent.Adaptive(sparse, "Linf", 0.05, 20, 0, 2)
+        settings = AttackSettings(0.05, steps=20)
+        adaptive = descent.Adaptive(sparse, settings, 2)
         torch.manual_seed(0)
-        x = adaptive._project(images, images + adaptive._start(images))
+        x = settings.project(images, images + adaptive._start(images))
         for _ in range(20):
             x.requires_grad_()
             _, value = adaptive._penalised(images, weight)(x, labels)
             (gradient,) = torch.autograd.grad(value.sum(), x)
-            x = adaptive._project(images, x.detach() + descent.STEP * 0.05 * gradient.sign())
+            x = settings.project(images, x.detach() + descent.STEP * 0.05 * gradient.sign())
         with torch.no_grad():
             seen = revealed(x)[1]
         return sum(float((((z - seen[n][0]) * mask) ** 2).sum()) for n, (z, mask) in clean.items())
@@ -227,7 +229,7 @@ def test_versions_are_autoattacks_own():
 
 def test_pgd_starts_anywhere_in_its_ball():
     for norm, mean in (("Linf", 0.05), ("L2", 0.1)):
-        start = descent.PGD(nn.Identity(), norm, 0.1, 1, 0)._start(torch.zeros(4, 3, 32, 32)).flatten(1)
+        start = descent.PGD(nn.Identity(), AttackSettings(0.1, norm))._start(torch.zeros(4, 3, 32, 32)).flatten(1)
         radius = start.abs() if norm == "Linf" else start.norm(dim=1)
         assert 0.0999 < radius.max() < 0.10001
         assert radius.mean() == pytest.approx(mean, rel=0.02)

@@ -13,13 +13,14 @@ import torch
 from typer.testing import CliRunner
 
 import meansparse_fx as msfx
+from meansparse_fx.alpha import halving
 from meansparse_fx.alpha.halving import Candidate, candidates_per_rung, rung_sizes
 from meansparse_fx.alpha.result import AlphaSearch, Move, Refinement, choose
 from meansparse_fx.alpha.run import _proposals
 from meansparse_fx.bundled import load_model, load_split
 from meansparse_fx.cli import app
 from meansparse_fx.errors import EvaluationError, StateError
-from meansparse_fx.evaluate import ModelOutcome, plan
+from meansparse_fx.evaluate import ModelOutcome, batch, plan
 from meansparse_fx.evaluate.outcome import PairedDifference
 from meansparse_fx.sites import Site, SitePlan
 
@@ -50,7 +51,12 @@ def rig(monkeypatch, breaks):
         return hit
 
     monkeypatch.setattr(plan, "attack", rigged)
-    monkeypatch.setattr("meansparse_fx.alpha.halving.correct", lambda model, x, y: x.amin((1, 2, 3)) >= 0)
+    judge(monkeypatch, lambda model, x, y: x.amin((1, 2, 3)) >= 0)
+
+
+def judge(monkeypatch, correct):
+    for module in (halving, batch):
+        monkeypatch.setattr(module, "correct", correct)
 
 
 def outcome(clean: int, robust: int, n: int = 1000, attacked: int = 1000) -> ModelOutcome:
@@ -240,7 +246,7 @@ def test_site_by_site_takes_what_is_better_and_keeps_to_the_budget(sparse, held_
     named = msfx.select_alpha(sparse, (images, labels), per_site=True, site_alphas=(0.0, 0.4, 0.9), **options)
     assert {move.alpha for move in named.refinement.moves} == {0.0, 0.9}, "the start itself is no move"
     assert named.alpha == pytest.approx(wanted)
-    monkeypatch.setattr("meansparse_fx.alpha.halving.correct", lambda model, x, y: _spoiled(model, x))
+    judge(monkeypatch, lambda model, x, y: _spoiled(model, x))
     tight = msfx.select_alpha(sparse, (images, labels), per_site=True, **options)
     assert tight.alpha == 0.4, "the move to 0 at relu costs more clean accuracy than allowed"
     assert [m.change for m in tight.refinement.moves if (m.group, m.alpha) == ("relu", 0.0)] == [None]

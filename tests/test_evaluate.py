@@ -29,7 +29,7 @@ from meansparse_fx.evaluate import (
     ModelOutcome,
     PairedDifference,
     attacks,
-    comparison,
+    batch,
     external_evaluation,
     plan,
     run,
@@ -273,6 +273,28 @@ def test_no_verdict_without_an_attacker_who_knows():
     assert msfx.Evaluation(*models, 0.2, 0.1, "Linf", 10, 0, 0, 1.0).verdict.startswith("Not tested against")
 
 
+@pytest.mark.parametrize("start", ["exact", "identity"])
+def test_an_attack_that_starts_at_others_images_is_not_the_operators_own_gradient_alone(start):
+    n = torch.arange(1000)
+    rows = [{"pgd/exact": n < e, "pgd/identity": n < i, "transfer": n < i} for e, i in ((700, 700), (760, 650))]
+    models = [ModelOutcome(n < 900, row | {f"apgd-start/{start}": row["transfer"]}) for row in rows]
+    result = msfx.Evaluation(*models, 0.2, 0.1, "Linf", 10, 0, 0, 1.0, cumulative=True)
+    assert result.exact_gain.estimate == pytest.approx(0.06)
+    assert "+6.0" in result.verdict
+    assert "is gradient masking" in result.verdict
+
+
+def test_nothing_is_said_of_a_gradient_that_was_not_used():
+    """Clean accuracy is not what the operator's own gradient leaves."""
+    n = torch.arange(1000)
+    models = [ModelOutcome(n < 900, {"pgd/identity": n < robust}) for robust in (700, 650)]
+    result = msfx.Evaluation(*models, 0.2, 0.1, "Linf", 10, 0, 0, 1.0)
+    assert (result.exact_gain, result.masked) == (None, None)
+    assert result.verdict.startswith("Loss: worst-case accuracy -5.0")
+    assert "own gradient" not in result.verdict
+    assert result.to_dict()["exact_gain"] is None
+
+
 def test_the_legend_explains_each_attack_and_each_gradient_once():
     side = ModelOutcome(torch.ones(9).bool(), dict.fromkeys(("pgd/exact", "square", "transfer"), torch.ones(9).bool()))
     legend = msfx.Evaluation(side, side, 0.2, 0.1, "Linf", 10, 0, 0, 1.0).legend()
@@ -438,7 +460,7 @@ def test_each_model_is_attacked_from_the_images_that_broke_the_other(sparse, tes
     monkeypatch.setattr(plan, "attack", rigged)
     known = {i.numpy().tobytes() for i in images}
     right = lambda model, x, y: torch.tensor([i.numpy().tobytes() in known for i in x], dtype=torch.bool)  # noqa: E731
-    monkeypatch.setattr(comparison, "correct", right)
+    monkeypatch.setattr(batch, "correct", right)
     options = QUICK | {"attacks": ("apgd-ce", "apgd-start"), "sanity_images": 0, "backwards": ("exact",)}
     result = msfx.evaluate(sparse, test_set, **options)
     # What breaks one model breaks the other, so nothing is left to start from; with rows of their own there is.
@@ -535,9 +557,9 @@ CHECKS = (
     "ascent",
     "silent success",
     "unbounded attack",
-    "planted examples",
     "more steps",
     "Square against gradients",
+    "planted examples",
 )
 
 
@@ -599,22 +621,29 @@ def test_the_verdict_names_every_check_that_failed():
     [(0, 100, True), (2, 100, True), (3, 100, False), (50, 100, False), (20, 10_000, True), (21, 10_000, False)],
 )
 def test_steps_that_find_more_are_noticed(more, of, passed):
-    check = sanity.check_steps("base", torch.arange(of) >= more)
-    assert check.passed == passed
-    assert check.finding.startswith(f"{more} of {of}")
+    nothing = ModelOutcome(torch.ones(of, dtype=torch.bool))
+    (check,) = sanity.checks_of("base", {"twice the steps": torch.arange(of) >= more}, nothing, ())
+    assert (check.name, check.passed) == ("more steps, base", passed)
+    assert check.finding.startswith(f"{more} of {of} images that survived everything fall to one more run")
     assert ("not complete" in check.finding) != passed
 
 
+@pytest.mark.parametrize("full_rows", [False, True])
 @pytest.mark.parametrize(("alone", "passed"), [(0, True), (2, True), (3, False), (50, False)])
-def test_what_square_alone_breaks_is_counted(alone, passed):
+def test_what_square_alone_breaks_is_counted(alone, passed, full_rows):
+    """Where rows count what survives all above them, the attack that starts at Square's images survives Square."""
     n = torch.arange(1000)
-    backwards = {"a/exact": "exact", "a/identity": "identity", "square": None}
-    found = ModelOutcome(n < 900, {"a/exact": n < 800, "a/identity": n < 700, "square": (n < 750) & (n >= alone)})
-    check = sanity.check_square("base", found, backwards)
+    rows = {"pgd/exact": n < 800, "pgd/identity": n < 700, "square": n >= alone, "apgd-start/annealed": n >= alone}
+    if not full_rows:
+        rows |= {"square": (n < 700) & (n >= alone), "apgd-start/annealed": (n < 700) & (n >= alone)}
+    runs = plan_runs(rows, (), 0)
+    (check,) = sanity.checks_of("base", {}, ModelOutcome(n < 900, rows), runs)
     assert check.passed == passed
     assert check.finding.startswith(f"{alone} of 1000")
     assert ("masked" in check.finding) != passed
-    assert sanity.check_square("base", ModelOutcome(n < 900, {"square": n < 700}), backwards) is None
+    assert not list(
+        sanity.checks_of("base", {}, ModelOutcome(n < 900, {"square": n < 700}), plan_runs("square", (), 0))
+    )
 
 
 class Confused(nn.Module):
@@ -751,7 +780,7 @@ def test_attacks_compile_a_program_for_each_kind_of_backward(sparse, test_set, m
         return compile(model, backend=counters[-1], **options)
 
     monkeypatch.setattr(torch, "compile", counted)
-    attacked = Attacked({"sparse": sparse}, "reduce-overhead", None)
+    attacked = Attacked(sparse, "reduce-overhead")
     settings = AttackSettings(eps=0.05, steps=10, queries=10)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         programs = []
@@ -759,7 +788,7 @@ def test_attacks_compile_a_program_for_each_kind_of_backward(sparse, test_set, m
             (run,), counts = plan_runs([attacks], (), 0), []
             for alpha, count in ((0.3, 12), (0.3, 7), (0.1, 12), (0.1, 1)):
                 msfx.set_alpha(sparse, alpha)
-                perturbed(attacked.by(run, "sparse"), run, *(t[:count] for t in test_set), settings)
+                perturbed(attacked.by(run), run, *(t[:count] for t in test_set), settings)
                 counts.append(counters[0].frame_count)
             assert len(set(counts)) == 1, "another alpha, or fewer images, compiled anew"
             programs.append(counts[0])
@@ -1072,7 +1101,7 @@ def test_an_attack_that_leaves_its_ball_is_refused(sparse, monkeypatch, norm, mo
     move(moved)
     eps = 1.0 if move(torch.full((2, 3, 9, 9), 0.5)).abs().max() in (1e-3, 1.001) else 0.1
     built = type("Moving", (), {"perturb": lambda self, images, labels: moved})()
-    row = replace(attacks.attack_kind("apgd-ce"), build=lambda model, settings, classes: built)
+    row = replace(attacks.attack_kind("apgd-ce"), build=lambda model, settings: built)
     monkeypatch.setattr(attacks, "attack_kind", lambda name: row)
 
     def run():
@@ -1083,6 +1112,44 @@ def test_an_attack_that_leaves_its_ball_is_refused(sparse, monkeypatch, norm, mo
             run()
     else:
         assert torch.equal(run(), moved)
+
+
+class OfFourPixels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.norm, self.act, self.head = nn.Conv2d(1, 6, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.act(self.norm(self.first(x))).flatten(1))
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_nothing_is_missed_that_a_whole_grid_of_changes_finds(norm):
+    """Of images of four pixels every change on a grid is tried: what it breaks the attacks break, and little else."""
+    model, generator = OfFourPixels(), torch.Generator().manual_seed(0)
+    images = torch.rand(60, 1, 2, 2, generator=generator)
+    model(images), model.eval()  # of the norm's own statistics
+    sparse = msfx.transform(model, images)
+    msfx.calibrate(sparse, [torch.rand(500, 1, 2, 2, generator=generator)], progress=False)
+    msfx.set_alpha(sparse, 0.3)
+    eps, labels = 0.12, model(images).argmax(1)
+    grid = torch.cartesian_prod(*[torch.linspace(-eps, eps, 13)] * 4)
+    if norm == "L2":
+        grid = grid * (eps / grid.norm(dim=1, keepdim=True).clamp_min(eps))
+    moved = (images.unsqueeze(1) + grid.view(-1, 1, 2, 2)).clamp(0, 1)
+    options = {"eps": eps, "norm": norm, "steps": 20, "queries": 50, "sanity_images": 0, "progress": False}
+    result = msfx.evaluate(sparse, (images, labels), **options)
+    assert ("square" in result.base.robust) == (norm == "Linf"), "in L2 it needs five rows"
+    for network, outcome in ((msfx.restore(sparse), result.base), (sparse, result.sparse)):
+        with torch.no_grad():
+            stands = torch.stack(
+                [(network(near).argmax(1) == label).all() for near, label in zip(moved, labels, strict=True)]
+            )
+        assert 0.1 < stands.double().mean() < 0.9
+        assert (outcome.worst != stands).sum() <= 2, "one or two lie between the grid's points, or take more steps"
+    with pytest.raises(EvaluationError, match="square needs images of 5 rows"):
+        attack("square", sparse, images, labels, AttackSettings(eps, "L2"))
 
 
 def test_logits_of_another_form_are_refused(images):

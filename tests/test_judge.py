@@ -20,7 +20,7 @@ from meansparse_fx.evaluate.outcome import ModelOutcome
 from meansparse_fx.evaluate.plan import correct, perturbed, plan_runs
 from meansparse_fx.evaluate.planted import _around, _changed, nearest, plant, single_target
 from meansparse_fx.evaluate.probes import Probed, _gradients, examine, search_planted
-from meansparse_fx.evaluate.sanity import check_power, check_unbounded
+from meansparse_fx.evaluate.sanity import check_power, checks_of
 from meansparse_fx.nn import MeanSparse
 from meansparse_fx.passes.readout import features_of, last_linear, with_readout
 from tests.models import Functional
@@ -134,10 +134,14 @@ def test_power_is_judged_by_all_attacks_together():
 
 
 def test_what_survives_an_unbounded_attack_is_said_with_its_meaning():
-    blind = "50.0 % of 4 images survive an attack that may change them into any other: the attack is blind here"
-    assert check_unbounded("base", torch.arange(4) < 2).finding.startswith(blind)
-    passed = check_unbounded("base", torch.zeros(4))
-    whole = "0.0 % of the pixels of 4 images survive an attack that may change them into any other"
+    def check(fell):
+        (found,) = checks_of("base", {"unbounded": fell}, ModelOutcome(torch.ones(4, dtype=torch.bool)), ())
+        return found
+
+    blind = "2 of 4 images survive an attack that may change them into any other: the attack is blind here"
+    assert check(torch.arange(4) < 2).finding.startswith(blind)
+    passed = check(torch.ones(4))
+    whole = "0.00 % of the pixels of 4 images survive an attack that may change them into any other"
     assert (passed.passed, passed.finding) == (True, whole)
 
 
@@ -177,18 +181,15 @@ def test_each_probe_sees_its_failure_and_no_other_model_has_it(net, images, fail
         labels = model(images).argmax(1)
         runs = plan_runs(["apgd-ce/exact"], (), 0)
         everything = torch.ones(12, dtype=torch.bool)
-        return examine(
-            model, Attacked({"base": model}, False, None), "base", Probed(images, labels), runs, SETTINGS,
-            everything, everything,
-        )  # fmt: skip
+        return examine(Attacked(model), Probed(images, labels), runs, SETTINGS, everything, everything)
 
     torch.manual_seed(0)
     assert not looked(**FAILURES[failure])[failure].all()
     sound = looked()
-    assert set(sound) == {*FAILURES, "bounded", "twice the steps", "outspoken"}
+    assert set(sound) == {*FAILURES, "unbounded", "twice the steps", "outspoken"}
     assert all(sound[name].all() for name in FAILURES)
     assert sound["outspoken"].all()
-    assert not sound["bounded"].any()
+    assert sound["unbounded"].all()
 
 
 def test_what_an_attack_met_and_did_not_return_is_noticed(net, images, monkeypatch):
@@ -207,8 +208,7 @@ def test_what_an_attack_met_and_did_not_return_is_noticed(net, images, monkeypat
     wrong = net(1 - (images + 1e-3 * (1 - images))).argmax(1) != labels
     assert wrong.any()
     runs = plan_runs(["apgd-ce/exact"], (), 0)
-    attacked = Attacked({"base": model}, False, None)
-    found = examine(model, attacked, "base", Probed(images, labels), runs, SETTINGS, everything, everything)
+    found = examine(Attacked(model), Probed(images, labels), runs, SETTINGS, everything, everything)
     assert torch.equal(found["outspoken"], ~wrong)
     assert found["twice the steps"].all()
 
@@ -289,9 +289,9 @@ def test_the_unbounded_attack_may_reach_any_image_under_any_backward(net, images
     labels, everything = net(images).argmax(1), torch.ones(12, dtype=torch.bool)
     assert len(labels.unique()) > 1
     runs = plan_runs(["apgd-ce/exact", "apgd-ce/identity"], (), 0)
-    attacked, settings = Attacked({"base": net}, False, None), AttackSettings(eps=0.05, norm=norm, steps=2)
-    found = examine(net, attacked, "base", Probed(images, labels), runs, settings, everything, everything)
-    assert found["bounded"].tolist() == [len(blind) == 2] * 12
+    settings = AttackSettings(eps=0.05, norm=norm, steps=2)
+    found = examine(Attacked(net), Probed(images, labels), runs, settings, everything, everything)
+    assert found["unbounded"].tolist() == [len(blind) < 2] * 12
     black, white = torch.zeros_like(images[0]), torch.ones_like(images[0])
     largest = max(ball.eps for ball in balls)
     assert largest == pytest.approx(float((white - black).norm()) if norm == "L2" else 1.0)
@@ -314,6 +314,6 @@ def test_a_gradient_under_any_backward_is_one_whichever_comes_last(net, images, 
     monkeypatch.setattr(plan, "attack", lambda name, attacked, x, *_: x)
     model = Under(net, FAILURES[probe]["before"], modes).eval().requires_grad_(False)
     labels, everything = net(images).argmax(1), torch.ones(12, dtype=torch.bool)
-    runs, attacked = plan_runs(["apgd-ce/exact", "apgd-ce/identity"], (), 0), Attacked({"base": model}, False, None)
-    found = examine(model, attacked, "base", Probed(images, labels), runs, SETTINGS, everything, everything)
+    runs = plan_runs(["apgd-ce/exact", "apgd-ce/identity"], (), 0)
+    found = examine(Attacked(model), Probed(images, labels), runs, SETTINGS, everything, everything)
     assert found[probe].all() == (len(modes) == 1)

@@ -103,6 +103,9 @@ def test_report_has_its_files_and_keys(tmp_path, calibrated, images, search):
     assert "BPDA" in page
     assert "<td>unbounded attack, base</td>" in page
     assert "FAILED" in page
+    assert "Gain real" in page
+    assert '<tr class="strong">\n<td>worst case</td>\n<td class="number">60.0</td>' in page
+    assert '<td class="number">+10.0 [' in page
 
 
 def test_report_without_search(tmp_path, calibrated, images):
@@ -143,6 +146,7 @@ def test_headline_admits_that_nothing_was_won():
     same = evaluation(outcome(90, 60, 60), alpha=0.0)
     nothing = replace(same, **{side: replace(getattr(same, side), robust={}) for side in ("base", "sparse")})
     assert headline(nothing).startswith("Nothing compared: alpha is 0")
+    assert "worst case" not in headline(nothing), "nobody has measured it"
     assert headline(same).startswith("No difference shown"), "with a base of its own alpha 0 is a comparison, too"
 
 

@@ -16,6 +16,7 @@ import meansparse_fx as msfx
 from meansparse_fx.errors import DataError, EvaluationError
 from meansparse_fx.evaluate import PairedDifference, ledger, pixels, segmentation
 from meansparse_fx.evaluate.descent import STEP
+from meansparse_fx.evaluate.threat import AttackSettings
 
 QUICK: dict = {"steps": 6, "progress": False, "eps": 0.05}
 
@@ -146,7 +147,7 @@ def test_prints_and_is_kept(sparse, images, maps, tmp_path):
 
 
 def test_steps_shrink_from_half_the_radius_to_nothing():
-    attack = pixels.PixelPGD(nn.Identity(), "Linf", 0.1, 8, 0, "pgd-masked")
+    attack = pixels.PixelPGD(nn.Identity(), AttackSettings(0.1, steps=8), "pgd-masked")
     steps = []
     for attack._done in (0.0, 1 / 3, 0.5, 1.0):
         steps.append(float(STEP * 0.1 * attack._direction(torch.ones(1, 3, 2, 2)).max()))

@@ -18,7 +18,7 @@ from meansparse_fx.data import load_idx
 from meansparse_fx.evaluate import AttackSettings, ModelOutcome, PairedDifference
 from meansparse_fx.evaluate.ledger import Ledger, model_identity
 from meansparse_fx.evaluate.outcome import mean
-from meansparse_fx.evaluate.plan import plan_runs
+from meansparse_fx.evaluate.plan import AttackPlan, plan_runs
 from meansparse_fx.operators import operators
 from meansparse_fx.progress import bar
 
@@ -61,7 +61,7 @@ def on_images(
     identity = model_identity(sparse, alpha=False) | {"settings": f"{settings}", "attacks": [run.name for run in runs]}
     batches = list(zip(*(part.split(BATCH) for part in data), strict=True))
     with Ledger(path, identity) as ledger:
-        yield Trials(sparse, batches, attacked, runs, settings, ledger)
+        yield Trials(sparse, batches, attacked, AttackPlan(runs, settings), ledger)
 
 
 class Laboratory:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from ..evaluate.attacks import AttackSettings
+from ..evaluate.batch import Batch
 from ..evaluate.compiled import Attacked
 from ..evaluate.ledger import Ledger
 from ..evaluate.outcome import ModelOutcome
-from ..evaluate.plan import Run, correct, device_of, perturbed
+from ..evaluate.plan import AttackPlan, correct, device_of
 from ..operators import operators, set_alpha
 from .result import within_budget
 
@@ -56,9 +56,6 @@ class Trials:
         sparse: The model; its alphas and variants are changed.
         data: Batches of (images, labels) on any device.
         attacked: Number of images to attack, the first ones; None for all.
-        runs, settings: The attacks.
-        full_rows: Every run attacks all images, also those broken before it.
-        compile, amp: How attacks run the model; see `evaluate.compiled`.
     """
 
     def __init__(
@@ -66,68 +63,52 @@ class Trials:
         sparse: fx.GraphModule,
         data: Sequence[tuple[Tensor, Tensor]],
         attacked: int | None,
-        runs: Sequence[Run],
-        settings: AttackSettings,
+        plan: AttackPlan,
         ledger: Ledger,
-        full_rows: bool = False,
-        compile: bool | str | None = False,
-        amp: torch.dtype | None = None,
     ) -> None:
-        self._sparse, self._data, self._runs, self._settings = sparse, data, runs, settings
-        self._ledger, self._full_rows = ledger, full_rows
-        self._attacked = Attacked({"sparse": sparse}, compile, amp)
-        self._device = device_of(sparse)
+        self._sparse, self._data, self._plan, self._ledger = sparse, data, plan, ledger
+        self._model, self._device = Attacked(sparse, plan.compile, plan.amp), device_of(sparse)
         count = sum(len(labels) for _, labels in data)
         self.attacked = count if attacked is None else min(attacked, count)
         needed = _batches_with(data, self.attacked)
         self._images, self._labels = (torch.cat(parts)[: self.attacked] for parts in zip(*needed, strict=True))
         self._batch_size = len(data[0][1])
-        self._robust: dict[str, dict[str, Tensor]] = {}
+        self._masks: dict[str, list[dict[str, Tensor]]] = {}  # by candidate, a batch each
         for index, (images, labels) in enumerate(data):
             ledger.require_same(f"batch {index}", images, labels)
         ledger.require_whole([f"batch {index}" for index in range(len(data))])
 
     def attacks_left(self, start: int, stop: int) -> int:
         """Return how many attacks on batches it takes to bring one candidate from ``start`` to ``stop`` images."""
-        return len(self._runs) * math.ceil((stop - start) / self._batch_size)
+        return len(self._plan.runs) * math.ceil((stop - start) / self._batch_size)
 
     def outcome(self, candidate: Candidate) -> ModelOutcome:
         """Return what a candidate did so far; at the least its clean accuracy on all images."""
         name = str(candidate)
-        kept = self._ledger.get_or_compute(f"{name}, clean", lambda: {"clean": self._right(candidate)})
-        return ModelOutcome(kept["clean"], self._robust.get(name, {}))
+        clean = self._ledger.get_or_compute(f"{name}, clean", lambda: {"clean": self._right(candidate)})["clean"]
+        met = self._masks.get(name)
+        return ModelOutcome(clean, ModelOutcome.of(met).robust if met else {})
 
     def attack(self, candidate: Candidate, stop: int, advance: Callable[[], object]) -> ModelOutcome:
         """Attack a candidate on the images up to ``stop`` that it has not seen, and return what it did so far."""
-        name = str(candidate)
-        clean = self.outcome(candidate).clean
-        robust = self._robust.setdefault(name, {run.name: torch.zeros(0, dtype=torch.bool) for run in self._runs})
-        start = len(robust[self._runs[0].name])
-        for low in range(start, stop, self._batch_size):
-            high = min(low + self._batch_size, stop)
-            standing = clean[low:high]
-            for run in self._runs:
-                survived = self._survivors(candidate, run, low, high, standing)
-                robust[run.name] = torch.cat([robust[run.name], survived])
-                if not self._full_rows:
-                    standing = survived
+        name, clean = str(candidate), self.outcome(candidate).clean
+        met = self._masks.setdefault(name, [])
+        candidate.set(self._sparse)
+        for low in range(sum(len(masks["clean"]) for masks in met), stop, self._batch_size):
+            at = slice(low, min(low + self._batch_size, stop))
+            images, labels = (part[at].to(self._device) for part in (self._images, self._labels))
+            what = f"{name}, {at.start} to {at.stop}"
+            batch = Batch(what, self._model, self._plan, self._ledger, images, labels, clean[at], keep=False)
+            for run in self._plan.runs:
+                batch.attack(run)
                 advance()
+            met.append(batch.masks)
         return self.outcome(candidate)
 
     def _right(self, candidate: Candidate) -> Tensor:
         candidate.set(self._sparse)
         parts = ((images.to(self._device), labels.to(self._device)) for images, labels in self._data)
         return torch.cat([correct(self._sparse, *part).cpu() for part in parts])
-
-    def _survivors(self, candidate: Candidate, run: Run, low: int, high: int, standing: Tensor) -> Tensor:
-        def work() -> dict[str, Tensor]:
-            candidate.set(self._sparse)
-            target = standing.to(self._device)
-            images, labels = (part[low:high].to(self._device)[target] for part in (self._images, self._labels))
-            found = perturbed(self._attacked.by(run, "sparse"), run, images, labels, self._settings)
-            return {"survived": torch.zeros_like(target).masked_scatter(target, correct(self._sparse, found, labels))}
-
-        return self._ledger.get_or_compute(f"{candidate}, {low} to {high}, {run.name}", work)["survived"]
 
 
 def rung_sizes(attacked: int, count: int) -> list[int]:

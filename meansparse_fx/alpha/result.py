@@ -13,8 +13,8 @@ from torch import fx
 from ..artifacts import read_json, write_json
 from ..errors import ArtifactError
 from ..evaluate import verdict
-from ..evaluate.attacks import AttackSettings
 from ..evaluate.outcome import ModelOutcome, PairedDifference, mean
+from ..evaluate.threat import AttackSettings
 from ..operators import added, operators, set_alpha
 from ..tables import Tabled, as_csv, new_table
 
@@ -160,17 +160,8 @@ class AlphaSearch(Tabled):
                 for move in refinement["moves"]
             )
             refinement = Refinement(refinement["start"], ModelOutcome.from_dict(refinement), moves)
-        threat = known["threat"] and AttackSettings(**known["threat"])
-        return cls(
-            known["alpha"],
-            own,
-            known["clean_budget"],
-            known["variant"],
-            others,
-            refinement,
-            threat,
-            tuple(known.get("marks", ())),
-        )
+        threat, marks = known["threat"] and AttackSettings(**known["threat"]), tuple(known.get("marks", ()))
+        return cls(known["alpha"], own, known["clean_budget"], known["variant"], others, refinement, threat, marks)
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict` as JSON."""
@@ -184,14 +175,13 @@ class AlphaSearch(Tabled):
 
     def to_csv(self) -> str:
         """Return one row an alpha as CSV; accuracies and the change of the worst case are fractions."""
-        rows = []
-        for variant, alpha, outcome in self.rows():
-            shares = outcome.to_dict()
-            found = {"variant": variant, "alpha": alpha, "clean": shares["clean"], "attacked": len(outcome.worst)}
-            rows.append(
-                found | shares["robust"] | {"worst case": shares["worst_case"]} | self.change(outcome).to_dict()
-            )
-        return as_csv(rows)
+        first = ("variant", "alpha", "clean", "attacked")
+        return as_csv(
+            [
+                {name: row[name] for name in first} | row["robust"] | {"worst case": row["worst_case"]} | row["change"]
+                for row in self.to_dict()["rows"]
+            ]
+        )
 
     def to_dict(self) -> dict:
         """Return the choice and one row an alpha as plain values; accuracies are fractions."""
@@ -231,8 +221,7 @@ class AlphaSearch(Tabled):
         early = any(len(outcome.worst) < len(base.worst) for _, _, outcome in self.rows())
         title = (
             f"{len(base.clean)} held-out images, {len(base.worst)} of them attacked{self.threat_in_words()}; "
-            f"at most {100 * self.clean_budget:.1f} points of clean loss"
-            f"{_EARLY if early else ''}"
+            f"at most {100 * self.clean_budget:.1f} points of clean loss{_EARLY if early else ''}"
         )
         columns = ("alpha", "clean", "attacked", *base.robust, "worst\ncase", "against base", "")
         optional = ("attacked", *base.robust)
@@ -248,14 +237,13 @@ class AlphaSearch(Tabled):
         return table
 
     def _add_row(self, table: Table, label: str, outcome: ModelOutcome, chosen: bool) -> None:
-        values = outcome.to_dict()
-        shares = [values["clean"], *values["robust"].values(), values["worst_case"]]
-        clean, *robust = (f"{100 * v:.1f}" for v in shares)
+        masks = (outcome.clean, *outcome.robust.values(), outcome.worst)
+        clean, *robust = (f"{100 * mean(mask):.1f}" for mask in masks)
         if len(outcome.worst) < len(self.base.worst):
             robust = [f"({share})" for share in robust]
         against = "" if outcome is self.base else self.change(outcome).points()
-        mark = ("chosen" if chosen else "", "bold" if chosen else None)
-        table.add_row(label, clean, str(len(outcome.worst)), *robust, against, mark[0], style=mark[1])
+        mark, style = ("chosen", "bold") if chosen else ("", None)
+        table.add_row(label, clean, str(len(outcome.worst)), *robust, against, mark, style=style)
 
     def _caption(self) -> str | None:
         if self.refinement is None:
@@ -266,8 +254,7 @@ class AlphaSearch(Tabled):
 
     def threat_in_words(self) -> str:
         """Return norm, eps and steps, with a comma before them; nothing where they are not known."""
-        threat = self.threat
-        return "" if threat is None else f", {threat.norm} eps {threat.eps:.4g}, {threat.steps} steps"
+        return "" if self.threat is None else f", {self.threat.in_words()}"
 
 
 def within_budget(base: ModelOutcome, outcome: ModelOutcome, clean_budget: float) -> bool:

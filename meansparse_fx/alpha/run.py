@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from torch import Tensor, fx
 from ..arguments import autocast_dtype, items, number, whole
 from ..batches import labelled
 from ..errors import EvaluationError
-from ..evaluate.attacks import AttackSettings
 from ..evaluate.ledger import Ledger, model_identity
 from ..evaluate.outcome import PairedDifference, mean
-from ..evaluate.plan import fitting, plan_runs, warn_if_wide
+from ..evaluate.plan import AttackPlan, fitting, plan_runs
 from ..evaluate.provenance import check_calibration, check_distinct, hexadecimal, require_units
 from ..evaluate.sanity import checks_of_labels
+from ..evaluate.threat import AttackSettings
 from ..names import ALPHAS, CLEAN_BUDGET, SEARCH_ATTACKS, VARIANTS
 from ..operators import added, operators, require_transformed, switched
 from ..outputs import Logits, in_words
@@ -40,23 +40,27 @@ def select_alpha(
     sparse: fx.GraphModule,
     held_out: Iterable[Any] | tuple[Tensor, Tensor],
     *,
+    # What is tried.
     alphas: Sequence[float] = ALPHAS,
+    variants: Sequence[str] = ("mean",),
+    per_site: bool | str | Callable[[str], str] = False,
+    site_alphas: Sequence[float] | None = None,
+    # What is taken.
+    clean_budget: float = CLEAN_BUDGET,
+    significance: float = SIGNIFICANCE,
+    # The attacker.
     eps: float = 8 / 255,
     norm: str = "Linf",
     attacks: Sequence[str] = SEARCH_ATTACKS,
     backwards: Sequence[str] = ("exact", "identity"),
     steps: int = 20,
     queries: int = 500,
-    attacked: int | None = None,
-    clean_budget: float = CLEAN_BUDGET,
-    variants: Sequence[str] = ("mean",),
-    per_site: bool | str | Callable[[str], str] = False,
-    site_alphas: Sequence[float] | None = None,
-    significance: float = SIGNIFICANCE,
-    rungs: int = RUNGS,
-    batch_size: int = 128,
     seed: int = 0,
     full_rows: bool = False,
+    # How it is run.
+    attacked: int | None = None,
+    rungs: int = RUNGS,
+    batch_size: int = 128,
     compile: bool | str | None = False,
     amp: torch.dtype | str | None = None,
     logits: Logits = None,
@@ -76,21 +80,21 @@ def select_alpha(
         sparse: A transformed and calibrated model in eval mode.
         held_out: As in `evaluate`: images that calibration did not see and the final test will not use.
         alphas: Candidates; 0 is always among them, and may be the answer.
-        attacked: Attack only the first so many images. Clean accuracy, which costs one pass, is measured on all of
-            them: a budget of 0.3 points is three images in a thousand.
-        clean_budget: Clean accuracy that may be lost, as a fraction of the images.
         variants: Of the operator, all in one search: see `set_variant`.
         per_site: Go on from the choice site by site: each site's alpha one step down, up, to 0, or to the best single
             alpha, wherever that is better beyond noise; the choice may then be a mapping. ``"stage"`` moves the sites
             of one resolution together (`SitePlan.stages`), and a function of a site's name returns the name of the
             group it is moved with.
         site_alphas: What to try at each site instead: one site alone bears a larger alpha than all together.
+        clean_budget: Clean accuracy that may be lost, as a fraction of the images.
         significance: Of the paired one-sided test that says what is beyond noise; site by site it is divided by the
             number of moves.
-        rungs: 3 for a quarter, a half and all of the images; 1 attacks every candidate on all of them.
-        eps, norm, attacks, backwards, steps, queries, batch_size, seed: As in `evaluate`; attacks that start at another
+        eps, norm, attacks, backwards, steps, queries, seed, full_rows: As in `evaluate`; attacks that start at another
             model's images are left out, there is none.
-        full_rows, compile, amp, logits, checkpoint, progress: As in `evaluate`.
+        attacked: Attack only the first so many images. Clean accuracy, which costs one pass, is measured on all of
+            them: a budget of 0.3 points is three images in a thousand.
+        rungs: 3 for a quarter, a half and all of the images; 1 attacks every candidate on all of them.
+        batch_size, compile, amp, logits, checkpoint, progress: As in `evaluate`.
 
     Raises:
         StateError: The model is not transformed or not calibrated, or in train mode.
@@ -120,19 +124,14 @@ def select_alpha(
     batches = labelled(held_out, batch_size, model)
     first = next(batches)
     require_units(sparse, first[0])
-    runs = fitting(planned, attacks, model, first[0])
-    identity = model_identity(sparse, alpha=False) | {
-        "attack settings": asdict(settings) | {"full_rows": full_rows, "compile": compile, "amp": str(amp)},
-        "attacks or backwards": [run.name for run in runs],
-        "logits": in_words(logits),
-    }
-    ledger = Ledger(checkpoint, identity)
+    plan = AttackPlan(fitting(planned, attacks, settings, model, first[0]), settings, full_rows, compile, amp)
+    ledger = Ledger(checkpoint, model_identity(sparse, alpha=False) | plan.identity() | {"logits": in_words(logits)})
     with bar(progress) as display, switched(sparse), ledger:
         data = [first, *batches]
-        warn_if_wide(settings, first[0])
+        settings.warn_if_wide(first[0])
         marks = torch.cat([image_marks(images).cpu() for images, _ in data])
         checks = [*check_calibration(sparse, first[0], marks), check_distinct(marks)]
-        trials = Trials(model, data, attacked, runs, settings, ledger, full_rows, compile, amp)
+        trials = Trials(model, data, attacked, plan, ledger)
         right, labels = trials.outcome(candidates[keys[0]]).clean, torch.cat([labels for _, labels in data])
         for check in (*checks, next(checks_of_labels(labels, len(labels), right))):
             if not check.passed:
@@ -144,20 +143,16 @@ def select_alpha(
         table = {v: {a: o for (a, w), o in outcomes.items() if w == v or not a} for v in variants}
         seen = tuple(hexadecimal(marks))
         search = AlphaSearch(alpha, table.pop(variant), clean_budget, variant, table, threat=settings, images=seen)
-        if not per_site:
-            return _remembered(sparse, search)
-        group = added(sparse).plan.stages().__getitem__ if per_site == "stage" else per_site
-        groups: dict[str, list[str]] = {}
-        for site in operators(sparse):
-            groups.setdefault(group(site) if callable(group) else site, []).append(site)
-        tried = _proposals(grid, alpha, search.leader)
-        if own_grid is not None:
-            tried = sorted({*own_grid} - {alpha})
-        refinement, by_site = _site_by_site(
-            trials, groups, candidates[alpha, variant], tried, stops, clean_budget, significance, display
-        )
-        taken = any(move.taken for move in refinement.moves)
-        return _remembered(sparse, replace(search, alpha=by_site if taken else alpha, refinement=refinement))
+        if per_site:
+            tried = sorted({*own_grid} - {alpha}) if own_grid is not None else _proposals(grid, alpha, search.leader)
+            refinement, by_site = _site_by_site(
+                trials, _groups(sparse, per_site), candidates[alpha, variant], tried, stops, clean_budget, significance,
+                display,
+            )  # fmt: skip
+            taken = any(move.taken for move in refinement.moves)
+            search = replace(search, alpha=by_site if taken else alpha, refinement=refinement)
+    added(sparse).choice = search.to_dict()  # whichever alpha is set from now on, these images were looked at
+    return search
 
 
 def _alphas(given: Any, what: str) -> list[float]:
@@ -167,10 +162,13 @@ def _alphas(given: Any, what: str) -> list[float]:
     return found
 
 
-def _remembered(sparse: fx.GraphModule, search: AlphaSearch) -> AlphaSearch:
-    """Return the search, which the model remembers: whichever alpha is set now, these images were looked at."""
-    added(sparse).choice = search.to_dict()
-    return search
+def _groups(sparse: fx.GraphModule, per_site: Any) -> dict[str, list[str]]:
+    """Return the sites that move together, by the name of their group."""
+    group = added(sparse).plan.stages().__getitem__ if per_site == "stage" else per_site
+    found: dict[str, list[str]] = {}
+    for site in operators(sparse):
+        found.setdefault(group(site) if callable(group) else site, []).append(site)
+    return found
 
 
 def _attack_in_rungs(

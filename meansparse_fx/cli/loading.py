@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 
 from ..data import ImageSet, load_images
 from ..errors import ModelError, first_line
-from ..evaluate.attacks import AttackSettings
 from ..evaluate.plan import plan_runs
+from ..evaluate.threat import AttackSettings
 from ..outputs import Logits, logits_in
 from ..settings import Settings
 from ..sites import Placement, placement_of

@@ -1,17 +1,19 @@
 """Floor 5: how robust a transformed model is against those who know the operator, beside its base.
 
-`run` is the verb, `comparison` what it does with one batch; `plan` says which attacks are run and runs one, `attacks`
-is their table, `surrogates` that of the gradients they use, `descent` holds those of our own, `compiled` makes it fast;
-`segmentation` is `comparison` for label maps, `pixels` their scores and losses;
-`probes` and `planted` look at the attacks themselves; `ledger` keeps results on disk, `evidence` adversarial images;
-`outcome`, `sanity` and `verdict` say what was found.
+`run` is the verb. Attacking: `threat` is what an attacker may do, `plan` says which attacks are run, `attacks` is their
+table, `surrogates` that of their gradients, `descent` and `pixels` hold those of our own, `compiled` makes them fast.
+Batch after batch: `batch` is one model on one of them, `comparison` both models, `segmentation` the same for label
+maps; `ledger` keeps results on disk, `evidence` adversarial images. Results: `outcome` is what one model did, with the
+statistics of two; `verdict` is the comparison, its table and its sentences, `figures` its figure. Checks: `probes` and
+`planted` look at the attacks themselves, `sanity` judges what they saw, `provenance` where the images came from.
 """
 
-from .attacks import ATTACKS, VERSIONS, AttackSettings
+from .attacks import ATTACKS, VERSIONS
 from .evidence import Evidence, Verification, external_evaluation, verify
 from .outcome import ModelOutcome, PairedDifference
 from .run import evaluate
 from .sanity import Check
+from .threat import AttackSettings
 from .verdict import Evaluation
 
 __all__ = [

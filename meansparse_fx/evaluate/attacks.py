@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
@@ -16,49 +16,15 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from ..arguments import items, number, whole
+from ..arguments import items
 from ..errors import EvaluationError
-from ..names import NORMS
 from ..outputs import logits_of
 from .descent import PGD, Adaptive, Margin, Nearest
 from .pixels import LOSSES, PixelPGD
 from .surrogates import WithSurrogate, surrogate, switch_backward
+from .threat import AttackSettings
 
 _LOGGER = logging.getLogger("meansparse_fx.attacks")
-
-
-@dataclass(frozen=True, slots=True)
-class AttackSettings:
-    """What an attacker may do.
-
-    Attributes:
-        eps: Radius of the ball, in the units of images in [0, 1].
-        norm: ``Linf`` or ``L2``, in any case.
-        steps: Iterations of a gradient attack.
-        queries: Queries of the Square attack.
-        target_classes: Classes a targeted attack tries at most.
-        seed: Of the random starts.
-    """
-
-    eps: float
-    norm: str = "Linf"
-    steps: int = 100
-    queries: int = 5000
-    target_classes: int = 9
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        norm = {known.lower(): known for known in NORMS}.get(str(self.norm).strip().lower())
-        if norm is None:
-            raise EvaluationError(f"norm must be Linf or L2, got {self.norm!r}")
-        read = {"eps": number(self.eps, "eps"), "norm": norm, "seed": whole(self.seed, "seed")}
-        read |= {name: whole(getattr(self, name), name, least=1) for name in ("steps", "queries")}
-        for name, value in read.items():
-            object.__setattr__(self, name, value)
-        if not self.eps > 0:
-            raise EvaluationError(f"eps must be positive, got {self.eps}")
-        if norm == "Linf" and self.eps > 1:
-            raise EvaluationError(f"eps {self.eps:g} is more than all of [0, 1]: did you mean {self.eps:g}/255?")
 
 
 class Perturber(Protocol):
@@ -67,7 +33,7 @@ class Perturber(Protocol):
     def perturb(self, images: Tensor, labels: Tensor) -> Tensor: ...
 
 
-Build = Callable[[nn.Module, AttackSettings, int], Perturber]  # model, settings, number of classes
+Build = Callable[[nn.Module, AttackSettings], Perturber]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,101 +65,92 @@ class AttackKind:
     squares: bool = False
     maps: bool = False
 
-    def misfit(self, images: Tensor, logits: Tensor) -> str | None:
+    def misfit(self, images: Tensor, logits: Tensor, norm: str) -> str | None:
         """Return why it cannot attack such a model on such images, in words; None if it can."""
         if self.maps != (logits.dim() == 4):
             return "is for label maps" if self.maps else f"is for one label an image: maps have {', '.join(LOSSES)}"
         if self.squares and images.dim() != 4:
             return f"needs images [N, C, H, W], and these are {['N', *images.shape[1:]]}"
+        if self.squares and norm == "L2" and images.shape[2] < 5:  # it begins with five squares, one above the other
+            return f"needs images of 5 rows of pixels or more for L2, and these have {images.shape[2]}"
         if logits.shape[1] < self.classes:
             return f"needs at least {self.classes} classes, the model has {logits.shape[1]}"
         return None
 
 
-def _apgd(loss: str, restarts: int = 1, eot: int = 1) -> Build:
-    return lambda model, s, _: APGDAttack(
-        model, n_iter=s.steps, loss=loss, eot_iter=eot, **_common(s, restarts), logger=_LOGGER
-    )
+def _common(s: AttackSettings) -> dict[str, Any]:
+    return {"norm": s.norm, "eps": s.eps, "seed": s.seed, "verbose": False}
 
 
-def _apgd_margin(model: nn.Module, s: AttackSettings, _: int) -> Margin:
-    return Margin(model, n_iter=s.steps, loss="dlr", **_common(s), logger=_LOGGER)
+def _apgd(loss: str, kind: type[APGDAttack] = APGDAttack, **options: int) -> Build:
+    return lambda model, s: kind(model, n_iter=s.steps, loss=loss, **_common(s), **options, logger=_LOGGER)
 
 
-def _apgd_targeted(model: nn.Module, s: AttackSettings, classes: int) -> Perturber:
-    targets = min(s.target_classes, classes - 1)
+def _apgd_targeted(model: nn.Module, s: AttackSettings) -> Perturber:
+    targets = s.target_classes
     return APGDAttack_targeted(model, n_iter=s.steps, n_target_classes=targets, **_common(s), logger=_LOGGER)
 
 
-def _fab(targeted: bool, restarts: int = 1) -> Build:
-    def build(model: nn.Module, s: AttackSettings, classes: int) -> Perturber:
-        targets = min(s.target_classes, classes - 1)
-        return FABAttack_PT(model, n_iter=s.steps, targeted=targeted, n_target_classes=targets, **_common(s, restarts))
-
-    return build
+def _fab(targeted: bool, restarts: int) -> Build:
+    return lambda model, s: FABAttack_PT(
+        model, n_iter=s.steps, n_restarts=restarts, targeted=targeted, n_target_classes=s.target_classes, **_common(s)
+    )
 
 
-def _adaptive(power: int) -> Build:
-    return lambda model, s, _: Adaptive(model, s.norm, s.eps, s.steps, s.seed, power)
+def _square(model: nn.Module, s: AttackSettings) -> Perturber:
+    return SquareAttack(model, n_queries=s.queries, p_init=0.8, resc_schedule=False, **_common(s))
 
 
-def _pixel_pgd(loss: str) -> Build:
-    return lambda model, s, _: PixelPGD(model, s.norm, s.eps, s.steps, s.seed, loss)
-
-
-def _common(s: AttackSettings, restarts: int = 1) -> dict:
-    return {"norm": s.norm, "eps": s.eps, "n_restarts": restarts, "seed": s.seed, "verbose": False}
+def _pgd(kind: Callable[..., PGD], *options: Any) -> Build:
+    return lambda model, s: kind(model, s, *options)
 
 
 _KINDS: dict[str, AttackKind] = {
     "apgd-ce": AttackKind(_apgd("ce"), "gradient ascent on cross-entropy with a step size that adapts (AutoAttack)"),
     "apgd-nearest": AttackKind(
-        lambda model, s, _: Nearest(model, n_iter=s.steps, loss="ce", **_common(s), logger=_LOGGER),
+        _apgd("ce", Nearest),
         "apgd-ce of five times the steps, then eight more on the eighth of the images that came nearest to being "
         "broken, by turns on margin and cross-entropy",
         longer=5,
     ),
     "apgd-dlr": AttackKind(_apgd("dlr"), "apgd-ce on the difference-of-logits ratio (AutoAttack)", classes=3),
     "apgd-margin": AttackKind(
-        _apgd_margin, "the same on the difference between the largest wrong logit and the right one, whatever its scale"
+        _apgd("dlr", Margin),
+        "apgd-ce on the difference between the largest wrong logit and the right one, whatever its scale",
     ),
-    "apgd-t": AttackKind(_apgd_targeted, "the same towards each of the nearest wrong classes (AutoAttack)", classes=4),
+    "apgd-t": AttackKind(_apgd_targeted, "apgd-ce towards each of the nearest wrong classes (AutoAttack)", classes=4),
     "fab": AttackKind(
         _fab(False, 5), "steps to the nearest decision boundary, 5 restarts (AutoAttack plus)", several_gradients=True
     ),
     "fab-t": AttackKind(
-        _fab(True), "steps to the boundary of each of the nearest wrong classes (AutoAttack)", several_gradients=True
+        _fab(True, 1), "steps to the boundary of each of the nearest wrong classes (AutoAttack)", several_gradients=True
     ),
     "square": AttackKind(
-        lambda model, s, _: SquareAttack(model, n_queries=s.queries, p_init=0.8, resc_schedule=False, **_common(s)),
-        "random search by queries; needs no gradient, so none can be masked",
-        gradient=False,
-        squares=True,
+        _square, "random search by queries; needs no gradient, so none can be masked", gradient=False, squares=True
     ),
-    "pgd": AttackKind(
-        lambda model, s, _: PGD(model, s.norm, s.eps, s.steps, s.seed),
-        "gradient ascent on cross-entropy in steps of eps / 8 (the paper's PGD)",
-    ),
+    "pgd": AttackKind(_pgd(PGD), "gradient ascent on cross-entropy in steps of eps / 8 (the paper's PGD)"),
     "adaptive-1-1": AttackKind(
-        _adaptive(1),
+        _pgd(Adaptive, 1),
         "PGD that also leaves features in the operators' bands where they are (the paper's equation 8)",
         reads_graph=True,
     ),
     "adaptive-2-2": AttackKind(
-        _adaptive(2), "the same with squared changes of features (equation 8)", reads_graph=True
+        _pgd(Adaptive, 2), "adaptive-1-1 with squared changes of features (equation 8)", reads_graph=True
     ),
-    "apgd-ce-r5": AttackKind(_apgd("ce", restarts=5), "apgd-ce with 5 restarts (AutoAttack plus)"),
-    "apgd-dlr-r5": AttackKind(_apgd("dlr", restarts=5), "apgd-dlr with 5 restarts (AutoAttack plus)", classes=3),
+    "apgd-ce-r5": AttackKind(_apgd("ce", n_restarts=5), "apgd-ce with 5 restarts (AutoAttack plus)"),
+    "apgd-dlr-r5": AttackKind(_apgd("dlr", n_restarts=5), "apgd-dlr with 5 restarts (AutoAttack plus)", classes=3),
     "apgd-ce-eot20": AttackKind(
-        _apgd("ce", eot=20), "apgd-ce on the mean of 20 gradients (AutoAttack rand)", repeats=20
+        _apgd("ce", eot_iter=20), "apgd-ce on the mean of 20 gradients (AutoAttack rand)", repeats=20
     ),
     "apgd-dlr-eot20": AttackKind(
-        _apgd("dlr", eot=20), "apgd-dlr on the mean of 20 gradients (AutoAttack rand)", classes=3, repeats=20
+        _apgd("dlr", eot_iter=20), "apgd-dlr on the mean of 20 gradients (AutoAttack rand)", classes=3, repeats=20
     ),
     "apgd-start": AttackKind(
-        _apgd_margin, "apgd-margin started at the adversarial images found against the other model", started=True
+        _apgd("dlr", Margin),
+        "apgd-margin started at the adversarial images found against the other model",
+        started=True,
     ),
-    **{name: AttackKind(_pixel_pgd(name), f"pgd on {does}", maps=True) for name, (_, does) in LOSSES.items()},
+    **{name: AttackKind(_pgd(PixelPGD, name), f"pgd on {does}", maps=True) for name, (_, does) in LOSSES.items()},
 }
 ATTACKS = tuple(name for name, row in _KINDS.items() if not row.maps)
 
@@ -262,11 +219,12 @@ def attack(
     row = attack_kind(name)
     if not len(images):
         return images
-    settings = replace(settings, steps=row.longer * settings.steps)
     with torch.no_grad():
         logits = logits_of(model, images, labels)  # of all: compilers make another program for a batch of one
-    if (misfit := row.misfit(images, logits)) is not None:
+    if (misfit := row.misfit(images, logits, settings.norm)) is not None:
         raise EvaluationError(f"{name} {misfit}")
+    targets = min(settings.target_classes, logits.shape[1] - 1)
+    settings = replace(settings, steps=row.longer * settings.steps, target_classes=targets)
     if backward is not None:
         chosen, gradients = surrogate(backward), settings.steps + 1  # APGD looks at its start, too
         if not row.reads_graph:
@@ -277,7 +235,7 @@ def attack(
             raise EvaluationError(f"{name} reads the model's graph and takes one backward mode, not {backward}")
     devices = [images.device] if images.is_cuda else []
     with torch.random.fork_rng(devices=devices):
-        built = row.build(model, settings, logits.shape[1])
+        built = row.build(model, settings)
         if row.started:
             assert isinstance(built, Margin)
             assert starts is not None
@@ -285,18 +243,5 @@ def attack(
         else:
             adversarial = built.perturb(images.clone(), labels.clone())
     adversarial = adversarial.detach()
-    check_ball(name, images, adversarial, settings)
+    settings.require_in_ball(name, images, adversarial)
     return adversarial
-
-
-def check_ball(name: str, images: Tensor, adversarial: Tensor, settings: AttackSettings) -> None:
-    """Raise EvaluationError unless all of ``adversarial`` is in [0, 1] and in the balls around ``images``."""
-    distance = (adversarial - images).flatten(1)
-    radius = distance.abs().amax(1) if settings.norm == "Linf" else distance.norm(dim=1)
-    slack = 1e-6 if settings.norm == "Linf" else 1e-5  # float32 rounding of x + eps, and of a norm over all pixels
-    # Written so that NaN fails, too.
-    if not (radius.max() <= settings.eps + slack and adversarial.min() >= 0 and adversarial.max() <= 1):
-        raise EvaluationError(
-            f"{name} left its ball: {settings.norm} distance {radius.max():.6f} with eps {settings.eps:.6f}, "
-            f"values {adversarial.min():.4f} to {adversarial.max():.4f}"
-        )

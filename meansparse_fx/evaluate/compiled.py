@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -73,21 +72,21 @@ class FastModel(nn.Module):
 
 
 class Attacked:
-    """The models of one evaluation as attacks meet them.
+    """A model as attacks meet it.
 
     Args:
+        model: What counts: an attack has found only what this is wrong on.
         compile: False, True or a mode, see `compile_mode`.
-        amp: See `FastModel`; without either attacks meet the models themselves.
+        amp: See `FastModel`; without either attacks meet the model itself.
     """
 
-    def __init__(self, models: Mapping[str, nn.Module], compile: bool | str | None, amp: torch.dtype | None) -> None:
+    def __init__(self, model: nn.Module, compile: bool | str | None = False, amp: torch.dtype | None = None) -> None:
         mode = compile_mode(compile)
-        self._models, self._compiled = models, mode is not None
-        fast = mode is not None or amp is not None
-        self._fast = {name: FastModel(model, mode, amp) if fast else model for name, model in models.items()}
+        self.model, self._compiled = model, mode is not None
+        self._fast = model if mode is None and amp is None else FastModel(model, mode, amp)
 
-    def by(self, run: Run, which: str) -> nn.Module:
+    def by(self, run: Run) -> nn.Module:
         """Return what ``run`` attacks: the model itself where the attack needs it."""
         row = attack_kind(run.attack)
         itself = row.reads_graph or (self._compiled and row.several_gradients)
-        return (self._models if itself else self._fast)[which]
+        return self.model if itself else self._fast

@@ -16,6 +16,7 @@ from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, fx, nn
 
 from ..passes.reveal import reveal
+from .threat import AttackSettings, norm_per_image, per_image
 
 # The paper does not say which lambda it took. These are tried one after the other on the images still unbroken, each
 # divided by the number of features the operators see, so that they mean the same for a small network and a large one.
@@ -28,21 +29,18 @@ Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images, labels -> lo
 
 
 class PGD:
-    """Gradient ascent on cross-entropy from a random start, keeping the first image that fools the model.
+    """Gradient ascent on cross-entropy from a random start, keeping the last image that fools the model.
 
     Args:
-        norm: ``Linf`` (steps along the gradient's sign) or ``L2``.
-        eps: Radius of the ball.
-        n_iter: Steps.
-        seed: Of the random start.
+        settings: The ball, the steps, and the seed of the random start.
     """
 
-    def __init__(self, model: nn.Module, norm: str, eps: float, n_iter: int, seed: int) -> None:
-        self._model, self._norm, self._eps, self._steps, self._seed = model, norm, eps, n_iter, seed
+    def __init__(self, model: nn.Module, settings: AttackSettings) -> None:
+        self._model, self._settings = model, settings
 
     def perturb(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return adversarial images; those not broken come back as they were."""
-        torch.manual_seed(self._seed)
+        torch.manual_seed(self._settings.seed)
         return self._ascend(images, labels, self._cross_entropy)
 
     def _cross_entropy(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,14 +49,15 @@ class PGD:
 
     def _ascend(self, images: Tensor, labels: Tensor, loss: Loss) -> Tensor:
         best = images.clone()
-        x = self._project(images, images + self._start(images))
-        for _ in range(self._steps):
+        settings = self._settings
+        x = settings.project(images, images + self._start(images))
+        for _ in range(self._settings.steps):
             x.requires_grad_()
             with torch.enable_grad():
                 logits, losses = loss(x, labels)
                 (gradient,) = torch.autograd.grad(losses.sum(), x)
             best = self._keep(best, x.detach(), logits, labels)
-            x = self._project(images, x.detach() + STEP * self._eps * self._direction(gradient))
+            x = settings.project(images, x.detach() + STEP * settings.eps * self._direction(gradient))
         with torch.no_grad():
             return self._keep(best, x, loss(x, labels)[0], labels)
 
@@ -67,21 +66,13 @@ class PGD:
 
     def _start(self, images: Tensor) -> Tensor:
         # Drawn on the CPU, so that a seed means the same start on every device.
-        if self._norm == "Linf":
-            return self._eps * (2 * torch.rand(images.shape) - 1).to(images)
+        if self._settings.norm == "Linf":
+            return self._settings.eps * (2 * torch.rand(images.shape) - 1).to(images)
         delta = torch.randn(images.shape).to(images)
-        return self._eps * delta / norm_per_image(delta)
+        return self._settings.eps * delta / norm_per_image(delta)
 
     def _direction(self, gradient: Tensor) -> Tensor:
-        return gradient.sign() if self._norm == "Linf" else gradient / norm_per_image(gradient)
-
-    def _project(self, images: Tensor, x: Tensor) -> Tensor:
-        delta = x - images
-        if self._norm == "Linf":
-            delta = delta.clamp(-self._eps, self._eps)
-        else:
-            delta = delta * (self._eps / norm_per_image(delta)).clamp_max(1)
-        return (images + delta).clamp(0, 1)
+        return self._settings.steepest(gradient)
 
 
 class Adaptive(PGD):
@@ -91,14 +82,14 @@ class Adaptive(PGD):
         power: p and q of the penalty, equal in the paper: 1 or 2.
     """
 
-    def __init__(self, model: nn.Module, norm: str, eps: float, n_iter: int, seed: int, power: int) -> None:
+    def __init__(self, model: nn.Module, settings: AttackSettings, power: int) -> None:
         assert isinstance(model, fx.GraphModule)  # `evaluate` takes nothing else
-        super().__init__(model, norm, eps, n_iter, seed)
+        super().__init__(model, settings)
         self._revealed, self._power = reveal(model), power
 
     def perturb(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return adversarial images; those not broken under any weight of the penalty come back as they were."""
-        torch.manual_seed(self._seed)
+        torch.manual_seed(self._settings.seed)
         best = images.clone()
         standing = torch.arange(len(images), device=images.device)
         for weight in PENALTIES:
@@ -175,13 +166,3 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the largest wrong logit less the right one, ``[N]``, of logits ``[N, K]`` and labels ``[N]``."""
     right = F.one_hot(labels, logits.shape[1]).bool()
     return logits.masked_fill(right, -torch.inf).amax(1) - logits[right]
-
-
-def norm_per_image(x: Tensor) -> Tensor:
-    """Return each image's L2 norm, shaped to broadcast, never zero."""
-    return per_image(x.flatten(1).norm(dim=1).clamp_min(1e-12), x)
-
-
-def per_image(values: Tensor, images: Tensor) -> Tensor:
-    """Return values ``[N]``, shaped to broadcast over images ``[N, ...]``."""
-    return values.view(-1, *[1] * (images.dim() - 1))

@@ -20,12 +20,12 @@ from ..operators import operators, require_transformed, set_alpha
 from ..outputs import Logits
 from ..passes import restore, returning_logits
 from ..statistics import fingerprint
-from .attacks import AttackSettings, check_ball
+from .outcome import IN_WORDS
 from .plan import correct, device_of
+from .threat import AttackSettings
 
 FORMAT, VERSION = "meansparse_fx.adversarial", "2"
 BATCH = 256
-MODELS = ("base", "sparse")
 _HEADER = ("rows", "eps", "norm", "weights", "alpha", "switches")
 
 
@@ -58,7 +58,7 @@ class Evidence:
     def save(self, path: str | Path) -> None:
         """Write the file."""
         tensors = {"images": self.images, "labels": self.labels}
-        for which in MODELS:
+        for which in IN_WORDS:
             tensors |= {f"{which}.images": self.adversarial[which], f"{which}.broken_by": self.broken_by[which]}
         header = {name: getattr(self, name) for name in _HEADER}
         artifacts.write(path, FORMAT, VERSION, header, tensors)
@@ -76,8 +76,8 @@ class Evidence:
             return cls(
                 tensors["images"],
                 tensors["labels"],
-                {which: tensors[f"{which}.images"] for which in MODELS},
-                {which: tensors[f"{which}.broken_by"] for which in MODELS},
+                {which: tensors[f"{which}.images"] for which in IN_WORDS},
+                {which: tensors[f"{which}.broken_by"] for which in IN_WORDS},
                 tuple(header["rows"]),
                 *(header[name] for name in _HEADER[1:]),
             )
@@ -87,11 +87,11 @@ def _require_forms(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     """Raise ValueError unless a file's values are of the types and shapes that `Evidence` has."""
     images, labels = tensors["images"], tensors["labels"]
     forms = {"images": (torch.float32, images.shape), "broken_by": (torch.int64, images.shape[:1])}
-    forms |= {f"{which}.{part}": forms[part] for which in MODELS for part in ("images", "broken_by")}
+    forms |= {f"{which}.{part}": forms[part] for which in IN_WORDS for part in ("images", "broken_by")}
     found = {name: (t.dtype, t.shape) for name, t in tensors.items()} | {"broken_by": (labels.dtype, labels.shape)}
     if found != forms | {"labels": forms["broken_by"]} or images.dim() < 2:
         raise ValueError("tensors of another type or shape")
-    if not all(isinstance(text, str) for text in (*header["rows"], *(header["weights"][which] for which in MODELS))):
+    if not all(isinstance(text, str) for text in (*header["rows"], *(header["weights"][which] for which in IN_WORDS))):
         raise ValueError("rows and weights are not named")
 
 
@@ -118,7 +118,7 @@ class Verification:
 
     def __str__(self) -> str:
         lines = []
-        for which, words in (("base", "base"), ("sparse", "with MeanSparse")):
+        for which, words in IN_WORDS.items():
             left = 100 * (1 - self.broken[which] / self.images)
             by = ", ".join(f"{row} {count}" for row, count in self.by[which].items() if count)
             lines.append(
@@ -164,13 +164,13 @@ def verify(
         settings = AttackSettings(found.eps, found.norm)
     broken: dict[str, int] = {}
     for which, model in models.items():
-        check_ball(f"{path}, {which}", found.images, found.adversarial[which], settings)
+        settings.require_in_ball(f"{path}, {which}", found.images, found.adversarial[which])
         parts = zip(found.adversarial[which].split(BATCH), found.labels.split(BATCH), strict=True)
         right = torch.cat([correct(model, x.to(device), y.to(device)).cpu() for x, y in parts])
         broken[which] = int((~right).sum())
-    claimed = {which: int((found.broken_by[which] >= 0).sum()) for which in MODELS}
+    claimed = {which: int((by >= 0).sum()) for which, by in found.broken_by.items()}
     by = {
-        which: {row: int((found.broken_by[which] == i).sum()) for i, row in enumerate(found.rows)} for which in MODELS
+        which: {row: int((by == i).sum()) for i, row in enumerate(found.rows)} for which, by in found.broken_by.items()
     }
     return Verification(len(found.labels), broken, claimed, by)
 

@@ -35,10 +35,7 @@ def evaluation_figure(evaluation: Evaluation, theme: Theme = LIGHT) -> Figure:
     left.set_yticks(list(places), [what for what, *_ in rows])
     left.set_ylim(len(rows) - 0.5, -0.5)
     right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}".replace("-", "\N{MINUS SIGN}")))
-    threat = (
-        f"{evaluation.n_test:,} images, {evaluation.norm} eps {evaluation.eps:.4g}, {evaluation.steps} steps{failed}"
-    )
     rows_mean = "\neach row: what survives it and all rows above" if evaluation.cumulative else ""
-    figure.suptitle(threat + rows_mean, x=0.01, ha="left", color=theme.muted, fontsize=10)
+    figure.suptitle(f"{evaluation.in_words()}{failed}{rows_mean}", x=0.01, ha="left", color=theme.muted, fontsize=10)
     legend(figure, theme, columns=2)
     return figure

@@ -20,7 +20,7 @@ from ..errors import EvaluationError
 from ..operators import get_alpha, operators
 from ..statistics import fingerprint
 
-FORMAT, VERSION = "meansparse_fx.attacked", "2"
+FORMAT, VERSION = "meansparse_fx.attacked", "3"
 # Seconds between two writings, and how many times as long as the last one took: a piece of work that takes longer is on
 # disk as soon as it is done.
 EVERY, TIMES = 1.0, 10

@@ -6,15 +6,18 @@ Data and arithmetic; runs no model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+IN_WORDS = {"base": "base", "sparse": "with MeanSparse"}  # the two models
+TRANSFER = "transfer"  # the row of the images that broke the other of two models
 TAIL = 0.025  # on either side of a 95 % interval
 SUBSETS = 2**13  # of images; the quantiles' own error is 0.2 %
 
@@ -142,6 +145,12 @@ class ModelOutcome:
     robust: dict[str, Tensor] = field(default_factory=dict)
     miou: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, parts: Sequence[Mapping[str, Tensor]]) -> ModelOutcome:
+        """Return one outcome from the masks of successive batches, each by name: ``clean`` and the attacks."""
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return cls(joined.pop("clean"), joined)
+
     @property
     def worst(self) -> Tensor:
         """``[n]``: correct under everything that was run; of shares the least."""
@@ -150,9 +159,14 @@ class ModelOutcome:
             worst = torch.minimum(worst, survived)
         return worst
 
-    def worst_of(self, suffix: str) -> Tensor:
-        """``[n]``: correct under the attacks whose names end with ``suffix``."""
-        return ModelOutcome(self.clean, {k: v for k, v in self.robust.items() if k.endswith(suffix)}).worst
+    def worst_of(self, suffix: str) -> Tensor | None:
+        """``[n]``: correct under the attacks whose names end with ``suffix``; None if none was run.
+
+        Not under those from `TRANSFER` on, which begin at images that any attack may have found.
+        """
+        alone = takewhile(lambda row: row[0] != TRANSFER, self.robust.items())
+        found = {name: mask for name, mask in alone if name.endswith(suffix)}
+        return ModelOutcome(self.clean, found).worst if found else None
 
     def to_dict(self) -> dict:
         """Return accuracies as fractions: clean, robust by attack, worst_case; each image's 1, 0 or share (images)."""

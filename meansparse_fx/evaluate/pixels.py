@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .descent import PGD, STEP, per_image
+from .descent import PGD, STEP
+from .threat import AttackSettings, per_image
 
 IGNORED = -1
 START = 1 / 2  # of eps, the first step
@@ -101,17 +102,17 @@ class PixelPGD(PGD):
     Steps shrink from eps / 2 to 0 along a cosine: they have to serve many pixels, not to bring one logit past another.
     """
 
-    def __init__(self, model: nn.Module, norm: str, eps: float, n_iter: int, seed: int, loss: str) -> None:
-        super().__init__(model, norm, eps, n_iter, seed)
+    def __init__(self, model: nn.Module, settings: AttackSettings, loss: str) -> None:
+        super().__init__(model, settings)
         self._loss = LOSSES[loss][0]
 
     def perturb(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return adversarial images; those that nothing lowered come back as they were."""
-        torch.manual_seed(self._seed)
+        torch.manual_seed(self._settings.seed)
         step = itertools.count()
 
         def loss(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            logits, self._done = self._model(x), next(step) / self._steps
+            logits, self._done = self._model(x), next(step) / self._settings.steps
             entropy = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
             right = logits.detach().argmax(1) == labels
             return logits, self._loss(entropy, right, self._done).flatten(1).sum(1)

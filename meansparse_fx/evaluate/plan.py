@@ -6,10 +6,9 @@ Knows attacks and the switches on operators; keeps no results.
 from __future__ import annotations
 
 import itertools
-import math
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,9 @@ from ..arguments import items
 from ..errors import EvaluationError
 from ..operators import operators, switched
 from ..outputs import logits_of
-from .attacks import AttackSettings, attack, attack_kind, expand
+from .attacks import attack, attack_kind, expand
 from .surrogates import surrogate
-
-# Change of all values at once, of [0, 1], that turns any image into plain gray (Linf), or most of them (L2, where the
-# usual eps of 2 on MNIST allows 0.07).
-WIDE = {"Linf": 0.5, "L2": 0.25}
+from .threat import AttackSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +44,28 @@ class Run:
     def started(self) -> bool:
         """Whether it begins at images found against the other model."""
         return attack_kind(self.attack).started
+
+
+@dataclass(frozen=True, slots=True)
+class AttackPlan:
+    """Which attacks are run, in their order, and how.
+
+    Attributes:
+        full_rows: Every run attacks all images, also those broken before it.
+        compile, amp: How attacks meet a model; see `compiled`.
+    """
+
+    runs: Sequence[Run]
+    settings: AttackSettings
+    full_rows: bool = False
+    compile: bool | str | None = False
+    amp: torch.dtype | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must be the same for results to be of this plan, by what it is in words."""
+        how = {"full_rows": self.full_rows, "compile": self.compile, "amp": str(self.amp)}
+        runs = [run.name for run in self.runs]
+        return {"attack settings": asdict(self.settings) | how, "attacks or backwards": runs}
 
 
 def plan_runs(attacks: Sequence[str], backwards: Sequence[str], seed: int) -> list[Run]:
@@ -81,7 +99,12 @@ def plan_runs(attacks: Sequence[str], backwards: Sequence[str], seed: int) -> li
 
 
 def fitting(
-    runs: Sequence[Run], attacks: Sequence[str], model: nn.Module, images: Tensor, labels: Tensor | None = None
+    runs: Sequence[Run],
+    attacks: Sequence[str],
+    settings: AttackSettings,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor | None = None,
 ) -> list[Run]:
     """Return the runs that can attack a model on such images; of lists of attacks the others are left out.
 
@@ -96,22 +119,11 @@ def fitting(
     images = images[:2].to(next(itertools.chain(model.parameters(), model.buffers()), images).device)
     with torch.no_grad():
         logits = logits_of(model, images, None if labels is None else labels[:2])
-    misfits = {run: attack_kind(run.attack).misfit(images, logits) for run in runs}
+    misfits = {run: attack_kind(run.attack).misfit(images, logits, settings.norm) for run in runs}
     for run, misfit in misfits.items():
         if misfit is not None and (run.attack in named or all(misfits.values())):
             raise EvaluationError(f"{run.attack} {misfit}")
     return [run for run in runs if misfits[run] is None]
-
-
-def warn_if_wide(settings: AttackSettings, images: Tensor) -> None:
-    """Warn, before attacks cost anything, where each value of ``images`` may change by more than `WIDE`."""
-    each = settings.eps if settings.norm == "Linf" else settings.eps / math.sqrt(images[0].numel())
-    if images.dim() == 4 and each > WIDE[settings.norm]:
-        warnings.warn(
-            f"{settings.norm} eps {settings.eps:g} lets every value of an image change by {each:.2g} of [0, 1]: did "
-            f"you mean {settings.eps:g}/255?",
-            stacklevel=3,
-        )
 
 
 def perturbed(

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..passes.readout import features_of, last_linear, with_readout
-from .attacks import AttackSettings
-from .descent import norm_per_image, per_image
+from .threat import AttackSettings, norm_per_image, per_image
 
 IMAGES = 32
 INNER = 200  # points of each ball that its readout takes for the image

@@ -6,7 +6,6 @@ of Carlini et al. (2019), Pintor et al. (2022) and AutoAttack's flags.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..operators import switched
-from .attacks import AttackSettings, attack_kind
+from .attacks import attack_kind
 from .compiled import Attacked
-from .descent import margin, per_image
+from .descent import margin
 from .ledger import Masks
 from .plan import Run, correct, perturbed
 from .planted import IMAGES, nearest, plant, single_target
 from .surrogates import surrogate, switch_backward
+from .threat import AttackSettings
 
 STEP = 0.1  # of eps: a step along the gradient must raise the loss
 TINY = 1e-3  # of eps: a change that must change the logits
@@ -42,9 +42,7 @@ class Probed:
 
 
 def examine(
-    model: nn.Module,
     attacked: Attacked,
-    which: str,
     probed: Probed,
     runs: Sequence[Run],
     settings: AttackSettings,
@@ -54,26 +52,23 @@ def examine(
     """Return masks by name, True where an image shows nothing amiss.
 
     Args:
-        model: The model itself.
-        attacked: How attacks meet it, as ``which``.
         clean: ``[n]``, right as they are.
         standing: ``[n]``, right after all runs.
     """
-    right = probed.at(clean)
+    model, right = attacked.model, probed.at(clean)
     gradient = [run for run in runs if run.backward is not None and not run.started]
     found = outputs(model, right, settings)
     if not gradient or not len(right.images):
         return found
     found |= _gradients(model, right, gradient, settings)
-    whole = replace(settings, eps=1.0 if settings.norm == "Linf" else math.sqrt(right.images[0].numel()))
-    left = torch.ones(len(right.images), dtype=torch.bool)
+    whole, left = settings.unbounded(right.images[0]), torch.ones(len(right.images), dtype=torch.bool)
     # One for each backward, on what those before it left.
     for run in {run.backward: replace(run, attack="apgd-ce") for run in gradient}.values():
         these = right.at(left)
-        made = perturbed(attacked.by(run, which), run, these.images, these.labels, whole)
+        made = perturbed(attacked.by(run), run, these.images, these.labels, whole)
         left[left.clone()] = correct(model, made, these.labels).cpu()
-    found["bounded"] = left
-    return found | _once_more(model, attacked, which, probed.at(standing), gradient[-1], settings)
+    found["unbounded"] = ~left
+    return found | _once_more(attacked, probed.at(standing), gradient[-1], settings)
 
 
 def search_planted(model: nn.Module, probed: Probed, runs: Sequence[Run], settings: AttackSettings) -> Masks:
@@ -125,26 +120,22 @@ def _gradients(model: nn.Module, right: Probed, runs: Sequence[Run], settings: A
                 before = margin(logits, right.labels)
                 entropy = F.cross_entropy(logits, right.labels, reduction="none")
             slope |= _gradient(entropy, x).flatten(1).abs().amax(1).gt(0).cpu()
-            gradient = _gradient(before, x)
-            norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-30)
-            along = gradient.sign() if settings.norm == "Linf" else gradient / per_image(norm, gradient)
+            along = settings.steepest(_gradient(before, x))
             with torch.no_grad():
                 after = margin(model((right.images + STEP * settings.eps * along).clamp(0, 1)), right.labels)
             rises |= (after > before).cpu()
     return {"slope": slope, "rises": rises}
 
 
-def _once_more(
-    model: nn.Module, attacked: Attacked, which: str, left: Probed, run: Run, settings: AttackSettings
-) -> dict[str, Tensor]:
+def _once_more(attacked: Attacked, left: Probed, run: Run, settings: AttackSettings) -> dict[str, Tensor]:
     """Return which images survive one more run of twice the steps, and on which it gave back what it had met."""
     if not len(left.images):
         return {}
     again, more = replace(run, seed=run.seed + 1000), replace(settings, steps=2 * settings.steps)
-    target = attacked.by(run, which)
+    target = attacked.by(run)
     watched = target if attack_kind(run.attack).reads_graph else _Watched(target, left)
     made = perturbed(watched, again, left.images, left.labels, more)
-    survived = correct(model, made, left.labels).cpu()
+    survived = correct(attacked.model, made, left.labels).cpu()
     found = {"twice the steps": survived}
     if isinstance(watched, _Watched):
         found["outspoken"] = ~(watched.seen.cpu() & survived)

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from ..errors import EvaluationError
 from ..operators import added
 from ..seen import SHARED, known_share
-from .attacks import AttackSettings
 from .sanity import Check
+from .threat import AttackSettings
 
 _SLACK = 1e-3  # beyond [0, 1], of resizing and rounding
 _NARROWER = 4  # times, a range that no other sample of the same images has

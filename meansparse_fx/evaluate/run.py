@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,14 @@ from ..progress import bar, say_resumed
 from ..seen import image_marks
 from ..shards import Ranks, own_file, place
 from ..statistics import fingerprint
-from .attacks import AttackSettings
 from .comparison import Comparison
 from .evidence import Evidence
 from .ledger import Ledger, model_identity
 from .pixels import DEFAULT_RUNS
-from .plan import fitting, plan_runs, warn_if_wide
+from .plan import AttackPlan, fitting, plan_runs
 from .provenance import check_calibration, check_distinct, checks_of_choice, require_units
 from .segmentation import PixelComparison
+from .threat import AttackSettings
 from .verdict import Evaluation
 
 SANITY_IMAGES = 100
@@ -41,22 +40,25 @@ def evaluate(
     sparse: fx.GraphModule,
     test: Iterable[Any] | tuple[Tensor, Tensor],
     *,
+    # The attacker.
     eps: float = 8 / 255,
     norm: str = "Linf",
     attacks: Sequence[str] = DEFAULT_ATTACKS,
     backwards: Sequence[str] = ("exact", "identity"),
     steps: int = 100,
     queries: int = 5000,
-    batch_size: int = 128,
     seed: int = 0,
     full_rows: bool = False,
-    sanity_images: int = SANITY_IMAGES,
-    compile: bool | str | None = False,
-    amp: torch.dtype | str | None = None,
+    # What is compared, and kept.
+    base: fx.GraphModule | None = None,
     logits: Logits = None,
     ignore_index: int = 255,
-    base: fx.GraphModule | None = None,
+    sanity_images: int = SANITY_IMAGES,
     save_adversarial: str | Path | None = None,
+    # How it is run.
+    batch_size: int = 128,
+    compile: bool | str | None = False,
+    amp: torch.dtype | str | None = None,
     checkpoint: str | Path | None = None,
     group: Any = None,
     progress: bool = True,
@@ -84,22 +86,22 @@ def evaluate(
             ``smooth`` or ``smooth-STEEPNESS``, ``annealed``.
         steps: Iterations of the gradient attacks.
         queries: Queries of the Square attack.
-        batch_size: For tensors; a loader brings its own.
         seed: Of the attacks.
         full_rows: Attack with everything also what is broken already: more work for about the same worst case, and each
             row is that attack's own.
+        base: To stand beside ``sparse``, in the place of the same model without its operators.
+        logits: Where the logits are in what the model returns, if that is no tensor: a name, a position, or a function
+            of it. By default ``logits``, ``out``, or the only tensor there is.
+        ignore_index: Label of the pixels of label maps that are left out, of attacks as well.
         sanity_images: Images for the checks that the attacks work at all (`Evaluation.checks`); 0 leaves out those
             that need attacks of their own.
+        save_adversarial: File for the adversarial images and what broke each: see `evidence`.
+        batch_size: For tensors; a loader brings its own.
         compile: Attack through torch.compile, in a mode of its: True is ``default``; ``reduce-overhead`` replays CUDA
             graphs. What an attack found counts only if the model itself, not compiled and in its own precision, is
             wrong on it; so this may only cost the attacker a little.
         amp: Autocast the attacked model to bfloat16 or float16 (torch's dtype, or its name), with the same check of
             what was found.
-        logits: Where the logits are in what the model returns, if that is no tensor: a name, a position, or a function
-            of it. By default ``logits``, ``out``, or the only tensor there is.
-        ignore_index: Label of the pixels of label maps that are left out, of attacks as well.
-        base: To stand beside ``sparse``, in the place of the same model without its operators.
-        save_adversarial: File for the adversarial images and what broke each: see `evidence`.
         checkpoint: File to keep results in as they come; if it exists, go on from it. It stays: remove it when the
             result is saved. The loader must yield the same images in the same order each time. A resumed run ends as
             an uninterrupted one would, as far as the device computes the same thing twice. Several processes have
@@ -130,24 +132,21 @@ def evaluate(
             raise EvaluationError("save_adversarial keeps what makes an image wrong: it cannot be used with label maps")
         if tuple(items(attacks)) == DEFAULT_ATTACKS:
             planned = plan_runs(DEFAULT_RUNS, backwards, settings.seed)
-    runs = fitting(planned, attacks, models["sparse"], *first)
+    runs = fitting(planned, attacks, settings, models["sparse"], *first)
     if base is None and get_alpha(sparse) == 0:
         runs = []  # nothing to compare
     else:
-        warn_if_wide(settings, first[0])
-    identity = model_identity(sparse, alpha=True) | {
+        settings.warn_if_wide(first[0])
+    plan, keep = AttackPlan(runs, settings, full_rows, compile, amp), save_adversarial is not None
+    identity = model_identity(sparse, alpha=True) | plan.identity() | {
         "base": None if base is None else fingerprint(base),
-        "attack settings": asdict(settings) | {"full_rows": full_rows, "compile": compile, "amp": str(amp)},
-        "sanity_images or save_adversarial": [sanity_images, save_adversarial is not None],
-        "attacks or backwards": [run.name for run in runs],
+        "sanity_images or save_adversarial": [sanity_images, keep],
         "logits": in_words(logits),
-    }
+    }  # fmt: skip
     rank, world = place(group)
     batches = length(as_batches(test, batch_size, pair=True))  # None where the data does not say
     ledger = Ledger(None if checkpoint is None else own_file(Path(checkpoint), rank, world), identity)
-    keep = save_adversarial is not None
-    compare = PixelComparison if maps else Comparison
-    comparison = compare(models, runs, settings, ledger, full_rows, compile, amp, keep)
+    comparison = (PixelComparison if maps else Comparison)(models, plan, ledger, keep)
     with bar(progress and rank == 0) as display, ledger:
         if ledger.batches:
             say_resumed(display, "batch", ledger.batches, batches)

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .outcome import ModelOutcome, mean, share_interval
+from .outcome import IN_WORDS, ModelOutcome, mean, share_interval
 from .plan import Run
 
 MOST_LEFT = 0.05  # accuracy under an unbounded attack above which it did not work: half of guessing among ten classes
 # What Square, or twice the steps, may break after everything: AutoAttack's own limit, and more images than tries on the
 # edge come to. Of label maps the share of pixels.
-MOST_MORE, IMAGES_MORE = 0.002, 3
+MOST_MORE, FEW_MORE = 0.002, 2
 LEAST_POWER = 0.9  # share of the planted examples that all attacks together must find
 MOST_FLAT = 0.05  # share of images without a gradient, or whose logits do not follow a tiny change
-LEAST_RISES = 0.8  # share of images of which a small step along the gradient raises the loss
-_INCOMPLETE = "optimisation was not complete; run more steps before believing any gain"
+MOST_STUCK = 0.2  # share of images of which no small step along the gradient raises the loss
 MOST_EXTREME = 0.01  # share of the right images that must fall, and that must stand, of one of the models
 FEW = 50  # images that say too little about labels to convict them, unless the base is shown to be below chance
 
@@ -48,17 +47,31 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """How a mask of `probes.examine` is judged: the share of images where it is set must be in a range."""
+    """How a mask of `probes` is judged: of few images may it not be set.
+
+    Attributes:
+        name: Of the check.
+        seen: Said of the images where it is not set.
+        cure: What to do if these are too many.
+        most: Such share of them is not.
+        few: So many images are not either, whatever their share.
+    """
 
     name: str
-    seen: str  # said of the share where the mask is not set
+    seen: str
     cure: str
-    most: float  # such share
+    most: float
+    few: int = 0
 
     def check(self, which: str, mask: Tensor) -> Check:
-        share = 1 - mean(mask)
-        finding = f"{100 * share:.1f} % of {len(mask)} images {self.seen}"
-        return Check.of(f"{self.name}, {which}", share <= self.most, finding, self.cure)
+        """Return the check of ``[n]`` images, or of the shares of their pixels."""
+        if mask.is_floating_point():
+            share = 1 - mean(mask)
+            passed, amount = share <= self.most, f"{100 * share:.2f} % of the pixels"
+        else:
+            count = int((~mask).sum())
+            passed, amount = count <= self.few or count / len(mask) <= self.most, f"{count}"
+        return Check.of(f"{self.name}, {which}", passed, f"{amount} of {len(mask)} images {self.seen}", self.cure)
 
 
 _RULES = {
@@ -93,13 +106,33 @@ _RULES = {
         "ascent",
         "have no larger loss after a small step along the gradient",
         "the gradient does not point where the loss grows; attack through a surrogate of what hides it",
-        1 - LEAST_RISES,
+        MOST_STUCK,
     ),
     "outspoken": _Rule(
         "silent success",
         "were broken on the way and given back whole",
         "the attack finds more than it returns; keep what it meets on its way",
         0.01,
+    ),
+    "unbounded": _Rule(
+        "unbounded attack",
+        "survive an attack that may change them into any other",
+        "the attack is blind here, and what other attacks leave means little; try more steps, or another",
+        MOST_LEFT,
+    ),
+    "twice the steps": _Rule(
+        "more steps",
+        "that survived everything fall to one more run of twice the steps",
+        "optimisation was not complete; run more steps before believing any gain",
+        MOST_MORE,
+        FEW_MORE,
+    ),
+    "square": _Rule(
+        "Square against gradients",
+        "fall to Square and to no gradient attack",
+        "the gradients are masked, or had too few steps; run stronger attacks before believing any gain",
+        MOST_MORE,
+        FEW_MORE,
     ),
 }
 
@@ -111,19 +144,17 @@ def checks_of(which: str, masks: Mapping[str, Tensor], outcome: ModelOutcome, ru
         which: The model, in words.
         masks: Of the images looked at.
     """
+    # Not those that start at images which Square may have found.
+    gradient = {run.name: outcome.robust[run.name] for run in runs if run.backward is not None and not run.started}
+    if gradient and "square" in outcome.robust:
+        left = ModelOutcome(outcome.clean, gradient).worst
+        masks = {**masks, "square": ~left | outcome.robust["square"]}
     for name, rule in _RULES.items():
         if len(masks.get(name, ())):
             yield rule.check(which, masks[name])
-    if len(masks.get("bounded", ())):
-        yield check_unbounded(which, masks["bounded"])
     planted = {name.partition("/")[2]: mask for name, mask in masks.items() if name.startswith("planted/")}
     if planted:
         yield check_power(which, planted)
-    if len(masks.get("twice the steps", ())):
-        yield check_steps(which, masks["twice the steps"])
-    square = check_square(which, outcome, {run.name: run.backward for run in runs})
-    if square is not None:
-        yield square
 
 
 def checks_of_labels(labels: Tensor, classes: int, clean: Tensor) -> Iterator[Check]:
@@ -150,11 +181,10 @@ def checks_of_labels(labels: Tensor, classes: int, clean: Tensor) -> Iterator[Ch
 
 def check_threat(base: ModelOutcome, sparse: ModelOutcome) -> Iterator[Check]:
     """Yield whether the threat can tell two models apart: one that nearly all or no images withstand tells nothing."""
-    sides = {"base": base, "with MeanSparse": sparse}
-    if not base.robust or not all(mean(side.clean) for side in sides.values()):
+    if not base.robust or not all(mean(side.clean) for side in (base, sparse)):
         return
-    left = [mean(side.worst) / mean(side.clean) for side in sides.values()]
-    shares = ", ".join(f"{100 * share:.1f} % {which}" for which, share in zip(sides, left, strict=True))
+    left = [mean(side.worst) / mean(side.clean) for side in (base, sparse)]
+    shares = ", ".join(f"{100 * share:.1f} % {words}" for words, share in zip(IN_WORDS.values(), left, strict=True))
     finding = f"of what is right without an attack, the worst case leaves {shares}"
     strong, weak = max(left) < MOST_EXTREME, min(left) > 1 - MOST_EXTREME
     cure = "too weak a threat to tell; give a larger eps, or stronger attacks"
@@ -174,19 +204,6 @@ def check_chance(low: float, high: float, n: int, finding: str) -> Check:
     return Check.of("base above chance", (high if n < FEW else low) > 0, finding, cure)
 
 
-def check_unbounded(which: str, left: Tensor) -> Check:
-    """Judge an attack whose ball holds every image there is: it must break the model.
-
-    Args:
-        left: ``[n]``, images that survived it under every backward mode, or the shares of their pixels that did.
-    """
-    share = mean(left)
-    pixels = "the pixels of " if left.is_floating_point() else ""
-    finding = f"{100 * share:.1f} % of {pixels}{len(left)} images survive an attack that may change them into any other"
-    cure = "the attack is blind here, and what other attacks leave means little; try more steps, or another"
-    return Check.of(f"unbounded attack, {which}", share <= MOST_LEFT, finding, cure)
-
-
 def check_power(which: str, missed: Mapping[str, Tensor]) -> Check:
     """Judge whether the attacks find what was planted (Zimmermann et al., 2022).
 
@@ -204,39 +221,3 @@ def check_power(which: str, missed: Mapping[str, Tensor]) -> Check:
     )
     cure = "as large a share of the real ones may be missed; try more steps, or another attack"
     return Check.of(f"planted examples, {which}", share >= LEAST_POWER, finding, cure)
-
-
-def check_steps(which: str, survived: Tensor) -> Check:
-    """Judge whether the attacks had steps enough.
-
-    Args:
-        survived: ``[n]``, of the images that stood after all runs, those that stand after one more of twice the steps.
-    """
-    count = int((~survived).sum())
-    passed = count < IMAGES_MORE or count / len(survived) <= MOST_MORE
-    finding = f"{count} of {len(survived)} images that survived everything fall to one more run of twice the steps"
-    return Check.of(f"more steps, {which}", passed, finding, _INCOMPLETE)
-
-
-def check_steps_on_pixels(which: str, lower: float) -> Check:
-    """Judge the same by the share of the pixels that one more run of twice the steps gets wrong."""
-    finding = f"one more run of twice the steps gets {100 * lower:.2f} % more of the pixels wrong"
-    return Check.of(f"more steps, {which}", lower <= MOST_MORE, finding, _INCOMPLETE)
-
-
-def check_square(which: str, outcome: ModelOutcome, backwards: Mapping[str, str | None]) -> Check | None:
-    """Judge whether a query attack found what gradients should have found; None where not both were run.
-
-    Args:
-        backwards: The backward mode by attack; None for the query attack.
-    """
-    gradient = {name: mask for name, mask in outcome.robust.items() if backwards.get(name) is not None}
-    if "square" not in outcome.robust or not gradient:
-        return None
-    seen = ModelOutcome(outcome.clean, gradient).worst
-    alone = seen & ~outcome.robust["square"]
-    count, share = int(alone.sum()), mean(alone)
-    passed = share <= MOST_MORE or count < IMAGES_MORE
-    finding = f"{count} of {len(alone)} images fall to Square and to no gradient attack"
-    cure = "the gradients are masked, or had too few steps; run stronger attacks before believing any gain"
-    return Check.of(f"Square against gradients, {which}", passed, finding, cure)

@@ -5,7 +5,6 @@ Every run attacks every image: none is broken as a whole. Labels are ``[N, H, W]
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,13 +13,14 @@ import torch
 from torch import Tensor
 
 from ..outputs import logits_of
-from .comparison import IN_WORDS, OTHER, TRANSFER, Advance, Comparison
+from .comparison import OTHER, Advance, Comparison
 from .ledger import Masks
-from .outcome import ModelOutcome, PairedDifference, mean
+from .outcome import IN_WORDS, TRANSFER, ModelOutcome, PairedDifference, mean
 from .pixels import accuracy, counts, lowest, mean_iou
 from .plan import Run, perturbed
 from .probes import Probed, outputs
-from .sanity import Check, check_chance, check_steps_on_pixels, check_threat, checks_of
+from .sanity import Check, check_chance, check_threat, checks_of
+from .threat import AttackSettings
 
 
 class PixelComparison(Comparison):
@@ -37,7 +37,7 @@ class PixelComparison(Comparison):
         for which in OTHER:
             scored[which] = {"clean": self._score(name, which, "clean", labels, images.clone)}
             for run in self._runs:
-                make = partial(self._perturbed, which, run, images, labels)
+                make = partial(self._perturbed, which, run, images, labels, self._settings)
                 scored[which][run.name] = self._score(name, which, run.name, labels, make)
                 advance()
         self.found[batch] = {}
@@ -54,13 +54,12 @@ class PixelComparison(Comparison):
             self._examine_both(batch, lambda which: self._probe(which, probed, batch))
         self._ledger.forget(name, "images")
 
-    def _perturbed(self, which: str, run: Run, images: Tensor, labels: Tensor, **changed: float) -> Tensor:
-        settings = replace(self._settings, **changed)  # type: ignore[arg-type]
-        return perturbed(self._attacked.by(run, which), run, images, labels, settings)
+    def _perturbed(self, which: str, run: Run, images: Tensor, labels: Tensor, settings: AttackSettings) -> Tensor:
+        return perturbed(self._models[which].by(run), run, images, labels, settings)
 
     def _counts(self, which: str, images: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
-            return counts(logits_of(self._models[which], images, labels), labels).cpu()
+            return counts(logits_of(self._models[which].model, images, labels), labels).cpu()
 
     def _score(self, name: str, which: str, row: str, labels: Tensor, make: Callable[[], Tensor]) -> Masks:
         def work() -> Masks:
@@ -70,20 +69,22 @@ class PixelComparison(Comparison):
         return self._ledger.get_or_compute(f"{name}, {which}, {row}", work)
 
     def _probe(self, which: str, probed: Probed, batch: int) -> Masks:
-        """Return masks of `probes`, and what an unbounded attack and one of twice the steps leave."""
+        """Return masks of `probes`, and shares of pixels that an unbounded attack and twice the steps get wrong."""
 
-        def left(run: Run, **changed: float) -> Tensor:
-            made = self._perturbed(which, run, probed.images, probed.labels, **changed)
+        def left(run: Run, settings: AttackSettings) -> Tensor:
+            made = self._perturbed(which, run, probed.images, probed.labels, settings)
             return accuracy(self._counts(which, made, probed.labels))
 
-        whole = 1.0 if self._settings.norm == "Linf" else math.sqrt(probed.images[0].numel())
+        settings, unbounded = self._settings, self._settings.unbounded(probed.images[0])
+        more = replace(settings, steps=2 * settings.steps)
         each = {run.backward: run for run in self._runs}.values()
         again = replace(self._runs[-1], seed=self._runs[-1].seed + 1000)
         shares = [accuracy(row[: len(probed.images)]) for row in self.found[batch][which].values()]
+        lower = torch.stack(shares).amin(0) - left(again, more)
         return {
-            **outputs(self._models[which], probed, self._settings),
-            "bounded": torch.stack([left(run, eps=whole) for run in each]).amin(0),
-            "lower": (torch.stack(shares).amin(0) - left(again, steps=2 * self._settings.steps)).clamp_min(0),
+            **outputs(self._models[which].model, probed, settings),
+            "unbounded": 1 - torch.stack([left(run, unbounded) for run in each]).amin(0),
+            "twice the steps": 1 - lower.clamp_min(0),
         }
 
     def outcomes(self) -> dict[str, ModelOutcome]:
@@ -110,10 +111,7 @@ class PixelComparison(Comparison):
         found = [check_chance(above.low, above.high, len(labelled), finding)]
         found += check_threat(*(outcomes[which] for which in OTHER))
         for which, words in IN_WORDS.items():
-            examined = self.examined(which)
-            found += checks_of(words, examined, outcomes[which], self._runs)
-            if "lower" in examined:
-                found.append(check_steps_on_pixels(words, mean(examined["lower"])))
+            found += checks_of(words, self.examined(which), outcomes[which], self._runs)
         return found
 
 

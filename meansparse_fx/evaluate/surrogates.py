@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import EvaluationError
 from ..nn import MeanSparse
-from .descent import per_image
+from .threat import per_image
 
 STEEPNESS = 10.0  # of the smooth gate where none is said: `set_backward`'s
 

@@ -11,21 +11,22 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from torch import Tensor
 
 from ..artifacts import read_json, write_json
 from ..tables import Tabled, as_csv, new_table, terminal_width
 from .attacks import attack_kind
-from .outcome import ModelOutcome, PairedDifference, change, mean
+from .outcome import TRANSFER, ModelOutcome, PairedDifference, change, mean
 from .sanity import Check
 from .surrogates import surrogate
+from .threat import AttackSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT, VERSION = "meansparse_fx.evaluation", 1  # of the JSON
 
-# What attack names that are no attack's own mean, for reports.
-_OTHER_ROWS = {"transfer": "the adversarial images found against the other of the two models"}
+_OTHER_ROWS = {TRANSFER: "the adversarial images found against the other of the two models"}  # for reports
 # An interval that reaches further than this from 0 says little: the largest published gain is 4.0 points.
 TELLING = 0.05
 
@@ -72,15 +73,22 @@ class Evaluation(Tabled):
         return PairedDifference.of(self.base.worst, self.sparse.worst)
 
     @property
-    def exact_gain(self) -> PairedDifference:
-        """Change of the worst case over the attacks that use the operator's own gradient: what is usually reported."""
-        return PairedDifference.of(self.base.worst_of("/exact"), self.sparse.worst_of("/exact"))
+    def exact_gain(self) -> PairedDifference | None:
+        """The same over attacks by the operator's own gradient, what is usually reported; None if there were none."""
+        exact = self._exact_change()
+        return None if exact is None else PairedDifference.of_changes(exact)
 
     @property
-    def masked(self) -> PairedDifference:
+    def masked(self) -> PairedDifference | None:
         """How much of `exact_gain` attackers who know the operator take away: the gap between the two gains."""
-        exact = change(self.base.worst_of("/exact"), self.sparse.worst_of("/exact"))
-        return PairedDifference.of_changes(exact - change(self.base.worst, self.sparse.worst))
+        exact = self._exact_change()
+        return (
+            None if exact is None else PairedDifference.of_changes(exact - change(self.base.worst, self.sparse.worst))
+        )
+
+    def _exact_change(self) -> Tensor | None:
+        base, sparse = (side.worst_of("/exact") for side in (self.base, self.sparse))
+        return None if base is None or sparse is None else change(base, sparse)
 
     @property
     def warnings(self) -> list[str]:
@@ -103,24 +111,26 @@ class Evaluation(Tabled):
                 f"Not tested against attackers who know the operator: {gain.points()} points under the attacks that "
                 "were run. Add other backwards: annealed, identity."
             )
-        under = f"{exact.points()} points under the operator's own gradient"
-        gap = f"the gap of {masked.points()} is gradient masking" if masked.low > 0 else ""
+        under = exact and f"{exact.points()} points under the operator's own gradient"
+        gap = f"the gap of {masked.points()} is gradient masking" if masked and masked.low > 0 else ""
         if gain.low > 0 or gain.high < 0:
             kind, rest = "Gain real" if gain.low > 0 else "Loss", f" It is {under}: {gap}." if gap else ""
             return f"{kind}: worst-case accuracy {gain.points()} points under attackers who know the operator.{rest}"
-        if exact.low > 0 and gap:
-            return f"Gain masked: {under}, but {gain.points()} under attackers who know it; {gap}."
-        if exact.low > 0:
-            return (
-                f"Gain not confirmed: {under}, but {gain.points()} under attackers who know it; the gap of "
-                f"{masked.points()} may be noise, so more images would tell."
-            )
+        if exact and masked and exact.low > 0:
+            but = f"{under}, but {gain.points()} under attackers who know it"
+            if gap:
+                return f"Gain masked: {but}; {gap}."
+            return f"Gain not confirmed: {but}; the gap of {masked.points()} may be noise, so more images would tell."
         if max(-gain.low, gain.high) > TELLING:
             return (
                 f"Too few images to tell: on {self.n_test}, worst-case accuracy {gain.points()} points, so a gain or a "
                 f"loss of {100 * TELLING:g} may have been missed."
             )
         return f"No difference shown: worst-case accuracy {gain.points()} points."
+
+    def in_words(self) -> str:
+        """Return what was attacked, and how."""
+        return f"{self.n_test} images, {AttackSettings(self.eps, self.norm, self.steps).in_words()}"
 
     def legend(self) -> dict[str, str]:
         """Return in a line each what the attacks do that were run, and, by ``/name``, the gradients that they used."""
@@ -170,7 +180,7 @@ class Evaluation(Tabled):
             "cumulative": self.cumulative,
             "base": self.base.to_dict(),
             "sparse": self.sparse.to_dict(),
-            **{name: getattr(self, name).to_dict() for name in differences},
+            **{name: (found := getattr(self, name)) and found.to_dict() for name in differences},
             "checks": [asdict(check) for check in self.checks],
             "verdict": self.verdict,
             "seconds": self.seconds,
@@ -189,9 +199,7 @@ class Evaluation(Tabled):
         rows = "; each row: what survives it and all rows above" if self.cumulative else ""
         passed = sum(check.passed for check in self.checks)
         trust = f"Checks of the evaluation itself: {passed} of {len(self.checks)} passed." if self.checks else ""
-        title = f"{self.n_test} images, {self.norm} eps {self.eps:.4g}, {self.steps} steps{rows}"
-        if not self.base.robust:
-            title = f"{self.n_test} images, not attacked"
+        title = f"{self.in_words()}{rows}" if self.base.robust else f"{self.n_test} images, not attacked"
         columns = ["accuracy in %", "base", f"alpha {alpha}", "change, 95 % interval"]
         if self.base.miou:
             columns = [f"pixel {columns[0]}", *columns[1:], "mIoU base", f"mIoU alpha {alpha}"]
