@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from meansparse_fx.capture import capture
 from meansparse_fx.capture.copies import state_of
-from meansparse_fx.capture.dispatched import tensors
-from meansparse_fx.capture.recording import Unrecordable, record
+from meansparse_fx.capture.recording import record
+from meansparse_fx.dataless import NeedsData, tensors
 from meansparse_fx.errors import CaptureError
 from tests.models import Functional
 
@@ -329,6 +329,19 @@ def test_a_convolution_in_channels_last_is_not_copied_to_channels_last():
 # What cannot be recorded.
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_attention_is_random_for_its_dropout_alone(rate):
+    """Whether a graph repeats random numbers takes 38 forwards to see."""
+    computed = []
+
+    def forward(self, x):
+        computed.append(type(x) is torch.Tensor)
+        return F.relu(F.scaled_dot_product_attention(x, x, x, dropout_p=rate))
+
+    assert capture(of(forward), IMAGES).checked == "operations"
+    assert any(computed) == (rate > 0)
+
+
 class Keeping(nn.Module):
     kept = None
 
@@ -340,17 +353,17 @@ class Keeping(nn.Module):
 def test_what_a_model_keeps_is_not_taken_for_another():
     model = Keeping()
     recorded(model)
-    with pytest.raises(Unrecordable, match="kept a tensor of an earlier call"):
+    with pytest.raises(NeedsData, match="kept a tensor of an earlier call"):
         recorded(model)
-    with pytest.raises(Unrecordable, match="without data, which a function kept"):
+    with pytest.raises(NeedsData, match="without data, which a function kept"):
         model.kept + 1
 
 
 def test_state_that_changes():
     norm = nn.BatchNorm2d(3)
-    with pytest.raises(Unrecordable, match="writes into what was there before"):
+    with pytest.raises(NeedsData, match="writes into what was there before"):
         recorded(norm, state=state_of(norm))
-    with pytest.raises(Unrecordable, match="writes into what was there before"):
+    with pytest.raises(NeedsData, match="writes into what was there before"):
         recorded(lambda x: norm.weight.data.mul_(2) and x, state=state_of(norm))
     assert torch.equal(norm.weight, torch.ones(3))
 
@@ -389,7 +402,7 @@ def test_data_is_read():
     ],
 )
 def test_what_only_real_tensors_can_tell(function, reason):
-    with pytest.raises(Unrecordable, match=reason):
+    with pytest.raises(NeedsData, match=reason):
         recorded(function)
 
 
@@ -404,7 +417,7 @@ def test_what_only_real_tensors_can_tell(function, reason):
     ],
 )
 def test_values_are_not_to_be_had(function):
-    with pytest.raises((RuntimeError, NotImplementedError, TypeError, ValueError, Unrecordable)):
+    with pytest.raises((RuntimeError, NotImplementedError, TypeError, ValueError, NeedsData)):
         recorded(function)
 
 

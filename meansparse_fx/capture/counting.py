@@ -17,11 +17,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..activations import match_function, match_module
+from ..dataless import tensors
 from ..formulas import FEATURES, POINTS, formula_of
 from ..hooks import allow_hooks
 from ..published import published_operator
 from .derivatives import applied_by
-from .dispatched import tensors
 
 _STEPS = 12  # of calls that an activation is written out of, at most
 
@@ -137,7 +137,7 @@ class WrittenOut(TorchFunctionMode):
 
     def _enter(self, inside: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         # What is given no tensor computes nothing of the images: a table of positions.
-        self._look("" if next(tensors((args, kwargs)), None) is None else inside)
+        self._look(inside if tensors((args, kwargs)) else "")
 
     def _look(self, inside: str) -> None:
         self._inside = inside

@@ -1,7 +1,7 @@
 """Floor 2: a symbolic trace that asks the example images where plain proxies have no answer.
 
 The graph holds for images of the example's size and for any batch size. Examples are computed without data where every
-operator allows it. Imports torch, `tracing`, `proxies`, `limits`, `sites.ops`, `sites.shapes` and floor 1.
+operator allows it. Imports torch, `tracing`, `proxies`, `limits`, `sites.ops` and floor 1.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import _symbolic_trace
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import TraceError
 
+from ..dataless import Dataless, DatalessMode
 from ..sites.ops import is_in_place
-from ..sites.shapes import cheap_fake, like_input
 from .derivatives import check_question
 from .functions import values_of
 from .limits import SizeWatch, expect_answer, expect_size
@@ -99,7 +98,7 @@ class ExampleTracer(ModelTracer):
     def __init__(self, leaves: frozenset[type], batches: tuple[Tensor, ...], conditions: Conditions) -> None:
         super().__init__(leaves)
         self.conditions = conditions
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True) if conditions.fake else None
+        self._mode = None if conditions.values else DatalessMode()
         self._batches = batches
         self._asked_dtype = False  # by the model, and then answered for good
         self._pure: list[fx.Node] = []  # sizes, parameters and parts of tuples: without readers they are nothing
@@ -135,7 +134,7 @@ class ExampleTracer(ModelTracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
             return a.node
-        if isinstance(a, FakeTensor):
+        if isinstance(a, Dataless):
             raise TraceError("a tensor without data, kept by a module that ran on examples, would enter the graph")
         return super().create_arg(tuple(a) if isinstance(a, torch.Size | Sizes) else a)
 
@@ -223,7 +222,7 @@ class ExampleTracer(ModelTracer):
         its sizes depend on values."""
         if kind == "placeholder":
             with self.evaluating():
-                return tuple(self._fake.from_tensor(b) if self._fake else b for b in self._batches), False
+                return tuple(self._mode.without_data(b) if self._mode else b for b in self._batches), False
         if kind == "get_attr":
             with self.evaluating():
                 return (operator.attrgetter(target)(self.root),), False
@@ -237,7 +236,7 @@ class ExampleTracer(ModelTracer):
         if is_in_place(spelled) and args and isinstance(args[0], ExampleProxy) and len(args[0].examples) == 1:
             # Parameters are the model's own: change a copy. From here on it depends on what it was changed by.
             args[0].examples = tuple(args[0].examples[0].clone() for _ in range(count))
-        with SizeWatch() if count > 1 and self._fake is None else contextlib.nullcontext() as watch:
+        with SizeWatch() if count > 1 and self._mode is None else contextlib.nullcontext() as watch:
             examples = tuple(self._example(kind, target, args, kwargs, k, count > 1) for k in range(count))
         return examples, any(p.by_value for p in proxies) or bool(watch and watch.by_value)
 
@@ -251,17 +250,14 @@ class ExampleTracer(ModelTracer):
             args = args[1:]
         else:
             function = self.root.get_submodule(target) if kind == "call_module" else target
-        if not (varies and self._fake):
+        if not (varies and self._mode):
             with self.evaluating():
                 return function(*args, **kwargs)
-        if like_input(function, args):
-            return args[0]
         try:
-            with self.evaluating(), self._fake:
-                result = cheap_fake(function, args)
-                return function(*args, **kwargs) if result is None else result
+            with self.evaluating(), self._mode:
+                return function(*args, **kwargs)
         except Exception as error:
-            raise NewConditions(replace(self.conditions, fake=False)) from error
+            raise NewConditions(replace(self.conditions, values=True)) from error
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

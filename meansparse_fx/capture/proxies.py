@@ -35,12 +35,12 @@ class Conditions:
     """Under which a trace runs; it starts again with others where these do not serve.
 
     Attributes:
-        fake: Examples are computed without data. Otherwise for real, as some operator or module needs.
+        values: Examples are computed for real, as some operator or module needs. Otherwise without data.
         namespaces: Globals of the source files that turn a size which depends on the batch into an int or a float:
             no object can answer `int()` but with an int, so there these functions are others while tracing.
     """
 
-    fake: bool = True
+    values: bool = False
     namespaces: tuple[dict[str, Any], ...] = ()
 
 

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..dataless import NeedsData, tensors
 from ..errors import CaptureError
 
 SEEDS = 20  # what happens once in ten runs is missed once in eight
@@ -29,6 +31,31 @@ def put_back() -> Iterator[Callable[[], bool]]:
 def _compared(python: Any, numpy: Any) -> tuple:
     kind, keys, *rest = numpy
     return python, kind, keys.tobytes(), rest
+
+
+def generator_state(device: torch.device) -> bytes:
+    """Return what torch's random numbers on a device follow from."""
+    home: Any = torch if device.type == "cpu" else torch.get_device_module(device)
+    state = home.get_rng_state() if device.type == "cpu" else home.get_rng_state(device)
+    return state.numpy().tobytes()
+
+
+def draws(func: Any, args: tuple, kwargs: dict) -> bool:
+    """Return whether an operator call draws random numbers of torch; attention does for its dropout alone."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    rates = [(i, a) for i, a in enumerate(func._schema.arguments) if a.name == "dropout_p"]
+    return not rates or any((args[i] if i < len(args) else kwargs.get(a.name, a.default_value)) > 0 for i, a in rates)
+
+
+def drawn(args: tuple, kwargs: dict) -> bytes:
+    """Return what the numbers of a random call follow from, and move on: seeding is no operator call."""
+    if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
+        raise NeedsData("random numbers of a generator of its own")
+    device = torch.device(kwargs.get("device") or next((t.device for t in tensors((args, kwargs))), "cpu"))
+    state = generator_state(device)
+    torch.rand((), device=device)
+    return state
 
 
 def check_unused(run: Callable[[], Any], differ: Callable[[Any, Any], str]) -> None:

@@ -4,11 +4,13 @@ Values are numbered, not tensors: a write in place gives its tensor, and every o
 number. So where two recordings are equal, the same operators meet the same operands in the same order, and the results
 are equal bit for bit, whatever the images hold. The images want gradients while this happens, and a recording says
 which operands do, under which mode, through which `torch.autograd.Function` and tensor hooks: so derivatives with
-respect to images and parameters are equal, too. Imports torch, `derivatives`, `dispatched` and floor 1.
+respect to images and parameters are equal, too. Imports torch, `derivatives`, `randomness` and floor 1.
 """
 
 from __future__ import annotations
 
+import hashlib
+import types
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,35 +19,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..artifacts import tensor_bytes
+from ..dataless import Dataless, DatalessMode, Forms, NeedsData, layout_of, storage, tensors, written_by
 from ..outputs import flatten
 from .derivatives import applied_by, without_checkpoints
-from .dispatched import (
-    CONVOLUTIONS,
-    Histories,
-    Unrecordable,
-    allocated_like,
-    change_shape,
-    digest,
-    drawn,
-    functional_name,
-    hook_term,
-    laid_out,
-    layout_of,
-    mapped,
-    meta,
-    same_types,
-    storage,
-    tensors,
-    version,
-    written_by,
-)
+from .randomness import drawn, draws
 
 aten = torch.ops.aten
 
 _KEPT = "which a function kept that copies of the model share: if it is a hook, make it a method of the model"
-Forms = dict[tuple, tuple[type | None, list]]  # a call, operands' layouts in their place -> its results' layouts
+
+
+class Unrecordable(NeedsData):
+    """Something happens that a recording cannot hold."""
 
 
 class Halted(Exception):
@@ -59,8 +46,8 @@ class Recording:
     Attributes:
         calls: Of each operator call its name, its operands, the layout of its results and whether it is differentiated.
             Results of earlier calls stand there by number, parameters and buffers by name, constants by value, other
-            tensors by a digest; each with whether it wants a gradient. Of random ones also a digest of the generator's
-            state. Applying a `torch.autograd.Function` and setting a tensor hook are calls, too.
+            tensors by a digest; each with whether it wants a gradient. Of random ones also the generator's state.
+            Applying a `torch.autograd.Function` and setting a tensor hook are calls, too.
         output: The model's output, in the same terms.
     """
 
@@ -98,7 +85,8 @@ def record(
         (['aten.abs.default', 'aten.add.Tensor'], False)
     """
     recorder = _Recorder(state, forms, halt)
-    symbolic: Any = recorder.new_value(torch.empty_like(images, device="meta"), images.device, 0)
+    symbolic: Any = recorder.without_data(images)
+    recorder.number(symbolic, (0, 0))
     with without_checkpoints(), applied_by(recorder.apply, lambda value: isinstance(value, Tensor)), recorder:
         if images.is_floating_point() and torch.is_grad_enabled():
             symbolic = symbolic.requires_grad_().clone()  # no leaf, which nobody may write to
@@ -109,32 +97,11 @@ def record(
     return Recording(recorder.calls, (form, [recorder.term(leaf) for leaf in leaves]))
 
 
-class _Symbolic(Tensor):
-    """A tensor computed from images, that holds nothing.
+class _Symbolic(Dataless):
+    """A tensor computed from images; ``value`` is the number of what it holds now."""
 
-    Attributes:
-        meta: Its stand-in on the meta device, by which torch says what shape a result has.
-        value: The number of what it holds now.
-        recorder: Whose number that is.
-    """
-
-    meta: Tensor
-    value: tuple
-    recorder: _Recorder
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @staticmethod
-    def __new__(cls, meta: Tensor, device: torch.device, value: tuple, recorder: _Recorder) -> _Symbolic:
-        symbolic = Tensor._make_wrapper_subclass(
-            cls,
-            meta.shape,
-            strides=meta.stride(),
-            storage_offset=meta.storage_offset(),
-            dtype=meta.dtype,
-            device=device,
-        )
-        symbolic.meta, symbolic.value, symbolic.recorder = meta, value, recorder
-        return symbolic
+    maker: _Recorder
+    value: tuple | None = None
 
     @property
     def data(self) -> Tensor:
@@ -145,7 +112,7 @@ class _Symbolic(Tensor):
         raise Unrecordable("an assignment to .data, which is no operator call")
 
     def register_hook(self, hook: Callable) -> Any:
-        self.recorder.note("register_hook", self.recorder.term(self), hook_term(hook))
+        self.maker.note("register_hook", self.maker.term(self), _hook_term(hook))
         return super().register_hook(hook)
 
     @classmethod
@@ -153,20 +120,21 @@ class _Symbolic(Tensor):
         raise Unrecordable(f"{func} of a tensor without data, {_KEPT}")
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(DatalessMode):
+    kind = _Symbolic
+
     def __init__(self, state: dict[str, Tensor], forms: Forms, halt: int | None) -> None:
-        super().__init__()
+        super().__init__(forms)
         self.calls: list[tuple] = []
-        self._forms, self._halt = forms, halt
+        self._halt = halt
         self._state: dict[int, tuple[str, int]] = {}  # storage -> the name of a tensor in it, and its version
         for name, tensor in state.items():
-            self._state.setdefault(storage(tensor), (name, version(tensor)))
+            self._state.setdefault(storage(tensor), (name, _version(tensor)))
         self._own: set[int] = set()  # storages that the model made itself just now, without images
         # By id, with the tensor, or another one would get its id.
         self._digests: dict[int, tuple[tuple, bytes, Tensor]] = {}
-        self._metas: dict[int, tuple[tuple, Tensor, Tensor]] = {}
         self._sharing: dict[int, list[weakref.ref[_Symbolic]]] = defaultdict(list)  # storage -> symbolic tensors in it
-        self._histories = Histories({key: name for key, (name, _) in self._state.items()})
+        self._histories = _Histories({key: name for key, (name, _) in self._state.items()})
 
     def note(self, *call: Any) -> None:
         """Add a call."""
@@ -179,87 +147,52 @@ class _Recorder(TorchDispatchMode):
         self.note(function, self.term(args), self.term(tuple(kwargs.items())))
         return run()
 
-    def new_value(self, meta: Tensor, device: torch.device, position: int) -> _Symbolic:
-        """Return a new symbolic tensor, a result of the last call."""
-        if meta.is_conj() or meta.is_neg():
-            raise Unrecordable("a lazy conjugate")
-        symbolic = _Symbolic(meta, device, (len(self.calls), position), self)
-        self._sharing[storage(meta)].append(weakref.ref(symbolic))
-        return symbolic
+    def number(self, symbolic: Any, value: tuple) -> None:
+        """Give a new symbolic tensor its number."""
+        symbolic.value = value
+        self._sharing[storage(symbolic)].append(weakref.ref(symbolic))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        operands = list(tensors((args, kwargs)))
-        symbolic = [t for t in operands if type(t) is _Symbolic]
-        if not all(g.recorder is self for g in symbolic):
-            raise Unrecordable(f"{func}: the model kept a tensor of an earlier call")
-        written: list[Any] = list(tensors(written_by(func, args, kwargs)))
+        operands = tensors((args, kwargs))
+        symbolic: list[Any] = [t for t in operands if type(t) is _Symbolic]
+        written: list[Any] = tensors(written_by(func, args, kwargs))
         if not all(type(t) is _Symbolic or storage(t) in self._own for t in written):
             raise Unrecordable(f"{func} writes into what was there before: a parameter, a buffer, a constant")
-        random = torch.Tag.nondeterministic_seeded in func.tags
+        if symbolic:
+            self.check(func, operands, written)
+        random = draws(func, args, kwargs)
+        terms: tuple = ()
+        if symbolic or random:
+            terms = self.term(args), self.term(tuple(kwargs.items())), *([drawn(args, kwargs)] if random else [])
         if not symbolic:
             if random:  # the numbers are the same only if they are drawn in the same order
-                self.note(str(func), self.term(args), self.term(tuple(kwargs.items())), drawn(args, kwargs))
+                self.note(str(func), *terms)
             result = func(*args, **kwargs)
             self._own |= {storage(t) for t in tensors(result)} - {storage(t) for t in operands}
             return result
-        if not all(type(t) is _Symbolic for t in written):
-            raise Unrecordable(f"{func} writes images into a constant")
-        if func is aten.alias.default:  # the same tensor; autograd takes one of a view that was written to
-            result = self.new_value(func(symbolic[0].meta), symbolic[0].device, 0)
-            result.value = symbolic[0].value
-            return result
-        same_type = same_types(func, operands, symbolic[0].device)
-        terms: tuple = self.term(args), self.term(tuple(kwargs.items()))
-        if random:
-            terms = *terms, drawn(args, kwargs)
-        if func is aten._fused_sdp_choice.default:
-            # What it chooses depends on the device. It never touches the memory.
-            args, kwargs = mapped((args, kwargs), lambda v: allocated_like(v) if isinstance(v, Tensor) else v)
-            return func(*args, **kwargs)
-        container, parts = self._result(func, args, kwargs)
-        # `x += y` and `x = x + y` compute the same, unless another type is cast back.
-        plain = written and same_type and not random
-        name = functional_name(func) if plain else str(func)
         differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+        one_type = len({t.dtype for t in operands}) == 1 and operands[0].is_floating_point()
+        result = self.result(func, args, kwargs, operands)
+        if func is aten._fused_sdp_choice.default:
+            return result
+        if func is aten.alias.default:  # the same tensor; autograd takes one of a view that was written to
+            self.number(result, symbolic[0].value)
+            return result
+        # `x += y` and `x = x + y` compute the same, unless another type is cast back.
+        name = _functional_name(func) if written and one_type and not random else str(func)
+        parts = result if isinstance(result, tuple | list) else [result]
         self.note(name, *terms, [layout_of(p) for p in parts], differentiated)
         self._write(written)
-        device = torch.device(kwargs.get("device") or symbolic[0].device)
-        own = {id(g.meta): g for g in symbolic}  # what an in-place call returns is its operand
-        fresh = iter(range(len(written), len(written) + len(parts)))
-        seen = [
-            p if not isinstance(p, Tensor) else own[id(p)] if id(p) in own else self.new_value(p, device, next(fresh))
-            for p in parts
-        ]
-        return seen[0] if container is None else container(seen)
-
-    def _result(self, func: Any, args: tuple, kwargs: dict) -> tuple[type | None, list[Any]]:
-        """Return what a call gives, on the meta device: its container, if any, and the parts in it."""
-        key = None
-        if not any(a.alias_info for a in (*func._schema.arguments, *func._schema.returns)):
-            # Remembered, because meta kernels are slow, batch norm's 3 ms: a ResNet-50 records in 0.03 s, not in 0.10.
-            key = func, layout_of(args), layout_of(tuple(kwargs.items()))
-            if key in self._forms:
-                container, forms = self._forms[key]
-                return container, [meta(*form[1:4]) if type(form) is tuple else form for form in forms]
-        given = kwargs | {"device": torch.device("meta")} if "device" in kwargs else kwargs
-        result = func(*mapped(args, self._stand_in), **mapped(given, self._stand_in))
-        if torch.Tag.inplace_view in func.tags:
-            change_shape(func, args, kwargs)
-        container = type(result) if isinstance(result, tuple | list) else None
-        parts = [result] if container is None else list(result)
-        if not all(p is None or isinstance(p, Tensor | int | float) for p in parts):
-            raise Unrecordable(f"{func} gives {type(result).__name__}")
-        if func in CONVOLUTIONS:
-            parts = [laid_out(result, func, args, kwargs)]
-        if key is not None:
-            self._forms[key] = container, [layout_of(p) if isinstance(p, Tensor) else p for p in parts]
-        return container, parts
+        fresh = (p for p in parts if type(p) is _Symbolic and p.value is None)
+        for position, part in enumerate(fresh, len(written)):
+            self.number(part, (len(self.calls), position))
+        return result
 
     def _write(self, written: list[_Symbolic]) -> None:
         """Number anew what the last call wrote, and what else lies in that memory."""
         for position, symbolic in enumerate(written):
-            for other in self._sharing[storage(symbolic.meta)]:
+            for other in self._sharing[storage(symbolic)]:
                 if (alias := other()) is not None:
                     alias.value = (len(self.calls), "through", alias.value)
             symbolic.value = (len(self.calls), position)
@@ -277,22 +210,62 @@ class _Recorder(TorchDispatchMode):
     def _named(self, tensor: Tensor) -> tuple:
         form = tensor.shape, tensor.stride(), tensor.dtype, tensor.device, *self._histories.of(tensor)
         name, at_start = self._state.get(storage(tensor), (None, None))
-        if name is not None and at_start == version(tensor):
+        if name is not None and at_start == _version(tensor):
             return name, tensor.storage_offset(), *form
-        before = storage(tensor), tensor.storage_offset(), version(tensor)
+        before = storage(tensor), tensor.storage_offset(), _version(tensor)
         known = self._digests.get(id(tensor))
         if known is None or known[0] != before or tensor.is_inference():
-            known = before, digest(tensor), tensor
+            known = before, _digest(tensor), tensor
             self._digests[id(tensor)] = known
         return known[1], *form
 
-    def _stand_in(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if type(value) is _Symbolic:
-            return value.meta
-        form = value.shape, value.stride(), value.dtype
-        known = self._metas.get(id(value))
-        if known is None or known[0] != form:
-            known = self._metas[id(value)] = form, meta(*form), value
-        return known[1]
+
+class _Histories:
+    """Describes the parts of autograd's graph that parameters alone are in.
+
+    Args:
+        names: Of parameters and buffers, by their storage.
+    """
+
+    def __init__(self, names: dict[int, str]) -> None:
+        self._names = names
+        self._known: dict[int, tuple[bytes, Any]] = {}  # by id of a node, with the node, or another would get its id
+
+    def of(self, tensor: Tensor) -> tuple:
+        """Return nothing for a tensor that wants no gradient, else its hooks and where its gradient goes."""
+        if not tensor.requires_grad:
+            return ()
+        hooks = tuple(map(_hook_term, (tensor._backward_hooks or {}).values()))
+        return (*hooks, b"" if tensor.grad_fn is None else self._digest(tensor.grad_fn))
+
+    def _digest(self, node: Any) -> bytes:
+        """Return what only nodes share that come from the same operators and parameters."""
+        if id(node) not in self._known:
+            leaf = getattr(node, "variable", None)
+            name = self._names.get(storage(leaf)) if isinstance(leaf, Tensor) else None
+            sources = [None if n is None else (self._digest(n), index) for n, index in node.next_functions]
+            description = f"{type(node).__module__}.{type(node).__qualname__}", node.name(), name, sources
+            self._known[id(node)] = hashlib.sha256(repr(description).encode()).digest(), node
+        return self._known[id(node)][0]
+
+
+def _hook_term(hook: Any) -> Any:
+    """Return what stands for a tensor hook: a function that is defined anew at each call is the same."""
+    if type(hook) is not types.FunctionType:
+        return hook
+    return hook.__code__, hook.__defaults__, tuple(cell.cell_contents for cell in hook.__closure__ or ())
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was written to, as far as torch counts it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _digest(tensor: Tensor) -> bytes:
+    """Return what only tensors of the same values share."""
+    return hashlib.sha256(tensor_bytes(tensor.detach().resolve_conj().resolve_neg())).digest()
+
+
+def _functional_name(func: Any) -> str:
+    """Return the name of the call that gives what ``func`` writes."""
+    return f"{func._schema.name.replace('::', '.').removesuffix('_')}.{func._overloadname}"

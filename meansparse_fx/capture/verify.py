@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..dataless import Forms
 from ..errors import CaptureError
 from ..hooks import hint_of_hooks, may_keep
 from ..outputs import difference, flatten
@@ -27,9 +28,8 @@ from ..state import kept_buffers, kept_parameters
 from .copies import copied, state_of
 from .counting import ActivationCounter, WrittenOut, count_activations, hides_an_activation
 from .derivatives import applied_functions, without_checkpoints
-from .dispatched import generator_state
-from .randomness import check_drawn_anew, check_unused, put_back
-from .recording import Forms, Halted, Recording, record
+from .randomness import check_drawn_anew, check_unused, generator_state, put_back
+from .recording import Halted, Recording, record
 
 _HERE, _TORCH, _FX = (f"{Path(file).parent}/" for file in (__file__, torch.__file__, fx.__file__))
 _DYNAMO = f"{_TORCH}_dynamo/"  # around everything that is compiled no more
