@@ -135,7 +135,7 @@ def _differentiate(
 ) -> Sequence[Tensor | None]:
     """Return the gradients as `Call.backward` does, by differentiating the reference: themselves differentiable."""
     operator, source = call.operator, call.source
-    options = operator.options
+    options, dim = operator.options, operator.options.channel_dim
     if source == "result":  # whose derivative by y is zero wherever there is one
         options, from_sum = operator.for_backward(source)
         return composition.backward(x.detach(), grad, None, None, vectors, options, from_sum, wanted)
@@ -148,7 +148,8 @@ def _differentiate(
         grad_v, *grad_weight = torch.autograd.grad(y, leaves, grad.to(y.dtype), create_graph=again)
         if grad_sum is not None:
             grad_v = grad_v + grad_sum
-        grad_x = reference.sum_gradient(grad_v, vectors, options)
+        scales = vectors.layer_scale, reference.folded(vectors, options).input_weight
+        grad_x = reference.scaled(reference.scaled(grad_v, scales[0], dim), scales[1], dim)
     return grad_x.to(x.dtype), grad_v.to(x.dtype), grad_weight[0] if wanted.weight else None
 
 

@@ -22,14 +22,14 @@ from torch import Tensor
 from .records import Options, Vectors
 from .reference import (
     ACTIVATIONS,
-    norm_gradient,
+    folded,
     normed,
     parameters,
     residual_sum,
+    scaled,
     shaped,
     smooth_gate,
     smooth_gate_derivative,
-    sum_gradient,
     widened,
 )
 
@@ -88,6 +88,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Return y, and v if it is wanted, in the dtype and memory format of x; arguments as in `reference.operator`."""
     dim = options.channel_dim
+    vectors = folded(vectors, options)
     v, rounded = residual_sum(x, residual, vectors, options), None
     if options.want_sum:
         rounded = v.clone() if v is x else _in_dtype(v, x.dtype)
@@ -133,13 +134,14 @@ def backward(
         grad_sum: Of v, where that is a result that somebody read.
         from_sum: x is not x but v, or what stands for v.
     """
+    dim, vectors = options.channel_dim, folded(vectors, options)
     v = widened(x) if from_sum else residual_sum(x, residual, vectors, options)
     u = normed(v, vectors.sum_norm, options.sum_eps)
     grad_u, grad_weight = _activation_gradient(widened(grad), u, vectors, options, wanted.weight)
-    grad_v = norm_gradient(grad_u, vectors.sum_norm, options.sum_eps)
+    grad_v = scaled(grad_u, vectors.sum_weight, dim)
     if grad_sum is not None:
         grad_v = grad_v + grad_sum
-    grad_x = sum_gradient(grad_v, vectors, options).to(x.dtype)
+    grad_x = scaled(scaled(grad_v, vectors.layer_scale, dim), vectors.input_weight, dim).to(x.dtype)
     return Gradients(grad_x, grad_v.to(x.dtype) if wanted.v else None, grad_weight)
 
 

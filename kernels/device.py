@@ -96,42 +96,42 @@ def load_channel(ptr, index, CHANNELS: tl.constexpr, STRIDE: tl.constexpr = 1):
 
 
 @triton.jit
-def scaled(v, scale_ptr, index, CHANNELS: tl.constexpr):
-    """v * scale per channel, where the pointer is given."""
-    if scale_ptr is not None:
-        v = v * load_channel(scale_ptr, index, CHANNELS)
-    return v
-
-
-@triton.jit
-def norm_gradient(grad, variance_ptr, weight_ptr, eps, index, CHANNELS: tl.constexpr):
-    """grad * weight / sqrt(variance + eps) per channel, where the pointers are given."""
-    if variance_ptr is not None:
-        scale = tl.rsqrt(load_channel(variance_ptr, index, CHANNELS) + eps)
-        grad = grad * scaled(scale, weight_ptr, index, CHANNELS)
-    return grad
-
-
-@triton.jit
-def normed(v, mean_ptr, variance_ptr, weight_ptr, bias_ptr, eps, index, CHANNELS: tl.constexpr):
-    """(v - mean) * weight / sqrt(variance + eps) + bias per channel, where the pointers are given."""
-    if mean_ptr is not None:
-        v = norm_gradient(v - load_channel(mean_ptr, index, CHANNELS), variance_ptr, weight_ptr, eps, index, CHANNELS)
+def norm_of_channel(mean_ptr, variance_ptr, weight_ptr, bias_ptr, eps, channel):
+    """Scale and shift of a batch norm at some channels, in float32."""
+    scale = tl.rsqrt(tl.load(variance_ptr + channel).to(tl.float32) + eps)
+    if weight_ptr is not None:
+        scale = scale * tl.load(weight_ptr + channel).to(tl.float32)
+    shift = -tl.load(mean_ptr + channel).to(tl.float32) * scale
     if bias_ptr is not None:
-        v = v + load_channel(bias_ptr, index, CHANNELS)
-    return v
+        shift = shift + tl.load(bias_ptr + channel).to(tl.float32)
+    return scale, shift
 
 
 @triton.jit
-def residual_sum(
-    x, residual_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, eps, layer_scale_ptr, index, offsets, mask,
-    CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """v in float32: batch norm, LayerScale, residual sum, each where its pointer is given."""
-    v = normed(x.to(tl.float32), mean_ptr, variance_ptr, weight_ptr, bias_ptr, eps, index, CHANNELS)
-    v = scaled(v, layer_scale_ptr, index, CHANNELS)
-    if residual_ptr is not None:
-        v = v + tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+def load_norm(mean_ptr, variance_ptr, weight_ptr, bias_ptr, eps, index, CHANNELS: tl.constexpr):
+    """Scale and shift of a batch norm, broadcastable against the elements; None where its pointers are.
+
+    Here and not before, because then no copy of them can be out of date: in a replayed graph, on another stream, after
+    a write that nothing counts.
+    """
+    scale = None
+    shift = None
+    if mean_ptr is not None:
+        channel, following, crosses = index
+        scale, shift = norm_of_channel(mean_ptr, variance_ptr, weight_ptr, bias_ptr, eps, channel)
+        if CHANNELS == "pair":
+            other = norm_of_channel(mean_ptr, variance_ptr, weight_ptr, bias_ptr, eps, following)
+            scale, shift = tl.where(crosses, other[0], scale), tl.where(crosses, other[1], shift)
+    return scale, shift
+
+
+@triton.jit
+def affine(v, scale, shift):
+    """v * scale + shift, each where it is there."""
+    if scale is not None:
+        v = v * scale
+    if shift is not None:
+        v = v + shift
     return v
 
 

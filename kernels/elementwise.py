@@ -19,14 +19,12 @@ import triton
 import triton.language as tl
 
 from .device import (
+    affine,
     channel_index,
     load_channel,
-    norm_gradient,
-    normed,
+    load_norm,
     part_of_tensor,
     place_in_slabs,
-    residual_sum,
-    scaled,
     sparsify,
     sparsify_gradient,
 )
@@ -63,16 +61,22 @@ def forward_kernel(
         centre = load_channel(centre_ptr, channel, CHANNELS)
         threshold = load_channel(threshold_ptr, channel, CHANNELS)
         weight = load_channel(weight_ptr, channel, CHANNELS, WEIGHT_STRIDE)
-        v = residual_sum(
-            x, residual_ptr, input_mean_ptr, input_variance_ptr, input_weight_ptr, input_bias_ptr, input_eps,
-            layer_scale_ptr, channel, offsets, mask, CHANNELS,
-        )  # fmt: skip
+        input_scale, input_shift = load_norm(
+            input_mean_ptr, input_variance_ptr, input_weight_ptr, input_bias_ptr, input_eps, channel, CHANNELS
+        )
+        v = affine(x.to(tl.float32), input_scale, input_shift)
+        v = affine(v, load_channel(layer_scale_ptr, channel, CHANNELS), None)
+        if residual_ptr is not None:
+            v += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if sum_ptr is not None:
             # The caller sees v in its own dtype, so y is the function of exactly that.
             rounded = v.to(sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + offsets, rounded, mask=mask)
             v = rounded.to(tl.float32)
-        u = normed(v, sum_mean_ptr, sum_variance_ptr, sum_weight_ptr, sum_bias_ptr, sum_eps, channel, CHANNELS)
+        sum_scale, sum_shift = load_norm(
+            sum_mean_ptr, sum_variance_ptr, sum_weight_ptr, sum_bias_ptr, sum_eps, channel, CHANNELS
+        )
+        u = affine(v, sum_scale, sum_shift)
         y = ACTIVATION(sparsify(u, centre, threshold, steepness, VARIANT), u, weight, A, B)[0]
         if shortcut_ptr is not None:
             y += tl.load(shortcut_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -106,23 +110,28 @@ def backward_kernel(
         centre = load_channel(centre_ptr, channel, CHANNELS)
         threshold = load_channel(threshold_ptr, channel, CHANNELS)
         weight = load_channel(weight_ptr, channel, CHANNELS, WEIGHT_STRIDE)
+        input_scale, input_shift = load_norm(
+            input_mean_ptr, input_variance_ptr, input_weight_ptr, input_bias_ptr, input_eps, channel, CHANNELS
+        )
+        layer_scale = load_channel(layer_scale_ptr, channel, CHANNELS)
         v = x.to(tl.float32)
         if not FROM_SUM:
-            v = residual_sum(
-                x, residual_ptr, input_mean_ptr, input_variance_ptr, input_weight_ptr, input_bias_ptr, input_eps,
-                layer_scale_ptr, channel, offsets, mask, CHANNELS,
-            )  # fmt: skip
-        u = normed(v, sum_mean_ptr, sum_variance_ptr, sum_weight_ptr, sum_bias_ptr, sum_eps, channel, CHANNELS)
+            v = affine(affine(v, input_scale, input_shift), layer_scale, None)
+            if residual_ptr is not None:
+                v += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        sum_scale, sum_shift = load_norm(
+            sum_mean_ptr, sum_variance_ptr, sum_weight_ptr, sum_bias_ptr, sum_eps, channel, CHANNELS
+        )
+        u = affine(v, sum_scale, sum_shift)
         s = u  # exact, and not the smooth variant: s differs from u only where the gradient is zero
         if BACKWARD != "exact" or VARIANT == "smooth":
             s = sparsify(u, centre, threshold, steepness, VARIANT)
         grad_s = ACTIVATION(s, grad, weight, A, B)[1]
         grad_u = sparsify_gradient(grad_s, u, centre, threshold, gate_steepness, VARIANT, BACKWARD)
-        grad_v = norm_gradient(grad_u, sum_variance_ptr, sum_weight_ptr, sum_eps, channel, CHANNELS)
+        grad_v = affine(grad_u, sum_scale, None)
         if grad_sum_ptr is not None:
             grad_v += tl.load(grad_sum_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if grad_v_ptr is not None:
             tl.store(grad_v_ptr + offsets, grad_v.to(grad_v_ptr.dtype.element_ty), mask=mask)
-        grad_x = scaled(grad_v, layer_scale_ptr, channel, CHANNELS)
-        grad_x = norm_gradient(grad_x, input_variance_ptr, input_weight_ptr, input_eps, channel, CHANNELS)
+        grad_x = affine(affine(grad_v, layer_scale, None), input_scale, None)
         tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)

@@ -158,18 +158,25 @@ def scaled(v: Tensor, scale: Tensor | None, channel_dim: int) -> Tensor:
 
 
 def normed(v: Tensor, norm: Norm, eps: float) -> Tensor:
-    """Return a batch norm of v, whose channels are dimension 1; v itself without one."""
+    """Return a batch norm of v, whose channels are dimension 1, given as it is or `folded`; v itself without one."""
     mean, variance, weight, bias = (t if t is None else t.to(v.dtype) for t in norm)
-    return v if mean is None else F.batch_norm(v, mean, variance, weight, bias, False, 0.0, eps)
+    if mean is not None:
+        return F.batch_norm(v, mean, variance, weight, bias, False, 0.0, eps)
+    return v if bias is None else torch.addcmul(shaped(bias, v, 1), v, shaped(weight, v, 1))
 
 
-def norm_gradient(grad: Tensor, norm: Norm, eps: float) -> Tensor:
-    """Return the gradient of what `normed` was given."""
-    _, variance, weight, _ = (t if t is None else t.to(grad.dtype) for t in norm)
-    if variance is None:
-        return grad
+def folded(vectors: Vectors, options: Options) -> Vectors:
+    """Return the vectors with norms as scale and shift, in the places of their weight and bias."""
+    norms = (vectors.input_norm, options.input_eps), (vectors.sum_norm, options.sum_eps)
+    input_norm, sum_norm = (norm if norm[0] is None else _folded(norm, eps) for norm, eps in norms)
+    return Vectors(*vectors[:3], *input_norm, vectors.layer_scale, *sum_norm)
+
+
+def _folded(norm: Norm, eps: float) -> Norm:
+    mean, variance, weight, bias = (t if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in norm)
     scale = torch.rsqrt(variance + eps)
-    return grad * per_channel(scale if weight is None else scale * weight, grad.dim(), 1)
+    scale = scale if weight is None else scale * weight
+    return None, None, scale, -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
 
 
 def residual_sum(x: Tensor, residual: Tensor | None, vectors: Vectors, options: Options) -> Tensor:
@@ -177,11 +184,6 @@ def residual_sum(x: Tensor, residual: Tensor | None, vectors: Vectors, options: 
     v = normed(widened(x), vectors.input_norm, options.input_eps)
     v = scaled(v, vectors.layer_scale, options.channel_dim)
     return v if residual is None else v + widened(residual)
-
-
-def sum_gradient(grad: Tensor, vectors: Vectors, options: Options) -> Tensor:
-    """Return the gradient of x by that of v."""
-    return norm_gradient(scaled(grad, vectors.layer_scale, options.channel_dim), vectors.input_norm, options.input_eps)
 
 
 def inside_band(x: Tensor, centre: Tensor, threshold: Tensor) -> Tensor:
