@@ -96,33 +96,47 @@ def load_channel(ptr, index, CHANNELS: tl.constexpr, STRIDE: tl.constexpr = 1):
 
 
 @triton.jit
-def norm_of_channel(mean_ptr, variance_ptr, weight_ptr, bias_ptr, eps, channel):
-    """Scale and shift of a batch norm at some channels, in float32."""
+def scale_of_channel(variance_ptr, weight_ptr, eps, channel):
     scale = tl.rsqrt(tl.load(variance_ptr + channel).to(tl.float32) + eps)
     if weight_ptr is not None:
         scale = scale * tl.load(weight_ptr + channel).to(tl.float32)
-    shift = -tl.load(mean_ptr + channel).to(tl.float32) * scale
-    if bias_ptr is not None:
-        shift = shift + tl.load(bias_ptr + channel).to(tl.float32)
-    return scale, shift
+    return scale
 
 
 @triton.jit
-def load_norm(mean_ptr, variance_ptr, weight_ptr, bias_ptr, eps, index, CHANNELS: tl.constexpr):
-    """Scale and shift of a batch norm, broadcastable against the elements; None where its pointers are.
+def shift_of_channel(mean_ptr, variance_ptr, weight_ptr, bias_ptr, eps, channel):
+    shift = -tl.load(mean_ptr + channel).to(tl.float32) * scale_of_channel(variance_ptr, weight_ptr, eps, channel)
+    if bias_ptr is not None:
+        shift = shift + tl.load(bias_ptr + channel).to(tl.float32)
+    return shift
 
-    Here and not before, because then no copy of them can be out of date: in a replayed graph, on another stream, after
-    a write that nothing counts.
+
+@triton.jit
+def norm_scale(variance_ptr, weight_ptr, eps, index, CHANNELS: tl.constexpr):
+    """A batch norm's scale, weight / sqrt(variance + eps) or, folded, the weight alone; None without a norm.
+
+    Computed in every program: no copy of it can be out of date in a replayed graph, or on another stream.
     """
-    scale = None
-    shift = None
+    scale = load_channel(weight_ptr, index, CHANNELS)
+    if variance_ptr is not None:
+        channel, following, crosses = index
+        scale = scale_of_channel(variance_ptr, weight_ptr, eps, channel)
+        if CHANNELS == "pair":
+            scale = tl.where(crosses, scale_of_channel(variance_ptr, weight_ptr, eps, following), scale)
+    return scale
+
+
+@triton.jit
+def norm_shift(mean_ptr, variance_ptr, weight_ptr, bias_ptr, eps, index, CHANNELS: tl.constexpr):
+    """A batch norm's shift, bias - mean * scale or, folded, the bias alone; None without a norm."""
+    shift = load_channel(bias_ptr, index, CHANNELS)
     if mean_ptr is not None:
         channel, following, crosses = index
-        scale, shift = norm_of_channel(mean_ptr, variance_ptr, weight_ptr, bias_ptr, eps, channel)
+        shift = shift_of_channel(mean_ptr, variance_ptr, weight_ptr, bias_ptr, eps, channel)
         if CHANNELS == "pair":
-            other = norm_of_channel(mean_ptr, variance_ptr, weight_ptr, bias_ptr, eps, following)
-            scale, shift = tl.where(crosses, other[0], scale), tl.where(crosses, other[1], shift)
-    return scale, shift
+            other = shift_of_channel(mean_ptr, variance_ptr, weight_ptr, bias_ptr, eps, following)
+            shift = tl.where(crosses, other, shift)
+    return shift
 
 
 @triton.jit

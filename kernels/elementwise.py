@@ -22,7 +22,8 @@ from .device import (
     affine,
     channel_index,
     load_channel,
-    load_norm,
+    norm_scale,
+    norm_shift,
     part_of_tensor,
     place_in_slabs,
     sparsify,
@@ -61,7 +62,8 @@ def forward_kernel(
         centre = load_channel(centre_ptr, channel, CHANNELS)
         threshold = load_channel(threshold_ptr, channel, CHANNELS)
         weight = load_channel(weight_ptr, channel, CHANNELS, WEIGHT_STRIDE)
-        input_scale, input_shift = load_norm(
+        input_scale = norm_scale(input_variance_ptr, input_weight_ptr, input_eps, channel, CHANNELS)
+        input_shift = norm_shift(
             input_mean_ptr, input_variance_ptr, input_weight_ptr, input_bias_ptr, input_eps, channel, CHANNELS
         )
         v = affine(x.to(tl.float32), input_scale, input_shift)
@@ -73,9 +75,8 @@ def forward_kernel(
             rounded = v.to(sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + offsets, rounded, mask=mask)
             v = rounded.to(tl.float32)
-        sum_scale, sum_shift = load_norm(
-            sum_mean_ptr, sum_variance_ptr, sum_weight_ptr, sum_bias_ptr, sum_eps, channel, CHANNELS
-        )
+        sum_scale = norm_scale(sum_variance_ptr, sum_weight_ptr, sum_eps, channel, CHANNELS)
+        sum_shift = norm_shift(sum_mean_ptr, sum_variance_ptr, sum_weight_ptr, sum_bias_ptr, sum_eps, channel, CHANNELS)
         u = affine(v, sum_scale, sum_shift)
         y = ACTIVATION(sparsify(u, centre, threshold, steepness, VARIANT), u, weight, A, B)[0]
         if shortcut_ptr is not None:
@@ -110,7 +111,8 @@ def backward_kernel(
         centre = load_channel(centre_ptr, channel, CHANNELS)
         threshold = load_channel(threshold_ptr, channel, CHANNELS)
         weight = load_channel(weight_ptr, channel, CHANNELS, WEIGHT_STRIDE)
-        input_scale, input_shift = load_norm(
+        input_scale = norm_scale(input_variance_ptr, input_weight_ptr, input_eps, channel, CHANNELS)
+        input_shift = norm_shift(
             input_mean_ptr, input_variance_ptr, input_weight_ptr, input_bias_ptr, input_eps, channel, CHANNELS
         )
         layer_scale = load_channel(layer_scale_ptr, channel, CHANNELS)
@@ -119,9 +121,8 @@ def backward_kernel(
             v = affine(affine(v, input_scale, input_shift), layer_scale, None)
             if residual_ptr is not None:
                 v += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        sum_scale, sum_shift = load_norm(
-            sum_mean_ptr, sum_variance_ptr, sum_weight_ptr, sum_bias_ptr, sum_eps, channel, CHANNELS
-        )
+        sum_scale = norm_scale(sum_variance_ptr, sum_weight_ptr, sum_eps, channel, CHANNELS)
+        sum_shift = norm_shift(sum_mean_ptr, sum_variance_ptr, sum_weight_ptr, sum_bias_ptr, sum_eps, channel, CHANNELS)
         u = affine(v, sum_scale, sum_shift)
         s = u  # exact, and not the smooth variant: s differs from u only where the gradient is zero
         if BACKWARD != "exact" or VARIANT == "smooth":

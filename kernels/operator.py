@@ -108,7 +108,7 @@ class Operator:
         # other side of the band's edge, unless x itself is u.
         x_is_u = not has_residual and all(vector is None for vector in vectors[3:])
         unrounded = x_is_u or dtype in (torch.float32, torch.float64)
-        plain = vectors.sum_mean is None and composition.gradient_from_output(options)
+        plain = not vectors.has_sum_norm and composition.gradient_from_output(options)
         return "result" if plain and unrounded else "input"
 
     def for_backward(self, source: str) -> tuple[Options, bool]:
@@ -210,7 +210,7 @@ def _check(vectors: Vectors, options: Options) -> None:
     for name, known in (("variant", reference.VARIANTS), ("backward", reference.BACKWARDS)):
         if getattr(options, name) not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(options, name)!r}")
-    if options.channel_dim != 1 and (vectors.input_mean is not None or vectors.sum_mean is not None):
+    if options.channel_dim != 1 and (vectors.has_input_norm or vectors.has_sum_norm):
         raise ValueError(f"batch norms have their channels at dim 1, the operator at dim {options.channel_dim}")
     channels = vectors.centre.numel()
     for name, vector in zip(Vectors._fields, vectors, strict=True):

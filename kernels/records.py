@@ -21,7 +21,8 @@ class Vectors(NamedTuple):
     Attributes:
         centre, threshold: The band, in the units of u.
         weight: The activation's learned slope, ``[C]`` or ``[1]``.
-        input_mean, input_variance, input_weight, input_bias: Of a batch norm of x in eval mode, the last two or none.
+        input_mean, input_variance, input_weight, input_bias: Of a batch norm of x in eval mode, the last two or none;
+            or folded, the last two alone: scale and shift.
         layer_scale: Of a LayerScale after it.
         sum_mean, sum_variance, sum_weight, sum_bias: Of a batch norm of v.
     """
@@ -52,7 +53,17 @@ class Vectors(NamedTuple):
     @property
     def scaled(self) -> bool:
         """Whether x is scaled on its way into v; else its gradient is the residual's, and one tensor serves as both."""
-        return self.input_mean is not None or self.layer_scale is not None
+        return self.has_input_norm or self.layer_scale is not None
+
+    @property
+    def has_input_norm(self) -> bool:
+        """Whether there is a norm of x."""
+        return self.input_mean is not None or self.input_weight is not None
+
+    @property
+    def has_sum_norm(self) -> bool:
+        """Whether there is a norm of v."""
+        return self.sum_mean is not None or self.sum_weight is not None
 
     @property
     def gapped(self) -> bool:

@@ -166,13 +166,18 @@ def normed(v: Tensor, norm: Norm, eps: float) -> Tensor:
 
 
 def folded(vectors: Vectors, options: Options) -> Vectors:
-    """Return the vectors with norms as scale and shift, in the places of their weight and bias."""
-    norms = (vectors.input_norm, options.input_eps), (vectors.sum_norm, options.sum_eps)
-    input_norm, sum_norm = (norm if norm[0] is None else _folded(norm, eps) for norm, eps in norms)
+    """Return the vectors with their norms folded."""
+    input_norm, sum_norm = vectors.input_norm, vectors.sum_norm
+    if input_norm[0] is None and sum_norm[0] is None:
+        return vectors
+    input_norm, sum_norm = folded_norm(input_norm, options.input_eps), folded_norm(sum_norm, options.sum_eps)
     return Vectors(*vectors[:3], *input_norm, vectors.layer_scale, *sum_norm)
 
 
-def _folded(norm: Norm, eps: float) -> Norm:
+def folded_norm(norm: Norm, eps: float) -> Norm:
+    """Return a norm as scale and shift in the places of its weight and bias, float32 or wider; or as it is, if none."""
+    if norm[0] is None:
+        return norm
     mean, variance, weight, bias = (t if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in norm)
     scale = torch.rsqrt(variance + eps)
     scale = scale if weight is None else scale * weight

@@ -65,11 +65,11 @@ def _unfused(operator: Callable[[Tensor, Region], Tensor], activates: bool = Fal
 
     def form(region: Region, inputs: list[Tensor]) -> Results:
         vectors, options = region.vectors, region.options
-        v = inputs[0] if vectors.input_mean is None else _normed(inputs[0], vectors.input_mean)
+        v = inputs[0] if not vectors.has_input_norm else _normed(inputs[0], vectors.input_mean)
         if vectors.layer_scale is not None:
             v = v * per_channel(vectors.layer_scale, v.dim(), options.channel_dim)
         v = v + inputs[1] if region.residual else v
-        y = operator(v if vectors.sum_mean is None else _normed(v, vectors.sum_mean), region)
+        y = operator(v if not vectors.has_sum_norm else _normed(v, vectors.sum_mean), region)
         if not activates:
             y = _activated(y, region, y is not inputs[0])
         y = y + inputs[-1] if region.shortcut else y

@@ -183,7 +183,7 @@ def cost(model: nn.Module, images: Tensor, placement: Placement | str | None = N
         region = _region(node, operator, shapes[operator.name], dtype)
         v = region.vectors
         before = fused_parts(
-            v.input_mean is not None, v.layer_scale is not None, region.residual, v.sum_mean is not None,
+            v.has_input_norm, v.layer_scale is not None, region.residual, v.has_sum_norm,
             region.shortcut, region.options.want_sum,
         )  # fmt: skip
         sites.append(SiteCost(operator.name, before, {name: _counted(form, region) for name, form in FORMS.items()}))
