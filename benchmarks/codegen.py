@@ -115,7 +115,7 @@ def compile_case(case: Case) -> triton.compiler.CompiledKernel:
             attributes[(at,)] = [["tt.divisibility", 16]]
         else:
             wide = name.endswith("_multiplier")
-            signature[name] = "fp32" if name.endswith(("steepness", "eps")) else "i64" if wide else "i32"
+            signature[name] = "fp32" if name.endswith(("steepness", "_eps")) else "i64" if wide else "i32"
     source = ASTSource(function, signature, constexprs, attributes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of compute capabilities that a later Triton drops

@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 import meansparse_fx as msfx
 from meansparse_fx.errors import StateError
+from meansparse_fx.frozen import FrozenNorm, Prologue
 from meansparse_fx.nn import MeanSparse
 from meansparse_fx.sites.ops import Operators
 from tests.models import Functional
@@ -291,6 +292,20 @@ def test_a_norm_that_is_written_to_counts(model, images, write):
             if key.endswith("running_var"):
                 write(buffer)
     torch.testing.assert_close(fused(images), plain(images), rtol=1e-9, atol=1e-11)
+
+
+def test_elsewhere_than_on_a_cpu_kernels_read_the_parameters_themselves():
+    norm = nn.BatchNorm2d(3, device="meta").eval().requires_grad_(False)
+    own = MeanSparse("site", 3, 1).to("meta")
+    own.prologue = Prologue(FrozenNorm(norm))
+    bound = own._operator(None, True, None)
+    state = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    assert all(read is held for read, held in zip(bound.vectors.input_norm, state, strict=True))
+    assert own._operator(None, True, None) is bound
+    weight = norm.weight
+    norm.half()
+    assert norm.weight is weight
+    assert own._operator(None, True, None) is not bound, "which was bound to float32"
 
 
 def norms(sparse):

@@ -231,6 +231,14 @@ def test_what_broadcasts_is_added_to_every_image(name):
     torch.testing.assert_close(*results)
 
 
+def test_a_norm_written_to_before_backward_is_noticed():
+    (x, *_, vectors), *_ = case(("input_norm",), (3, 4, 5, 2), torch.float32)
+    y = Operator(vectors, Options(1, "silu"))(x.requires_grad_())
+    vectors.input_variance.mul_(2)
+    with pytest.raises(RuntimeError, match="a norm or a LayerScale were changed between a forward pass and its"):
+        y.sum().backward()
+
+
 def test_what_belongs_together_is_checked_once_and_by_name():
     (x, residual, _, vectors), *_ = case(("residual",), (3, 4, 5, 2), torch.float32)
     with pytest.raises(ValueError, match="input_mean has 3 elements for 4 channels"):

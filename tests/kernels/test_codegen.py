@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,22 @@ def test_relu_waits_for_memory(codes) -> None:
         if code["activation"] == "relu" and code["kernel"] in ("forward", "backward"):
             plain = code["variant"] == "mean" and code["backward"] == "exact"
             assert code["instructions_per_element"] < (22 if plain else 55), label(code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["forward+norm+residual", "backward+norm+residual", "moments+activation"])
+@pytest.mark.parametrize("form", ["rows", "columns"])
+def test_offsets_beyond_2_to_31_are_of_64_bits(kernel, form, monkeypatch) -> None:
+    """And no product of 32 bits, which may have overflowed, is widened."""
+    pytest.importorskip("triton")
+    from benchmarks import codegen
+
+    for shape, bits in (((64, 256, 56, 56), 32), ((2100, 1000, 32, 32), 64)):
+        monkeypatch.setitem(codegen.LAYOUTS, form, shape)
+        ir = codegen.compile_case(codegen.Case(kernel, "relu", "bf16", form, "sm_90")).asm["ttir"]
+        accesses = re.findall(r"tt\.addptr .*: tensor<\S*!tt\.ptr<bf16>>, tensor<\S*x(i\d+)>", ir)
+        assert accesses
+        assert set(accesses) == {f"i{bits}"}
+        makers = dict(re.findall(r"(%\w+)(?::\d+)? = (\S+)", ir))
+        widened = {makers.get(name) for name in re.findall(r"arith\.extsi (%\w+) : tensor", ir)}
+        assert "arith.muli" not in widened

@@ -484,6 +484,17 @@ def test_a_replayed_model_reads_alpha_and_images_as_they_are_by_then(case):
         case.compare(replay(), alpha=alpha)
 
 
+def test_a_replayed_model_reads_its_norm_as_it_is_by_then(case):
+    replay = captured(case.found)
+    case.compare(replay())
+    for model in (case.net, case.sparse):
+        norm = model.get_submodule("norm")
+        norm.weight.data.mul_(0.9)  # which autograd does not count
+        norm.running_var.data.add_(0.1)
+    case.compare(replay())
+    case.check()
+
+
 def test_copies_and_pickles_are_models_of_their_own(case):
     case.check()
     for copied in (copy.deepcopy(case.sparse), pickle.loads(pickle.dumps(case.sparse))):

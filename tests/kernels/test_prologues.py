@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meansparse_fx.kernels import reference
+from meansparse_fx.kernels.operator import Operator
 from meansparse_fx.kernels.records import Options, Vectors
 
 from . import calls
@@ -105,6 +107,28 @@ def test_prologue(case) -> None:
     grads = calls.backward(case.grad_y, case.x, case.vectors, SILU, case.residual, want_grad_sum=True)
     assert_close(grads.x, case.grad_x, case.rtol)
     assert_close(grads.v, case.v.grad, case.rtol)
+
+
+@pytest.mark.parametrize("names", ["input_norm"], indirect=True)
+def test_a_norm_is_read_at_each_call(case) -> None:
+    """Also what no version counts, and in half precision; folded it is the same norm."""
+    vectors = Vectors(*case.vectors[:7])
+    own = Operator(vectors, SILU, "triton")
+    own(case.x)
+    vectors.input_variance.data.mul_(4).add_(1)
+    vectors.input_mean.data.zero_()
+    narrow = vectors._replace(input_weight=vectors.input_weight.bfloat16(), input_bias=None)
+    for given in (vectors, narrow):
+        _, variance, weight, bias = (0 if v is None else v.double().view(1, -1, 1, 1) for v in given.input_norm)
+        u = case.x.double() / (variance + SILU.input_eps).sqrt() * weight + bias
+        centre, threshold = (v.double().view(1, -1, 1, 1) for v in vectors[:2])
+        distance = (u - centre).abs()
+        far = (distance - threshold).abs() > 1e-5
+        expected = F.silu(torch.where(distance <= threshold, centre, u))
+        same = own if given is vectors else Operator(given, SILU, "triton")
+        folded = Operator(reference.folded(given, SILU), SILU, "triton")
+        for found in (same(case.x), folded(case.x)):
+            assert_close(found[far], expected[far], case.rtol)
 
 
 def test_the_sum_as_a_second_output(case) -> None:
