@@ -159,9 +159,9 @@ def scaled(v: Tensor, scale: Tensor | None, channel_dim: int) -> Tensor:
 
 def normed(v: Tensor, norm: Norm, eps: float) -> Tensor:
     """Return a batch norm of v, whose channels are dimension 1, given as it is or `folded`; v itself without one."""
-    mean, variance, weight, bias = (t if t is None else t.to(v.dtype) for t in norm)
+    mean, _, weight, bias = norm
     if mean is not None:
-        return F.batch_norm(v, mean, variance, weight, bias, False, 0.0, eps)
+        return F.batch_norm(v, *[t if t is None else t.to(v.dtype) for t in norm], False, 0.0, eps)
     return v if bias is None else torch.addcmul(shaped(bias, v, 1), v, shaped(weight, v, 1))
 
 

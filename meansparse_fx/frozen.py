@@ -17,6 +17,7 @@ from .kernels.lowering import is_followed
 from .kernels.records import Norm
 from .kernels.reference import folded_norm
 
+_NONE: tuple[Norm, float] = (None, None, None, None), 1e-5
 _STATE = ("running_mean", "running_var", "weight", "bias")
 WANT_GRADIENTS = 'want gradients now, and get none: requires_grad_(False), or transform with fuse="activation"'
 
@@ -62,14 +63,8 @@ class FrozenNorm:
         self._state: list = []
         self._folded: Norm = ()
 
-    @property
-    def eps(self) -> float:
-        """What is added to the variance now."""
-        eps: Any = self.module.eps if self._eps is None else self._eps
-        return float(eps)
-
-    def vectors(self, site: str) -> Norm:
-        """Return mean, variance, weight and bias ``[C]``, or on a CPU the norm folded, which is kept.
+    def read(self, site: str) -> tuple[Norm, float]:
+        """Return mean, variance, weight and bias ``[C]``, or on a CPU the norm folded, which is kept; and its eps.
 
         Raises:
             StateError: The norm would use the batch's statistics, or its parameters want gradients; names the site.
@@ -88,21 +83,23 @@ class FrozenNorm:
         wanted = (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
         if wanted and torch.is_grad_enabled():
             raise StateError(f"{site}: the parameters of the batch norm fused into it {WANT_GRADIENTS}")
+        eps: Any = module.eps if self._eps is None else self._eps
+        eps = float(eps)
         if not mean.is_cpu or torch.compiler.is_compiling() or is_followed():
-            return found
+            return found, eps
         # Folding costs 18 us on a CPU, comparing every byte 4: no way of writing to them is overlooked.
-        state: list = [self.eps]
+        state: list = [eps]
         for t in found:
             if t is None:
                 state.append(None)
             elif t.is_contiguous() and (pointer := t.data_ptr()):  # fake ones have no memory
                 state.append(ctypes.string_at(pointer, t.nbytes))
             else:
-                return found
+                return found, eps
         if state != self._state:
             with torch.no_grad():
-                self._folded, self._state = folded_norm(found, self.eps), state
-        return self._folded
+                self._folded, self._state = folded_norm(found, eps), state
+        return self._folded, eps
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,11 +120,10 @@ class Prologue:
         """Return the vectors of x's norm and of the sum's, None where there is none, and what is added to variances.
 
         Raises:
-            StateError: As `FrozenNorm.vectors` raises it.
+            StateError: As `FrozenNorm.read` raises it.
         """
-        both = self.input_norm, self.sum_norm
-        first, second = ((None,) * 4 if norm is None else norm.vectors(site) for norm in both)
-        eps, sum_eps = (1e-5 if norm is None else norm.eps for norm in both)
+        first, eps = _NONE if self.input_norm is None else self.input_norm.read(site)
+        second, sum_eps = _NONE if self.sum_norm is None else self.sum_norm.read(site)
         return first, second, (eps, sum_eps)
 
 
