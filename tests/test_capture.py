@@ -567,4 +567,5 @@ def test_a_constant_is_expanded_to_the_batch():
     model = of(positions)
     captured = capture(model, IMAGES)
     assert captured.route == SYMBOLIC
-    assert torch.equal(captured.graph_module(IMAGES), model(IMAGES))
+    for graph_module in (captured.graph_module, pickle.loads(pickle.dumps(captured.graph_module))):
+        assert torch.equal(graph_module(IMAGES), model(IMAGES))
