@@ -142,6 +142,7 @@ def transform(
     own = added(sparse)
     own.plan = sparse.meta["plan"] = plan.without_nodes()
     own.placement, own.fuse, own.frozen = placement, fuse, captured.frozen
+    own.shape = tuple(images.shape[1:]) if images is not None and images.is_floating_point() else None
     own.watch(sparse, captured.read)
     if kept is not None:
         kept.put_into(sparse)

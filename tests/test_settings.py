@@ -372,3 +372,38 @@ def test_other_weights_behind_the_last_site_are_named(net, images, sparse, tmp_p
         net.head.weight[0] += 1
     with pytest.raises(StateError, match=r"other weights; 1 of its tensors differ, head\.weight first"):
         msfx.load(tmp_path / "a", net, images)
+
+
+class Scaled(torch.nn.Module):
+    """One set of weights, many functions."""
+
+    def __init__(self, slope=0.1, eps=1e-5, stride=1, mean=0.5, twice=False, hooked=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn = torch.nn.Conv2d(1, 4, 3, stride=stride), torch.nn.BatchNorm2d(4, eps=eps)
+        self.act, self.head = torch.nn.LeakyReLU(slope), torch.nn.Linear(4, 3)
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.twice = twice
+        if hooked:
+            self.head.register_forward_hook(lambda *_: None)
+
+    def forward(self, x):
+        h = self.act(self.bn(self.conv(x - self.mean)))
+        return {"logits": self.head((h + h.flip(1) if self.twice else h).mean((2, 3)))}
+
+
+@pytest.mark.parametrize("other", [{"slope": 0.3}, {"eps": 0.1}, {"stride": 2}, {"mean": 0.2}, {"twice": True}], ids=str)
+def test_settings_of_another_function_with_the_same_weights_are_refused(other, tmp_path):
+    images = torch.rand(4, 1, 9, 9, generator=torch.Generator().manual_seed(0))
+    model, path = Scaled().eval(), tmp_path / "own.safetensors"
+    sparse = msfx.transform(model, images)
+    msfx.calibrate(sparse, [images], progress=False)
+    msfx.set_alpha(sparse, 0.3)
+    before = sparse(images)["logits"]
+    msfx.save(sparse, path)
+    assert torch.equal(sparse(images)["logits"], before)
+    for size in (9, 12):
+        again = msfx.load(path, Scaled(hooked=size == 9).eval(), torch.rand(2, 1, size, size))
+        assert torch.equal(again(images)["logits"], before)
+    with pytest.raises(StateError, match=r"own.safetensors: settings of another model; .* same weights and sites"):
+        msfx.load(path, Scaled(**other).eval(), images)

@@ -32,6 +32,7 @@ class Added(nn.Module):
         fuse: As `transform` was given it.
         statistics: That the operators were given last; they may have got others since, from a state_dict.
         choice: Of alpha, by a search: as `AlphaSearch.to_dict` returns it.
+        shape: Of one of the example images, if they were floats.
         frozen: What stays as it is in eval mode, in words; `train` says so once.
     """
 
@@ -42,6 +43,7 @@ class Added(nn.Module):
         self.fuse = "activation"
         self.statistics: Statistics | None = None
         self.choice: dict[str, Any] | None = None
+        self.shape: tuple[int, ...] | None = None
         self.frozen: tuple[str, ...] = ()
         self._watched: tuple[tuple[nn.Module, str, Tensor], ...] = ()  # owner, its parameter's or buffer's name, value
         self.register_load_state_dict_post_hook(_refuse_other_answers)
