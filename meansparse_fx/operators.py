@@ -6,21 +6,33 @@ Changes buffers and attributes of `MeanSparse` modules, never a graph.
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor, fx, nn
 
 from .arguments import number
+from .batches import examples
+from .capture.dispatched import generator_state
 from .capture.preconditions import refuse_train_mode
 from .errors import StateError, StatisticsError
+from .hooks import has_foreign_hooks
 from .nn import MeanSparse
+from .outputs import flatten
 from .passes import Added
 from .published import split_checkpoint
 from .rewrite import PREFIX
-from .statistics import Statistics, fingerprint
+from .state import kept_buffers
+from .statistics import Answers, Statistics, fingerprint
+
+OTHER_FUNCTION = (
+    "it has the same weights and sites, and computes something else: a slope, eps, stride, normalisation or "
+    "connection is another"
+)
 
 
 def operators(model: nn.Module) -> dict[str, MeanSparse]:
@@ -167,6 +179,8 @@ def set_statistics(model: nn.Module, statistics: Statistics | str | Path, check_
     channels = {name: operator.channels for name, operator in found.items()}
     activations = {name: operator.activation.name for name, operator in found.items() if operator.activation}
     statistics.check(channels, fingerprint(model) if check_weights else None, activations)
+    if check_weights and isinstance(model, fx.GraphModule) and answers_differ(model, statistics):
+        raise StatisticsError(f"these statistics are of another model; {OTHER_FUNCTION}: calibrate this model")
     for name, operator in found.items():
         operator.set_statistics(statistics[name])
     if isinstance(own, Added):
@@ -205,6 +219,44 @@ def load_published(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     model.load_state_dict(weights, strict=False)
     for name, operator in found.items():
         operator.take_over(published[name])
+
+
+def answers(model: fx.GraphModule, shape: Sequence[int] | None) -> Answers | None:
+    """Return some of what the base of a transformed model computes of a pattern; None if that would tell nothing.
+
+    So it is where the model draws random numbers or fails, or where the user's hooks would see the pattern.
+
+    Args:
+        shape: Of one image; None if the model takes no floats.
+    """
+    place = next(iter(operators(model).values())).alpha.device
+    if shape is None or place.type == "meta" or any(map(has_foreign_hooks, model.modules())):
+        return None
+    pattern = torch.arange(2.0 * math.prod(shape), dtype=torch.float64).mul(0.7548776662466927).frac()
+    images = examples(pattern.reshape(2, *shape), model).to(place)
+    try:
+        with switched(model), kept_buffers(model), torch.no_grad():
+            set_alpha(model, 0.0)
+            with torch.random.fork_rng([place] if place.type == "cuda" else []):
+                before = generator_state(place)
+                outputs = flatten(model(images))[0]
+                drew = generator_state(place) != before
+    except Exception:  # the graph does not hold for images of that size
+        return None
+    found = [t.flatten().double().cpu() for t in outputs if isinstance(t, Tensor) and t.is_floating_point()]
+    values = torch.cat([torch.zeros(0), *found])
+    values = values[:: max(1, len(values) // 64)]
+    if drew or not len(values) or not values.isfinite().all():
+        return None
+    exact = place.type == "cpu" and images.dtype in (torch.float32, torch.float64)
+    return Answers(tuple(shape), tuple(values.tolist()), exact)
+
+
+def answers_differ(model: fx.GraphModule, statistics: Statistics) -> bool:
+    """Return whether a transformed model's base is seen to compute something else than the one that was measured."""
+    there = statistics.answers
+    here = there and answers(model, there.shape)
+    return there is not None and here is not None and not here.agree(there)
 
 
 @contextmanager

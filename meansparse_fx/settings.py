@@ -6,8 +6,7 @@ Changes buffers and attributes of operators, never a graph.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import zip_longest
@@ -18,15 +17,11 @@ import torch
 from torch import Tensor, fx
 
 from . import artifacts
-from .batches import examples
 from .errors import ArtifactError, StateError
-from .hooks import has_foreign_hooks
 from .nn import MeanSparse
-from .operators import added, operators, require_transformed, set_alpha, switched
-from .outputs import flatten
+from .operators import OTHER_FUNCTION, added, answers, answers_differ, operators, require_transformed
 from .rewrite import PREFIX
 from .sites import Placement, Site
-from .state import kept_buffers
 from .statistics import ChannelStatistics, Statistics, fingerprint, weight_digests
 
 VERSION = "1"
@@ -57,9 +52,8 @@ def save(sparse: fx.GraphModule, path: str | Path) -> None:
         "weights": weight_digests(sparse),
         "versions": {"meansparse_fx": version("meansparse_fx"), "torch": str(torch.__version__)},
         "choice": own.choice,
-        "answers": _answers(sparse, own.shape),
     }
-    _statistics(sparse).save(path, settings)
+    replace(_statistics(sparse), answers=answers(sparse, own.shape)).save(path, settings)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +68,6 @@ class Settings:
         fuse: As `transform` takes it.
         weights: Hashes of the base's tensors, by name.
         choice: How alpha was chosen, as `AlphaSearch.to_dict` returns it, or None.
-        answers: Of the base, as `_answers` returns them.
     """
 
     path: Path
@@ -84,7 +77,6 @@ class Settings:
     fuse: str
     weights: dict[str, str]
     choice: dict[str, Any] | None
-    answers: dict[str, Any] | None
 
     @classmethod
     def load(cls, path: str | Path) -> Settings:
@@ -110,14 +102,7 @@ class Settings:
                 predicate=None if brought else lambda site: taken.get(site.name, True),
             )
             rest = (held[name] for name in ("fuse", "weights", "choice"))
-            return cls(
-                Path(path),
-                statistics,
-                tuple(row for row in held["sites"] if row["taken"]),
-                placement,
-                *rest,
-                held.get("answers"),
-            )
+            return cls(Path(path), statistics, tuple(row for row in held["sites"] if row["taken"]), placement, *rest)
 
     def put_into(self, sparse: fx.GraphModule) -> None:
         """Make a newly transformed model the one that was saved.
@@ -142,14 +127,8 @@ class Settings:
             for row in self.sites:
                 self._set(found[row["name"]], row)
             own.statistics, own.choice = self.statistics, self.choice
-            if self.answers is not None and (here := _answers(sparse, self.answers["shape"])) is not None:
-                there, own_values = (torch.tensor(a["values"], dtype=torch.float64) for a in (self.answers, here))
-                rounding = 1e-3 if self.answers["exact"] and here["exact"] else 3e-2
-                if there.shape != own_values.shape or (own_values - there).abs().amax() > rounding * there.abs().amax():
-                    raise StateError(
-                        f"{self.path}: settings of another model; it has the same weights and sites, and computes "
-                        "something else: a slope, eps, stride, normalisation or connection is another"
-                    )
+            if answers_differ(sparse, self.statistics):
+                raise StateError(f"{self.path}: settings of another model; {OTHER_FUNCTION}")
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the operators' part of the transformed model's state_dict, made without the model."""
@@ -177,35 +156,6 @@ class Settings:
                 if isinstance(reader, MeanSparse):
                     return f"the first differing site is {reader.name}, behind {first}"
         return f"{len(other)} of its tensors differ, {first or other[0]} first"
-
-
-def _answers(sparse: fx.GraphModule, shape: Sequence[int] | None) -> dict[str, Any] | None:
-    """Return some of what the base computes of a pattern; None if that would tell nothing, or the user's hooks saw it.
-
-    Args:
-        shape: Of one image; None if the model takes no floats.
-    """
-    if shape is None or any(map(has_foreign_hooks, sparse.modules())):
-        return None
-    place = next(iter(operators(sparse).values())).alpha.device
-    pattern = torch.arange(2.0 * math.prod(shape), dtype=torch.float64).mul(0.7548776662466927).frac()
-    images = examples(pattern.reshape(2, *shape), sparse).to(place)
-    found = []
-    try:
-        with switched(sparse), kept_buffers(sparse), torch.no_grad():
-            set_alpha(sparse, 0.0)
-            for seed in range(2):  # random numbers are others elsewhere
-                with torch.random.fork_rng([place] if place.type == "cuda" else []):
-                    torch.manual_seed(seed)
-                    outputs = [t for t in flatten(sparse(images))[0] if isinstance(t, Tensor) and t.is_floating_point()]
-                found.append(torch.cat([t.flatten().double().cpu() for t in outputs]))
-    except Exception:  # of images of another size, for which the graph does not hold
-        return None
-    values = found[0][:: max(1, len(found[0]) // 64)]
-    if not (torch.equal(*found) and len(values) and values.isfinite().all()):
-        return None
-    exact = place.type == "cpu" and images.dtype in (torch.float32, torch.float64)
-    return {"shape": list(shape), "values": values.tolist(), "exact": exact}
 
 
 _COMPARED = ("kind", "activation", "channel_dim", "channels", "fused")

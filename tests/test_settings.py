@@ -392,7 +392,9 @@ class Scaled(torch.nn.Module):
         return {"logits": self.head((h + h.flip(1) if self.twice else h).mean((2, 3)))}
 
 
-@pytest.mark.parametrize("other", [{"slope": 0.3}, {"eps": 0.1}, {"stride": 2}, {"mean": 0.2}, {"twice": True}], ids=str)
+@pytest.mark.parametrize(
+    "other", [{"slope": 0.3}, {"eps": 0.1}, {"stride": 2}, {"mean": 0.2}, {"twice": True}], ids=str
+)
 def test_settings_of_another_function_with_the_same_weights_are_refused(other, tmp_path):
     images = torch.rand(4, 1, 9, 9, generator=torch.Generator().manual_seed(0))
     model, path = Scaled().eval(), tmp_path / "own.safetensors"
@@ -407,3 +409,28 @@ def test_settings_of_another_function_with_the_same_weights_are_refused(other, t
         assert torch.equal(again(images)["logits"], before)
     with pytest.raises(StateError, match=r"own.safetensors: settings of another model; .* same weights and sites"):
         msfx.load(path, Scaled(**other).eval(), images)
+    with pytest.raises(StatisticsError, match=r"these statistics are of another model; .* same weights and sites"):
+        msfx.transform(Scaled(**other).eval(), images, statistics=path)
+    msfx.set_statistics(msfx.transform(Scaled(**other).eval(), images), path, check_weights=False)
+
+
+def test_what_a_random_or_changing_model_answers_is_kept_for_nothing(tmp_path):
+    images = torch.rand(4, 1, 9, 9, generator=torch.Generator().manual_seed(0))
+
+    class Noisy(Scaled):
+        def forward(self, x):
+            return super().forward(x + torch.rand_like(x))
+
+    class Counting(Scaled):
+        def forward(self, x):
+            self.mean += 0.1
+            return super().forward(x)
+
+    sparse = msfx.transform(Noisy().eval(), images)
+    assert msfx.calibrate(sparse, [images], progress=False).answers is None
+    sparse = msfx.transform(Counting().eval(), images)
+    stats = msfx.calibrate(sparse, [images], progress=False)
+    counted = float(sparse.mean)
+    msfx.set_statistics(sparse, stats, check_weights=True)
+    msfx.save(sparse, tmp_path / "own.safetensors")
+    assert float(sparse.mean) == counted

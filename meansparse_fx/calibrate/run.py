@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ..batches import explaining_misfit
 from ..capture.modes import GRAD_MODE_CALLS
 from ..errors import CalibrationError, DataError, WriteError
 from ..kernels import ops
-from ..operators import added, operators, require_transformed, set_statistics
+from ..operators import added, answers, operators, require_transformed, set_statistics
 from ..passes import observe
 from ..progress import bar, say_resumed
 from ..seen import least_marks
@@ -108,6 +109,7 @@ def calibrate(
         with bar(progress and ranks.rank == 0) as display:
             one_pass.run(display)
         statistics = one_pass.result({str(name): str(fact) for name, fact in (metadata or {}).items()})
+    statistics = replace(statistics, answers=answers(sparse, added(sparse).shape))
     set_statistics(sparse, statistics, check_weights=False)
     return statistics
 

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from ..errors import StatisticsError
 from ..rewrite import PREFIX
 from ..seen import SHARED, known_share, least_marks
 from ..tables import as_text
+from .answers import Answers
 from .histogram import FeatureHistogram, stored_histogram, typical
 from .moments import ChannelHistogram, ChannelStatistics
 from .summary import summary_table
@@ -45,6 +46,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
         metadata: Further facts as strings: package versions, data description.
         graph: Of the captured graph, from `graph_fingerprint`: a record, since each capture route has its own graph.
         table: By site name what the site was: kind, activation, channel_dim, channels, after.
+        answers: Of the base model, where they are known: see `Answers`.
         marks: ``[K]`` int64, sorted: `seen.image_marks` of the images, of more than `MOST_MARKS` the least.
     """
 
@@ -55,6 +57,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
     graph: str = ""
     table: dict[str, dict[str, Any]] = field(default_factory=dict)
     marks: Tensor = field(default_factory=lambda: least_marks([]))
+    answers: Answers | None = None
 
     def __getitem__(self, name: str) -> ChannelStatistics:
         return self.sites[name]
@@ -127,7 +130,8 @@ class Statistics(Mapping[str, ChannelStatistics]):
         }
         table = self.table or other.table
         marks = least_marks([self.marks, other.marks])
-        return Statistics(sites, self.fingerprint, self.images + other.images, metadata, self.graph, table, marks)
+        images, known = self.images + other.images, self.answers or other.answers
+        return Statistics(sites, self.fingerprint, images, metadata, self.graph, table, marks, known)
 
     def without(self, left: Collection[str], kinds: Collection[str]) -> Statistics:
         """Return the statistics of fewer sites: without those that are ``left``, and of ``kinds`` alone."""
@@ -198,6 +202,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
             "counts": {name: s.count for name, s in self.sites.items()},
             "table": self.table,
             "metadata": self.metadata,
+            "answers": self.answers and asdict(self.answers),
             "settings": settings,
         }
         artifacts.write(path, FORMAT, FORMAT_VERSION, header, tensors, rescue=True)
@@ -224,7 +229,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
             if not all(isinstance(row, dict) for row in facts[-1].values()):
                 raise TypeError("rows of its table are no tables")
             marks = artifacts.in_form({_MARKS: least_marks([])} | tensors, _MARKS, torch.int64, (None,))
-            return cls(sites, *facts, marks), header.get("settings")
+            return cls(sites, *facts, marks, Answers.read(header.get("answers"))), header.get("settings")
 
 
 def _site(tensors: Mapping[str, Tensor], name: str, count: int) -> ChannelStatistics:
