@@ -167,6 +167,10 @@ def test_numbers_come_back_as_they_were_typed(net, images):
         (lambda images: images[:, :, :0], r"expected floats \[N, C, H, W\]|the model fails on images"),
         (lambda images: images.to_sparse(), r"sparse_coo hold no plain values"),
         (lambda images: images.to("meta"), "the meta device"),
+        (
+            lambda images: torch.nested.nested_tensor(list(images), layout=torch.jagged),
+            r"several sizes \(nested\) hold no",
+        ),
     ],
 )
 def test_images_that_the_model_cannot_run(net, images, labels, given, cure):

@@ -268,6 +268,12 @@ def test_images_that_a_model_cannot_take_are_said(kind, x, y):
         msfx.evaluate(sparse, UNFIT[kind](x, y), attacks=("pgd",), steps=1, sanity_images=0, progress=False)
 
 
+def test_a_list_of_images_is_no_list_of_batches(x):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    with pytest.raises(DataError, match=r"images \[3, 8, 8\].*image.unsqueeze\(0\) is a batch of one image"):
+        msfx.calibrate(msfx.transform(model, x), list(x), progress=False)
+
+
 def test_a_generator_used_twice_is_an_error_that_says_it(sparse, x, y):
     generator = (batch for batch in [(x, y)])
     msfx.calibrate(sparse, generator, progress=False)

@@ -154,8 +154,9 @@ def is_array(value: Any) -> bool:
 def as_tensor(value: Any, what: str) -> Tensor:
     """Return a tensor, an array or a list of numbers as a plain tensor; DataError says ``what`` it should have been."""
     if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_nested:
             kind = "the meta device" if value.is_meta else value.dtype if value.is_quantized else value.layout
+            kind = "several sizes (nested)" if value.is_nested else kind
             raise DataError(f"{what} of {kind} hold no plain values: give dense tensors (.to_dense(), .dequantize())")
         return value if type(value) is Tensor else value.detach().as_subclass(Tensor)
     try:
