@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 
 from .arguments import number
 from .batches import examples
-from .capture.dispatched import generator_state
 from .capture.preconditions import refuse_train_mode
+from .capture.randomness import generator_state
 from .errors import StateError, StatisticsError
 from .hooks import has_foreign_hooks
 from .nn import MeanSparse
