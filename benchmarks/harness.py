@@ -102,7 +102,7 @@ def _versions() -> dict[str, str | None]:
     return {"torch": torch.__version__, "triton": triton, "commit": os.environ.get("MEANSPARSE_FX_COMMIT") or found}
 
 
-def place(device: str) -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
     """Return where and when something runs: GPU or CPU, threads, versions, day; the commit is MEANSPARSE_FX_COMMIT."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
@@ -209,7 +209,7 @@ def measure(
         low, middle, high = statistics.quantiles(own, n=4) if repetitions > 1 else own * 3
         known: dict[str, Any] = {"benchmark": benchmark, "case": case, "contender": name}
         known |= {"milliseconds": middle, "low": low, "high": high, "ratio": ratio_of(own, times[reference])}
-        known |= {"baseline": reference, "repetitions": repetitions} | place(device)
+        known |= {"baseline": reference, "repetitions": repetitions} | environment(device)
         rows.append(Row(**known | dict((more or {}).get(name, {}))))
     return rows
 

@@ -26,7 +26,7 @@ from meansparse_fx.kernels.operator import Operator
 from meansparse_fx.kernels.records import Options, Vectors
 from meansparse_fx.nn import MeanSparse
 
-from .harness import Call, Row, in_turns, options, place, ratio_of, report, write
+from .harness import Call, Row, environment, in_turns, options, ratio_of, report, write
 
 SHAPE = (2, 64, 4, 4)
 BACKWARD = "forward+backward: "
@@ -100,7 +100,7 @@ def timed(rounds: int) -> list[Row]:
             stack.enter_context(mock.patch.dict("os.environ", MEANSPARSE_FX_LOWERING="triton"))
             stack.enter_context(stubbed_launch())
         times = in_turns(calls(device), device, rounds, warm_up=10, number=20)
-    where = place(device) | {"repetitions": rounds}
+    where = environment(device) | {"repetitions": rounds}
     where |= {} if device == "cuda" else {"device": "no GPU: the launch is stubbed"}
     rows = []
     for name, own in times.items():

@@ -26,7 +26,7 @@ from meansparse_fx.capture import capture
 
 from .calibration import over
 from .contenders import MODELS, WideResNet, build
-from .harness import Call, Row, in_turns, options, place, run
+from .harness import Call, Row, environment, in_turns, options, run
 
 IMAGES = 1_000_000
 
@@ -45,7 +45,7 @@ class Clock:
     def row(self, what: str, case: str, size: int, unit: str, seconds: float, **more: Any) -> Row:
         """Return a row: ``size``, in ``unit``, is what grows."""
         known = {"what": what, "case": case, "size": size, "unit": unit, "seconds": seconds}
-        return Row(**known, **more, repetitions=self.repetitions, **place(self.device))
+        return Row(**known, **more, repetitions=self.repetitions, **environment(self.device))
 
     def images(self, *shape: int) -> Tensor:
         """Return random images, after a seed for the model that is built next."""

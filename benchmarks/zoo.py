@@ -41,7 +41,7 @@ from meansparse_fx.sites import Placement, find_sites
 from meansparse_fx.zoo import input_shape, load_model
 from meansparse_fx.zoo import robustbench as robustbench_zoo
 
-from .harness import RESULTS, Row, options, place, read, run
+from .harness import RESULTS, Row, environment, options, read, run
 
 SMALL = 96  # pixels; models that insist on a size of their own get it
 _LISTED = json.loads(Path(__file__).with_suffix(".json").read_text())
@@ -135,7 +135,7 @@ def perturb(model: nn.Module) -> None:
 def measure(name: str) -> Row:
     """Return the row of one model: what became of it, or its error."""
     gc.collect()  # of the model before
-    row, package = Row(model=name, **place("cpu")), name.partition(":")[0].partition(".")[0]
+    row, package = Row(model=name, **environment("cpu")), name.partition(":")[0].partition(".")[0]
     if name in EXTRA:
         row["torch"] += f" with {package} {importlib.import_module(package).__version__}"
     try:

@@ -181,7 +181,7 @@ def remove_partial(path: str | Path) -> None:
 
 
 @contextmanager
-def understanding(path: str | Path) -> Iterator[None]:
+def parsing(path: str | Path) -> Iterator[None]:
     """Raise ArtifactError where a file was read, and its contents are of another form than what wrote it gives them."""
     try:
         yield
@@ -190,7 +190,7 @@ def understanding(path: str | Path) -> Iterator[None]:
         raise ArtifactError(f"{path}: damaged, or not written by this package ({problem}): make it again") from error
 
 
-def in_form(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> Tensor:
+def typed_tensor(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> Tensor:
     """Return a tensor that a file holds, or raise ValueError; a size of None may be any."""
     found = tensors[name]
     sizes = zip(found.shape, shape, strict=False)

@@ -90,7 +90,7 @@ class Settings:
             raise ArtifactError(
                 f"{path}: holds statistics and no settings: give it as statistics, or save the model by msfx.save"
             )
-        with artifacts.understanding(path):
+        with artifacts.parsing(path):
             if held["version"] != VERSION:
                 raise ArtifactError(f"{path}: settings of version {held['version']}; this release reads {VERSION}")
             taken = {row["name"]: row["taken"] for row in held["sites"]}
@@ -110,7 +110,7 @@ class Settings:
         Raises:
             StateError: It is another model.
         """
-        with artifacts.understanding(self.path):
+        with artifacts.parsing(self.path):
             own, found = added(sparse), operators(sparse)
             active, nothing = [_row(site, None) for site in own.plan.active], dict[str, Any]()
             for here, there in zip_longest(active, self.sites, fillvalue=nothing):

@@ -26,12 +26,12 @@ LOOK_SECONDS = 1.0  # between two looks at the others
 _uses: defaultdict[tuple[int, ...], Iterator[int]] = defaultdict(itertools.count)  # by group: each gets keys of its own
 
 
-def place(group: Any) -> tuple[int, int]:
+def rank_and_world(group: Any) -> tuple[int, int]:
     """Return this process's rank and the number of processes in a group of torch.distributed; alone without one."""
     return (0, 1) if group is None else (group.rank(), group.size())
 
 
-def own_file(path: Path, rank: int, world: int) -> Path:
+def file_of_rank(path: Path, rank: int, world: int) -> Path:
     """Return the file of one of several processes: ``PATH.rank0-of-2``; of one, ``PATH`` itself."""
     others = {int(f.name.rpartition("-of-")[2]) for f in path.parent.glob(f"{path.name}.rank*-of-*")}
     others |= {1} if path.exists() else set()
@@ -57,7 +57,7 @@ class Ranks:
     def __init__(
         self, group: Any = None, timeout: float = math.inf, error: type[MeanSparseError] = CalibrationError
     ) -> None:
-        (self.rank, self.world), self._timeout, self._error = place(group), timeout, error
+        (self.rank, self.world), self._timeout, self._error = rank_and_world(group), timeout, error
         if group is None:
             return
         import torch.distributed as dist

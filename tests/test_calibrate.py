@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import meansparse_fx as msfx
 from meansparse_fx.calibrate.bins import Bins
-from meansparse_fx.calibrate.checkpoint import Tally
+from meansparse_fx.calibrate.checkpoint import PassState
 from meansparse_fx.calibrate.convergence import Groups, Precision, precision
 from meansparse_fx.calibrate.source import Source
 from meansparse_fx.calibrate.totals import Totals, merge_all
@@ -284,7 +284,7 @@ def test_what_a_killed_process_left_is_removed(net, images, tmp_path):
 
 def test_the_first_bad_batch_is_named():
     observer = ChannelMoments("site", 2, 1)
-    tally = Tally([observer], torch.device("cpu"), grouped=False)
+    tally = PassState([observer], torch.device("cpu"), grouped=False)
     for value in (torch.inf, 0.0, torch.nan):
         tally.add(observer(torch.tensor([[1.0, value], [2.0, 3.0]])))
     with pytest.raises(CalibrationError, match="site: NaN or inf in the site's input, first in batch 0"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, first_line
 from .labels import class_numbers, out_of_range
-from .loaders import as_batches, as_tensor, batched, collate, is_array, is_sample, nothing_in, parts
+from .loaders import as_batches, as_tensor, collate, collect_samples, is_array, is_sample, nothing_in, parts
 
 _CHANNELS = (1, 3, 4)
 _MOST_OF_NORMALISED = 16.0  # no usual normalisation makes values as large, and images of bytes all have larger ones
@@ -30,7 +30,7 @@ def labelled(
         ignore_index: Of pixels to leave out, if labels may be maps: these are yielded as ``[N, H, W]``, there with -1.
     """
     intake, count = Intake(model, ignore_index), 0
-    for batch in batched(as_batches(data, batch_size, pair=True), batch_size):
+    for batch in collect_samples(as_batches(data, batch_size, pair=True), batch_size):
         images, labels = intake.pair(batch)
         if len(images):
             yield images, labels

@@ -41,7 +41,7 @@ def as_batches(data: Any, batch_size: int = BATCH_SIZE, pair: bool = False) -> I
     return data
 
 
-def batched(batches: Iterable[Any], batch_size: int = BATCH_SIZE) -> Iterator[Any]:
+def collect_samples(batches: Iterable[Any], batch_size: int = BATCH_SIZE) -> Iterator[Any]:
     """Yield the batches of a loader; if it yields single images with their labels, yield batches of these."""
     single: list[Any] = []
     for element in batches:

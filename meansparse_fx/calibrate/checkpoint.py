@@ -17,7 +17,7 @@ from .. import artifacts
 from ..errors import CalibrationError
 from ..observer import ChannelMoments
 from ..seen import image_marks, least_marks
-from ..shards import own_file
+from ..shards import file_of_rank
 from .bins import BINS, Bins
 from .convergence import Groups
 from .totals import Totals
@@ -25,7 +25,7 @@ from .totals import Totals
 FORMAT, VERSION = "meansparse_fx.checkpoint", "3"
 
 
-class Tally:
+class PassState:
     """Moments and position of a pass.
 
     Args:
@@ -91,7 +91,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path, every: float, identity: dict[str, Any], rank: int, world: int) -> None:
-        self.path = own_file(Path(path), rank, world)
+        self.path = file_of_rank(Path(path), rank, world)
         self._every, self._identity = every, identity
         self._last_write = time.monotonic()
         self._digests: dict[int, str] = {}
@@ -99,38 +99,38 @@ class Checkpoint:
         artifacts.require_place(self.path)
         artifacts.remove_partial(self.path)
 
-    def resume(self, tally: Tally) -> None:
+    def resume(self, state: PassState) -> None:
         """Take over what the file holds, if there is one."""
         if not self.path.exists():
             return
         header, tensors = artifacts.read(self.path, FORMAT, VERSION, "a checkpoint")
-        with artifacts.understanding(self.path):
+        with artifacts.parsing(self.path):
             for what, value in self._identity.items():
                 if header["identity"].get(what) != value:
                     raise CalibrationError(
                         f"{self.path}: a checkpoint of another calibration, its {what} differs: remove it to start "
                         "from the beginning"
                     )
-            device, sizes = tally.totals.mean.device, tally.totals.sizes
+            device, sizes = state.totals.mean.device, state.totals.sizes
             tensors = {name: value.to(device) for name, value in tensors.items()}
 
-            channels = len(tally.totals.mean)
-            moments = artifacts.in_form(tensors, "moments", torch.float64, (None, 2, channels))
+            channels = len(state.totals.mean)
+            moments = artifacts.typed_tensor(tensors, "moments", torch.float64, (None, 2, channels))
             counts = [tuple(map(artifacts.whole_number, of_sites)) for of_sites in header["counts"]]
             if any(len(of_sites) != len(sizes) for of_sites in counts):
                 raise ValueError(f"other counts than of {len(sizes)} sites")
             totals = [Totals(count, mean, m2, sizes) for count, (mean, m2) in zip(counts, moments, strict=True)]
-            tally.totals, *of_groups = totals
-            if tally.groups is not None:
-                tally.groups.open, *tally.groups.closed = of_groups
-                tally.groups.open_batches, tally.groups.length = map(artifacts.whole_number, header["groups"])
-            tally.input_range = artifacts.in_form(tensors, "input_range", torch.float64, (2,))
-            tally.marks = [artifacts.in_form(tensors, "marks", torch.int64, (None,))]
-            tally.batches, tally.images = (artifacts.whole_number(header[name]) for name in ("batches", "images"))
+            state.totals, *of_groups = totals
+            if state.groups is not None:
+                state.groups.open, *state.groups.closed = of_groups
+                state.groups.open_batches, state.groups.length = map(artifacts.whole_number, header["groups"])
+            state.input_range = artifacts.typed_tensor(tensors, "input_range", torch.float64, (2,))
+            state.marks = [artifacts.typed_tensor(tensors, "marks", torch.int64, (None,))]
+            state.batches, state.images = (artifacts.whole_number(header[name]) for name in ("batches", "images"))
             if "histograms" in tensors:
-                low, width = artifacts.in_form(tensors, "edges", torch.float64, (2, channels))
-                histograms = artifacts.in_form(tensors, "histograms", torch.int64, (channels, BINS))
-                tally.bins = Bins(low, width, histograms, sizes.tolist())
+                low, width = artifacts.typed_tensor(tensors, "edges", torch.float64, (2, channels))
+                histograms = artifacts.typed_tensor(tensors, "histograms", torch.int64, (channels, BINS))
+                state.bins = Bins(low, width, histograms, sizes.tolist())
             self._digests = {int(index): value for index, value in header["digests"].items()}
 
     def compare(self, index: int, images: Tensor) -> None:
@@ -155,26 +155,26 @@ class Checkpoint:
         """Return whether it is time to write."""
         return time.monotonic() - self._last_write >= self._every
 
-    def write(self, tally: Tally, images: Tensor) -> None:
+    def write(self, state: PassState, images: Tensor) -> None:
         """Replace the file by what was measured so far; ``images`` is the latest batch."""
-        groups, totals = tally.groups, [tally.totals]
+        groups, totals = state.groups, [state.totals]
         if groups is not None:
             totals += [groups.open, *groups.closed]
         tensors = {
             "moments": torch.stack([torch.stack([t.mean, t.m2]) for t in totals]),
-            "input_range": tally.input_range,
-            "marks": least_marks(tally.marks),
+            "input_range": state.input_range,
+            "marks": least_marks(state.marks),
         }
-        if tally.bins is not None:
-            tensors["edges"] = torch.stack([tally.bins.low, tally.bins.width])
-            tensors["histograms"] = tally.bins.counts
+        if state.bins is not None:
+            tensors["edges"] = torch.stack([state.bins.low, state.bins.width])
+            tensors["histograms"] = state.bins.counts
         header = {
             "identity": self._identity,
-            "batches": tally.batches,
-            "images": tally.images,
+            "batches": state.batches,
+            "images": state.images,
             "counts": [t.counts for t in totals],
             "groups": None if groups is None else [groups.open_batches, groups.length],
-            "digests": {"0": self._first, str(tally.batches - 1): artifacts.digest(images)},
+            "digests": {"0": self._first, str(state.batches - 1): artifacts.digest(images)},
         }
         artifacts.write(self.path, FORMAT, VERSION, header, tensors)
         self._last_write = time.monotonic()

@@ -28,7 +28,7 @@ from ..seen import least_marks
 from ..shards import Ranks
 from ..statistics import ChannelStatistics, Statistics, fingerprint, graph_fingerprint
 from .bins import Bins
-from .checkpoint import Checkpoint, Tally
+from .checkpoint import Checkpoint, PassState
 from .convergence import MIN_GROUPS, Precision, precision
 from .source import Source
 from .totals import Totals, gather_totals, merge_all
@@ -137,7 +137,7 @@ class _Pass:
         self._source, self._ranks = source, ranks
         self._tolerance, self._histograms, self._amp, self._channels_last = tolerance, histograms, amp, channels_last
         self._weights, self._graph = fingerprint(sparse), graph_fingerprint(self._observed)
-        self._tally = Tally(self._observers, self._device, grouped=tolerance is not None)
+        self._state = PassState(self._observers, self._device, grouped=tolerance is not None)
         self._precision: Precision | None = None
         self._shape: list[int] = []
         self._checkpoint: Checkpoint | None = None
@@ -157,74 +157,74 @@ class _Pass:
             "precision or layout": [str(self._amp), self._channels_last],
         }
         self._checkpoint = Checkpoint(path, every, identity, self._ranks.rank, self._ranks.world)
-        self._checkpoint.resume(self._tally)
-        if self._tally.bins is not None:
-            self._tally.bins.watch(self._observers)
+        self._checkpoint.resume(self._state)
+        if self._state.bins is not None:
+            self._state.bins.watch(self._observers)
         self._look_at_precision()
 
     def run(self, display: Progress) -> None:
         """Measure batch after batch, to the end or to the precision asked for."""
-        tally, kept = self._tally, self._checkpoint
+        state, kept = self._state, self._checkpoint
         # Where they stop together, all must look at the precision equally often, whatever their shards.
         shared_end = 0
         if self._tolerance is not None and self._ranks.world > 1:
             if self._source.batches is None:
                 raise CalibrationError("several processes with a tolerance need loaders that know their length")
             shared_end = max(self._ranks.gather(self._source.batches, "batches"))
-        if tally.batches:
-            say_resumed(display, "batch", tally.batches + 1, self._source.batches)
-        task = display.add_task("calibrate", total=self._source.images, completed=tally.images, note="")
+        if state.batches:
+            say_resumed(display, "batch", state.batches + 1, self._source.batches)
+        task = display.add_task("calibrate", total=self._source.images, completed=state.images, note="")
         began = looked = time.monotonic()
-        already, latest = tally.images, None
-        for index, images in self._source.read(tally.batches):
+        already, latest = state.images, None
+        for index, images in self._source.read(state.batches):
             self._shape = list(images.shape[1:])
             if kept is not None:
                 kept.compare(index, images)
-            if index < tally.batches or self._settled:
+            if index < state.batches or self._settled:
                 continue
             batch, latest = self._measure(images), images
-            rate = (tally.images - already) / max(time.monotonic() - began, 1e-9)
-            display.update(task, completed=tally.images, note=f"{rate:,.0f} images/s")
+            rate = (state.images - already) / max(time.monotonic() - began, 1e-9)
+            display.update(task, completed=state.images, note=f"{rate:,.0f} images/s")
             due = kept is not None and kept.due()
             if due or self._device.type == "cpu" or time.monotonic() - looked > LOOK_SECONDS:
                 looked = time.monotonic()
-                tally.refuse_non_finite()
-            if tally.groups is not None and tally.groups.add(batch):
+                state.refuse_non_finite()
+            if state.groups is not None and state.groups.add(batch):
                 self._look_at_precision()
             if kept is not None and due:
-                kept.write(tally, images)
+                kept.write(state, images)
             if self._settled:
                 break
             self._ranks.heartbeat(f"batch {index}")
-        tally.refuse_non_finite()
+        state.refuse_non_finite()
         if kept is not None:
             kept.require_compared()
             if latest is not None:
                 try:
-                    kept.write(tally, latest)
+                    kept.write(state, latest)
                 except WriteError as error:  # all is measured, and the result needs no checkpoint
                     warnings.warn(str(error), stacklevel=2)
-        for _ in range(tally.batches, shared_end):  # the others have more batches
+        for _ in range(state.batches, shared_end):  # the others have more batches
             if self._settled:
                 break
-            if tally.groups is not None and tally.groups.add(None):
+            if state.groups is not None and state.groups.add(None):
                 self._look_at_precision()
-        if self._histograms and tally.bins is None:  # a shard without images
-            self._make_bins(tally.totals)
+        if self._histograms and state.bins is None:  # a shard without images
+            self._make_bins(state.totals)
 
     def result(self, metadata: dict[str, str]) -> Statistics:
         """Return the statistics of all processes together."""
-        tally, ranks = self._tally, self._ranks
-        images = sum(ranks.gather(tally.images, "images"))
+        state, ranks = self._state, self._ranks
+        images = sum(ranks.gather(state.images, "images"))
         if not images:
             raise DataError(self._source.nothing)
-        sites = merge_all(gather_totals(ranks, [tally.totals], "end")).by_site()
-        if tally.bins is not None:
-            counts = ranks.gather(tally.bins.counts.cpu(), "histograms")
-            tally.bins.counts = torch.stack(counts).sum(0).to(self._device)
-            counted = zip(sites, tally.bins.by_site(), strict=True)
+        sites = merge_all(gather_totals(ranks, [state.totals], "end")).by_site()
+        if state.bins is not None:
+            counts = ranks.gather(state.bins.counts.cpu(), "histograms")
+            state.bins.counts = torch.stack(counts).sum(0).to(self._device)
+            counted = zip(sites, state.bins.by_site(), strict=True)
             sites = [ChannelStatistics(s.count, s.mean, s.m2, histogram) for s, histogram in counted]
-        ranges = torch.stack(ranks.gather(tally.input_range.cpu(), "range"))
+        ranges = torch.stack(ranks.gather(state.input_range.cpu(), "range"))
         # Of one image in the latest batch; the first process has images if any has.
         shape = ranks.gather(self._shape, "image shape")[0]
         facts = {
@@ -238,7 +238,7 @@ class _Pass:
             facts["precision"] = str(self._precision or "unknown: too few batches")
         table = {site.name: site.facts() for site in self._plan.active}
         by_name = dict(zip(self._names, sites, strict=True))
-        marks = least_marks(ranks.gather(least_marks(tally.marks), "marks"))
+        marks = least_marks(ranks.gather(least_marks(state.marks), "marks"))
         return Statistics(by_name, self._weights, images, facts | metadata, self._graph, table, marks)
 
     @property
@@ -252,8 +252,8 @@ class _Pass:
         if self._channels_last and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         self._forward(images)
-        batch = self._tally.add(images)
-        if self._histograms and self._tally.bins is None:
+        batch = self._state.add(images)
+        if self._histograms and self._state.bins is None:
             self._make_bins(batch)
             self._forward(images)  # once more, to be counted
         return batch
@@ -265,12 +265,12 @@ class _Pass:
 
     def _make_bins(self, first: Totals) -> None:
         """Lay the bins around what all processes saw first."""
-        self._tally.bins = Bins.around(merge_all(gather_totals(self._ranks, [first], "bins")))
-        self._tally.bins.watch(self._observers)
+        self._state.bins = Bins.around(merge_all(gather_totals(self._ranks, [first], "bins")))
+        self._state.bins.watch(self._observers)
 
     def _look_at_precision(self) -> None:
         """Estimate the precision from the groups of all processes, which all call this after as many batches."""
-        groups = self._tally.groups
+        groups = self._state.groups
         if groups is None or groups.open_batches or len(groups.closed) < MIN_GROUPS // self._ranks.world:
             return
         everyone = gather_totals(self._ranks, groups.closed, f"precision {len(groups.closed)} x {groups.length}")

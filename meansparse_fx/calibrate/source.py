@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
-from ..batches import Intake, as_batches, batched, count, length, nothing_in
+from ..batches import Intake, as_batches, collect_samples, count, length, nothing_in
 from ..errors import CalibrationError
 
 
@@ -83,6 +83,6 @@ class Source:
         elif isinstance(loader, Sequence):
             batches = ((i, loader[i]) for i in [*again, *range(start, len(loader))])
         else:
-            batches = ((i, batch) for i, batch in enumerate(batched(loader)) if i >= start or i in again)
+            batches = ((i, batch) for i, batch in enumerate(collect_samples(loader)) if i >= start or i in again)
         for index, batch in batches:
             yield index, self._intake.images(batch)

@@ -162,10 +162,10 @@ def card(
 
 def _read(path: Path, settings: Settings) -> dict[str, Any]:
     """Return the contents of report.json, of this model and these alphas."""
-    from ..artifacts import read_json, understanding
+    from ..artifacts import parsing, read_json
     from ..evaluate import verdict
 
-    with understanding(path):
+    with parsing(path):
         found = read_json(path, {verdict.FORMAT: verdict.VERSION})
         measured, alpha, _, _ = found["calibration"]["fingerprint"], found["alpha"], found["model"], found["headline"]
     if measured != settings.statistics.fingerprint:

@@ -36,13 +36,13 @@ def calibrate(
     Under torchrun each process takes its share: torchrun --nproc-per-node 4 -m meansparse_fx calibrate ...
     """
     from ..artifacts import require_place
-    from ..shards import own_file, place
+    from ..shards import file_of_rank, rank_and_world
     from ..statistics.summary import summary_table
     from . import loading
 
     require_place(out)
     model, group = loading.join_processes(model)
-    rank, world = place(group)
+    rank, world = rank_and_world(group)
     images, sparse = loading.open_sparse(model, data)
     measure: Any = partial(msfx.calibrate, sparse, histograms=histograms, amp=amp, channels_last=channels_last)
     if dry_run:
@@ -65,7 +65,7 @@ def calibrate(
         console.print(f"{len(found)} sites, {found.images} images: {out}")
     loading.leave_processes(group)
     if checkpoint is not None:  # the result is saved
-        own_file(checkpoint, rank, world).unlink(missing_ok=True)
+        file_of_rank(checkpoint, rank, world).unlink(missing_ok=True)
 
 
 def show(file: Annotated[Path, file_argument("Statistics file.")]) -> None:

@@ -14,8 +14,8 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from ..errors import ArtifactError
+from .image_files import DEFAULT_SIZE, ImageFiles, common_size
 from .image_set import LAYOUTS, ImageSet, describe
-from .pictures import DEFAULT_SIZE, Pictures, common_size
 
 _TRAIN = ("train", "training")
 _HELD_OUT = ("val", "valid", "validation", "dev", "test", "testing")
@@ -34,7 +34,7 @@ def open_folder(path: Path, split: str | None, image_size: int | None) -> ImageS
     samples = _annotated(root) if distributed else _by_directory(root)
     paths, labels = zip(*samples, strict=True)
     own = common_size(paths[:: max(1, len(paths) // LOOKED_AT)]) if image_size is None else None
-    images = Pictures(list(paths), image_size or DEFAULT_SIZE, own)
+    images = ImageFiles(list(paths), image_size or DEFAULT_SIZE, own)
     return ImageSet(images, torch.tensor(labels), f"{describe(path, split)}, {images.description}")
 
 

@@ -71,7 +71,7 @@ class Evidence:
             ArtifactError: It is truncated or of another kind.
         """
         header, tensors = artifacts.read(path, FORMAT, VERSION, "a file of adversarial images")
-        with artifacts.understanding(path):
+        with artifacts.parsing(path):
             _require_forms(header, tensors)
             return cls(
                 tensors["images"],
@@ -150,7 +150,7 @@ def verify(
         if fingerprint(model) != found.weights[which]:
             raise EvaluationError(f"{path}: adversarial images of another model, the weights of the {which} differ")
     models = {which: returning_logits(model, logits) for which, model in models.items()}
-    with artifacts.understanding(path):
+    with artifacts.parsing(path):
         own = operators(sparse)
         if differing := sorted(own.keys() ^ found.switches.keys()):
             where = "here" if differing[0] in own else "there"

@@ -125,7 +125,7 @@ class Ledger:
 
     def _load(self, path: Path) -> None:
         header, tensors = artifacts.read(path, FORMAT, VERSION, "a checkpoint of an evaluation")
-        with artifacts.understanding(path):
+        with artifacts.parsing(path):
             for what in {**self._identity, **header["identity"]}:
                 there, here = header["identity"].get(what), self._identity.get(what)
                 if there != here:

@@ -21,7 +21,7 @@ from ..outputs import Logits, in_words
 from ..passes import restore, returning_logits
 from ..progress import bar, say_resumed
 from ..seen import image_marks
-from ..shards import Ranks, own_file, place
+from ..shards import Ranks, file_of_rank, rank_and_world
 from ..statistics import fingerprint
 from .comparison import Comparison
 from .evidence import Evidence
@@ -143,9 +143,9 @@ def evaluate(
         "sanity_images or save_adversarial": [sanity_images, keep],
         "logits": in_words(logits),
     }  # fmt: skip
-    rank, world = place(group)
+    rank, world = rank_and_world(group)
     batches = length(as_batches(test, batch_size, pair=True))  # None where the data does not say
-    ledger = Ledger(None if checkpoint is None else own_file(Path(checkpoint), rank, world), identity)
+    ledger = Ledger(None if checkpoint is None else file_of_rank(Path(checkpoint), rank, world), identity)
     comparison = (PixelComparison if maps else Comparison)(models, plan, ledger, keep)
     with bar(progress and rank == 0) as display, ledger:
         if ledger.batches:

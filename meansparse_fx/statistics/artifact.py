@@ -220,7 +220,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
     def load_with_settings(cls, path: str | Path) -> tuple[Statistics, dict[str, Any] | None]:
         """Return the statistics kept in a file, and the settings beside them if there are any."""
         header, tensors = artifacts.read(path, FORMAT, FORMAT_VERSION, "a statistics file")
-        with artifacts.understanding(path):
+        with artifacts.parsing(path):
             sites = {name: _site(tensors, name, count) for name, count in header["counts"].items()}
             facts = (header["fingerprint"], header["images"], header["metadata"], header["graph"], header["table"])
             for fact, kind in zip(facts, (str, int, dict, str, dict), strict=True):
@@ -228,7 +228,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
                     raise TypeError(f"{fact!r} where {kind.__name__} belongs")
             if not all(isinstance(row, dict) for row in facts[-1].values()):
                 raise TypeError("rows of its table are no tables")
-            marks = artifacts.in_form({_MARKS: least_marks([])} | tensors, _MARKS, torch.int64, (None,))
+            marks = artifacts.typed_tensor({_MARKS: least_marks([])} | tensors, _MARKS, torch.int64, (None,))
             return cls(sites, *facts, marks, Answers.read(header.get("answers"))), header.get("settings")
 
 
@@ -236,11 +236,11 @@ def _site(tensors: Mapping[str, Tensor], name: str, count: int) -> ChannelStatis
     channels = len(tensors[f"{name}:mean"])
 
     def vector(part: str) -> Tensor:
-        return artifacts.in_form(tensors, f"{name}:{part}", torch.float64, (channels,))
+        return artifacts.typed_tensor(tensors, f"{name}:{part}", torch.float64, (channels,))
 
     histogram = None
     if f"{name}:histogram" in tensors:
-        counts = artifacts.in_form(tensors, f"{name}:histogram", torch.int64, (channels, None))
+        counts = artifacts.typed_tensor(tensors, f"{name}:histogram", torch.int64, (channels, None))
         histogram = ChannelHistogram(vector("low"), vector("width"), counts)
     return ChannelStatistics(artifacts.whole_number(count), vector("mean"), vector("m2"), histogram)
 

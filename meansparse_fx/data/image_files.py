@@ -32,7 +32,7 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pictures:
+class ImageFiles:
     """Image files; an index gives an image ``[3, size, size]`` float32 in [0, 1], an array of them selects files."""
 
     paths: list[str]
