@@ -92,7 +92,7 @@ rest)
 dry)
     cuda() { run 600 "benchmarks.$1" --device cpu --out "$results/${1}-$device.csv" "${@:2}"; }
     TRITON_INTERPRET=1 tests 300 tests/kernels/test_gpu.py -k replayed
-    cuda host --rounds 3
+    cuda host --repetitions 3
     cuda kernels --activation relu --mode forward moments moments+activation --shape 2x4x4x4 2x3x4 --dtype bfloat16 --repetitions 2
     cuda models --eager --model WRN-10-1 --batch 1 --mode forward --repetitions 2
     cuda attack --model WRN-10-1 --images 2 --pool 8 --steps 2 --queries 2 --repetitions 1

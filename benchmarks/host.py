@@ -91,16 +91,15 @@ def calls(device: str) -> dict[str, Call]:
     }
 
 
-def timed(rounds: int) -> list[Row]:
+def timed(device: str, repetitions: int) -> list[Row]:
     """Return a row a call, its ratio to ReLU alone, or to convolution, norm and ReLU."""
     torch.set_num_threads(1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with contextlib.ExitStack() as stack:
         if device == "cpu":
             stack.enter_context(mock.patch.dict("os.environ", MEANSPARSE_FX_LOWERING="triton"))
             stack.enter_context(stubbed_launch())
-        times = in_turns(calls(device), device, rounds, warm_up=10, number=20)
-    where = environment(device) | {"repetitions": rounds}
+        times = in_turns(calls(device), device, repetitions, warm_up=10, number=20)
+    where = environment(device) | {"repetitions": repetitions}
     where |= {} if device == "cuda" else {"device": "no GPU: the launch is stubbed"}
     rows = []
     for name, own in times.items():
@@ -124,12 +123,10 @@ RATIOS = {
 
 
 def main() -> None:
-    parser = options(__doc__)
+    parser = options(__doc__, repetitions=201)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.add_argument("--rounds", type=int, default=201)
-    parser.add_argument("--device", help="for benchmarks/gpu.sh: it is a GPU where there is one, else the stub")
     args = parser.parse_args()
-    rows = timed(args.rounds)
+    rows = timed(args.device, args.repetitions)
     if args.json:
         ratios = {name: row.ratio for name, key in RATIOS.items() for row in rows if (row.case, row.contender) == key}
         times = {f"{row.case}: {row.contender}": 1e3 * row.host_ms for row in rows}

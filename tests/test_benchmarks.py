@@ -280,7 +280,7 @@ def test_host_says_its_ratios_as_json(capsys, monkeypatch):
     times = {name: [1.0, 2.0, 4.0] for name in host.calls("cpu")}
     times |= {"operator, ReLU": [3.0] * 3, "forward+backward: operator, ReLU": [1.5, 3.0, 6.0]}
     monkeypatch.setattr(host, "in_turns", lambda *_, **__: times)
-    main(host, monkeypatch, "--json", "--rounds", "3")
+    main(host, monkeypatch, "--json", "--repetitions", "3")
     found = json.loads(capsys.readouterr().out)
     ratios = {
         "forward_over_relu": 1.5,

@@ -14,11 +14,9 @@ from typing import IO
 
 import numpy as np
 
+from ..batches import IMAGE_KEYS, LABEL_KEYS
 from ..errors import ArtifactError
 from .image_set import LAYOUTS, Splits
-
-_IMAGES = {"images", "image", "imgs", "img", "x", "data"}
-_LABELS = {"labels", "label", "y", "targets", "target"}
 
 
 def npz_splits(path: Path) -> Splits:
@@ -92,11 +90,11 @@ def _roles(names: Iterable[str]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for name in names:
         words = name.split("_")
-        known = {word.lower() for word in words} & (_IMAGES | _LABELS)
+        known = {word.lower() for word in words} & {*IMAGE_KEYS, *LABEL_KEYS}
         if not known:
             continue
         own = found.setdefault("_".join(word for word in words if word.lower() not in known), {})
-        role = "labels" if known & _LABELS else "images"
+        role = "labels" if known & {*LABEL_KEYS} else "images"
         if role in own:
             raise ArtifactError(f"{own[role]} or {name}: which of them are the {role}? Name one otherwise")
         own[role] = name
