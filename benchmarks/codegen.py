@@ -203,17 +203,11 @@ def cases(targets: list[str], activations: list[str], dtypes: list[str]) -> Iter
             yield Case("backward", "relu", dtype, form, target, "mean", backward)
 
 
-HEADS = ("kernel", "activation", "variant", "dtype", "layout", "target", "regs", "spill", "smem")
-HEADS += ("loads", "stores", "rcp/el", "instr/el")
-
-
-def line(code: dict[str, Any]) -> list[str]:
-    """Return what machine code shows as cells of a table; a width is written bits x count."""
-    mode = "variant" if code["kernel"].startswith("forward") else "backward"
-    widths = {c: " ".join(f"{w}x{n}" for w, n in sorted(code[c].items(), reverse=True)) for c in ("loads", "stores")}
-    keys = ("kernel", "activation", mode, "dtype", "layout", "target", "registers", "spilled_bytes", "shared_bytes")
-    keys += ("loads", "stores", "reciprocals_per_element", "instructions_per_element")
-    return [str((code | widths)[key]) for key in keys]
+def cell(value: Any) -> str:
+    """Return a fact as a cell of a table; accesses are written bits x count."""
+    if isinstance(value, dict):
+        return " ".join(f"{bits}x{count}" for bits, count in sorted(value.items(), reverse=True))
+    return str(value)
 
 
 def main() -> None:
@@ -229,7 +223,8 @@ def main() -> None:
         if args.json:
             print(json.dumps(codes[-1]), flush=True)
     if not args.json:
-        show(HEADS, map(line, codes), width=180, box=None)
+        heads = [name.replace("_", " ") for name in codes[0]]
+        show(heads, (map(cell, code.values()) for code in codes), width=230, box=None)
 
 
 if __name__ == "__main__":

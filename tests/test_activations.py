@@ -21,7 +21,7 @@ from meansparse_fx.capture import capture
 from meansparse_fx.errors import SiteError
 from meansparse_fx.export import to_exported_program
 from meansparse_fx.kernels.reference import ACTIVATIONS
-from meansparse_fx.zoo.robustbench_mend import library
+from meansparse_fx.zoo.robustbench_compat import library
 from tests.models import Functional, mean_sparse
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)

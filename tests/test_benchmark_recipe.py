@@ -12,7 +12,7 @@ import torch
 import meansparse_fx as msfx
 from meansparse_fx import bundled
 from meansparse_fx.evaluate.attacks import AttackSettings, attack
-from meansparse_fx.zoo.robustbench_mend import library
+from meansparse_fx.zoo.robustbench_compat import library
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("robustbench") is None, reason="needs robustbench")
 

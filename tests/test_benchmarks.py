@@ -29,7 +29,7 @@ from benchmarks.page.targets import TARGETS, Target
 from meansparse_fx import bundled
 from meansparse_fx.data import ImageSet
 from meansparse_fx.errors import ModelError
-from meansparse_fx.zoo import robustbench_mend
+from meansparse_fx.zoo import robustbench_compat
 
 ROOT = harness.ROOT
 EAGER = [name for name in CONTENDERS if name not in models.COMPILED]
@@ -239,7 +239,7 @@ def test_a_case_that_fails_does_not_keep_the_others(tmp_path, capsys):
 
 
 def test_every_architecture_names_its_package(monkeypatch):
-    robustbench_mend.library.cache_clear()
+    robustbench_compat.library.cache_clear()
     for package in ("robustbench", "timm", "torchvision.models"):
         monkeypatch.setitem(sys.modules, package, None)
     for name in contenders.MODELS:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import meansparse_fx as msfx
-from meansparse_fx.zoo.robustbench_mend import library
+from meansparse_fx.zoo.robustbench_compat import library
 
 timm = pytest.importorskip("timm")
 

@@ -22,7 +22,7 @@ from benchmarks.page.__main__ import zoo_page
 from benchmarks.page.results import Results
 from benchmarks.zoo import MODELS, build
 from meansparse_fx.errors import ArtifactError, MeanSparseError, ModelError
-from meansparse_fx.zoo import Normalised, input_shape, load_model, robustbench_mend
+from meansparse_fx.zoo import Normalised, input_shape, load_model, robustbench_compat
 from meansparse_fx.zoo import robustbench as robustbench_zoo
 
 SOURCE = """
@@ -366,7 +366,7 @@ def test_unknown_robustbench_models(name, problem):
 
 
 def test_robustbench_s_stand_ins_are_gone():
-    robustbench_mend.library()
+    robustbench_compat.library()
     for name in ("pkg_resources", "autoattack", "autoattack.state"):
         assert name not in sys.modules or sys.modules[name].__spec__.name == name
 
@@ -377,25 +377,25 @@ def test_robustbench_gets_no_stand_in_for_what_is_there(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("pkg_resources", "autoattack"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    with robustbench_mend._missing_modules():
+    with robustbench_compat._missing_modules():
         assert "autoattack" not in sys.modules
         assert Path(importlib.import_module("pkg_resources").__file__).parent == tmp_path
     assert "pkg_resources" in sys.modules
 
 
 def test_robustbench_finds_its_own_files():
-    loaders = importlib.import_module("robustbench.loaders") if robustbench_mend.library() else None
+    loaders = importlib.import_module("robustbench.loaders") if robustbench_compat.library() else None
     path = loaders.pkg_resources.resource_filename("robustbench.loaders", "helper_files")
     assert Path(path).is_dir()
 
 
 def test_robustbench_not_installed(monkeypatch):
-    robustbench_mend.library.cache_clear()
+    robustbench_compat.library.cache_clear()
     monkeypatch.setitem(sys.modules, "robustbench", None)
     with pytest.raises(ModelError, match=r"pip install 'meansparse_fx\[robustbench\]'"):
         load_model(f"robustbench:{WRN}")
     monkeypatch.undo()
-    assert robustbench_mend.library().__name__ == "robustbench"
+    assert robustbench_compat.library().__name__ == "robustbench"
 
 
 # The table. Activations called and gates among them, counted at run time over other code than ours.

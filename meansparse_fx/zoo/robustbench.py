@@ -20,7 +20,7 @@ from torch import nn
 
 from ..arguments import some
 from ..errors import ArtifactError, ModelError
-from .robustbench_mend import construction, library
+from .robustbench_compat import construction, library
 from .weights import load_weights, read_checkpoint
 
 # Where RobustBench itself keeps what it downloads.
