@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from torch import Tensor
 
 from ..tables import new_table
 from .moments import ChannelStatistics
@@ -15,26 +17,37 @@ if TYPE_CHECKING:
 ALPHAS = (0.1, 0.2, 0.3)  # bands whose share of values is shown, where there are histograms
 
 
+def _range(values: Tensor) -> str:
+    return f"{float(values.min()):.3g} to {float(values.max()):.3g}"
+
+
+def _ratio(site: ChannelStatistics) -> str:
+    alive = site.std > 0
+    return f"{float((site.mean.abs() / site.std)[alive].max()):.3g}" if alive.any() else ""
+
+
+COLUMNS: dict[str, Callable[[ChannelStatistics], str]] = {
+    "channels": lambda site: str(len(site.mean)),
+    "dead": lambda site: str(int((~(site.std > 0)).sum()) or ""),
+    "values each": lambda site: f"{site.count:,}",
+    "mean": lambda site: _range(site.mean),
+    "std": lambda site: _range(site.std),
+    "most |mean|/std": _ratio,
+}
+
+
 def summary_table(statistics: Statistics) -> Table:
     """Return the statistics as a rich table: ranges, dead channels, extreme ratios, shares inside the band."""
+    columns = dict(COLUMNS)
+    if any(site.histogram is not None for site in statistics.values()):
+        columns[f"% in band at {', '.join(f'{alpha:g}' for alpha in ALPHAS)}"] = _shares
     facts = [f"{key}: {value}" for key, value in statistics.metadata.items()]
-    counted = any(s.histogram is not None for s in statistics.values())
-    columns = ["channels", "dead", "values each", "mean", "std", "most |mean|/std"]
-    if counted:
-        columns.append(f"% in band at {', '.join(f'{alpha:g}' for alpha in ALPHAS)}")
     title = "\n".join([f"{len(statistics)} sites, {statistics.images} images", *facts])
     caption = f"weights {statistics.fingerprint}" + (f", graph {statistics.graph}" if statistics.graph else "")
     table = new_table("site", *columns, optional=("values each", "most |mean|/std"), title=title, caption=caption)
     for name, site in statistics.items():
-        table.add_row(name, *_row(site), *([_shares(site)] if counted else []))
+        table.add_row(name, *(cell(site) for cell in columns.values()))
     return table
-
-
-def _row(site: ChannelStatistics) -> list[str]:
-    alive = site.std > 0
-    ranges = (f"{float(v.min()):.3g} to {float(v.max()):.3g}" for v in (site.mean, site.std))
-    ratio = f"{float((site.mean.abs() / site.std)[alive].max()):.3g}" if alive.any() else ""
-    return [str(len(site.mean)), str(int((~alive).sum()) or ""), f"{site.count:,}", *ranges, ratio]
 
 
 def _shares(site: ChannelStatistics) -> str:
