@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..evaluate.outcome import ModelOutcome, PairedDifference
+from ..evaluate.outcome import ModelOutcome, PairedDifference, mean
 from ..plots import (
     DASHED,
     DOTTED,
@@ -44,7 +44,7 @@ def alpha_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
     base, outcomes = search.base, search.outcomes
     early = [alpha for alpha, outcome in outcomes.items() if len(outcome.worst) < len(base.worst)]
     finished = [alpha for alpha in outcomes if alpha not in early]
-    clean = {alpha: float(outcome.clean.double().mean()) for alpha, outcome in outcomes.items()}
+    clean = {alpha: mean(outcome.clean) for alpha, outcome in outcomes.items()}
     worst = {alpha: search.comparable(outcome) for alpha, outcome in outcomes.items()}
     lines = {name: {a: search.comparable(o, name) for a, o in outcomes.items()} for name in base.robust}
     lowest = worst[0.0] - SHOWN
@@ -155,4 +155,4 @@ def tradeoff_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
 
 
 def _place(search: AlphaSearch, outcome: ModelOutcome) -> tuple[float, float]:
-    return outcome.to_dict()["clean"], search.comparable(outcome)
+    return mean(outcome.clean), search.comparable(outcome)

@@ -6,6 +6,7 @@ Attacks and keeps what was found; what is chosen is decided elsewhere.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -70,8 +71,11 @@ class Trials:
         self._model, self._device = Attacked(sparse, plan.compile, plan.amp), device_of(sparse)
         count = sum(len(labels) for _, labels in data)
         self.attacked = count if attacked is None else min(attacked, count)
-        needed = _batches_with(data, self.attacked)
-        self._images, self._labels = (torch.cat(parts)[: self.attacked] for parts in zip(*needed, strict=True))
+        ends = itertools.accumulate(len(labels) for _, labels in data)
+        needed = [batch for batch, end in zip(data, ends, strict=True) if end - len(batch[1]) < self.attacked]
+        self._images, self._labels = (
+            torch.cat([p.cpu() for p in parts])[: self.attacked] for parts in zip(*needed, strict=True)
+        )
         self._batch_size = len(data[0][1])
         self._masks: dict[str, list[dict[str, Tensor]]] = {}  # by candidate, a batch each
         for index, (images, labels) in enumerate(data):
@@ -156,15 +160,4 @@ def candidates_per_rung(candidates: int, rungs: Sequence[int]) -> list[int]:
     for _ in rungs:
         found.append(1 + standing)
         standing = math.ceil(standing / 2)
-    return found
-
-
-def _batches_with(data: Sequence[tuple[Tensor, Tensor]], count: int) -> list[tuple[Tensor, Tensor]]:
-    """Return the first batches, those that hold the first ``count`` images."""
-    found, held = [], 0
-    for batch in data:
-        if held >= count:
-            break
-        found.append((batch[0].cpu(), batch[1].cpu()))
-        held += len(batch[1])
     return found

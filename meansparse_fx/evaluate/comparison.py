@@ -12,7 +12,7 @@ from ..outputs import logits_of
 from .batch import Batch
 from .compiled import Attacked
 from .ledger import Ledger, Masks
-from .outcome import IN_WORDS, ModelOutcome
+from .outcome import IN_WORDS, ModelOutcome, mean
 from .plan import AttackPlan, device_of
 from .probes import Probed, examine, search_planted
 from .sanity import Check, check_threat, checks_of, checks_of_labels
@@ -108,8 +108,7 @@ class Comparison:
 
     def so_far(self) -> str:
         """Return the worst-case accuracies so far, for the progress bar."""
-        shares = {which: float(o.worst.double().mean()) for which, o in self.outcomes().items()}
-        return f"worst: base {shares['base']:.1%}, sparse {shares['sparse']:.1%}"
+        return "worst: " + ", ".join(f"{which} {mean(found.worst):.1%}" for which, found in self.outcomes().items())
 
     def outcomes(self) -> dict[str, ModelOutcome]:
         """Return what both models did."""
