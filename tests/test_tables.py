@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import meansparse_fx as msfx
-from meansparse_fx.tables import as_latex, as_text, new_table
+from meansparse_fx.tables import as_html, as_latex, as_text, new_table
 
 NAME = "stages.2.blocks.11.mlp.activation"
 
@@ -69,4 +69,19 @@ def test_latex_shows_what_the_table_shows():
         r"a\_b \& \{c\} & $-$0.1 to 2\textbackslash{} \\",
         r"\bottomrule",
         r"\end{tabular}",
+    ]
+
+
+def test_html_shows_what_the_table_shows():
+    found = new_table("row", "apgd-ce/exact")
+    found.add_row("a <b> & c", "-0.1", style="bold")
+    assert as_html(found).splitlines() == [
+        "<tr>",
+        "<th>row</th>",
+        '<th class="number">apgd-ce/exact</th>',
+        "</tr>",
+        '<tr class="strong">',
+        "<td>a &lt;b&gt; &amp; c</td>",
+        '<td class="number">-0.1</td>',
+        "</tr>",
     ]
