@@ -51,7 +51,7 @@ class PGD:
         best = images.clone()
         settings = self._settings
         x = settings.project(images, images + self._start(images))
-        for _ in range(self._settings.steps):
+        for _ in range(settings.steps):
             x.requires_grad_()
             with torch.enable_grad():
                 logits, losses = loss(x, labels)

@@ -74,17 +74,15 @@ class Evaluation(Tabled):
 
     @property
     def exact_gain(self) -> PairedDifference | None:
-        """The same over attacks by the operator's own gradient, what is usually reported; None if there were none."""
+        """Change of the worst case over attacks by the operator's own gradient, as is usual; None without any."""
         exact = self._exact_change()
         return None if exact is None else PairedDifference.of_changes(exact)
 
     @property
     def masked(self) -> PairedDifference | None:
         """How much of `exact_gain` attackers who know the operator take away: the gap between the two gains."""
-        exact = self._exact_change()
-        return (
-            None if exact is None else PairedDifference.of_changes(exact - change(self.base.worst, self.sparse.worst))
-        )
+        exact, worst = self._exact_change(), change(self.base.worst, self.sparse.worst)
+        return None if exact is None else PairedDifference.of_changes(exact - worst)
 
     def _exact_change(self) -> Tensor | None:
         base, sparse = (side.worst_of("/exact") for side in (self.base, self.sparse))
