@@ -15,7 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
-from .compilation import CompileReport, Options
+from .compilation import CompileReport
+from .compile_options import Options, inner_compiler
 from .errors import StateError
 from .kernels import ops
 from .passes.inline_checkpoints import inline_checkpoints
@@ -27,10 +28,6 @@ from .sites.entrances import remove_entrances
 
 # What an operator becomes: where the graph is run as it is, the fastest kernel; for compilers, aten operators.
 _CALLS: dict[Any, Callable[..., Tensor]] = {"eager": ops.mean_sparse}
-
-# What a norm returns is computed again for an observer, not kept in memory for it: on a CPU observing costs 1.06 of the
-# bundled network's pass then, and 1.6 by Inductor's own threshold of 4 (AMD EPYC, one thread).
-_OBSERVING = {"realize_reads_threshold": 12}
 
 _REPORTS: WeakKeyDictionary[nn.Module, list[CompileReport]] = WeakKeyDictionary()
 
@@ -62,7 +59,7 @@ def meansparse(
     from .sites.dynamo import DynamoGraph, model_call
 
     asked = Options.read(options, mode)
-    compile_inner = _inner_compiler(asked)
+    compile_inner = inner_compiler(asked)
     captured = DynamoGraph.of(graph_module, example_inputs)
     report = _report_of(captured.model, asked)
     if not report.transformed and inline_checkpoints(graph_module):
@@ -139,29 +136,3 @@ def _report_of(model: nn.Module | None, asked: Options) -> CompileReport:
             return report
     reports.append(CompileReport(model, asked))
     return reports[-1]
-
-
-def _inner_compiler(asked: Options) -> Callable:
-    """Return the back end that compiles rewritten graphs, its options bound."""
-    inner: Any = asked.inner
-    inner_options = dict(asked.inner_options or {})
-    if inner == "inductor":
-        return _inductor(_OBSERVING | inner_options if asked.observe else inner_options, asked.mode)
-    if asked.mode is not None:
-        raise StateError(f"mode={asked.mode!r} is for Inductor, and option inner is {inner!r}: leave one of them out")
-    if isinstance(inner, str):
-        if inner not in torch.compiler.list_backends(exclude_tags=()) or inner == meansparse.__name__:
-            known = ", ".join(torch.compiler.list_backends())
-            raise StateError(f"option inner is {inner!r}, which is no inner back end; there are {known}")
-        inner = torch._dynamo.lookup_backend(inner)
-    return partial(inner, options=inner_options) if inner_options else inner
-
-
-def _inductor(options: dict[str, Any], mode: str | None) -> Callable:
-    modes = torch._inductor.list_mode_options()
-    if mode is not None and mode not in modes:
-        raise StateError(f"torch.compile has no mode {mode!r}; it knows {', '.join(modes)}")
-    if unknown := sorted(options.keys() - set(torch._inductor.list_options())):
-        raise StateError(f"Inductor has no option {unknown[0]!r}; torch._inductor.list_options() has them all")
-    compile_graph: Any = torch._dynamo.lookup_backend("inductor")
-    return partial(compile_graph, config_patches=(modes[mode] if mode else {}) | options)

@@ -1,15 +1,14 @@
 """Floor 5: what belongs to a compiled model as a whole, over all the graphs that Dynamo makes of it.
 
-`Options` is what was asked; `CompileReport` holds the operators that the graphs share, counts their sites, and
-refuses what does not fit. Mutates no graph.
+`CompileReport` holds the operators that the graphs share, counts their sites, and refuses what does not fit. Mutates no
+graph.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
@@ -18,69 +17,20 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .capture.preconditions import refuse_train_mode
+from .compile_options import Options
 from .errors import CalibrationError, SiteError, StateError, StatisticsError
 from .nn import MeanSparse
 from .operators import alpha_of, set_alpha, set_backward, unknown_sites
 from .passes.instrument import Moments
 from .published import published_operator
 from .rewrite import calls_of, operand
-from .sites import Placement, SitePlan, placement_of
+from .sites import SitePlan
 from .sites.find import check_channel_dims
 from .statistics import ChannelStatistics, Statistics, fingerprint
 
 if TYPE_CHECKING:
     from .sites.dynamo import DynamoGraph
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What ``torch.compile(..., options=...)`` may hold.
-
-    Attributes:
-        statistics: Of `calibrate` on the same model, or the path of their file.
-        alpha: Half width of the band in standard deviations: one number, or by site as for `set_alpha` (else 0).
-        placement: Which sites to take, as for `transform`.
-        backward: ``exact``, ``identity`` or ``smooth``; compiled in.
-        inner: The back end that compiles the rewritten graph: a registered name, or a callable.
-        inner_options: Options of that back end.
-        mode: Inductor's, such as ``max-autotune``: torch.compile takes either its own ``mode=`` or options.
-        allow_missing: Leave out sites without statistics, and accept statistics without a site.
-        check_weights: Refuse statistics measured on other weights.
-        observe: Insert observers instead of operators; `CompileReport.statistics` gives the result.
-    """
-
-    statistics: Statistics | str | Path | None = None
-    alpha: float | Mapping[str, float] = 0.0
-    placement: Placement = field(default_factory=Placement)
-    backward: str = "exact"
-    inner: str | Callable = "inductor"
-    inner_options: Mapping[str, Any] | None = None
-    mode: str | None = None
-    allow_missing: bool = False
-    check_weights: bool = True
-    observe: bool = False
-
-    @classmethod
-    def read(cls, given: Mapping[str, Any] | None, mode: str | None = None) -> Options:
-        """Return the options given to torch.compile, or say which of them does not exist."""
-        given = {"mode": mode} | dict(given or {})
-        known = [f.name for f in dataclasses.fields(cls)]
-        if unknown := sorted(given.keys() - set(known)):
-            raise StateError(
-                f"the meansparse back end has no option {unknown[0]!r}; it knows {', '.join(known)}. Options of the "
-                "inner back end go into inner_options"
-            )
-        asked = cls(**given | {"placement": placement_of(given.get("placement"))})
-        if asked.observe and (asked.statistics is not None or asked.alpha != 0):
-            raise StateError("option observe measures the base model: leave out statistics and alpha")
-        if asked.statistics is None and (
-            any(asked.alpha.values()) if isinstance(asked.alpha, Mapping) else asked.alpha
-        ):
-            raise StateError(
-                f"option alpha is {asked.alpha}, but there are no statistics: pass options={{'statistics': ...}}, the "
-                "result of meansparse_fx.calibrate, or measure them with options={'observe': True}"
-            )
-        return asked
 
 
 class _Entered(set[str]):
@@ -128,9 +78,8 @@ class CompileReport:
                 f"the model holds {len(holding)} published operators ({holding[0]}): compile "
                 "meansparse_fx.transform(model, images) instead, which takes them over"
             )
-        training = [name or "the model itself" for name, m in modules if m.training]
-        if training:
-            raise StateError(f"the model is in train mode ({training[0]}): call model.eval() before it is compiled")
+        if model is not None:
+            refuse_train_mode(model, "the model", "before it is compiled")
         given, self._fingerprint = options.statistics, ""
         self._statistics = Statistics.load(given) if isinstance(given, str | Path) else given
         if model is not None and (options.observe or (options.check_weights and self._statistics is not None)):

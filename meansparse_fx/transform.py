@@ -143,7 +143,7 @@ def transform(
     own.plan = sparse.meta["plan"] = plan.without_nodes()
     own.placement, own.fuse, own.frozen = placement, fuse, captured.frozen
     own.shape = tuple(images.shape[1:]) if images is not None and images.is_floating_point() else None
-    own.watch(sparse, captured.read)
+    own.watch(sparse, captured.values_read)
     if kept is not None:
         kept.put_into(sparse)
     own.placement = replace(placement, predicate=None)

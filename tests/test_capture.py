@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from meansparse_fx.capture import capture
 from meansparse_fx.capture.counting import count_activations
-from meansparse_fx.capture.limits import expect_size
+from meansparse_fx.capture.guards import expect_size
 from meansparse_fx.errors import CaptureError, StateError
 from tests.models import Functional
 

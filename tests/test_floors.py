@@ -54,6 +54,7 @@ FLOORS = {
     "zoo": 5,
     "report": 5,
     "compilation": 5,
+    "compile_options": 5,
     "export": 5,
     "backend": 6,
     "cli": 6,

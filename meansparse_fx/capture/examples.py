@@ -1,7 +1,7 @@
 """Floor 2: a symbolic trace that asks the example images where plain proxies have no answer.
 
 The graph holds for images of the example's size and for any batch size. Examples are computed without data where every
-operator allows it. Imports torch, `tracing`, `proxies`, `limits`, `sites.ops` and floor 1.
+operator allows it. Imports torch, `tracing`, `proxies`, `guards`, `sites.ops` and floor 1.
 """
 
 from __future__ import annotations
@@ -25,20 +25,18 @@ from ..dataless import Dataless, DatalessMode
 from ..sites.ops import is_in_place
 from .derivatives import check_question
 from .functions import values_of
-from .limits import SizeWatch, expect_answer, expect_size
+from .guards import SizeWatch, expect_answer, expect_size
 from .proxies import (
     FACTORIES,
     SIZES,
-    Conditions,
     ExampleProxy,
-    NewConditions,
     NumberProxy,
     Sizes,
     TensorProxy,
     replaced_builtins,
     wrapped,
 )
-from .tracing import ModelTracer, Traced, trace
+from .tracing import ModelTracer, Retrace, Traced, TraceOptions, trace
 from .verify import source_line
 
 # What may answer a question while tracing: a number or a description that both batches agree on.
@@ -72,7 +70,7 @@ def trace_by_example(model: nn.Module, images: Tensor) -> Traced:
         ['x', 'expect_size', 'pad', 'relu', 'output']
     """
     rows = torch.arange(max(SIZES), device=images.device) % len(images)
-    conditions = Conditions()
+    options = TraceOptions()
     with torch.random.fork_rng([images.device] if images.is_cuda else []):
         batches = images[rows[: SIZES[0]]], images[rows]
         if images.is_floating_point():
@@ -80,9 +78,9 @@ def trace_by_example(model: nn.Module, images: Tensor) -> Traced:
             batches = batches[0], batches[1] + torch.randn_like(batches[1])
         while True:
             try:
-                traced = trace(model, partial(ExampleTracer, batches=batches, conditions=conditions))
-            except NewConditions as other:
-                conditions = other.conditions
+                traced = trace(model, partial(ExampleTracer, batches=batches, options=options))
+            except Retrace as other:
+                options = other.options
             else:
                 traced.graph._tracer_cls = ModelTracer  # unpickling a GraphModule makes one, without examples
                 return traced
@@ -95,10 +93,10 @@ class ExampleTracer(ModelTracer):
         leaves: Module types not to trace into.
     """
 
-    def __init__(self, leaves: frozenset[type], batches: tuple[Tensor, ...], conditions: Conditions) -> None:
+    def __init__(self, leaves: frozenset[type], batches: tuple[Tensor, ...], options: TraceOptions) -> None:
         super().__init__(leaves)
-        self.conditions = conditions
-        self._mode = None if conditions.values else DatalessMode()
+        self.options = options
+        self._mode = None if options.values else DatalessMode()
         self._batches = batches
         self._asked_dtype = False  # by the model, and then answered for good
         self._pure: list[fx.Node] = []  # sizes, parameters and parts of tuples: without readers they are nothing
@@ -107,7 +105,7 @@ class ExampleTracer(ModelTracer):
 
     def trace(self, root: nn.Module | Callable, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         wrapping = mock.patch.object(_symbolic_trace, "_create_wrapped_func", wrapped)
-        with replaced_builtins(self.conditions.namespaces), wrapping:
+        with replaced_builtins(self.options.namespaces), wrapping:
             graph = super().trace(root, concrete_args)
         if self._asked_dtype:
             first = next(n for n in graph.nodes if n.target is expect_size)
@@ -188,7 +186,7 @@ class ExampleTracer(ModelTracer):
             node = waiting.pop()
             waiting += node.all_input_nodes
             if node.op == "get_attr":
-                self.read[str(node.target)] = None
+                self.values_read[str(node.target)] = None
 
     def _present(self, node: fx.Node, examples: tuple, by_value: bool, agreed: bool) -> Any:
         """Return what the model sees of a new node: containers are real ones, of proxies."""
@@ -257,7 +255,7 @@ class ExampleTracer(ModelTracer):
             with self.evaluating(), self._mode:
                 return function(*args, **kwargs)
         except Exception as error:
-            raise NewConditions(replace(self.conditions, values=True)) from error
+            raise Retrace(replace(self.options, values=True)) from error
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

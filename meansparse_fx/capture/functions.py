@@ -87,7 +87,7 @@ def expanded_by_tuples() -> Iterator[None]:
 
 
 @contextmanager
-def as_python() -> Iterator[None]:
+def without_compilers() -> Iterator[None]:
     """Run what torch.compile made eagerly, and trace through it and through functions of TorchScript."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(_ScriptFunction, "__call__", _call))

@@ -151,7 +151,7 @@ def keeping_modes(forward: Callable) -> Callable:
     return kept
 
 
-def settle_modes(graph: fx.Graph) -> None:
+def tidy_modes(graph: fx.Graph) -> None:
     """Remove idle changes of the gradient mode and questions that nobody reads; let failures restore modes."""
     _remove_unread(graph)
     for node in graph.find_nodes(op="call_function", target=_set_grad_enabled):

@@ -15,7 +15,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -28,28 +28,6 @@ from .functions import values_of
 from .tracing import Retrace
 
 SIZES = (2, 3)  # of the example batches: two that differ, and neither is 1, which broadcasts
-
-
-@dataclass(frozen=True, slots=True)
-class Conditions:
-    """Under which a trace runs; it starts again with others where these do not serve.
-
-    Attributes:
-        values: Examples are computed for real, as some operator or module needs. Otherwise without data.
-        namespaces: Globals of the source files that turn a size which depends on the batch into an int or a float:
-            no object can answer `int()` but with an int, so there these functions are others while tracing.
-    """
-
-    values: bool = False
-    namespaces: tuple[dict[str, Any], ...] = ()
-
-
-class NewConditions(Retrace):
-    """Tracing has to start again under `conditions`."""
-
-    def __init__(self, conditions: Conditions) -> None:
-        super().__init__("tracing starts again under other conditions")
-        self.conditions = conditions
 
 
 class Sizes(tuple):
@@ -108,10 +86,10 @@ class ExampleProxy(ModelProxy):
 
     def _ask_again(self, frame: FrameType) -> Any:
         """Trace again with other `int`, `float` and `len` in the file that called one of them."""
-        conditions = self.tracer.conditions
-        if any(frame.f_globals is namespace for namespace in conditions.namespaces):
+        options = self.tracer.options
+        if any(frame.f_globals is namespace for namespace in options.namespaces):
             raise TraceError("a number is needed here, and it depends on the batch size")
-        raise NewConditions(replace(conditions, namespaces=(*conditions.namespaces, frame.f_globals)))
+        raise Retrace(replace(options, namespaces=(*options.namespaces, frame.f_globals)))
 
 
 class TensorProxy(ExampleProxy):

@@ -17,7 +17,7 @@ SEEDS = 20  # what happens once in ten runs is missed once in eight
 
 
 @contextmanager
-def put_back() -> Iterator[Callable[[], bool]]:
+def undone_draws() -> Iterator[Callable[[], bool]]:
     """Undo what is drawn of Python's and NumPy's numbers meanwhile; yield what tells whether anything was."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002, forward may draw from just this one
     before = _compared(python, numpy)

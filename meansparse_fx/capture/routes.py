@@ -20,7 +20,7 @@ from ..rewrite import adopt
 from . import randomness
 from .copies import copied
 from .examples import trace_by_example
-from .functions import as_python
+from .functions import without_compilers
 from .preconditions import check_model, without_wrappers
 from .tracing import Traced, trace
 from .verify import Reference
@@ -41,17 +41,17 @@ class Capture:
         checked: By what it was seen to compute what the model computes: its ``operations``, which holds for any images
             of the example's size, or its ``numbers`` on the example images; empty if unchecked.
         frozen: The modules that asked for their mode while they were traced, with their types: they stay in eval mode.
-        read: Names of the parameters and buffers whose values answered the model while it was traced.
+        values_read: Names of the parameters and buffers whose values answered the model while it was traced.
     """
 
     graph_module: fx.GraphModule
     route: str
     checked: str = ""
     frozen: tuple[str, ...] = ()
-    read: tuple[str, ...] = ()
+    values_read: tuple[str, ...] = ()
 
 
-@as_python()
+@without_compilers()
 def capture(model: nn.Module, images: Tensor | None = None) -> Capture:
     """Return the graph of ``model``, which itself is left unchanged.
 
@@ -77,7 +77,7 @@ def capture(model: nn.Module, images: Tensor | None = None) -> Capture:
     """
     model = without_wrappers(model)
     check_model(model)
-    with randomness.put_back():
+    with randomness.undone_draws():
         return _capture(model, images)
 
 
@@ -90,10 +90,9 @@ def _capture(model: nn.Module, images: Tensor | None) -> Capture:
         try:
             traced = route.trace(model, images)
             graph_module = _assemble(model, traced)
-            frozen = _frozen(traced)
-            if reference is None:
-                return Capture(graph_module, f"{route.name}, unverified", frozen=frozen)
-            return Capture(graph_module, route.name, _check(reference, graph_module, traced), frozen, traced.read)
+            checked = "" if reference is None else _check(reference, graph_module, traced)
+            name = route.name if checked else f"{route.name}, unverified"
+            return Capture(graph_module, name, checked, _frozen(traced), traced.values_read)
         except CaptureError as failure:
             failures.append(failure)
     # Each route answers more than the one before it: where the last one stops is what the model has to change.

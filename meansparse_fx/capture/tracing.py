@@ -43,7 +43,7 @@ from .derivatives import (
     without_checkpoints,
 )
 from .functions import as_single_calls, expanded_by_tuples
-from .modes import modes_as_calls, settle_modes
+from .modes import modes_as_calls, tidy_modes
 from .preconditions import input_name
 from .verify import plain_attention, shadow, source_line
 
@@ -66,18 +66,36 @@ class Traced:
         root: The throwaway copy of the model it was traced on.
         opaque: Why tracing stopped in modules that became leaves: activations in their functions are hidden.
         entered: Paths of the modules that were traced into, the root's first: empty.
-        read: Names of the parameters and buffers whose values answered the model.
+        values_read: Names of the parameters and buffers whose values answered the model.
     """
 
     graph: fx.Graph
     root: nn.Module
     opaque: tuple[str, ...] = ()
     entered: tuple[str, ...] = ()
-    read: tuple[str, ...] = ()
+    values_read: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TraceOptions:
+    """How a trace on examples runs; it starts again with others where these do not serve.
+
+    Attributes:
+        values: Examples are computed for real, as some operator or module needs. Otherwise without data.
+        namespaces: Globals of the source files that turn a size which depends on the batch into an int or a float:
+            no object can answer `int()` but with an int, so there these functions are others while tracing.
+    """
+
+    values: bool = False
+    namespaces: tuple[dict[str, Any], ...] = ()
 
 
 class Retrace(Exception):
-    """Tracing has to start again under other conditions; no failure of the model."""
+    """Tracing has to start again with other options; no failure of the model."""
+
+    def __init__(self, options: TraceOptions) -> None:
+        super().__init__("tracing starts again with other options")
+        self.options = options
 
 
 def _timm_registry() -> ModuleType | None:
@@ -104,7 +122,7 @@ class ModelTracer(fx.Tracer):
         self._leaves = leaves | frozenset(registry.get_notrace_modules() if registry else ())
         self._state_names: dict[int, str] = {}
         self.entered: dict[str, None] = {"": None}
-        self.read: dict[str, None] = {}
+        self.values_read: dict[str, None] = {}
         self._attributes: dict[int, fx.Proxy] = {}  # what the graph calls and no graph can write down, by id
         self._evaluating = False  # what runs now is no part of the graph
         self.looking: Callable[[FrameType], bool] = lambda caller: False  # see `applied_by`
@@ -121,7 +139,7 @@ class ModelTracer(fx.Tracer):
         for node in graph.nodes:
             if isinstance(node.type, str):  # an annotation never evaluated: torch before 2.14 cannot pickle it
                 node.type = None
-        settle_modes(graph)
+        tidy_modes(graph)
         write_buffers_back(graph, self.root, set(self._state_names.values()))
         return graph
 
@@ -269,7 +287,7 @@ def trace(model: nn.Module, make_tracer: Callable[[frozenset[type]], ModelTracer
         try:
             with plain_attention(), kept_parameters(root):
                 graph = tracer.trace(root)
-                return Traced(graph, root, tuple(leaves.values()), tuple(tracer.entered), tuple(tracer.read))
+                return Traced(graph, root, tuple(leaves.values()), tuple(tracer.entered), tuple(tracer.values_read))
         except (CaptureError, Retrace):
             raise
         except Exception as error:

@@ -28,7 +28,7 @@ from ..state import kept_buffers, kept_parameters
 from .copies import copied, state_of
 from .counting import ActivationCounter, WrittenOut, count_activations, hides_an_activation
 from .derivatives import applied_functions, without_checkpoints
-from .randomness import check_drawn_anew, check_unused, generator_state, put_back
+from .randomness import check_drawn_anew, check_unused, generator_state, undone_draws
 from .recording import Halted, Recording, record
 
 _HERE, _TORCH, _FX = (f"{Path(file).parent}/" for file in (__file__, torch.__file__, fx.__file__))
@@ -76,7 +76,7 @@ class Reference:
         if len(images) == 0:
             raise CaptureError("the example images are an empty batch: pass at least one image")
         reference = cls(model, (images[:2], images[[row % len(images) for row in range(3)]]))
-        with put_back() as drawn:
+        with undone_draws() as drawn:
             try:
                 reference._record()
             except Exception:  # values are asked for, an operator needs data, or the model fails: computing tells

@@ -1,7 +1,4 @@
-"""Floor 2: for which batches a graph holds that examples answered for: the calls in it that refuse others.
-
-Imports torch and floor 1.
-"""
+"""Floor 2: for which batches a graph holds that examples answered for: the calls in it that refuse others."""
 
 from __future__ import annotations
 
