@@ -17,8 +17,8 @@ from torch.export import Dim, ExportedProgram
 
 from .artifacts import require_place, write_whole
 from .batches import examples
-from .capture.copies import copied
 from .capture.derivatives import own_derivatives
+from .copies import copied
 from .errors import ArtifactError, CaptureError, first_line
 from .hooks import has_hooks
 from .names import FORMATS

@@ -1,12 +1,18 @@
-"""Floor 1: what running a model does to its parameters and buffers. Imports torch only."""
+"""Floor 1: parameters and buffers, and what running a model does to them. Imports torch only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx, nn
+
+
+def state_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Return the parameters and buffers of ``model`` by name, all or those called so."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return state if names is None else {name: state[name] for name in names if name in state}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import meansparse_fx as msfx
-from meansparse_fx.capture.copies import copied
+from meansparse_fx.copies import copied
 from meansparse_fx.errors import CaptureError
 from tests.models import Functional
 

@@ -32,6 +32,8 @@ X, IDS = torch.rand(2, 4, 6, 6), torch.arange(1, 9).view(2, 4)
 CALLS = {
     "activation": (nn.SiLU(), (X,)),
     "norm": (nn.BatchNorm2d(4).eval(), (X,)),
+    "norm of another type": (nn.BatchNorm2d(4).double().eval(), (X.double(),)),
+    "norm, channels last": (nn.BatchNorm2d(4).eval(), (X.to(memory_format=torch.channels_last),)),
     "function": (F.layer_norm, (X, (6,))),
     "sum": (operator.add, (X, X)),
     "scalar": (operator.mul, (X, 2)),

@@ -18,6 +18,7 @@ KERNELS = Path(kernels.__file__).parent
 FLOORS = {
     "kernels": 0,
     "errors": 1,
+    "copies": 1,
     "dataless": 1,
     "hooks": 1,
     "state": 1,

@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meansparse_fx.capture import capture
-from meansparse_fx.capture.copies import state_of
 from meansparse_fx.capture.recording import record
 from meansparse_fx.dataless import NeedsData, tensors
 from meansparse_fx.errors import CaptureError
+from meansparse_fx.state import state_of
 from tests.models import Functional
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)

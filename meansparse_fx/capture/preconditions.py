@@ -1,4 +1,4 @@
-"""Floor 2: whether a model is one that can be captured, before anything is tried. Imports `copies` and floor 1."""
+"""Floor 2: whether a model is one that can be captured, before anything is tried. Imports floor 1 and `rewrite`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from ..activations import match_function
+from ..copies import refuse_hooks, shadow, unwrapped
 from ..errors import CaptureError, StateError
 from ..hooks import refuse_global_hooks
 from ..rewrite import PREFIX
-from .copies import copied, refuse_hooks, unwrapped
 
 _ORIGINAL = "pass the nn.Module that it was made from"
 # What activations are written out of.
@@ -59,7 +59,7 @@ def refuse_train_mode(model: nn.Module, name: str, when: str) -> None:
     training = _in_train_mode(model)
     if training:
         # A model whose own eval() leaves some parts out has them so by its author's will.
-        stubborn = _in_train_mode(copied(model, {id(p): p for p in model.parameters()}).eval())
+        stubborn = _in_train_mode(shadow(model).eval())
         training = [path for path in training if path not in stubborn]
     if training:
         more = f" and {len(training) - 1} more" if len(training) > 1 else ""

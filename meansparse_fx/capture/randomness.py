@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,10 +43,15 @@ def generator_state(device: torch.device) -> bytes:
 
 def draws(func: Any, args: tuple, kwargs: dict) -> bool:
     """Return whether an operator call draws random numbers of torch; attention does for its dropout alone."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
+    if not _is_random(func):
         return False
     rates = [(i, a) for i, a in enumerate(func._schema.arguments) if a.name == "dropout_p"]
     return not rates or any((args[i] if i < len(args) else kwargs.get(a.name, a.default_value)) > 0 for i, a in rates)
+
+
+@functools.cache
+def _is_random(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags
 
 
 def drawn(args: tuple, kwargs: dict) -> bytes:

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..copies import copied
 from ..errors import CaptureError
 from ..hooks import drop_own_hooks
 from ..rewrite import adopt
 from . import randomness
-from .copies import copied
 from .examples import trace_by_example
 from .functions import without_compilers
 from .preconditions import check_model, without_wrappers

@@ -20,6 +20,7 @@ from torch import fx, nn
 from torch.fx.proxy import TraceError
 
 from ..activations import match_module, registered_functions
+from ..copies import shadow
 from ..errors import CaptureError, first_line
 from ..hooks import (
     enter,
@@ -33,8 +34,7 @@ from ..hooks import (
 )
 from ..outputs import flatten, parts
 from ..published import published_operator
-from ..state import kept_parameters, write_buffers_back
-from .copies import state_of
+from ..state import kept_parameters, state_of, write_buffers_back
 from .derivatives import (
     ModelProxy,
     applied_by,
@@ -45,7 +45,7 @@ from .derivatives import (
 from .functions import as_single_calls, expanded_by_tuples
 from .modes import modes_as_calls, tidy_modes
 from .preconditions import input_name
-from .verify import plain_attention, shadow, source_line
+from .verify import plain_attention, source_line
 
 _CALL = nn.Module.__call__  # taken before a tracer patches it
 _MAX_LEAVES = 16

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..copies import copied_leaves, shadow
 from ..dataless import Forms
 from ..errors import CaptureError
-from ..hooks import hint_of_hooks, may_keep
+from ..hooks import hint_of_hooks
 from ..outputs import difference, flatten
 from ..sites.plan import Refusal
-from ..state import kept_buffers, kept_parameters
-from .copies import copied, state_of
+from ..state import kept_buffers, kept_parameters, state_of
 from .counting import ActivationCounter, WrittenOut, count_activations, hides_an_activation
 from .derivatives import applied_functions, without_checkpoints
 from .randomness import check_drawn_anew, check_unused, generator_state, undone_draws
@@ -34,11 +34,6 @@ from .recording import Halted, Recording, record
 _HERE, _TORCH, _FX = (f"{Path(file).parent}/" for file in (__file__, torch.__file__, fx.__file__))
 _DYNAMO = f"{_TORCH}_dynamo/"  # around everything that is compiled no more
 _OWN_BACKWARD = "an activation inside of {}, a torch.autograd.Function, which has its own gradient"
-
-
-def shadow(model: nn.Module) -> nn.Module:
-    """Return a copy that shares the model's parameters, which neither tracing nor inference changes."""
-    return copied(model, {id(p): p for p in model.parameters()})
 
 
 @contextmanager
@@ -107,10 +102,10 @@ class Reference:
         if not same:
             self._check_numbers(graph_module)
         if self._draws:
-            with _copied_leaves(graph_module), kept_buffers(graph_module):
+            with copied_leaves(graph_module), kept_buffers(graph_module):
                 own, graph = (partial(_run, m, self.batches[0]) for m in (shadow(self.model), graph_module))
                 check_drawn_anew(own, graph, difference)
-        with _copied_leaves(graph_module), WrittenOut(graph_module) as mode:
+        with copied_leaves(graph_module), WrittenOut(graph_module) as mode:
             if mode.leaves:
                 with kept_buffers(graph_module):
                     _run(graph_module, self.batches[0])
@@ -139,7 +134,7 @@ class Reference:
             return False
 
     def _recorded(self, graph_module: fx.GraphModule, batch: Tensor) -> Recording:
-        with _copied_leaves(graph_module), _conditions(batch):
+        with copied_leaves(graph_module), _conditions(batch):
             return record(graph_module, batch, state_of(graph_module, state_of(self.model)), self._forms)
 
     def _compute(self) -> tuple[Any, ...]:
@@ -270,25 +265,6 @@ def source_line(error: BaseException | None = None) -> traceback.FrameSummary:
     frames = [f for f in everything if not f.filename.startswith((_HERE, _FX, _DYNAMO, contextlib.__file__))]
     frames = frames or everything
     return ([f for f in frames if not f.filename.startswith(_TORCH)] or frames)[-1]
-
-
-@contextmanager
-def _copied_leaves(graph_module: fx.GraphModule) -> Iterator[None]:
-    """Put copies in the place of modules that the graph calls and that may keep what they are given."""
-    replaced = []
-    for target in dict.fromkeys(node.target for node in graph_module.graph.find_nodes(op="call_module")):
-        path, _, name = target.rpartition(".")
-        owner = graph_module.get_submodule(path)
-        module = owner.get_submodule(name)
-        if may_keep(module):
-            replaced.append((owner, name, module))
-    try:
-        for owner, name, module in replaced:
-            owner._modules[name] = shadow(module)
-        yield
-    finally:
-        for owner, name, module in replaced:
-            owner._modules[name] = module
 
 
 def _same_gradient(actual: Tensor | None, expected: Tensor | None) -> bool:

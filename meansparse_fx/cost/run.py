@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 
 from ..batches import examples
-from ..capture.copies import copied
+from ..copies import copied
 from ..frozen import fused_parts
 from ..kernels.records import Options, Vectors
 from ..nn import MeanSparse

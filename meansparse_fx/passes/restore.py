@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import fx
 
 from .. import rewrite
-from ..capture.copies import copied
+from ..copies import copied
 from ..errors import StateError
 from ..nn import MeanSparse
 from ..rewrite import PREFIX, bypass, operand, replay_call, sharing_copy

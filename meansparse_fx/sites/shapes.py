@@ -5,7 +5,6 @@ Imports torch and floor 1.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from ..copies import copied_leaves
 from ..dataless import DatalessMode, storage
 from ..errors import CaptureError, SiteError, first_line
-from ..hooks import entering, may_keep
+from ..hooks import entering
 from ..state import kept_buffers
 
 _UNKNOWN_SIZE = 8191  # stands for a size that depends on values; a prime, so that no other sizes multiply to it
@@ -93,19 +93,15 @@ def _plain(value: Any) -> Any:
 
 
 class _Recorder(fx.Interpreter):
+    module: fx.GraphModule
+
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
         self._flow = Flow()
         self._alive: list[Any] = []  # a key is an address: it must not be used again while others may compare
-        # A library's module may keep what it computes, as hooks may, and would keep a tensor without data: run a copy.
-        self._copies = {
-            target: copy.deepcopy(module, {id(p): p for p in module.parameters()})
-            for target in {node.target for node in graph_module.graph.nodes if node.op == "call_module"}
-            if may_keep(module := graph_module.get_submodule(target))
-        }
 
     def record(self, images: Tensor) -> Flow:
-        with torch.no_grad():
+        with copied_leaves(self.module), torch.no_grad():  # what modules keep would be tensors without data
             self.run(entering(self.module, images))
         return self._flow
 
@@ -116,6 +112,3 @@ class _Recorder(fx.Interpreter):
         self._flow.memory[n] = frozenset(map(storage, tensors))
         self._flow.values[n] = pytree.tree_map(lambda v: Shape(v.shape) if isinstance(v, Tensor) else v, result)
         return result
-
-    def call_module(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        return (self._copies.get(target) or self.fetch_attr(target))(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Floor 2: copies of models: as `copy.deepcopy` makes them, several times as fast, and without what it forgets.
+"""Floor 1: copies of models: as `copy.deepcopy` makes them, several times as fast, and without what it forgets.
 
 Most of a module's state are empty dictionaries of hooks, each of which deepcopy takes apart by the pickle protocol. It
 forgets the hooks of parameters and, of graphs, the eval mode; and it refuses tensors that an earlier forward computed
@@ -11,15 +11,16 @@ import copy
 import functools
 import types
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import CaptureError
-from ..hooks import STATE, has_hooks
+from .errors import CaptureError
+from .hooks import STATE, has_hooks, may_keep
 
 _ATOMS = frozenset(
     {type(None), bool, int, float, complex, str, bytes, type, types.FunctionType}
@@ -62,10 +63,28 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     return own
 
 
-def state_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Return the parameters and buffers of ``model`` by name, all or those called so."""
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return state if names is None else {name: state[name] for name in names if name in state}
+def shadow(model: nn.Module) -> nn.Module:
+    """Return a copy that shares the model's parameters, which neither tracing nor inference changes."""
+    return copied(model, {id(p): p for p in model.parameters()})
+
+
+@contextmanager
+def copied_leaves(graph_module: fx.GraphModule) -> Iterator[None]:
+    """Put copies in the place of modules that the graph calls and that may keep what they are given."""
+    replaced = []
+    for target in dict.fromkeys(node.target for node in graph_module.graph.find_nodes(op="call_module")):
+        path, _, name = str(target).rpartition(".")
+        owner = graph_module.get_submodule(path)
+        module = owner.get_submodule(name)
+        if may_keep(module):
+            replaced.append((owner, name, module))
+    try:
+        for owner, name, module in replaced:
+            owner._modules[name] = shadow(module)
+        yield
+    finally:
+        for owner, name, module in replaced:
+            owner._modules[name] = module
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
