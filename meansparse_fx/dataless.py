@@ -29,7 +29,7 @@ Forms = dict[tuple, tuple[type | None, list]]  # a call, operands' layouts in th
 
 
 class NeedsData(Exception):
-    """Values are asked for, or only real tensors tell what comes out."""
+    """Values are asked for, or something happens that only real tensors show."""
 
 
 class Dataless(Tensor):

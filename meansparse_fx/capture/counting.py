@@ -1,7 +1,4 @@
-"""Floor 2: how many activations a model calls, how many a graph shows, and which its leaves write out.
-
-Imports torch, `derivatives` and floor 1.
-"""
+"""Floor 2: how many activations a model calls, how many a graph shows, and which its leaves write out."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Floor 2: what decides a derivative and is no operator call, as nodes of a trace.
 
 Backwards of a model's own (`torch.autograd.Function`) are one call each. Checkpointing, which changes no derivative, is
-traced through. Imports torch and `modes`.
+traced through.
 """
 
 from __future__ import annotations

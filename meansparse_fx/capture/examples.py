@@ -1,7 +1,7 @@
 """Floor 2: a symbolic trace that asks the example images where plain proxies have no answer.
 
 The graph holds for images of the example's size and for any batch size. Examples are computed without data where every
-operator allows it. Imports torch, `tracing`, `proxies`, `guards`, `sites.ops` and floor 1.
+operator allows it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 torch.fx follows a plain function into its body, and its own `wrap` sees only the names of one module's globals. What
 all names share is the function's code, which here is another while a model is traced. Functions that torch.compile or
 TorchScript have compiled are the Python they were made from: torch.fx cannot look into the one, and crashes in the
-other. Imports torch and errors.
+other.
 """
 
 from __future__ import annotations

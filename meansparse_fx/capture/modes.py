@@ -1,4 +1,4 @@
-"""Floor 2: gradient modes and autocast, which a model enters and leaves, as calls in its graph. Imports torch."""
+"""Floor 2: gradient modes and autocast, which a model enters and leaves, as calls in its graph."""
 
 from __future__ import annotations
 

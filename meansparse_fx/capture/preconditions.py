@@ -1,4 +1,4 @@
-"""Floor 2: whether a model is one that can be captured, before anything is tried. Imports floor 1 and `rewrite`."""
+"""Floor 2: whether a model is one that can be captured, before anything is tried."""
 
 from __future__ import annotations
 

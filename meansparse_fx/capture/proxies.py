@@ -2,7 +2,7 @@
 
 What both agree on (channels, dtype, device, the length of a tuple) is answered while tracing. What differs depends on
 the batch, and stays in the graph as arithmetic. Values of images never answer anything; values of parameters and
-buffers do. Imports torch and `tracing`.
+buffers do.
 """
 
 from __future__ import annotations

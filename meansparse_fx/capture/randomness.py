@@ -13,6 +13,7 @@ import torch
 
 from ..dataless import NeedsData, tensors
 from ..errors import CaptureError
+from ..outputs import difference
 
 SEEDS = 20  # what happens once in ten runs is missed once in eight
 
@@ -64,33 +65,24 @@ def drawn(args: tuple, kwargs: dict) -> bytes:
     return state
 
 
-def check_unused(run: Callable[[], Any], differ: Callable[[Any, Any], str]) -> None:
-    """Raise CaptureError if what ``run`` returns hangs on Python's or NumPy's numbers, which are drawn from.
-
-    Args:
-        differ: Says how two results differ; nothing if they do not.
-    """
+def check_unused(run: Callable[[], Any]) -> None:
+    """Raise CaptureError if what ``run`` returns hangs on Python's or NumPy's numbers, which are drawn from."""
     first = None
     for seed in range(SEEDS):
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
         result = run()
         first = result if first is None else first
-        if differ(result, first):
+        if difference(result, first):
             raise CaptureError(
                 "forward draws random numbers of Python or NumPy, and a graph would repeat the first: draw them "
                 "with torch"
             )
 
 
-def check_drawn_anew(model: Callable[..., Any], graph: Callable[..., Any], differ: Callable[[Any, Any], str]) -> None:
-    """Raise CaptureError if a graph repeats what torch's random numbers were when it was traced.
-
-    Args:
-        model, graph: Run under torch's generators at ``seed``.
-        differ: Says how two results differ; nothing if they do not.
-    """
-    if any(differ(graph(seed=seed), model(seed=seed)) for seed in range(1, SEEDS)):
+def check_drawn_anew(model: Callable[..., Any], graph: Callable[..., Any]) -> None:
+    """Raise CaptureError if a graph repeats torch's random numbers of its trace; both run at the ``seed`` given."""
+    if any(difference(graph(seed=seed), model(seed=seed)) for seed in range(1, SEEDS)):
         raise CaptureError(
             "forward makes a Python number, a branch or a constant of random numbers of torch, and a graph would "
             "repeat the first: keep them in tensors that have the images' batch, as torch.rand_like does"

@@ -4,7 +4,7 @@ Values are numbered, not tensors: a write in place gives its tensor, and every o
 number. So where two recordings are equal, the same operators meet the same operands in the same order, and the results
 are equal bit for bit, whatever the images hold. The images want gradients while this happens, and a recording says
 which operands do, under which mode, through which `torch.autograd.Function` and tensor hooks: so derivatives with
-respect to images and parameters are equal, too. Imports torch, `derivatives`, `randomness` and floor 1.
+respect to images and parameters are equal, too.
 """
 
 from __future__ import annotations
@@ -29,10 +29,6 @@ from .randomness import drawn, draws
 aten = torch.ops.aten
 
 _KEPT = "which a function kept that copies of the model share: if it is a hook, make it a method of the model"
-
-
-class Unrecordable(NeedsData):
-    """Something happens that a recording cannot hold."""
 
 
 class Halted(Exception):
@@ -75,7 +71,7 @@ def record(
 
     Raises:
         Halted: At that call.
-        Unrecordable: The model asks for values of the images, or changes its own state. Other errors are the model's,
+        NeedsData: The model asks for values of the images, or changes its own state. Other errors are the model's,
             or those of operators that cannot do without data.
 
     Example:
@@ -109,7 +105,7 @@ class _Symbolic(Dataless):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        raise Unrecordable("an assignment to .data, which is no operator call")
+        raise NeedsData("an assignment to .data, which is no operator call")
 
     def register_hook(self, hook: Callable) -> Any:
         self.maker.note("register_hook", self.maker.term(self), _hook_term(hook))
@@ -117,7 +113,7 @@ class _Symbolic(Dataless):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *rest: Any) -> Any:
-        raise Unrecordable(f"{func} of a tensor without data, {_KEPT}")
+        raise NeedsData(f"{func} of a tensor without data, {_KEPT}")
 
 
 class _Recorder(DatalessMode):
@@ -158,7 +154,7 @@ class _Recorder(DatalessMode):
         symbolic: list[Any] = [t for t in operands if type(t) is _Symbolic]
         written: list[Any] = tensors(written_by(func, args, kwargs))
         if not all(type(t) is _Symbolic or storage(t) in self._own for t in written):
-            raise Unrecordable(f"{func} writes into what was there before: a parameter, a buffer, a constant")
+            raise NeedsData(f"{func} writes into what was there before: a parameter, a buffer, a constant")
         if symbolic:
             self.check(func, operands, written)
         random = draws(func, args, kwargs)

@@ -1,7 +1,7 @@
 """Floor 2: from a model to a `torch.fx` graph that computes the same thing, with every activation in sight.
 
-Routes are tried in the order of `ROUTES`; the first one whose graph passes the checks wins. Another dialect
-is one more row there. Imports torch, `tracing`, `examples`, `verify`, `rewrite` and floor 1.
+Routes are tried in the order of `ROUTES`; the first one whose graph passes the checks wins. Another dialect is one more
+row there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Floor 2: symbolic traces of a model, as a function of one tensor.
 
-What cannot be traced into becomes a leaf, unless an activation would vanish in it. Imports torch, numpy and floor 1;
-timm is only looked up, never imported.
+What cannot be traced into becomes a leaf, unless an activation would vanish in it. timm is looked up, never imported.
 """
 
 from __future__ import annotations

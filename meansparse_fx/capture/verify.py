@@ -2,7 +2,7 @@
 
 Shown by operations where both can be recorded and are the same: then it holds for any images of the example's size, in
 batches of two and three. Otherwise by numbers: on two batches both are run, on a copy, and differentiated with respect
-to images and parameters. Imports torch, `recording`, `derivatives`, `sites.plan` and floor 1.
+to images and parameters.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Reference:
             except Exception:  # values are asked for, an operator needs data, or the model fails: computing tells
                 reference._compute()
             if drawn():
-                check_unused(lambda: _run(shadow(model), images[:2]), difference)
+                check_unused(lambda: _run(shadow(model), images[:2]))
         return reference
 
     def check(self, graph_module: fx.GraphModule) -> str:
@@ -104,7 +104,7 @@ class Reference:
         if self._draws:
             with copied_leaves(graph_module), kept_buffers(graph_module):
                 own, graph = (partial(_run, m, self.batches[0]) for m in (shadow(self.model), graph_module))
-                check_drawn_anew(own, graph, difference)
+                check_drawn_anew(own, graph)
         with copied_leaves(graph_module), WrittenOut(graph_module) as mode:
             if mode.leaves:
                 with kept_buffers(graph_module):
