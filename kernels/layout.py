@@ -146,7 +146,7 @@ def slabs_of(shape: Sequence[int], strides: Sequence[int], dense: Sequence[int])
     if not merged:
         return 1, 1
     slab, step = merged[-1]
-    return None if len(merged) > 2 or step != 1 or (len(merged) > 1 and slab == 1) else (slab, merged[0][1])
+    return None if len(merged) > 2 or step != 1 else (slab, merged[0][1])
 
 
 def expanded_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:

@@ -27,15 +27,15 @@ import resource
 import signal
 import sys
 import tempfile
-import threading
 import time
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import coverage
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +43,7 @@ SECONDS = 40  # of a mutant's tests, as long as they take without a fault; one t
 
 # Where a file's name begins so: the test files, the quickest to notice first.
 TESTS = {
+    "meansparse_fx/sites/aliases": "sites fuse formulas transform backend",
     "meansparse_fx/sites/dynamo": "backend",
     "meansparse_fx/sites/entrances": "backend",
     "meansparse_fx/sites/residual": "published",
@@ -66,13 +67,19 @@ TESTS = {
     "meansparse_fx/passes": "transform calibrate hooks fuse published",
     "meansparse_fx/statistics": "statistics settings calibrate report fuzz_files",
     "meansparse_fx/calibrate": "calibrate fuzz_files distributed",
+    "meansparse_fx/evaluate/attacks": "adaptive evaluate segmentation",
+    "meansparse_fx/evaluate/planted": "judge evaluate",
+    "meansparse_fx/evaluate/probes": "judge evaluate segmentation",
+    "meansparse_fx/evaluate/provenance": "settings evaluate",
     "meansparse_fx/evaluate": "evaluate judge adaptive segmentation report fuzz_files",
     "meansparse_fx/alpha": "alpha report evaluate",
-    "kernels/reference": "semantics operator_derivatives fused",
-    **dict.fromkeys(
-        ("kernels/operator", "kernels/autograd", "kernels/lowering"),
-        "semantics operator_derivatives compiled fuse fused",
-    ),
+    "meansparse_fx/nn": "semantics transform state published settings hooks fuse",
+    "meansparse_fx/operators": "transform semantics state published settings",
+    "meansparse_fx/frozen": "fuse hooks derivatives",
+    "meansparse_fx/settings": "settings fuzz_files",
+    "kernels/launch": "kernels/launch kernels/layout",
+    "kernels/layout": "kernels/layout kernels/launch semantics fused",
+    "kernels": "semantics operator_derivatives fused compiled fuse",
 }
 
 COMPARISONS = {
@@ -272,7 +279,7 @@ FLAGS = [
     "-m",
     "not slow",
     "-o",
-    "tmp_path_retention_policy=none",
+    "tmp_path_retention_policy=failed",
 ]
 
 
@@ -298,21 +305,44 @@ def imported(mutant: Mutant, tests: list[str]) -> int:
     return 0 if limit.reached and code == pytest.ExitCode.INTERRUPTED else code
 
 
+def apart(job: Callable[[], Any]) -> Any:
+    """Return what a fork returns: of pytest, which runs once in a process."""
+    with tempfile.TemporaryFile() as file:
+        if pid := os.fork():
+            os.waitpid(pid, 0)
+            file.seek(0)
+            return pickle.load(file)
+        file.write(pickle.dumps(job()))
+        file.flush()
+        os._exit(0)
+
+
+def report(mutant: Mutant, code: int) -> tuple[str, str]:
+    """Print and return what became of a fault: nothing if a test noticed it."""
+    outcome = {0: "survives", UNPLANTED: "is not planted"}.get(code, "")
+    if outcome or code < 0:
+        print(f"{mutant}: {outcome or 'killed at the limit'}", flush=True)
+    return str(mutant), outcome
+
+
+def paths(row: str) -> list[str]:
+    """Return the test files of a row of `TESTS`."""
+    return [str(Path("tests", name).with_name(f"test_{Path(name).name}.py")) for name in row.split()]
+
+
 class Run:
     """A plug-in that runs, once the tests are collected, each mutant's in a fork."""
 
     def __init__(self, planted: list[Mutant], workers: int) -> None:
         self.planted, self.workers = planted, workers
-        self.outcomes: list[tuple[Mutant, str]] = []
+        self.outcomes: list[tuple[str, str]] = []
         self.files = {str(m.path) for m in planted}
         self.reached: dict[tuple[str, int], list[pytest.Item]] = defaultdict(list)
         self.seconds: dict[pytest.Item, float] = {}
 
-    def report(self, mutant: Mutant, code: int) -> None:
-        outcome = {0: "survives", UNPLANTED: "is not planted"}.get(code, "")
-        self.outcomes.append((mutant, outcome))
-        if outcome or code < 0:
-            print(f"{mutant}: {outcome or 'killed at the limit'}", flush=True)
+    def outcomes_with(self, tests: list[str]) -> list[tuple[str, str]]:
+        pytest.main([*FLAGS, *tests], plugins=[self])
+        return self.outcomes
 
     def passes(self, item: pytest.Item) -> bool:
         self.failed = False
@@ -324,23 +354,20 @@ class Run:
 
     def trace(self, items: list[pytest.Item], path: Path) -> int:
         """Run tests without a fault; write, for each, its position, the seconds it takes and the lines it reaches."""
-        lines: set[tuple[str, int]] = set()
+        tracer = coverage.Coverage(data_file=None, config_file=False, include=list(self.files))
+        tracer.set_option("run:disable_warnings", ["no-data-collected"])
+        tracer.start()
         found = []
-
-        def inside(frame, event, argument):
-            lines.add((frame.f_code.co_filename, frame.f_lineno))
-            return inside
-
-        def enter(frame, event, argument):
-            return inside(frame, event, argument) if frame.f_code.co_filename in self.files else None
-
         for position, item in enumerate(items):
-            lines.clear()
+            tracer.switch_context(str(position))
             began = time.process_time()
-            sys.settrace(enter), threading.settrace(enter)
             passed = self.passes(item)
-            sys.settrace(None), threading.settrace(None)
-            found.append((position, time.process_time() - began, passed, set(lines)))
+            found.append((position, time.process_time() - began, passed, set()))
+        tracer.stop()
+        for file in self.files:
+            for line, contexts in tracer.get_data().contexts_by_lineno(file).items():
+                for position in filter(None, contexts):
+                    found[int(position)][3].add((file, line))
         path.write_bytes(pickle.dumps(found))
         return 0
 
@@ -390,7 +417,7 @@ class Run:
             return 0
 
         for position, code in forked((lambda m=m: noticed(m) for m in self.planted), self.workers):
-            self.report(self.planted[position], code)
+            self.outcomes.append(report(self.planted[position], code))
         return True
 
 
@@ -404,7 +431,13 @@ def main() -> None:
     parser.add_argument("--again", type=Path, help="what an earlier run printed: only its survivors are planted")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--tests", default="", help="names of test files instead of the table's")
-    args = parser.parse_args()
+    # Of its own: what is not kept, pytest does not lock, and runs beside this one would remove it under a test.
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = folder
+        plant(parser.parse_args())
+
+
+def plant(args: argparse.Namespace) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "HYPOTHESIS_MAX_EXAMPLES": "20"}
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))  # tests import benchmarks
@@ -412,26 +445,29 @@ def main() -> None:
     import torch.fx  # noqa: F401
     import torchvision  # noqa: F401
 
-    planted, names = [], []
+    rows: dict[Mutant, str] = {}  # of each fault, the tests that are to notice it
     for module in args.modules:
         found = mutants((ROOT / module).resolve())
         if args.again:
             survivors = {line.removesuffix(": survives") for line in args.again.read_text().splitlines()}
             found = [m for m in found if str(m) in survivors]
-        planted += found
-        names += (args.tests or next(row for start, row in TESTS.items() if str(module).startswith(start))).split()
+        row = args.tests or next(row for start, row in TESTS.items() if str(module).startswith(start))
+        rows |= dict.fromkeys(found, row)
+    planted = list(rows)
     if 0 < args.sample < len(planted):
         planted = random.Random(args.seed).sample(planted, args.sample)
-    tests = [f"tests/test_{name}.py" for name in dict.fromkeys(names)]
-    late, early = ([m for m in planted if m.late is flag] for flag in (True, False))
-    run = Run(late, args.workers)
-    for position, code in forked((lambda m=m: imported(m, tests) for m in early), args.workers):
-        run.report(early[position], code)
-    pytest.main([*FLAGS, *tests], plugins=[run])
-    for module in args.modules:
-        own = [outcome for m, outcome in run.outcomes if m.path == (ROOT / module).resolve()]
+    early = [m for m in planted if not m.late]
+    runs = {row: Run([m for m in planted if m.late and rows[m] == row], args.workers) for row in rows.values()}
+    outcomes = []
+    for position, code in forked((lambda m=m: imported(m, paths(rows[m])) for m in early), args.workers):
+        outcomes.append(report(early[position], code))
+    for row, run in runs.items():
+        if run.planted:
+            outcomes += apart(lambda row=row, run=run: run.outcomes_with(paths(row)))
+    for module in [*args.modules, ""]:
+        own = [outcome for mutant, outcome in outcomes if mutant.startswith(str(module))]
         missing = f", {own.count('is not planted')} not planted" if "is not planted" in own else ""
-        print(f"{module}: {own.count('')} of {len(own)} noticed{missing}")
+        print(f"{module or 'together'}: {own.count('')} of {len(own)} noticed{missing}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 import meansparse_fx as msfx
 from meansparse_fx.errors import EvaluationError
 from meansparse_fx.evaluate import descent
-from meansparse_fx.evaluate.attacks import ATTACKS, VERSIONS, AttackSettings, attack, expand
+from meansparse_fx.evaluate.attacks import ATTACKS, VERSIONS, AttackSettings, attack, attack_kind, expand
 from meansparse_fx.evaluate.plan import plan_runs
 from meansparse_fx.passes.reveal import reveal
 
@@ -213,17 +214,43 @@ def test_nearest_goes_on_with_the_images_that_came_nearest_and_survived(monkeypa
     assert all(0.5 <= mean <= 0.7 for asked in model.asked[11:] for mean in asked)
 
 
-def test_versions_are_autoattacks_own():
+@pytest.mark.parametrize("version", ["standard", "plus", "rand"])
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_versions_are_autoattacks_own(version, norm):
+    """The same attacks, with the same restarts, classes, queries, steps and repeats."""
     from pyautoattack import AutoAttack
 
-    def names(version):
-        built = AutoAttack(nn.Identity(), eps=0.1, version=version)
-        return set(built.attacks_to_run)
+    def parameters(attacker):
+        return {
+            k: v
+            for k, v in vars(attacker).items()
+            if isinstance(v, int | float | str) and k not in ("verbose", "device")
+        }
 
-    for version in ("standard", "plus", "rand"):
-        attacks = VERSIONS[version]
-        plain = {name.removesuffix("-r5").removesuffix("-eot20") for name in attacks}
-        assert plain == names(version)
+    theirs, model = AutoAttack(nn.Identity(), eps=0.1, norm=norm, seed=3, version=version), nn.Identity()
+    built = {}
+    for name in VERSIONS[version]:
+        own = attack_kind(name).build(model, AttackSettings(eps=0.1, norm=norm, seed=3))
+        built[plain := name.removesuffix("-r5").removesuffix("-eot20")] = own
+        expected = getattr(theirs, {"apgd-t": "apgd_targeted"}.get(plain, plain.partition("-")[0]))
+        set_when_run = {
+            "apgd-ce": {"loss": "ce"},
+            "apgd-dlr": {"loss": "dlr"},
+            "fab": {"targeted": False},
+            "fab-t": {"targeted": True, "n_restarts": 1},
+        }
+        assert parameters(own) == parameters(expected) | set_when_run.get(plain, {}), name
+    assert set(built) == set(theirs.attacks_to_run)
+
+
+def test_by_default_the_threat_is_autoattacks():
+    """On CIFAR-10, as RobustBench has it."""
+    parameters = inspect.signature(msfx.evaluate).parameters
+    names = ("eps", "norm", "steps", "queries", "seed")
+    assert AttackSettings(**{name: parameters[name].default for name in names}) == AttackSettings(eps=8 / 255)
+
+
+def test_lists_of_attacks_name_each_once():
     assert expand(["standard", "square", "rand"]) == [*VERSIONS["standard"], *VERSIONS["rand"]]
 
 

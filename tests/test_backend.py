@@ -521,6 +521,19 @@ def test_transformed_model_is_only_lowered(net, images):
         plug_in(sparse, backward="identity")(images)
 
 
+def test_sites_whose_names_differ_by_a_dot_have_bands_of_their_own(images):
+    model = Functional(
+        lambda self, x: self.a_1(self.conv(self.a(x))),
+        a=nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()),
+        conv=nn.Conv2d(4, 4, 3),
+        a_1=nn.GELU(),
+    ).eval()
+    sparse, statistics = calibrated(model, images)
+    assert list(statistics) == ["a.1", "a_1"]
+    msfx.set_alpha(sparse, 0.5)
+    torch.testing.assert_close(plug_in(model, statistics=statistics, alpha=0.5)(images), sparse(images))
+
+
 # Graph breaks.
 
 # Dynamo looks at a tensor's .grad where a graph begins, and torch warns of that.

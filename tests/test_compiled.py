@@ -218,6 +218,8 @@ def test_small_strided_and_sloped_inputs_stay_eager(auto):
     assert ops.lowering_of(x[:1], 1) == "eager"
     assert ops.lowering_of(x[..., ::2], 1) == "eager"
     assert ops.lowering_of(x, 1, weight=torch.rand(24)) == "eager"
+    assert ops.lowering_of(x.to("meta"), 1) == "eager"
+    assert ops.lowering_of(x, 1, choice="triton") == "triton"
 
 
 def test_without_a_compiler_torch_operators_do_the_work(auto, monkeypatch):

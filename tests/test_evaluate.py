@@ -425,8 +425,9 @@ def test_what_is_broken_is_left_alone_and_the_worst_case_keeps_its_meaning(spars
     whole = msfx.evaluate(sparse, test_set, full_rows=True, **options)
     fewer_made = count_attacks(monkeypatch)
     result = msfx.evaluate(sparse, test_set, **options)
-    assert result.cumulative
+    assert (result.cumulative, whole.cumulative) == (True, False)
     assert "all rows above" in str(result)
+    assert "rows above" not in str(whole)
     for outcome in (result.base, result.sparse):
         standing = outcome.clean
         for mask in outcome.robust.values():

@@ -72,10 +72,10 @@ def case(names, shape, dtype):
     return (x, residual, shortcut, Vectors(centre, threshold, **vectors)), leaves, v, y
 
 
-def check(names, shape, dtype, layout, want_sum, rtol):
+def check(names, shape, dtype, layout, want_sum, rtol, choice=None):
     (*tensors, vectors), leaves, v, y = case(names, shape, dtype)
     inputs = [None if t is None else LAYOUTS[layout](t).requires_grad_() for t in tensors]
-    results = Operator(vectors, Options(1, "silu", want_sum=want_sum, **EPS))(*inputs)
+    results = Operator(vectors, Options(1, "silu", want_sum=want_sum, **EPS), choice)(*inputs)
     upstream = [normal(20 + i, *shape) for i in range(2 if want_sum else 1)]
     got = results if want_sum else (results,)
     for result, expected in zip(got, (y, v), strict=False):
@@ -105,6 +105,12 @@ def test_against_float64(names, layout, dtype, want_sum):
     check(names, (3, 4, 5, 2), dtype, layout, want_sum, TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("want_sum", [False, True])
+@pytest.mark.parametrize("names", PROLOGUES, ids="+".join)
+def test_as_compilers_are_given_it(names, want_sum):
+    check(names, (3, 4, 5, 2), torch.float64, "rows", want_sum, TOLERANCES[torch.float64], "composition")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("want_sum", [False, True])
 @pytest.mark.parametrize("names", PROLOGUES, ids="+".join)
@@ -128,7 +134,8 @@ def test_what_is_kept_for_backward(want_sum):
 @pytest.mark.parametrize("backward", ["exact", "identity"])
 @pytest.mark.parametrize("names", [("input_norm",), ("residual",), ("input_norm", "residual")], ids="+".join)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_relus_gradient_is_told_from_its_result(names, backward, dtype):
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_relus_gradient_is_told_from_its_result(names, backward, dtype, create_graph):
     """The result alone is kept, which the next layer keeps anyway; in half precision, where it is rounded, more."""
     (x, residual, _, vectors), leaves, v, _ = case(names, (3, 6, 5, 2), dtype)
     # Bands on both sides of zero, some of which hold it: there a result of zero says little of where u was.
@@ -150,12 +157,27 @@ def test_a_relus_gradient_is_told_from_its_result(names, backward, dtype):
     straight = shaped[0] + (v - v.detach() if backward == "identity" else 0)
     expected = F.relu(torch.where(inside, straight, v))
     upstream = normal(20, *x.shape).to(dtype)
-    y.backward(upstream)
+    given = [own for own in inputs if own is not None]
+    gradients = torch.autograd.grad(y, given, upstream, create_graph=create_graph)
     expected.backward(upstream.double())
     tolerance = TOLERANCES[dtype]
-    for own, leaf in zip(inputs, leaves, strict=False):
-        if own is not None:
-            torch.testing.assert_close(own.grad.double(), leaf.grad, rtol=2 * tolerance, atol=2 * tolerance)
+    for own, leaf in zip(gradients, leaves, strict=False):
+        torch.testing.assert_close(own.double(), leaf.grad, rtol=2 * tolerance, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("choice", [None, "composition"])
+@pytest.mark.parametrize("read", ["y", "v"])
+def test_of_two_results_one_may_be_read_alone(read, choice):
+    names = PROLOGUES[-1]
+    (*tensors, vectors), leaves, v, y = case(names, (3, 4, 5, 2), torch.float64)
+    inputs = [t.requires_grad_() for t in tensors]
+    results = Operator(vectors, Options(1, "silu", want_sum=True, **EPS), choice)(*inputs)
+    upstream, expected = normal(20, *y.shape), {"y": y, "v": v}[read]
+    results[read == "v"].backward(upstream)
+    expected.backward(upstream)
+    for own, leaf in zip(inputs, leaves, strict=True):
+        wanted = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        torch.testing.assert_close(own.grad, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_no_gradient_wanted():
@@ -256,3 +278,15 @@ def test_what_belongs_together_is_checked_once_and_by_name():
         operator_(x[:, :3])
     with pytest.raises(ValueError, match=r"a tensor of shape \[2, 4, 5, 2\] beside one of shape \[3, 4, 5, 2\]"):
         operator_(x, residual[:2])
+
+
+def test_of_ever_new_sizes_few_are_remembered(monkeypatch):
+    """No more than the limit, by an operator and by all of them together; what was forgotten is found again."""
+    monkeypatch.setattr(operator, "_LIMIT", 2)
+    monkeypatch.setattr(operator, "_RUNNERS", runners := {})
+    (x, _, _, vectors), *_ = case((), (3, 4, 5, 2), torch.float32)
+    call = Operator(vectors, Options(1, "relu"))
+    expected = call(x)
+    for count in (1, 2, 3, 1, 2, 3):
+        assert torch.equal(call(x[:count]), expected[:count])
+        assert max(len(call._calls), len(runners)) <= 2

@@ -19,7 +19,7 @@ from meansparse_fx.evaluate.compiled import Attacked
 from meansparse_fx.evaluate.outcome import ModelOutcome
 from meansparse_fx.evaluate.plan import correct, perturbed, plan_runs
 from meansparse_fx.evaluate.planted import _around, _changed, nearest, plant, single_target
-from meansparse_fx.evaluate.probes import Probed, _gradients, examine, search_planted
+from meansparse_fx.evaluate.probes import Probed, _gradients, examine, outputs, search_planted
 from meansparse_fx.evaluate.sanity import check_power, checks_of
 from meansparse_fx.nn import MeanSparse
 from meansparse_fx.passes.readout import features_of, last_linear, with_readout
@@ -53,6 +53,22 @@ def test_features_are_what_the_last_layer_reads(sparse, images):
         lambda self, x: F.linear(self.body(x), self.head.weight), body=convolutional, head=nn.Linear(4, 3)
     )
     assert torch.equal(features_of(msfx.transform(functional.eval(), images))(images), convolutional(images))
+
+
+ROWS = {  # features that are not one row an image
+    "tokens": lambda self, x: self.head(self.body(x).flatten(2).mT).mean(1),
+    "tokens of all images": lambda self, x: (
+        self.head(self.body(x).movedim(1, 3).flatten(0, 2)).view(len(x), -1, 3).mean(1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_nothing_is_planted_behind_features_that_are_no_row_an_image(images, name):
+    model = Functional(ROWS[name], body=nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), head=nn.Linear(4, 3)).eval()
+    sparse = msfx.transform(model, images)
+    assert last_linear(sparse) is not None
+    assert plant(sparse, images, SETTINGS) is None
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 12, 12), (1, 144)], ids=str)
@@ -91,6 +107,12 @@ def test_what_is_planted_is_there(sparse, images, norm):
     assert planted.model(planted.plants).argmax(1).eq(1).all()
     assert planted.random.all(), "random search finds nothing"
     assert planted.model(planted.images).shape == (len(planted.images), 10)
+    # What stands behind meets numbers as the network's own: a margin of the same mean, at the image and at the plant.
+    top = sparse(images).topk(2).values
+    margin = float((top[:, 0] - top[:, 1]).mean())
+    logits = planted.model(planted.images)
+    torch.testing.assert_close(logits[:, 0] - logits[:, 1], torch.full((len(logits),), margin), rtol=1e-3, atol=0)
+    assert torch.equal(logits[:, 2:], logits.new_full((len(logits), 8), -5 * margin))
     # Attacks drop rows and change their order.
     order = torch.tensor([3, 0, 5])
     assert torch.equal(planted.model(planted.plants[order]), planted.model(planted.plants)[order])
@@ -176,12 +198,12 @@ FAILURES = {
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_each_probe_sees_its_failure_and_no_other_model_has_it(net, images, failure):
-    def looked(**around):
+    def looked(right=True, attacks=("apgd-ce/exact",), **around):
         model = Around(net, **{name: Apply(call) for name, call in around.items()}).eval().requires_grad_(False)
         labels = model(images).argmax(1)
-        runs = plan_runs(["apgd-ce/exact"], (), 0)
-        everything = torch.ones(12, dtype=torch.bool)
-        return examine(Attacked(model), Probed(images, labels), runs, SETTINGS, everything, everything)
+        runs = plan_runs(attacks, (), 0)
+        mask = torch.full((12,), right)
+        return examine(Attacked(model), Probed(images, labels), runs, SETTINGS, mask, mask)
 
     torch.manual_seed(0)
     assert not looked(**FAILURES[failure])[failure].all()
@@ -190,6 +212,24 @@ def test_each_probe_sees_its_failure_and_no_other_model_has_it(net, images, fail
     assert all(sound[name].all() for name in FAILURES)
     assert sound["outspoken"].all()
     assert sound["unbounded"].all()
+    assert looked(right=False) == {}, "there is nothing to look at"
+    assert set(looked(attacks=("square",))) == {"repeatable", "logits", "continuous"}, "nor a gradient"
+
+
+@pytest.mark.parametrize(
+    ("behind", "probabilities"),
+    [
+        (lambda z: z.softmax(1), True),
+        (lambda z: F.one_hot(z.argmax(1), 10).float(), True),
+        (lambda z: z.log_softmax(1), False),
+        (lambda z: z.relu(), False),  # none is negative
+        (lambda z: 1e4 * (z - z.mean(1, keepdim=True)) + 0.1, False),  # they sum to one
+        (lambda z: z.sigmoid(), False),
+    ],
+)
+def test_probabilities_are_not_negative_and_sum_to_one(net, images, behind, probabilities):
+    found = outputs(Around(net, behind=Apply(behind)), Probed(images, images.new_zeros(12).long()), SETTINGS)
+    assert found["logits"].tolist() == [not probabilities] * 12
 
 
 def test_what_an_attack_met_and_did_not_return_is_noticed(net, images, monkeypatch):

@@ -71,6 +71,31 @@ def test_derivatives_by_a_learned_slope_are_the_numerical_ones(activation):
     assert torch.autograd.gradgradcheck(call, (x, weight), eps=1e-6, atol=1e-4)
 
 
+@pytest.mark.parametrize("changed", ["x", "residual", "weight"])
+def test_what_backward_reads_must_not_change_before(changed):
+    """As torch's own activations have it."""
+    own = operator("prelu", 0.5)
+    x, residual, weight = normal(0, 2, CHANNELS, 2), normal(1, 2, CHANNELS, 2), own.vectors.weight
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    y = own(x, residual if changed == "residual" else None)
+    with torch.no_grad():
+        {"x": x, "residual": residual, "weight": weight}[changed].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), leaves)
+
+
+@pytest.mark.parametrize("choice", [None, "composition"])
+@pytest.mark.parametrize("alone", ["x", "residual", "shortcut", "weight"])
+def test_what_alone_wants_a_gradient_gets_it(alone, choice):
+    own = operator("prelu", 0.5)
+    own = Operator(own.vectors, own.options, choice)
+    x, residual, shortcut = (normal(seed, 2, CHANNELS, 2) for seed in range(3))
+    leaf = {"x": x, "residual": residual, "shortcut": shortcut, "weight": own.vectors.weight}[alone].requires_grad_()
+    results = own(x, residual, shortcut), reference.operator(x, residual, shortcut, own.vectors, own.options)[0]
+    found, expected = (torch.autograd.grad(y.square().sum(), leaf) for y in results)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("variant", reference.VARIANTS)
 @pytest.mark.parametrize("backward", reference.BACKWARDS)
 def test_gradients_of_gradients_of_every_mode_are_the_references(variant, backward):

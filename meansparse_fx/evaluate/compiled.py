@@ -52,13 +52,13 @@ class FastModel(nn.Module):
     def __init__(self, model: nn.Module, mode: str | None, amp: torch.dtype | None) -> None:
         super().__init__()
         self.run = model if mode is None else torch.compile(model, dynamic=True, mode=mode)
-        self._compiled, self._amp = mode is not None, amp
+        self._amp = amp
         self._graphs = mode is not None and bool(torch._inductor.list_mode_options(mode).get("triton.cudagraphs"))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``[N, K]`` of images ``[N, C, H, W]``."""
         count = len(images)
-        rows = (padded(count) if self._graphs else max(2, count)) - count if self._compiled else 0
+        rows = (padded(count) if self._graphs else max(2, count)) - count
         if rows or self._graphs:  # a recorded graph overwrites what it returned; the padding's gradient is a copy
             images = F.pad(images, (0,) * (2 * images.dim() - 1) + (rows,))
         if self._graphs:

@@ -92,7 +92,7 @@ class WithSurrogate(nn.Module):
         repeats: How many of them are one step (expectation over transformations).
     """
 
-    def __init__(self, model: nn.Module, surrogate: Surrogate, gradients: int, repeats: int = 1) -> None:
+    def __init__(self, model: nn.Module, surrogate: Surrogate, gradients: int, repeats: int) -> None:
         super().__init__()
         self.model = model
         self._surrogate, self._gradients, self._repeats, self._asked = surrogate, gradients, repeats, 0

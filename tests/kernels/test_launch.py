@@ -12,8 +12,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from meansparse_fx.kernels import triton_launch
-from meansparse_fx.kernels.layout import layout_of
+from meansparse_fx.kernels import composition, triton_launch
+from meansparse_fx.kernels import launch as operator_launch
+from meansparse_fx.kernels.composition import Wanted
+from meansparse_fx.kernels.layout import is_laid_out_like, layout_of
+from meansparse_fx.kernels.records import Options, Vectors
 from meansparse_fx.kernels.triton_launch import Launch
 
 X, Y = torch.zeros(2, 8, 4, 4), torch.zeros(2, 8, 4, 4)
@@ -196,3 +199,71 @@ def test_another_current_device_is_left_for_the_launch(monkeypatch) -> None:
     own(X, None, Y)
     assert seen == [(1, ("stream", 1))] * 2
     assert current == [1]
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+LAYOUTS = {  # of what stands beside x, and of x itself
+    "alike": (lambda t: t, lambda t: t),
+    "x in channels_last": (lambda t: t, lambda t: t.to(memory_format=torch.channels_last)),
+    "x in slabs": (lambda t: t, lambda t: torch.cat([t, t], 1)[:, : t.shape[1]]),
+    "x full of gaps": (lambda t: t, lambda t: torch.stack([t, t], 4)[..., 0]),
+    "broadcast": (lambda t: t[:1], lambda t: t),
+}
+
+
+class Composed:
+    """Stands for a launch: what it is handed must lie as a kernel reads it, and is computed by torch operators."""
+
+    def __init__(self, options, kernel, given, layout, numbers, constexprs, device):
+        self.kernel, self.given, self.layout, self.options = kernel, list(given), layout, options
+        assert (numbers[0], *numbers[-2:]) == (options.steepness, options.input_eps, options.sum_eps)
+        assert constexprs["VARIANT"] == options.variant
+
+    def __call__(self, x, first, second, *rest):
+        count = len(Vectors._fields)
+        others, vectors = rest[:-count], Vectors(*rest[-count:])
+        assert self.given == [i for i, t in enumerate((x, first, second, *rest)) if t is not None]
+        assert all(t is None or is_laid_out_like(t, first) for t in (second, *others))
+        assert all(v is None or v.is_contiguous() for v in vectors)
+        walked = layout_of(tuple(x.shape), x.stride(), first.stride(), 1, x.element_size())
+        assert walked == self.layout
+        if self.kernel is operator_launch.forward_kernel:
+            found = composition.forward(x, *others, vectors, self.options)
+        else:
+            found = composition.backward(x, *others, vectors, self.options, wanted=Wanted(second is not None))
+        first.copy_(found[0])
+        if second is not None:
+            second.copy_(found[1])
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_a_launch_is_handed_lies_as_kernels_read_it(name, fused, second, monkeypatch) -> None:
+    """With vectors that have gaps; results have the dtype and memory format of x."""
+    beside, own = LAYOUTS[name]
+    options = Options(1, "silu", variant="edge", steepness=3.0, want_sum=second, input_eps=0.2, sum_eps=0.1)
+    monkeypatch.setattr(operator_launch, "Launch", lambda *given: Composed(options, *given))
+    shape = 3, 4, 6, 2
+    x, grad, *others = own(normal(0, *shape)), *(beside(normal(seed, *shape)) for seed in (1, 2, 3))
+    first, last = others if fused else (None, None)
+    vectors = Vectors(*normal(4, 2, 4, 2).abs()[..., 0], *([None, *normal(5, 9, 4).abs()] if fused else ()))
+    run = operator_launch.forward_runner(vectors, options, x, first, last)
+    expected = composition.forward(x, first, last, vectors, options)
+    for found, wanted in zip(run(vectors, x, first, last), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    wanted = Wanted(second)
+    rest = vectors, options, x, grad.expand(shape), first, last
+    run = operator_launch.backward_runner(*rest, False, wanted)
+    expected = composition.backward(x, grad.expand(shape), first, last, vectors, options, wanted=wanted)
+    for found, wanted in zip(run(vectors, x, grad.expand(shape), first, last), expected, strict=False):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_double_precision_is_left_to_torch() -> None:
+    vectors = Vectors(torch.zeros(8), torch.ones(8))
+    with pytest.raises(TypeError, match=r"take float32, float16 or bfloat16, not torch\.float64"):
+        operator_launch.forward_runner(vectors, Options(1), X.double(), None, None)

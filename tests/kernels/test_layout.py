@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meansparse_fx.kernels.layout import Layout, divider, fits, is_laid_out_like, laid_out_like, layout_of
+from meansparse_fx.kernels.layout import VECTORS, Layout, divider, fits, is_laid_out_like, laid_out_like, layout_of
 
 X = torch.empty(4, 6, 8, 10)
 CHANNELS_LAST = torch.empty(4, 6, 8, 10).contiguous(memory_format=torch.channels_last)
@@ -33,6 +35,7 @@ AS_THEY_LIE = {  # which channels a vector has, whether x lies in slabs, element
     "no positions": (torch.empty(4, 6, 1, 1), 1, ("wrap", False, 4)),
     "7x7": (torch.empty(4, 6, 7, 7), 1, ("pair", False, 4)),
     "7x7, half precision": (torch.empty(4, 6, 7, 7, dtype=torch.bfloat16), 1, ("pair", False, 8)),
+    "2x2": (torch.empty(4, 6, 2, 2), 1, ("pair", False, 4)),
     "2x2, half precision": (torch.empty(4, 6, 2, 2, dtype=torch.bfloat16), 1, ("each", False, 8)),
     "one channel": (torch.empty(4, 1, 8, 10), 1, ("one", False, 4)),
     "a slice of the channels": (X[:, 1:4], 1, ("vector", True, 4)),
@@ -58,6 +61,52 @@ def test_walked_without_a_copy(name) -> None:
 def test_copied_once(x) -> None:
     assert walked(x, 1) is None
     assert walked(torch.empty_like(x), 1) is not None
+
+
+@st.composite
+def tensors(draw) -> tuple[torch.Tensor, int]:
+    """A tensor whose values are the places of its elements, with its dimensions in any order and one of them cut."""
+    dims = draw(st.integers(2, 4))
+    sizes = draw(st.lists(st.sampled_from([1, 2, 3, 4, 6, 8, 16]), min_size=dims, max_size=dims))
+    x = torch.arange(math.prod(sizes)).view(sizes).permute(draw(st.permutations(range(dims))))
+    dim, start, step = draw(st.integers(0, dims - 1)), draw(st.integers(0, 4)), draw(st.integers(1, 2))
+    x = x.movedim(dim, 0)[min(start, x.shape[dim] - 1) :: step].movedim(0, dim)
+    return x, draw(st.integers(0, dims - 1))
+
+
+@given(tensors(), st.sampled_from([2, 4]))
+def test_every_element_has_its_place_and_its_channel(tensor, itemsize) -> None:
+    """As the kernels compute them, from the vector and the element within it."""
+    x, dim = tensor
+    in_memory = torch.empty_like(x).copy_(x).as_strided((x.numel(),), (1,))
+    channel = torch.arange(x.shape[dim]).view([-1 if d == dim else 1 for d in range(x.dim())])
+    channel = torch.empty_like(x).copy_(channel.expand_as(x)).as_strided((x.numel(),), (1,))
+    strides = torch.empty_like(x).stride()
+    found = layout_of(tuple(x.shape), x.stride(), strides, dim, itemsize)
+    if found is None:  # and once it is copied there is one
+        in_memory = torch.arange(x.numel())
+        found = layout_of(tuple(x.shape), strides, strides, dim, itemsize)
+    whole, tail, period, _, _, inner, _, _, slab, _, _, outer_stride = found.sizes
+    element = torch.arange(x.numel())
+    vector, lane = element // found.vector, element % found.vector
+    assert (whole * found.vector + tail, tail < found.vector) == (x.numel(), True)
+    assert found.grid * VECTORS >= whole
+    place = vector // slab * outer_stride + vector % slab if found.strided else vector
+    assert torch.equal(place * found.vector + lane, in_memory - in_memory[0])
+    match found.channels:
+        case "one":
+            walked = torch.zeros_like(element)
+        case "vector":
+            walked = vector % period // inner
+        case "columns":
+            walked = vector % period * found.vector + lane
+        case "wrap":
+            walked = element % period
+        case "pair" | "each":
+            walked = element % period // inner
+    assert torch.equal(walked, channel)
+    if found.channels == "pair":
+        assert inner >= found.vector, "or a vector could have three channels"
 
 
 @pytest.mark.parametrize("itemsize", [4, 2])
@@ -88,7 +137,12 @@ def test_division_by_a_product_is_exact(divisor, n) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "wide"), [((2**11, 2**10, 2**9), False), ((2**11, 2**10, 2**10), True), ((1, 1, 2**33), True)]
+    ("shape", "wide"),
+    [
+        *(((2**11, 2**10, 2**9), False), ((2**11, 2**10, 2**10), True), ((1, 1, 2**33), True)),
+        # A program of 256 vectors of 8 elements may begin at the very end.
+        *(((1, 1, 2**31 - 1 - 2048), False), ((1, 1, 2**31 - 2048), True)),
+    ],
 )
 def test_offsets_widen_before_they_overflow(shape, wide) -> None:
     x = torch.empty(shape, device="meta", dtype=torch.float16)
@@ -119,6 +173,11 @@ def test_what_a_kernel_reads_beside_x_has_all_its_elements(shape, y) -> None:
     assert found.stride() == y.stride()
     assert torch.equal(found, tensor.expand_as(y))
     assert (found is tensor) == (shape == y.shape and y is X) == is_laid_out_like(tensor, y)
+
+
+def test_strides_of_single_elements_say_nothing() -> None:
+    pooled, other = torch.rand(4, 6, 1, 1), torch.rand(4, 6, 1, 1).as_strided((4, 6, 1, 1), (6, 1, 7, 9))
+    assert laid_out_like(other, pooled) is other
 
 
 @pytest.mark.parametrize("shape", [(3, 6, 8, 10), (4, 6, 80)], ids=str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from meansparse_fx.kernels import operator, ops, reference
+from meansparse_fx.kernels import ops, reference
 from meansparse_fx.kernels.operator import Operator
 from meansparse_fx.kernels.records import Options, Vectors
 from tests.models import mean_sparse
@@ -121,13 +121,3 @@ def test_what_no_kernel_can_compute_is_refused(monkeypatch) -> None:
         ops.mean_sparse(x, vector, vector, 0)
     with pytest.raises(ValueError, match="x is on cpu, and what belongs to it on meta: move the model or the images"):
         ops.mean_sparse(x, vector.to("meta"), vector, 1)
-
-
-def test_as_many_layouts_as_there_are_images_need_no_more_memory(monkeypatch) -> None:
-    monkeypatch.setenv("MEANSPARSE_FX_LOWERING", "eager")
-    monkeypatch.setattr(operator, "_LIMIT", 3)
-    bound = Operator(Vectors(torch.zeros(2), torch.ones(2)), Options(1))
-    for length in range(1, 9):
-        assert torch.equal(bound(torch.full((1, 2, length), 0.5)), torch.zeros(1, 2, length))
-        assert len(bound._calls) <= 3
-        assert len(operator._RUNNERS) <= 3
