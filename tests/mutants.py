@@ -249,7 +249,7 @@ def forked(jobs: Iterable[Callable[[], int]], workers: int) -> Iterator[tuple[in
             running[pid] = position
             continue
         try:
-            os.setsid()
+            os.setpgrp()
             silence = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silence, 1), os.dup2(silence, 2)
             sys.dont_write_bytecode = True
