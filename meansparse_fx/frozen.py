@@ -116,6 +116,11 @@ class Prologue:
     sum_norm: FrozenNorm | None = None
     want_sum: bool = False
 
+    @property
+    def taken(self) -> list[FrozenNorm]:
+        """The norms that there are."""
+        return [norm for norm in (self.input_norm, self.sum_norm) if norm is not None]
+
     def norms(self, site: str) -> tuple[Norm, Norm, tuple[float, float]]:
         """Return the vectors of x's norm and of the sum's, None where there is none, and what is added to variances.
 

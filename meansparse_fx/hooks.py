@@ -9,6 +9,7 @@ Imports torch and errors only.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import types
@@ -43,7 +44,7 @@ STATE = (
 def has_hooks(module: nn.Module) -> bool:
     """Return whether calling a module, or differentiating the call, runs hooks."""
     held = module.__dict__
-    return any(held.get(kind) for kind in _RUNNING)
+    return any(len(held.get(kind, ())) for kind in _RUNNING)
 
 
 def may_keep(module: nn.Module) -> bool:
@@ -226,25 +227,35 @@ def entering(module: nn.Module, images: Tensor) -> Tensor:
 
 
 class NoHooks(OrderedDict):
-    """In the place of a module's hooks: refuses them, because the module is not called."""
+    """In the place of a module's hooks: refuses them, because a graph does not call the module, and calls of it."""
 
     reason: str
-
-    @classmethod
-    def because(cls, reason: str) -> NoHooks:
-        """Return such a mapping."""
-        own = cls()
-        own.reason = reason
-        return own
+    call: str | None = None
 
     def __setitem__(self, number: int, hook: Callable) -> None:
         raise StateError(self.reason)
 
+    def __bool__(self) -> bool:
+        """Return False, as every call asks whether there are hooks, or refuse the call."""
+        if self.call is not None:
+            raise StateError(self.call)
+        return False
 
-def forbid_hooks(module: nn.Module, reason: str) -> None:
-    """Refuse hooks from now on, with a reason, and another module in its place."""
+
+def forbid_hooks(module: nn.Module, reason: str, call: str | None = None) -> None:
+    """Refuse hooks from now on, with a reason, and another module in its place; calls too if there is a reason."""
     for kind in _RUNNING:
-        module.__dict__[kind] = NoHooks.because(reason)
+        own = module.__dict__[kind] = NoHooks()
+        own.reason = reason
+        # Of the four that a call asks for; torch.jit.trace asks for the backward hooks of every module.
+        own.call = call if kind == "_forward_pre_hooks" else None
+
+
+def callable_copy(module: nn.Module) -> nn.Module:
+    """Return a copy that takes hooks and calls, sharing parameters and buffers."""
+    own = copy.copy(module)
+    allow_hooks(own)
+    return own
 
 
 def _refuse_change(parent: nn.Module, name: str, value: nn.Module | nn.Parameter | None) -> None:

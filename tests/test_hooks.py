@@ -578,3 +578,25 @@ def test_hooks_of_a_module_in_a_plain_list_are_refused():
     model.held[0].register_forward_hook(lambda module, args, output: 2 * output)
     with pytest.raises(CaptureError, match="ReLU, held in a list or by a class, has hooks: register it, or them"):
         msfx.transform(model, images)
+
+
+@pytest.mark.parametrize("fuse", ["activation", "all"])
+@pytest.mark.parametrize("path", MODULES[1:])
+def test_parts_called_past_the_operators_are_refused(path, fuse):
+    """As in ``nn.Sequential(*sparse.children())``; by themselves, parts without an activation are the base's."""
+    model = net().requires_grad_(False)
+    sparse = msfx.transform(model, IMAGES, fuse=fuse)
+    expected = sparse(IMAGES)
+    x = IMAGES if path == "conv" else torch.ones(4, 4) if path == "head" else model.conv(IMAGES)
+    own, restored = (m.get_submodule(path) for m in (model, msfx.restore(sparse)))
+    assert torch.equal(restored(x), own(x))
+    refused = path in ("act", "body", "body.2")
+    msfx.calibrate(sparse, [IMAGES], progress=False)
+    for transformed in (sparse, copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse))):
+        part = transformed.get_submodule(path)
+        if refused:
+            with pytest.raises(StateError, match=f"^{path}, called by itself, computes without the operators"):
+                part(x)
+        else:
+            assert torch.equal(part(x), own(x))
+        assert torch.equal(transformed(IMAGES), expected)

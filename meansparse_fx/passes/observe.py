@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from .. import rewrite
+from ..hooks import callable_copy
 from ..nn import MeanSparse
 from ..observer import ChannelMoments
 from ..rewrite import PREFIX, insert_module_before, operand, sharing_copy
@@ -36,5 +37,10 @@ def observe(sparse: fx.GraphModule, fused: bool = False) -> tuple[fx.GraphModule
         for node, observer in rewrite.calls_of(observed, ChannelMoments):
             if observer.activation is None:
                 insert_module_before([node], operand(node), str(node.target))
-                take_out(node, operators[str(node.target)])
+                operator = operators[str(node.target)]
+                original = take_out(node, operator)
+                if operator.replaces is not None and original.op == "call_module":  # whose own module refuses calls
+                    called = f"{PREFIX}.called.{original.name}"
+                    observed.add_submodule(called, callable_copy(observed.get_submodule(str(original.target))))
+                    original.target = called
     return observed, observers

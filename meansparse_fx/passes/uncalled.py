@@ -1,13 +1,14 @@
 """Floor 4: the modules that a graph does not call, though the model did: traced into, replaced or taken in.
 
-Requires: a GraphModule. Ensures: hooks registered on them are refused, for they would never run; and `train` says which
-of them stay in eval mode, as they were traced. Changes no graph.
+Requires: a GraphModule. Ensures: hooks registered on them are refused, for they would never run; so are calls of those
+with an activation in them, which would have no operator; and `train` says which of them stay in eval mode, as they were
+traced. Changes no graph.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def _refuse_other_answers(added: Added, keys: Any) -> None:
 
 
 def refuse_hooks(graph_module: fx.GraphModule) -> None:
-    """Let the modules that the graph does not call refuse hooks, and the others take them."""
+    """Let the modules that the graph does not call refuse hooks, and calls past operators; the others take them."""
     called = {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")} | {PREFIX}
     entered = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
     inside: set[str] = set()
@@ -90,32 +91,37 @@ def refuse_hooks(graph_module: fx.GraphModule) -> None:
             inside.add(path)
         if path in inside or path in entered:
             running.add(module)
-    taken = dict(_taken(graph_module))
+    operators = {path: m for path, m in graph_module.named_modules() if isinstance(m, MeanSparse)}
+    norms = {norm.module: path for path, operator in operators.items() for norm in operator.prologue.taken}
+    activations = {
+        graph_module.get_submodule(operator.replaces.target): path
+        for path, operator in operators.items()
+        if operator.replaces is not None and operator.replaces.op == "call_module"
+    }
+    taken = norms | activations
+    names = [operator.name.split(".") for operator in operators.values()]
+    around = {".".join(parts[:depth]) for parts in names for depth in range(1, len(parts))}
     for module, path in paths.items():
+        call = None
+        if module not in running and (module in activations or path in around):
+            call = (
+                f"{path}, called by itself, computes without the operators of its activations: call the transformed "
+                f"model (torchvision's create_feature_extractor returns what is in its middle), or {path} of the base"
+            )
         if module in taken:
             own = taken[module]
             forbid_hooks(
                 module,
                 f"{path} is a part of the operator {own}, which is called in its place: register the hook on {own}, or "
                 f"on {path} of the base before transforming it",
+                call,
             )
         elif module not in running:
             forbid_hooks(
                 module,
                 f"the graph makes the calls that {path} makes and does not call {path}: register the hook on a module "
                 "in it, or on the base before transforming it",
+                call,
             )
         else:
             allow_hooks(module)
-
-
-def _taken(graph_module: fx.GraphModule) -> Iterator[tuple[nn.Module, str]]:
-    """Yield the modules in whose place an operator is called, with its path."""
-    for path, operator in graph_module.named_modules():
-        if not isinstance(operator, MeanSparse):
-            continue
-        for norm in (operator.prologue.input_norm, operator.prologue.sum_norm):
-            if norm is not None:
-                yield norm.module, path
-        if operator.replaces is not None and operator.replaces.op == "call_module":
-            yield graph_module.get_submodule(operator.replaces.target), path

@@ -84,7 +84,7 @@ def gate(x, centre, threshold, steepness):
 def oracle(x, vectors, options, grad_y):
     """y, grad_x and grad_weight in float64."""
     centre, threshold, weight, *_ = vectors
-    channel_dim, activation, constants, variant, backward, steepness, backward_steepness, _ = options
+    channel_dim, activation, constants, variant, backward, steepness, backward_steepness, *_ = options
     along = [n if d == channel_dim else 1 for d, n in enumerate(x.shape)]
     x = x.double().clone().requires_grad_()
     centre, threshold = (v.double().view(along) for v in (centre, threshold))
