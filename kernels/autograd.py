@@ -67,7 +67,7 @@ def _version(vectors: Vectors) -> int:
     """Return what tells whether the band, or a norm or a LayerScale, was changed since."""
     version = vectors.centre._version + vectors.threshold._version
     if vectors.scaled or vectors.has_sum_norm:
-        version += sum([v._version for v in vectors[3:] if v is not None])
+        version += sum([v._version for v in vectors[3:] if v is not None and not v.is_inference()])
     return version
 
 

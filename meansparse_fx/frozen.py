@@ -97,7 +97,7 @@ class FrozenNorm:
             else:
                 return found, eps
         if state != self._state:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # later calls may want gradients
                 self._folded, self._state = folded_norm(found, eps), state
         return self._folded, eps
 

@@ -308,6 +308,24 @@ def test_elsewhere_than_on_a_cpu_kernels_read_the_parameters_themselves():
     assert own._operator(None, True, None) is not bound, "which was bound to float32"
 
 
+def derivatives(sparse, images):
+    """Return the gradient by the images, and that of its square's sum."""
+    leaf = images.clone().requires_grad_()
+    (first,) = torch.autograd.grad(sparse(leaf).square().sum(), leaf, create_graph=True)
+    return first.detach(), *torch.autograd.grad(first.square().sum(), leaf)
+
+
+def test_gradients_behind_a_first_call_in_inference_mode(model, images):
+    fused, plain = calibrated(model, images, fuse="all"), calibrated(model, images)
+    for own in (fused, plain):
+        for norm in norms(own):
+            norm.running_var.mul_(2)  # calibrate called them, too
+    with torch.inference_mode():
+        fused(images)
+    for found, expected in zip(derivatives(fused, images), derivatives(plain, images), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
 def norms(sparse):
     return [m for m in sparse.modules() if isinstance(m, nn.BatchNorm2d)]
 

@@ -120,6 +120,18 @@ def test_compiled_for_the_cpu(names, layout, want_sum, monkeypatch):
     check(names, (8, 16, 32, 32), torch.float32, layout, want_sum, TOLERANCES[torch.float32])
 
 
+def test_norms_made_in_inference_mode():
+    """They count no writes; a GPU's kernels read a model's own."""
+    (x, *_, vectors), (wide, *_), _, y = case(("input_norm", "layer_scale", "sum_norm"), (3, 4, 5, 2), torch.float32)
+    with torch.inference_mode():
+        vectors = Vectors(*vectors[:3], *[v if v is None else v.clone() for v in vectors[3:]])
+    assert vectors.input_mean.is_inference()
+    x.requires_grad_()
+    Operator(vectors, Options(1, "silu", **EPS))(x).sum().backward()
+    y.sum().backward()
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=4e-6, atol=4e-6)
+
+
 @pytest.mark.parametrize("want_sum", [False, True])
 def test_what_is_kept_for_backward(want_sum):
     """x and the residual, or v alone where it is a result that lives on anyway; nothing else of their size."""
