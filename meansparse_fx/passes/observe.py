@@ -39,8 +39,8 @@ def observe(sparse: fx.GraphModule, fused: bool = False) -> tuple[fx.GraphModule
                 insert_module_before([node], operand(node), str(node.target))
                 operator = operators[str(node.target)]
                 original = take_out(node, operator)
-                if operator.replaces is not None and original.op == "call_module":  # whose own module refuses calls
+                if operator.replaced is not None:  # the module itself refuses calls
                     called = f"{PREFIX}.called.{original.name}"
-                    observed.add_submodule(called, callable_copy(observed.get_submodule(str(original.target))))
+                    observed.add_submodule(called, callable_copy(operator.replaced.module))
                     original.target = called
     return observed, observers

@@ -93,11 +93,7 @@ def refuse_hooks(graph_module: fx.GraphModule) -> None:
             running.add(module)
     operators = {path: m for path, m in graph_module.named_modules() if isinstance(m, MeanSparse)}
     norms = {norm.module: path for path, operator in operators.items() for norm in operator.prologue.taken}
-    activations = {
-        graph_module.get_submodule(operator.replaces.target): path
-        for path, operator in operators.items()
-        if operator.replaces is not None and operator.replaces.op == "call_module"
-    }
+    activations = {o.replaced.module: path for path, o in operators.items() if o.replaced is not None}
     taken = norms | activations
     names = [operator.name.split(".") for operator in operators.values()]
     around = {".".join(parts[:depth]) for parts in names for depth in range(1, len(parts))}

@@ -356,22 +356,30 @@ def test_first_calls_in_the_thread_of_autograd(device, first_calls):
     assert (threads != [threading.get_ident()]) == CUDA
 
 
+def on_streams(work, inputs):
+    """Return the result of work for each input, in threads with a stream each, all at once."""
+    torch.cuda.synchronize()
+
+    def own(given):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = work(given)
+        torch.cuda.synchronize()
+        return found
+
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        return list(pool.map(own, inputs))
+
+
 def test_first_calls_of_many_threads_at_once(device, first_calls):
     vectors, barrier = Vectors(*band(8, 1, device)), threading.Barrier(8)
     own = Operator(vectors, Options(1, "elu"))
     inputs = [odd_eighths((1 + turn // 2, *SHAPE[1:]), turn, device) for turn in range(8)]
-    torch.cuda.synchronize()
 
     def work(x):
         barrier.wait(60)
-        with torch.cuda.stream(torch.cuda.Stream()):
-            found = [value_and_gradient(own, x, x) for _ in range(5)]
-        torch.cuda.synchronize()
-        return found
+        return [value_and_gradient(own, x, x) for _ in range(5)]
 
-    with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(work, inputs))
-    for x, several in zip(inputs, results, strict=True):
+    for x, several in zip(inputs, on_streams(work, inputs), strict=True):
         for found in several:
             assert_close(found, oracle(x, *vectors[:2], "elu", x))
 
@@ -535,16 +543,7 @@ def test_autocast(case, device):
 
 def test_threads_share_one_model(case, first_calls):
     inputs = [images_like(case, seed)[: 1 + seed % 3] for seed in range(41, 49)]
-    torch.cuda.synchronize()
-
-    def work(images):
-        with torch.cuda.stream(torch.cuda.Stream()):
-            found = [case.found(images=images) for _ in range(3)]
-        torch.cuda.synchronize()
-        return found
-
-    with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(work, inputs))
+    results = on_streams(lambda images: [case.found(images=images) for _ in range(3)], inputs)
     for images, several in zip(inputs, results, strict=True):
         for found in several:
             case.compare(found, images)
