@@ -100,7 +100,7 @@ def applied_by(apply: Apply, is_operand: Callable[[Any], bool]) -> Iterator[Call
         then that it is a tensor is taken for one, and its memory read.
     """
     before = vars(FunctionMeta).get("__getattribute__", type.__getattribute__)
-    thread, looking = threading.get_ident(), False
+    thread, classes_are_read = threading.get_ident(), False
     answered: tuple[FrameType | None, int] = (None, 0)  # the call that `apply` answered last
 
     def meant(*values: Any) -> bool:
@@ -109,23 +109,23 @@ def applied_by(apply: Apply, is_operand: Callable[[Any], bool]) -> Iterator[Call
         return any(found)
 
     def attribute(cls: type[Function], name: str) -> Any:
-        nonlocal looking
+        nonlocal classes_are_read
         value = before(cls, name)
         if name not in ("setup_context", "forward") or threading.get_ident() != thread:
             return value
         takes_context = type.__getattribute__(cls, "setup_context") is _NO_SETUP
         if name == "setup_context":
-            looking = True
+            classes_are_read = True
             return value if takes_context else _unless(meant, value)
-        if not looking:  # called by its name instead of applied: plain code
+        if not classes_are_read:  # called by its name instead of applied: plain code
             return value
         caller = sys._getframe(1)
         call = caller, caller.f_lasti
 
         @functools.wraps(value)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal looking, answered
-            looking = False
+            nonlocal classes_are_read, answered
+            classes_are_read = False
             given = args[1:] if takes_context else args
             run = functools.partial(value, *args, **kwargs)
             if not meant(given, kwargs):
@@ -137,7 +137,7 @@ def applied_by(apply: Apply, is_operand: Callable[[Any], bool]) -> Iterator[Call
         return forward
 
     with mock.patch.object(FunctionMeta, "__getattribute__", attribute, create=True):
-        yield lambda frame: looking or (frame, frame.f_lasti) == answered
+        yield lambda frame: classes_are_read or (frame, frame.f_lasti) == answered
 
 
 def applied_functions(graph_module: fx.GraphModule) -> dict[fx.Node, type[Function]]:

@@ -31,12 +31,14 @@ from .proxies import (
     SIZES,
     ExampleProxy,
     NumberProxy,
+    Retrace,
     Sizes,
     TensorProxy,
+    TraceOptions,
     replaced_builtins,
     wrapped,
 )
-from .tracing import ModelTracer, Retrace, Traced, TraceOptions, trace
+from .tracing import ModelTracer, Traced, trace
 from .verify import source_line
 
 # What may answer a question while tracing: a number or a description that both batches agree on.
@@ -147,14 +149,14 @@ class ExampleTracer(ModelTracer):
         proxy_factory_fn: Any = None,
     ) -> Any:
         """Return the answer to a question; else a new node's proxy, or a tuple, list or dict of its parts' proxies."""
-        kind, target, args = self.spelled(kind, target, args)
-        examples, by_value = self._examples(kind, target, args, kwargs)
-        first, agreed = examples[0], _agreed(_name(target), values_of(ExampleProxy, (args, kwargs)), examples)
+        kind, target, args = self.as_graph_call(kind, target, args)
+        examples, depends_on_values = self._examples(kind, target, args, kwargs)
+        first, may_differ = examples[0], _may_differ(_name(target), values_of(ExampleProxy, (args, kwargs)), examples)
         if len({type(e) for e in examples}) > 1:
             raise TraceError(f"{target} gives {type(first).__name__} for one batch size and not for another")
-        settled = not (by_value and isinstance(first, int | float | torch.Size))
+        settled = not (depends_on_values and isinstance(first, int | float | torch.Size))
         if settled and isinstance(first, _ANSWERS) and all(e == first for e in examples):
-            sizes = agreed and type(first) in (int, torch.Size)
+            sizes = may_differ and type(first) in (int, torch.Size)
             if len(examples) > 1 and (sizes or any(type(a) is NumberProxy for a in args)):
                 self.expect(self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs)), first)
             if _name(target) in _READS_VALUES:
@@ -168,10 +170,10 @@ class ExampleTracer(ModelTracer):
             self._pure.append(node)
         if isinstance(first, tuple | list) and len({len(e) for e in examples}) == 1 < len(examples):
             dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
-            if agreed or (_name(target) in _SPLITS and len({e[0].shape[dim] for e in examples}) > 1):
-                whole = ExampleProxy(node, self, examples, by_value, agreed=True)
+            if may_differ or (_name(target) in _SPLITS and len({e[0].shape[dim] for e in examples}) > 1):
+                whole = ExampleProxy(node, self, examples, depends_on_values, may_differ=True)
                 self.create_proxy("call_function", len, (whole,), {})  # expected: few or many images give another
-        return self._present(node, examples, by_value, agreed)
+        return self._present(node, examples, depends_on_values, may_differ)
 
     def expect(self, number: fx.Node, answer: Any) -> None:
         """Let the graph refuse batches of which ``number`` is not what answered the model."""
@@ -188,16 +190,16 @@ class ExampleTracer(ModelTracer):
             if node.op == "get_attr":
                 self.values_read[str(node.target)] = None
 
-    def _present(self, node: fx.Node, examples: tuple, by_value: bool, agreed: bool) -> Any:
+    def _present(self, node: fx.Node, examples: tuple, depends_on_values: bool, may_differ: bool) -> Any:
         """Return what the model sees of a new node: containers are real ones, of proxies."""
         first = examples[0]
         if first is None:
             return None
         if isinstance(first, Tensor):
-            return TensorProxy(node, self, examples, by_value, agreed)
+            return TensorProxy(node, self, examples, depends_on_values, may_differ)
         if isinstance(first, int | float):
-            return NumberProxy(node, self, examples, by_value, agreed)
-        whole = ExampleProxy(node, self, examples, by_value, agreed)
+            return NumberProxy(node, self, examples, depends_on_values, may_differ)
+        whole = ExampleProxy(node, self, examples, depends_on_values, may_differ)
         if type(first) is dict:
             return {key: self._part(whole, key) for key in first}
         if type(first) in (tuple, list, torch.Size):
@@ -226,17 +228,17 @@ class ExampleTracer(ModelTracer):
                 return (operator.attrgetter(target)(self.root),), False
         proxies = values_of(ExampleProxy, (args, kwargs))
         count = max((len(p.examples) for p in proxies), default=1)
-        spelled = _name(target)
-        if count > 1 and spelled in _READS_VALUES:
-            raise TraceError(f"{spelled}() asks for values that are computed from the images")
+        name = _name(target)
+        if count > 1 and name in _READS_VALUES:
+            raise TraceError(f"{name}() asks for values that are computed from the images")
         if count > 1 and target is getattr:
             check_question(args[1])
-        if is_in_place(spelled) and args and isinstance(args[0], ExampleProxy) and len(args[0].examples) == 1:
+        if is_in_place(name) and args and isinstance(args[0], ExampleProxy) and len(args[0].examples) == 1:
             # Parameters are the model's own: change a copy. From here on it depends on what it was changed by.
             args[0].examples = tuple(args[0].examples[0].clone() for _ in range(count))
         with SizeWatch() if count > 1 and self._mode is None else contextlib.nullcontext() as watch:
             examples = tuple(self._example(kind, target, args, kwargs, k, count > 1) for k in range(count))
-        return examples, any(p.by_value for p in proxies) or bool(watch and watch.by_value)
+        return examples, any(p.depends_on_values for p in proxies) or bool(watch and watch.depends_on_values)
 
     def _example(self, kind: str, target: Any, args: tuple, kwargs: dict, k: int, varies: bool) -> Any:
         """Return what a node yields for the k-th batch."""
@@ -268,9 +270,9 @@ class ExampleTracer(ModelTracer):
             self._evaluating = before
 
 
-def _agreed(name: str, given: list[ExampleProxy], examples: tuple) -> bool:
-    """Return whether examples agree on sizes that what they were made of did not agree on, or might not have."""
-    if any(proxy.agreed for proxy in given):
+def _may_differ(name: str, given: list[ExampleProxy], examples: tuple) -> bool:
+    """Return whether sizes that the examples agree on may differ in other batches: what they are made of differed."""
+    if any(proxy.may_differ for proxy in given):
         return True
     before = max((_differing(proxy.examples) for proxy in given), default=0)
     return before > 0 and isinstance(examples[0], Tensor) and (name == "squeeze" or _differing(examples) < before)

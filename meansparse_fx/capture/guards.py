@@ -42,10 +42,10 @@ class SizeWatch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.by_value = False
+        self.depends_on_values = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         masks = args[1] if func is torch.ops.aten.index.Tensor else ()
         masked = any(mask is not None and mask.dtype in (torch.bool, torch.uint8) for mask in masks)
-        self.by_value |= masked or torch.Tag.dynamic_output_shape in func.tags
+        self.depends_on_values |= masked or torch.Tag.dynamic_output_shape in func.tags
         return func(*args, **(kwargs or {}))

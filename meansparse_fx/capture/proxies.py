@@ -15,7 +15,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -25,9 +25,30 @@ from torch.fx.proxy import TraceError
 
 from .derivatives import ModelProxy
 from .functions import values_of
-from .tracing import Retrace
 
 SIZES = (2, 3)  # of the example batches: two that differ, and neither is 1, which broadcasts
+
+
+@dataclass(frozen=True, slots=True)
+class TraceOptions:
+    """How a trace on examples runs; it starts again with others where these do not serve.
+
+    Attributes:
+        values: Examples are computed for real, as some operator or module needs. Otherwise without data.
+        namespaces: Globals of the source files that turn a size which depends on the batch into an int or a float:
+            no object can answer `int()` but with an int, so there these functions are others while tracing.
+    """
+
+    values: bool = False
+    namespaces: tuple[dict[str, Any], ...] = ()
+
+
+class Retrace(Exception):
+    """Tracing has to start again with other options; no failure of the model."""
+
+    def __init__(self, options: TraceOptions) -> None:
+        super().__init__("tracing starts again with other options")
+        self.options = options
 
 
 class Sizes(tuple):
@@ -50,18 +71,20 @@ class ExampleProxy(ModelProxy):
 
     Attributes:
         examples: One for each batch, or a single one if it does not depend on the images.
-        by_value: Its sizes, or it itself if it is a number, depend on values of the images.
-        agreed: Sizes that the batch decided are no longer among those that differ: ``x[:2]``, ``x.squeeze()``. The
+        depends_on_values: Its sizes, or it itself if it is a number, depend on values of the images.
+        may_differ: Sizes that the batch decided are no longer among those that differ: ``x[:2]``, ``x.squeeze()``. The
             examples agree on them, and other batches may not.
     """
 
     tracer: Any
 
-    def __init__(self, node: fx.Node, tracer: fx.Tracer, examples: tuple, by_value: bool, agreed: bool = False) -> None:
+    def __init__(
+        self, node: fx.Node, tracer: fx.Tracer, examples: tuple, depends_on_values: bool, may_differ: bool = False
+    ) -> None:
         super().__init__(node, tracer)
         self.examples = examples
-        self.by_value = by_value
-        self.agreed = agreed
+        self.depends_on_values = depends_on_values
+        self.may_differ = may_differ
 
     def __getattr__(self, k: str) -> Any:
         with self.tracer.evaluating():
@@ -82,7 +105,7 @@ class ExampleProxy(ModelProxy):
         return (proxy[i] for i in range(len(proxy)))
 
     def _has_one_length(self) -> bool:
-        return len({len(example) for example in self.examples}) == 1 and not self.by_value
+        return len({len(example) for example in self.examples}) == 1 and not self.depends_on_values
 
     def _ask_again(self, frame: FrameType) -> Any:
         """Trace again with other `int`, `float` and `len` in the file that called one of them."""
@@ -98,7 +121,7 @@ class TensorProxy(ExampleProxy):
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # so that isinstance(x, torch.Tensor)
         caller = sys._getframe(1)
-        return TensorProxy if self.__dict__["tracer"].looking(caller) or not _asks(caller) else Tensor
+        return TensorProxy if self.__dict__["tracer"].classes_are_read(caller) or not _asks(caller) else Tensor
 
     def __bool__(self) -> bool:
         harmless = _without_raising(sys._getframe(1)) if len(self.examples) > 1 else None
@@ -144,7 +167,7 @@ class NumberProxy(ExampleProxy):
         return type(self.__dict__["examples"][0])
 
     def __bool__(self) -> bool:
-        if self.by_value:
+        if self.depends_on_values:
             raise TraceError("a branch depends on a number that is computed from the images")
         answers = [bool(example) for example in self.examples]
         if len(set(answers)) == 1:

@@ -111,7 +111,7 @@ def _check(reference: Reference, graph_module: fx.GraphModule, traced: Traced) -
 
 def _frozen(traced: Traced) -> tuple[str, ...]:
     """Return the modules that were traced into and read their mode, but for dropouts that drop nothing."""
-    modules = {path: traced.root.get_submodule(path) for path in traced.entered}
+    modules = {path: traced.root.get_submodule(path) for path in traced.traced_into}
     asking = {path: type(module).__name__ for path, module in modules.items() if _asks_for_mode(module)}
     return tuple(f"{path} ({name})" if path else name for path, name in asking.items())
 
@@ -162,7 +162,7 @@ def _assemble(model: nn.Module, traced: Traced) -> fx.GraphModule:
     graph = traced.graph
     for target in dict.fromkeys(node.target for node in graph.nodes if node.op == "get_attr"):
         _own_constant(root, traced.root, target)
-    for path in traced.entered:
+    for path in traced.traced_into:
         drop_own_hooks(own := root.get_submodule(path))
         for name, value in vars(traced.root.get_submodule(path)).items():
             if isinstance(value, fx.Proxy):  # forward keeps it there, and a graph does not

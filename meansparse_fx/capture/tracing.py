@@ -44,6 +44,7 @@ from .derivatives import (
 from .functions import as_single_calls, expanded_by_tuples
 from .modes import modes_as_calls, tidy_modes
 from .preconditions import input_name
+from .proxies import Retrace
 from .verify import plain_attention, source_line
 
 _CALL = nn.Module.__call__  # taken before a tracer patches it
@@ -64,37 +65,15 @@ class Traced:
     Attributes:
         root: The throwaway copy of the model it was traced on.
         opaque: Why tracing stopped in modules that became leaves: activations in their functions are hidden.
-        entered: Paths of the modules that were traced into, the root's first: empty.
+        traced_into: Paths of the modules that were traced into, the root's first: empty.
         values_read: Names of the parameters and buffers whose values answered the model.
     """
 
     graph: fx.Graph
     root: nn.Module
     opaque: tuple[str, ...] = ()
-    entered: tuple[str, ...] = ()
+    traced_into: tuple[str, ...] = ()
     values_read: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class TraceOptions:
-    """How a trace on examples runs; it starts again with others where these do not serve.
-
-    Attributes:
-        values: Examples are computed for real, as some operator or module needs. Otherwise without data.
-        namespaces: Globals of the source files that turn a size which depends on the batch into an int or a float:
-            no object can answer `int()` but with an int, so there these functions are others while tracing.
-    """
-
-    values: bool = False
-    namespaces: tuple[dict[str, Any], ...] = ()
-
-
-class Retrace(Exception):
-    """Tracing has to start again with other options; no failure of the model."""
-
-    def __init__(self, options: TraceOptions) -> None:
-        super().__init__("tracing starts again with other options")
-        self.options = options
 
 
 def _timm_registry() -> ModuleType | None:
@@ -120,15 +99,15 @@ class ModelTracer(fx.Tracer):
         super().__init__(autowrap_functions=tuple(registry.get_notrace_functions()) if registry else ())
         self._leaves = leaves | frozenset(registry.get_notrace_modules() if registry else ())
         self._state_names: dict[int, str] = {}
-        self.entered: dict[str, None] = {"": None}
+        self.traced_into: dict[str, None] = {"": None}
         self.values_read: dict[str, None] = {}
         self._attributes: dict[int, fx.Proxy] = {}  # what the graph calls and no graph can write down, by id
         self._evaluating = False  # what runs now is no part of the graph
-        self.looking: Callable[[FrameType], bool] = lambda caller: False  # see `applied_by`
+        self.classes_are_read: Callable[[FrameType], bool] = lambda caller: False  # see `applied_by`
 
     def trace(self, root: nn.Module | Callable, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         with (
-            applied_by(self._apply, lambda value: isinstance(value, fx.Proxy)) as self.looking,
+            applied_by(self._apply, lambda value: isinstance(value, fx.Proxy)) as self.classes_are_read,
             modes_as_calls(self._call, lambda: not self._evaluating),
             without_checkpoints(),
             expanded_by_tuples(),
@@ -146,9 +125,9 @@ class ModelTracer(fx.Tracer):
         return ModelProxy(node, self)
 
     def create_proxy(self, kind: str, target: Any, args: tuple, kwargs: dict, *rest: Any, **options: Any) -> Any:
-        return super().create_proxy(*self.spelled(kind, target, args), kwargs, *rest, **options)
+        return super().create_proxy(*self.as_graph_call(kind, target, args), kwargs, *rest, **options)
 
-    def spelled(self, kind: str, target: Any, args: tuple) -> tuple[str, Any, tuple]:
+    def as_graph_call(self, kind: str, target: Any, args: tuple) -> tuple[str, Any, tuple]:
         """Return a call as a graph can hold it: of a tensor hook the hook is read from the model."""
         if target != "register_hook" and target is not register_hook:
             return kind, target, args
@@ -194,7 +173,7 @@ class ModelTracer(fx.Tracer):
             return forward(*args, **kwargs)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
-        self.entered[path] = None
+        self.traced_into[path] = None
         if not has_foreign_hooks(m):
             return super().call_module(m, forward, args, kwargs)
         # Its hooks run when the graph does: they are called, and the forward between them is traced.
@@ -286,7 +265,7 @@ def trace(model: nn.Module, make_tracer: Callable[[frozenset[type]], ModelTracer
         try:
             with plain_attention(), kept_parameters(root):
                 graph = tracer.trace(root)
-                return Traced(graph, root, tuple(leaves.values()), tuple(tracer.entered), tuple(tracer.values_read))
+                return Traced(graph, root, tuple(leaves.values()), tuple(tracer.traced_into), tuple(tracer.values_read))
         except (CaptureError, Retrace):
             raise
         except Exception as error:
