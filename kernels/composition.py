@@ -91,7 +91,7 @@ def forward(
     vectors = folded(vectors, options)
     v, rounded = residual_sum(x, residual, vectors, options), None
     if options.want_sum:
-        rounded = v.clone() if v is x else _in_dtype(v, x.dtype)
+        rounded = _in_dtype(v, x.dtype)
         v = widened(rounded)  # y is the function of exactly what others see
     u = normed(v, vectors.sum_norm, options.sum_eps)
     centre, threshold, weight = (shaped(vector, u, dim) for vector in vectors[:3])

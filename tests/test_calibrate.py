@@ -19,7 +19,7 @@ from meansparse_fx.calibrate.convergence import Groups, Precision, precision
 from meansparse_fx.calibrate.source import Source
 from meansparse_fx.calibrate.totals import Totals, merge_all
 from meansparse_fx.data import ImageSet
-from meansparse_fx.errors import ArtifactError, CalibrationError, StateError, StatisticsError
+from meansparse_fx.errors import ArtifactError, CalibrationError, StateError, StatisticsError, WriteError
 from meansparse_fx.observer import ChannelMoments
 from meansparse_fx.passes import observe
 
@@ -280,6 +280,14 @@ def test_what_a_killed_process_left_is_removed(net, images, tmp_path):
     sparse = msfx.transform(net, images)
     msfx.calibrate(sparse, images.split(3), checkpoint=tmp_path / "c", progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_checkpoint_without_a_folder_fails_before_the_pass(net, images, tmp_path):
+    drawn = []
+    batches = (drawn.append(batch) or batch for batch in images.split(3))
+    with pytest.raises(WriteError, match="missing"):
+        msfx.calibrate(msfx.transform(net, images), batches, checkpoint=tmp_path / "missing" / "c", progress=False)
+    assert not drawn
 
 
 def test_the_first_bad_batch_is_named():

@@ -29,7 +29,7 @@ from ..shards import Ranks
 from ..statistics import ChannelStatistics, Statistics, fingerprint, graph_fingerprint
 from .bins import Bins
 from .checkpoint import Checkpoint, PassState
-from .convergence import MIN_GROUPS, Precision, precision
+from .convergence import Precision, precision
 from .source import Source
 from .totals import Totals, gather_totals, merge_all
 
@@ -271,7 +271,7 @@ class _Pass:
     def _look_at_precision(self) -> None:
         """Estimate the precision from the groups of all processes, which all call this after as many batches."""
         groups = self._state.groups
-        if groups is None or groups.open_batches or len(groups.closed) < MIN_GROUPS // self._ranks.world:
+        if groups is None or groups.open_batches:
             return
         everyone = gather_totals(self._ranks, groups.closed, f"precision {len(groups.closed)} x {groups.length}")
         self._precision = precision(everyone, self._names)
