@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,17 @@ from meansparse_fx.evaluate.attacks import AttackSettings
 from meansparse_fx.evaluate.compiled import Attacked
 from meansparse_fx.evaluate.outcome import ModelOutcome
 from meansparse_fx.evaluate.plan import correct, perturbed, plan_runs
-from meansparse_fx.evaluate.planted import _around, _changed, nearest, plant, single_target
+from meansparse_fx.evaluate.planted import (
+    CANDIDATES,
+    INNER,
+    RIDGE,
+    _around,
+    _changed,
+    _readout,
+    nearest,
+    plant,
+    single_target,
+)
 from meansparse_fx.evaluate.probes import Probed, _gradients, examine, outputs, search_planted
 from meansparse_fx.evaluate.sanity import check_power, checks_of
 from meansparse_fx.nn import MeanSparse
@@ -85,6 +96,43 @@ def test_a_changed_square_weighs_as_much_as_what_was_there(shape):
         outside += [first] if beside == below == 0 else []
     assert len(outside) > 9
     assert outside == pytest.approx([0.1 / math.sqrt(2)] * len(outside), rel=1e-4)
+
+
+def test_a_changed_cube_is_at_the_edge_of_the_ball():
+    """In Linf: a square of the image, of which each channel goes to one side; nothing else changes."""
+    images = torch.full((4, 3, 12, 12), 0.5)
+    changed = _changed(images.clone(), images, AttackSettings(0.1), torch.Generator().manual_seed(0)) - images
+    rows, columns = (changed != 0).any(0).any(0).nonzero(as_tuple=True)
+    square = changed[:, :, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    assert 0 < square[0, 0].numel() < 144
+    torch.testing.assert_close(square.abs(), torch.full_like(square, 0.1))
+    assert (square.amax((2, 3)) == square.amin((2, 3))).all()
+
+
+def test_the_readout_is_fishers_discriminant_of_the_farthest_candidate():
+    """Against NumPy; features of which some vary a hundred times as much as others."""
+    image, settings = torch.full((1, 3, 3), 0.5), AttackSettings(0.1)
+    mixing = torch.randn(9, 4, generator=torch.Generator().manual_seed(1)) * torch.tensor([100.0, 1, 1, 0.1])
+
+    def features(x):
+        return x.flatten(1) @ mixing
+
+    weights, point, largest, own = _readout(features, image, settings, torch.Generator().manual_seed(2))
+    drawing = torch.Generator().manual_seed(2)
+    edge = _around(image, CANDIDATES, settings, drawing, edge=True)
+    inner = torch.cat([image[None], _around(image, INNER - 1, settings, drawing, edge=False)])
+    far, near = (features(x).double().numpy() for x in (edge, inner))
+    covariance = np.cov(near.T, bias=True)
+    covariance += RIDGE * np.trace(covariance) / 4 * np.eye(4)
+    directions = [np.linalg.solve(covariance, candidate - near.mean(0)) for candidate in far]
+    directions = [d / np.linalg.norm(d) for d in directions]
+    gaps = [(f @ d - (near @ d).max()) / (near @ d).std(ddof=1) for f, d in zip(far, directions, strict=True)]
+    best = int(np.argmax(gaps))
+    assert np.sort(gaps)[-1] - np.sort(gaps)[-2] > 1e-3
+    assert weights.numpy() == pytest.approx(directions[best], abs=1e-5)
+    assert torch.equal(point, edge[best])
+    assert largest.item() == pytest.approx((near @ directions[best]).max(), rel=1e-4)
+    assert own.item() == pytest.approx(near[0] @ directions[best], rel=1e-4)
 
 
 @pytest.mark.parametrize(("value", "label", "rises"), [(0, 0, False), (0.5, 0, True), (1, 0, True), (1, 1, False)])
