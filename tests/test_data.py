@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import os
 import pickle
 import shutil
 import struct
+import sys
 import warnings
 import zlib
 
@@ -505,34 +507,35 @@ def check_cifar(found, images, labels):
     torch.testing.assert_close(got, torch.from_numpy(images[order].reshape(-1, 3, 32, 32)).float() / 255)
 
 
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("keys", [bytes, str])
-def test_cifar_python(tmp_path, cifar, protocol, keys):
+def distributed(monkeypatch, directory, kind: str, held: dict[str, dict]) -> None:
+    """Write pickled batches and a ``meta`` to a directory, and let torchvision take them for the distributed ones."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    files = {name: pickle.dumps(values) for name, values in held.items()}
+    for name, raw in files.items():
+        (directory / name).write_bytes(raw)
+    sums = {name: [name, hashlib.md5(raw).hexdigest()] for name, raw in files.items()}
+    meta, *test = sorted((n for n in files if "meta" in n or "test" in n), key=lambda name: "meta" not in name)
+    monkeypatch.setattr(getattr(datasets, kind), "test_list", [sums[name] for name in test])
+    monkeypatch.setattr(getattr(datasets, kind), "train_list", [s for n, s in sums.items() if n not in (meta, *test)])
+    key = next(iter(held[meta]))
+    monkeypatch.setattr(getattr(datasets, kind), "meta", {"filename": meta, "key": key, "md5": sums[meta][1]})
+
+
+def cifar_10(images, labels):
+    def batch(part):
+        return {"data": images[part], "labels": labels[part].tolist(), "filenames": ["a.png"]}
+
+    batches = {"data_batch_1": batch(slice(0, 2)), "data_batch_2": batch(slice(2, 5)), "test_batch": batch(slice(5, 6))}
+    return batches | {"batches.meta": {"label_names": ["a", "b"]}}
+
+
+def test_cifar_python(tmp_path, cifar, monkeypatch):
     images, labels = cifar
-
-    def batch(part, kind=list):
-        held = {"data": images[part], "labels": kind(labels[part]), "filenames": ["a.png"], "batch_label": "batch"}
-        return {k.encode() if keys is bytes else k: v for k, v in held.items()}
-
-    (tmp_path / "data_batch_1").write_bytes(pickle.dumps(batch(slice(0, 2)), protocol))
-    (tmp_path / "data_batch_2").write_bytes(pickle.dumps(batch(slice(2, 5), np.asarray), protocol))
-    (tmp_path / "test_batch").write_bytes(pickle.dumps(batch(slice(5, 6), lambda a: a.tolist()), protocol))
+    distributed(monkeypatch, tmp_path, "CIFAR10", cifar_10(images, labels))
     check_cifar(load_images(tmp_path, "train"), images[:5], labels[:5])
     check_cifar(load_images(tmp_path, "test"), images[5:], labels[5:])
     with pytest.raises(ArtifactError, match="several splits; choose one of test, train"):
         load_images(tmp_path)
-
-
-def test_cifar_python_2(tmp_path, cifar):
-    """As CIFAR's own files: strings of Python 2, whose arrays are of numpy.core."""
-    images = cifar[0][:1]
-    raw = (
-        b"\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
-        b"(K\x01K\x01M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff"
-        b"\xffK\x00tb\x89T\x00\x0c\x00\x00" + images.tobytes() + b"tbU\x06labelsq\x03]K\x04au."
-    )
-    (tmp_path / "test_batch").write_bytes(raw)
-    check_cifar(load_images(tmp_path), images, np.array([4]))
 
 
 def test_cifar_binary(tmp_path, cifar):
@@ -549,12 +552,12 @@ def test_cifar_binary(tmp_path, cifar):
 
 
 @pytest.mark.parametrize("kind", ["python", "binary"])
-def test_cifar_100_has_its_fine_labels(tmp_path, cifar, kind):
+def test_cifar_100_has_its_fine_labels(tmp_path, cifar, kind, monkeypatch):
     images, labels = cifar
     if kind == "python":
-        held = {b"data": images, b"fine_labels": labels.tolist(), b"coarse_labels": [0] * 6}
-        (tmp_path / "train").write_bytes(pickle.dumps(held))
-        (tmp_path / "meta").write_bytes(b"")
+        batch = {"data": images, "fine_labels": labels.tolist(), "coarse_labels": [0] * 6}
+        meta = {"fine_label_names": ["a", "b"]}
+        distributed(monkeypatch, tmp_path, "CIFAR100", {"train": batch, "test": batch, "meta": meta})
     else:
         coarse = np.zeros((6, 1), np.uint8)
         np.concatenate([coarse, labels[:, None].astype(np.uint8), images], 1).tofile(tmp_path / "train.bin")
@@ -571,18 +574,27 @@ class Attack:
         return os.mkdir, (self.place,)
 
 
-def test_cifar_python_calls_nothing(tmp_path, cifar):
-    images, _ = cifar
-    for data in (Attack(tmp_path / "made"), np.array([Attack(tmp_path / "made")], dtype=object)):
-        (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": data, b"labels": [0]}))
-        with pytest.raises(ArtifactError, match=r"test_batch: .*(not unpickled|arrays of O)"):
-            load_images(tmp_path)
+@pytest.mark.parametrize("name", ["data_batch_1", "data_batch_2", "test_batch", "batches.meta"])
+def test_other_pickles_than_cifars_are_not_read(tmp_path, cifar, monkeypatch, name):
+    distributed(monkeypatch, tmp_path, "CIFAR10", cifar_10(*cifar))
+    whole = (tmp_path / name).read_bytes()
+    for raw in (pickle.dumps({b"data": Attack(tmp_path / "made"), b"labels": [0]}), whole[:-20], b""):
+        (tmp_path / name).write_bytes(raw)
+        for split in ("train", "test"):
+            with pytest.raises(ArtifactError, match="not CIFAR10's own batches, all of them, by their checksums"):
+                load_images(tmp_path, split)
     assert not (tmp_path / "made").exists()
-    whole = pickle.dumps({b"data": images, b"labels": [0] * 6})
-    for end in range(0, len(whole) - 1, len(whole) // 40):
-        (tmp_path / "test_batch").write_bytes(whole[:end])
-        with pytest.raises(ArtifactError, match="test_batch: truncated"):
-            load_images(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["folder", "cifar"])
+def test_what_needs_torchvision_says_so(tmp_path, folder, cifar, monkeypatch, layout):
+    if layout == "cifar":
+        distributed(monkeypatch, folder / "val", "CIFAR10", cifar_10(*cifar))
+    for name in [name for name in sys.modules if name.startswith(("torchvision", "meansparse_fx.data.folder"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ArtifactError, match=r"torchvision is needed: pip install 'meansparse_fx\[zoo\]'"):
+        load_images(folder / "val", "train" if layout == "cifar" else None)
 
 
 # The bundled network

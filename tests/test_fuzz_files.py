@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gzip
 import json
-import pickle
 import random
 import struct
 import tracemalloc
@@ -145,12 +144,6 @@ def cifar_binary(path, _):
     return path / "test_batch.bin", lambda: load_images(path, "test").images.sum()
 
 
-def cifar_python(path, _):
-    batch = {b"data": np.zeros((2, 3072), np.uint8), b"labels": [1, 2]}
-    (path / "test_batch").write_bytes(pickle.dumps(batch, protocol=2))
-    return path / "test_batch", lambda: load_images(path, "test").images.sum()
-
-
 def picture(path, _):
     from PIL import Image
 
@@ -160,7 +153,7 @@ def picture(path, _):
     return path / "a" / "one.png", lambda: sum(image.sum() for image, _ in load_images(path, image_size=8))
 
 
-FOLDERS = (npy, idx, idx_gz, cifar_binary, cifar_python, picture)
+FOLDERS = (npy, idx, idx_gz, cifar_binary, picture)
 READERS = (statistics, settings, calibration, ledger, adversarial, safetensors, state_dict, npz, compressed, *FOLDERS)
 
 

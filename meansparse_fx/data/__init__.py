@@ -1,7 +1,7 @@
 """Floor 1: image data from the formats users have, as tensors in [0, 1]; one file a format.
 
-Knows nothing of models or graphs. Imports errors and batches; torchvision when an image folder is opened.
-Nothing is ever unpickled, but for CIFAR's batches, by a reader that knows dictionaries and arrays only.
+Knows nothing of models or graphs. Imports errors and batches; torchvision for image folders and CIFAR's Python batches,
+the only pickles that are read, if their checksums are CIFAR's.
 """
 
 from .idx import load_idx, read_idx

@@ -53,7 +53,10 @@ def load_images(
     path = Path(path)
     if not path.exists():
         raise ArtifactError(f"{path}: no such file or directory; expected {LAYOUTS}")
-    found = _open(path, split, image_size)
+    try:
+        found = _open(path, split, image_size)
+    except ImportError as error:
+        raise ArtifactError(f"{path}: to read it, torchvision is needed: pip install 'meansparse_fx[zoo]'") from error
     if image_size is not None and isinstance(found.images, np.ndarray):
         raise ArtifactError(f"{path}: holds arrays of a fixed size; an image size can be chosen for image folders only")
     kept = np.random.default_rng(0).permutation(len(found))[skip:][:limit]
@@ -86,10 +89,8 @@ def _open(path: Path, split: str | None, image_size: int | None) -> ImageSet:
     for directory, name in places:
         if found := next(filter(None, (splits(directory) for splits in DIRECTORIES)), None):
             return _choose(directory, name, found)
-    try:
-        from .folder import open_folder  # torchvision takes a second to import
-    except ImportError as error:
-        raise ArtifactError(f"{path}: image folders need torchvision: pip install 'meansparse_fx[zoo]'") from error
+    from .folder import open_folder  # torchvision takes a second to import
+
     return open_folder(path, split, image_size)
 
 
