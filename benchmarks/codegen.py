@@ -1,4 +1,4 @@
-"""What the compiler made of the kernels, read without a GPU: ``python -m benchmarks.codegen [--json]``.
+"""What the compiler made of the kernels, read without a GPU: ``python -m benchmarks.codegen``.
 
 Every kernel is compiled ahead of time for each target with the launcher's own plan of a typical tensor, and its
 machine code is read: registers, spills, shared memory, width of global accesses, divisions and instructions per
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import json
 import re
 import subprocess
 import tempfile
@@ -212,19 +211,13 @@ def cell(value: Any) -> str:
 
 def main() -> None:
     parser = options(__doc__, out="")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
     parser.add_argument("--target", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--activation", nargs="*", default=list(ACTIVATIONS), choices=list(ACTIVATIONS))
     parser.add_argument("--dtype", nargs="*", default=["fp32", "bf16"], choices=list(DTYPES))
     args = parser.parse_args()
-    codes = []
-    for case in cases(args.target, args.activation, args.dtype):
-        codes.append(read_code(case))
-        if args.json:
-            print(json.dumps(codes[-1]), flush=True)
-    if not args.json:
-        heads = [name.replace("_", " ") for name in codes[0]]
-        show(heads, (map(cell, code.values()) for code in codes), width=230, box=None)
+    codes = [read_code(case) for case in cases(args.target, args.activation, args.dtype)]
+    heads = [name.replace("_", " ") for name in codes[0]]
+    show(heads, (map(cell, code.values()) for code in codes), width=230, box=None)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a call of the operator costs on the host: ``python -m benchmarks.host [--json] [--out FILE]``.
+"""What a call of the operator costs on the host: ``python -m benchmarks.host [--out FILE]``.
 
 Wall time a call, of many calls on a small tensor without a synchronisation, beside torch's own calls in the same
 process: medians of short rounds in which all take turns, so that a busy machine seldom interrupts one. With a GPU the
@@ -8,11 +8,9 @@ which is what a launch costs anywhere.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import statistics
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -26,7 +24,7 @@ from meansparse_fx.kernels.operator import Operator
 from meansparse_fx.kernels.records import Options, Vectors
 from meansparse_fx.nn import MeanSparse
 
-from .harness import Call, Row, environment, in_turns, options, ratio_of, report, write
+from .harness import Call, Row, environment, in_turns, options, ratio_of, run
 
 SHAPE = (2, 64, 4, 4)
 BACKWARD = "forward+backward: "
@@ -46,15 +44,18 @@ class Empty(torch.autograd.Function):
         return torch.empty_like(x)
 
 
-def stubbed_launch() -> AbstractContextManager[Any]:
-    """Return a context in which a Triton launch does everything on the host but call the driver."""
+@contextmanager
+def stubbed_launch() -> Iterator[None]:
+    """Let a Triton launch on CPU tensors do everything on the host but call the driver."""
     from meansparse_fx.kernels import triton_launch
 
     def first(self: Any, tensors: Any, aligned: bool, hooked: bool) -> None:
         self._run, self._function, self._metadata = lambda *_: None, 0, ()
         self._stream = lambda index: 0
 
-    return mock.patch.object(triton_launch.Launch, "_first", first)
+    lowering = mock.patch.dict("os.environ", MEANSPARSE_FX_LOWERING="triton")
+    with lowering, mock.patch.object(triton_launch.Launch, "_first", first):
+        yield
 
 
 def calls(device: str) -> dict[str, Call]:
@@ -94,10 +95,7 @@ def calls(device: str) -> dict[str, Call]:
 def timed(device: str, repetitions: int) -> list[Row]:
     """Return a row a call, its ratio to ReLU alone, or to convolution, norm and ReLU."""
     torch.set_num_threads(1)
-    with contextlib.ExitStack() as stack:
-        if device == "cpu":
-            stack.enter_context(mock.patch.dict("os.environ", MEANSPARSE_FX_LOWERING="triton"))
-            stack.enter_context(stubbed_launch())
+    with nullcontext() if device == "cuda" else stubbed_launch():
         times = in_turns(calls(device), device, repetitions, warm_up=10, number=20)
     where = environment(device) | {"repetitions": repetitions}
     where |= {} if device == "cuda" else {"device": "no GPU: the launch is stubbed"}
@@ -105,36 +103,15 @@ def timed(device: str, repetitions: int) -> list[Row]:
     for name, own in times.items():
         mode, _, call = name.rpartition(": ")
         base = "conv, batch norm, ReLU" if call.startswith("conv") else "F.relu"
-        figures = {
-            "ratio": ratio_of(own, times[f"{BACKWARD if mode else ''}{base}"]),
-            "host_ms": statistics.median(own),
-        }
-        rows.append(Row(benchmark="host", case=mode or "forward", contender=call, baseline=base, **figures, **where))
+        row = Row(benchmark="host", case=mode or "forward", contender=call, baseline=base, **where)
+        beside = times[f"{BACKWARD if mode else ''}{base}"]
+        rows.append(row.but(ratio=ratio_of(own, beside), host_ms=statistics.median(own)))
     return rows
 
 
-# What --json names: a row's mode and call.
-RATIOS = {
-    "forward_over_relu": ("forward", "operator, ReLU"),
-    "module_over_relu": ("forward", "module, ReLU"),
-    "forward_backward_over_relu": ("forward+backward", "operator, ReLU"),
-    "fused_over_base": ("forward", "conv, fused module"),
-}
-
-
 def main() -> None:
-    parser = options(__doc__, repetitions=201)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    args = parser.parse_args()
-    rows = timed(args.device, args.repetitions)
-    if args.json:
-        ratios = {name: row.ratio for name, key in RATIOS.items() for row in rows if (row.case, row.contender) == key}
-        times = {f"{row.case}: {row.contender}": 1e3 * row.host_ms for row in rows}
-        print(json.dumps({"device": rows[0].device, "torch": rows[0].torch, "microseconds": times} | ratios))
-    else:
-        report(rows)
-    if args.out:
-        write(rows, args.out)
+    args = options(__doc__, repetitions=201).parse_args()
+    run({"host": lambda: timed(args.device, args.repetitions)}, args.out)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -276,20 +275,18 @@ def stubbed_gpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton.testing", testing)
 
 
-def test_host_says_its_ratios_as_json(capsys, monkeypatch):
+def test_calls_stand_beside_torchs_own_of_the_same_direction(monkeypatch, tmp_path):
     times = {name: [1.0, 2.0, 4.0] for name in host.calls("cpu")}
     times |= {"operator, ReLU": [3.0] * 3, "forward+backward: operator, ReLU": [1.5, 3.0, 6.0]}
+    times["conv, batch norm, ReLU"] = [2.0, 4.0, 8.0]
     monkeypatch.setattr(host, "in_turns", lambda *_, **__: times)
-    main(host, monkeypatch, "--json", "--repetitions", "3")
-    found = json.loads(capsys.readouterr().out)
-    ratios = {
-        "forward_over_relu": 1.5,
-        "forward_backward_over_relu": 1.5,
-        "module_over_relu": 1.0,
-        "fused_over_base": 1.0,
-    }
-    assert {name: found[name] for name in ratios} == ratios
-    assert found["microseconds"]["forward: operator, ReLU"] == 3000
+    main(host, monkeypatch, "--repetitions", 3, "--device", "cpu", "--out", tmp_path / "host.csv")
+    found = {(r.case, r.contender): r for r in read(tmp_path / "host.csv")}
+    assert len(found) == len(times)
+    assert [found["forward", name].ratio for name in ("operator, ReLU", "module, ReLU")] == [1.5, 1.0]
+    own = found["forward+backward", "operator, ReLU"]
+    assert (own.ratio, own.host_ms, own.baseline) == (1.5, 3.0, "F.relu")
+    assert found["forward", "conv, fused module"].ratio == 0.5
 
 
 def test_device_and_host_time_are_columns_of_their_own(stubbed_gpu):
