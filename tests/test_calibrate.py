@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import meansparse_fx as msfx
-from meansparse_fx.calibrate.bins import Bins
 from meansparse_fx.calibrate.checkpoint import PassState
 from meansparse_fx.calibrate.convergence import Groups, Precision, precision
 from meansparse_fx.calibrate.source import Source
@@ -22,6 +21,7 @@ from meansparse_fx.data import ImageSet
 from meansparse_fx.errors import ArtifactError, CalibrationError, StateError, StatisticsError, WriteError
 from meansparse_fx.observer import ChannelMoments
 from meansparse_fx.passes import observe
+from meansparse_fx.statistics import ChannelHistogram, ChannelStatistics
 
 
 def test_statistics_are_those_of_the_base_models_own_values(net, images, sites):
@@ -404,7 +404,7 @@ def test_groups_stay_few_and_lose_nothing():
 
 def test_bins_reach_eight_deviations_to_each_side():
     """Of each channel's own mean; one without a deviation has bins as one of deviation 1."""
-    bins = Bins.around(Totals((4, 4), *torch.tensor([[3.0, 5.0], [4 * 2.0**2, 0.0]]).double(), torch.tensor([1, 1])))
+    bins = ChannelHistogram.around(ChannelStatistics(4, *torch.tensor([[3.0, 5.0], [4 * 2.0**2, 0.0]]).double()))
     assert bins.low.tolist() == [3 - 8 * 2, 5 - 8]
     assert (bins.low + 256 * bins.width).tolist() == [3 + 8 * 2, 5 + 8]
     assert bins.counts.shape == (2, 256)

@@ -18,7 +18,7 @@ from ..errors import CalibrationError
 from ..observer import ChannelMoments
 from ..seen import image_marks, least_marks
 from ..shards import file_of_rank
-from .bins import BINS, Bins
+from ..statistics.moments import BINS, ChannelHistogram
 from .convergence import Groups
 from .totals import Totals
 
@@ -36,7 +36,7 @@ class PassState:
         batches, images: How many those were.
         input_range: ``[2]``, least and greatest value of all images.
         groups: Totals of groups of batches, if a tolerance was given.
-        bins: Histograms, if asked for and once the first batch was seen.
+        histograms: Of each site, if asked for and once the first batch was seen.
         marks: Those of the images, batch by batch: see `seen.image_marks`.
     """
 
@@ -46,7 +46,7 @@ class PassState:
         self.batches = self.images = 0
         self.input_range = torch.tensor([torch.inf, -torch.inf], dtype=torch.float64, device=device)
         self.groups = Groups(self.totals) if grouped else None
-        self.bins: Bins | None = None
+        self.histograms: list[ChannelHistogram] = []
         self.marks: list[Tensor] = []
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
@@ -64,6 +64,12 @@ class PassState:
         self.batches += 1
         self.images += len(images)
         return batch
+
+    def count_into(self, histograms: Sequence[ChannelHistogram]) -> None:
+        """Let the observers count into these from now on."""
+        self.histograms = list(histograms)
+        for observer, histogram in zip(self._observers, histograms, strict=True):
+            observer.bins = histogram.count
 
     def refuse_non_finite(self) -> None:
         """Raise CalibrationError if any site has seen NaN or inf, with the first batch that brought it."""
@@ -128,9 +134,10 @@ class Checkpoint:
             state.marks = [artifacts.typed_tensor(tensors, "marks", torch.int64, (None,))]
             state.batches, state.images = (artifacts.whole_number(header[name]) for name in ("batches", "images"))
             if "histograms" in tensors:
-                low, width = artifacts.typed_tensor(tensors, "edges", torch.float64, (2, channels))
-                histograms = artifacts.typed_tensor(tensors, "histograms", torch.int64, (channels, BINS))
-                state.bins = Bins(low, width, histograms, sizes.tolist())
+                edges = artifacts.typed_tensor(tensors, "edges", torch.float64, (2, channels))
+                counts = artifacts.typed_tensor(tensors, "histograms", torch.int64, (channels, BINS))
+                parts = zip(*(part.split(sizes.tolist()) for part in (*edges, counts)), strict=True)
+                state.count_into([ChannelHistogram(*(part.clone() for part in site)) for site in parts])
             self._digests = {int(index): value for index, value in header["digests"].items()}
 
     def compare(self, index: int, images: Tensor) -> None:
@@ -165,9 +172,9 @@ class Checkpoint:
             "input_range": state.input_range,
             "marks": least_marks(state.marks),
         }
-        if state.bins is not None:
-            tensors["edges"] = torch.stack([state.bins.low, state.bins.width])
-            tensors["histograms"] = state.bins.counts
+        if found := state.histograms:
+            tensors["edges"] = torch.stack([torch.cat([h.low for h in found]), torch.cat([h.width for h in found])])
+            tensors["histograms"] = torch.cat([h.counts for h in found])
         header = {
             "identity": self._identity,
             "batches": state.batches,

@@ -26,8 +26,7 @@ from ..passes import observe
 from ..progress import bar, say_resumed
 from ..seen import least_marks
 from ..shards import Ranks
-from ..statistics import ChannelStatistics, Statistics, fingerprint, graph_fingerprint
-from .bins import Bins
+from ..statistics import ChannelHistogram, Statistics, fingerprint, graph_fingerprint
 from .checkpoint import Checkpoint, PassState
 from .convergence import Precision, precision
 from .source import Source
@@ -158,8 +157,6 @@ class _Pass:
         }
         self._checkpoint = Checkpoint(path, every, identity, self._ranks.rank, self._ranks.world)
         self._checkpoint.resume(self._state)
-        if self._state.bins is not None:
-            self._state.bins.watch(self._observers)
         self._look_at_precision()
 
     def run(self, display: Progress) -> None:
@@ -209,7 +206,7 @@ class _Pass:
                 break
             if state.groups is not None and state.groups.add(None):
                 self._look_at_precision()
-        if self._histograms and state.bins is None:  # a shard without images
+        if self._histograms and not state.histograms:  # a shard without images
             self._make_bins(state.totals)
 
     def result(self, metadata: dict[str, str]) -> Statistics:
@@ -219,11 +216,12 @@ class _Pass:
         if not images:
             raise DataError(self._source.nothing)
         sites = merge_all(gather_totals(ranks, [state.totals], "end")).by_site()
-        if state.bins is not None:
-            counts = ranks.gather(state.bins.counts.cpu(), "histograms")
-            state.bins.counts = torch.stack(counts).sum(0).to(self._device)
-            counted = zip(sites, state.bins.by_site(), strict=True)
-            sites = [ChannelStatistics(s.count, s.mean, s.m2, histogram) for s, histogram in counted]
+        if state.histograms:
+            everyone = ranks.gather([h.counts.cpu() for h in state.histograms], "histograms")
+            with torch.inference_mode(False):
+                counts = (torch.stack(of_site).sum(0).to(self._device) for of_site in zip(*everyone, strict=True))
+                histograms = (replace(h, counts=c) for h, c in zip(state.histograms, counts, strict=True))
+                sites = [replace(s, histogram=h) for s, h in zip(sites, histograms, strict=True)]
         ranges = torch.stack(ranks.gather(state.input_range.cpu(), "range"))
         # Of one image in the latest batch; the first process has images if any has.
         shape = ranks.gather(self._shape, "image shape")[0]
@@ -253,7 +251,7 @@ class _Pass:
             images = images.contiguous(memory_format=torch.channels_last)
         self._forward(images)
         batch = self._state.add(images)
-        if self._histograms and self._state.bins is None:
+        if self._histograms and not self._state.histograms:
             self._make_bins(batch)
             self._forward(images)  # once more, to be counted
         return batch
@@ -265,8 +263,9 @@ class _Pass:
 
     def _make_bins(self, first: Totals) -> None:
         """Lay the bins around what all processes saw first."""
-        self._state.bins = Bins.around(merge_all(gather_totals(self._ranks, [first], "bins")))
-        self._state.bins.watch(self._observers)
+        together = merge_all(gather_totals(self._ranks, [first], "bins"))
+        with torch.inference_mode(False):
+            self._state.count_into([ChannelHistogram.around(site) for site in together.by_site()])
 
     def _look_at_precision(self) -> None:
         """Estimate the precision from the groups of all processes, which all call this after as many batches."""

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..errors import StatisticsError
 
+BINS = 256
+REACH = 8  # deviations of what is seen first on each side of its mean: a bin is a sixteenth of a deviation
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChannelHistogram:
@@ -23,6 +26,22 @@ class ChannelHistogram:
     low: Tensor
     width: Tensor
     counts: Tensor
+
+    @classmethod
+    def around(cls, first: ChannelStatistics) -> ChannelHistogram:
+        """Return one of no values, with `BINS` bins around what was seen first."""
+        std = torch.where(first.std > 0, first.std, 1.0)
+        counts = torch.zeros(len(std), BINS, dtype=torch.int64, device=std.device)
+        return cls(first.mean - REACH * std, 2 * REACH / BINS * std, counts)
+
+    def count(self, values: Tensor) -> None:
+        """Count ``values`` ``[C, n]`` as well. NaN has no bin; the moments report it."""
+        channels, bins = self.counts.shape
+        place = ((values - self.low[:, None]) / self.width[:, None]).nan_to_num_(0).clamp_(0, bins - 1).long()
+        place += bins * torch.arange(channels, device=place.device)[:, None]
+        # Not bincount: that waits for the GPU and is no faster on the CPU.
+        one = torch.ones((), dtype=torch.int64, device=place.device)
+        self.counts.view(-1).scatter_add_(0, place.flatten(), one.expand(place.numel()))
 
     def merge(self, other: ChannelHistogram | None) -> ChannelHistogram | None:
         """Return both histograms together, or None where their bins differ."""
