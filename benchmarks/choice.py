@@ -11,11 +11,8 @@ any moment it goes on; half an hour on one core.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from torch import fx
 
 import meansparse_fx as msfx
 from meansparse_fx import bundled
@@ -26,7 +23,7 @@ from meansparse_fx.evaluate import AttackSettings, ModelOutcome, PairedDifferenc
 from meansparse_fx.evaluate.outcome import mean
 from meansparse_fx.progress import bar
 
-from .harness import Row, options, report, write
+from .harness import Row, options, run
 from .paper.measure import BATCH, changes, on_images
 
 SITE_ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8)  # one site alone bears more than all together
@@ -36,13 +33,6 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "by site": {"per_site": True, "site_alphas": SITE_ALPHAS},
 }
 STEPS = 30  # of the search; see `meansparse_fx.cli.demo` for why not fewer
-
-
-def search(sparse: fx.GraphModule, name: str, cache: Path, attacked: int) -> AlphaSearch:
-    """Return what one of `SEARCHES` found."""
-    given = SEARCHES[name] | {"eps": bundled.EPS, "steps": STEPS, "batch_size": BATCH, "attacked": attacked}
-    path = cache / f"choice-{name.replace(' ', '-')}.safetensors"
-    return msfx.select_alpha(sparse, bundled.load_split("selection"), alphas=ALPHAS, checkpoint=path, **given)
 
 
 def best(found: AlphaSearch) -> tuple[Candidate, ModelOutcome, bool]:
@@ -64,20 +54,21 @@ def words(alpha: Alpha, variant: str) -> str:
     return f"{variant}, {json.dumps({site: round(a, 3) for site, a in alpha.items()})}"
 
 
-def measure(searches: Sequence[str], cache: Path, attacked: int, selection: int) -> list[Row]:
+def measure(cache: Path, attacked: int, selection: int) -> list[Row]:
     """Return the rows: the base, then each search's best on the test images."""
     sparse = msfx.transform(bundled.load_model().requires_grad_(False), bundled.load_split("test")[0][:2])
     msfx.calibrate(sparse, bundled.load_split("calibration")[0].split(BATCH), progress=False)
     settings = AttackSettings(bundled.EPS, steps=100, queries=1000, target_classes=3)
-    found = {name: search(sparse, name, cache, selection) for name in searches}
+    how: dict[str, Any] = {"alphas": ALPHAS, "eps": bundled.EPS, "steps": STEPS, "batch_size": BATCH}
+    held_out, found = bundled.load_split("selection"), {}
+    for name, more in SEARCHES.items():
+        path = cache / f"choice-{name.replace(' ', '-')}.safetensors"
+        found[name] = msfx.select_alpha(sparse, held_out, checkpoint=path, attacked=selection, **how, **more)
     first = next(iter(found.values()))
     contenders = {"base": (Candidate(0.0), first.base, True)} | {name: best(own) for name, own in found.items()}
     rows: list[Row] = []
     path, test = cache / "choice-test.safetensors", bundled.load_split("test")
-    with (
-        on_images(sparse, test, attacked, ("adaptive",), settings, path) as trials,
-        bar() as shown,
-    ):
+    with on_images(sparse, test, attacked, ("adaptive",), settings, path) as trials, bar() as shown:
         task = shown.add_task("test images", total=trials.attacks_left(0, trials.attacked) * len(contenders), note="")
         outcomes = {
             name: trials.attack(candidate, trials.attacked, lambda: shown.advance(task))
@@ -95,16 +86,12 @@ def measure(searches: Sequence[str], cache: Path, attacked: int, selection: int)
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--search", nargs="+", choices=SEARCHES, default=list(SEARCHES))
     parser.add_argument("--selection", type=int, default=400, help="selection images to attack")
     parser.add_argument("--attacked", type=int, default=500, help="test images to attack")
     parser.add_argument("--cache", type=Path, default=Path(".cache/choice"), help="results of attacks as they come")
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
-    rows = measure(args.search, args.cache, args.attacked, args.selection)
-    report(rows, "accuracies and their changes, fractions")
-    if args.out:
-        write(rows, args.out)
+    run({"choice": lambda: measure(args.cache, args.attacked, args.selection)}, args.out)
 
 
 if __name__ == "__main__":

@@ -252,13 +252,13 @@ def run(cases: Mapping[str, Callable[[], Sequence[Row]]], out: Path | None) -> N
         sys.exit("\n".join(wrong))
 
 
-def report(rows: Sequence[Row], title: str = "") -> None:
+def report(rows: Sequence[Row]) -> None:
     """Print rows as a table."""
     names = [name for name in _columns(rows) if name not in HIDDEN and not name.endswith(("_low", "_high"))]
     values = [[getattr(row, name) for name in names] for row in rows]
     cells = [["" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in values]
     where = [f"{name} {rows[0][name]}" for name in ("benchmark", "device", "threads", "torch") if name in rows[0]]
-    show([name.replace("_", " ") for name in names], cells, title=title or ", ".join(where))
+    show([name.replace("_", " ") for name in names], cells, title=", ".join(where))
 
 
 def show(heads: Iterable[str], rows: Iterable[Iterable[str]], width: int = 140, **style: Any) -> None:

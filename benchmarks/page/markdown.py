@@ -18,19 +18,18 @@ def render(template: str, **given: Any) -> str:
     return environment.from_string(Path(__file__).with_name(template).read_text()).render(given)
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, space: str = "") -> str:
-    """Return a table, empty without rows; the first columns stand left, all others are numbers and stand right.
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], space: str = "") -> str:
+    """Return a table, empty without rows; the first column stands left, all others are numbers and stand right.
 
     Args:
         heads: Of the columns.
         rows: Of cells.
-        left: How many columns stand left.
         space: Around the dashes of the second line.
     """
     rows = list(rows)
     if not rows:
         return ""
-    dashes = "|".join(f"{space}{'---' if at < left else '---:'}{space}" for at in range(len(heads)))
+    dashes = "|".join(f"{space}{'---:' if at else '---'}{space}" for at in range(len(heads)))
     lines = [f"| {' | '.join(line)} |" for line in (heads, *rows)]
     return "\n".join([lines[0], f"|{dashes}|", *lines[1:]])
 

@@ -10,21 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .. import plots
 from ..evaluate.outcome import ModelOutcome, PairedDifference, mean
-from ..plots import (
-    DASHED,
-    DOTTED,
-    LIGHT,
-    SMALL,
-    Theme,
-    annotate,
-    legend,
-    limits,
-    new_figure,
-    percent,
-    percents,
-    prepare,
-)  # fmt: skip
+from ..plots import Theme
 from .result import AlphaSearch
 
 # Where robustness breaks down it falls by tens of points: what is further below the base stands at the edge.
@@ -34,7 +22,7 @@ DASHES = {"exact": (0, (1, 1.2)), "identity": (0, (6, 2)), "annealed": (0, (3, 1
 MARKERS = "s^D<P>X*"
 
 
-def alpha_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
+def alpha_figure(search: AlphaSearch, theme: Theme = plots.LIGHT) -> Figure:
     """Return clean accuracy, and below it accuracy under attack, over alpha.
 
     Bars are 95 % intervals of the paired change from the base, so the base has none. An alpha given up early was
@@ -48,17 +36,17 @@ def alpha_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
     worst = {alpha: search.comparable(outcome) for alpha, outcome in outcomes.items()}
     lines = {name: {a: search.comparable(o, name) for a, o in outcomes.items()} for name in base.robust}
     lowest = worst[0.0] - SHOWN
-    figure = new_figure(theme, 7.2, 6.4)
+    figure = plots.new_figure(theme, 7.2, 6.4)
     top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [1, 1.7]})
-    prepare(top, theme)
+    plots.prepare(top, theme)
     top.set_title(f"Clean accuracy, {len(base.clean):,} images", color=theme.ink, fontsize=10, loc="left", pad=18)
-    prepare(bottom, theme, f"Accuracy under attack, {len(base.worst):,} images{search.threat_in_words()}")
+    plots.prepare(bottom, theme, f"Accuracy under attack, {len(base.worst):,} images{search.threat_in_words()}")
     bottom.set_xlabel("alpha: half width of the band, in standard deviations", color=theme.muted)
     rule = {"linewidth": 1.0, "zorder": 1.5}
     allowed = f"allowed: {100 * search.clean_budget:g} points less"
-    top.axhline(clean[0.0], color=theme.ink, linestyle=DASHED, label="base", **rule)
-    top.axhline(clean[0.0] - search.clean_budget, color=theme.muted, linestyle=DOTTED, label=allowed, **rule)
-    bottom.axhline(worst[0.0], color=theme.ink, linestyle=DASHED, **rule)
+    top.axhline(clean[0.0], color=theme.ink, linestyle=plots.DASHED, label="base", **rule)
+    top.axhline(clean[0.0] - search.clean_budget, color=theme.muted, linestyle=plots.DOTTED, label=allowed, **rule)
+    bottom.axhline(worst[0.0], color=theme.ink, linestyle=plots.DASHED, **rule)
     clean_changes = {alpha: PairedDifference.of(base.clean, outcome.clean) for alpha, outcome in outcomes.items()}
     _points(top, list(outcomes), clean, clean_changes, color=theme.second, linewidth=2.0, label="clean, 95 % interval")
     for marker, (name, line) in zip(cycle(MARKERS), lines.items(), strict=False):
@@ -80,16 +68,17 @@ def alpha_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
             _points(bottom, inside, worst, changes, color=theme.accent, linewidth=0, mfc=fill, label=label)
         below = [alpha for alpha in alphas if alpha not in inside]
         bottom.plot(below, [lowest] * len(below), "v", ms=6, color=theme.accent, mfc=fill, zorder=4)
-    bottom.set_ylim(*limits(max(v, lowest) for line in (worst, *lines.values()) for v in line.values()))
-    annotate(figure, bottom, [((a, lowest), percent(v, 0), theme.accent) for a, v in worst.items() if v < lowest])
+    bottom.set_ylim(*plots.limits(max(v, lowest) for line in (worst, *lines.values()) for v in line.values()))
+    fallen = [((alpha, lowest), plots.percent(v, 0), theme.accent) for alpha, v in worst.items() if v < lowest]
+    plots.annotate(figure, bottom, fallen)
     for axes, height, colour in ((top, clean, theme.second), (bottom, shown, theme.accent)):
         axes.axvline(search.uniform, color=theme.muted, linewidth=1.0, zorder=1)
         axes.plot(search.uniform, height[search.uniform], "o", ms=11, mfc="none", mec=colour, mew=1.5)
     top.annotate(
-        f"chosen: alpha {search.uniform:g}", (search.uniform, 1), (0, 4), color=theme.ink, fontsize=SMALL, ha="center",
-        xycoords=top.get_xaxis_transform(), textcoords="offset points",
+        f"chosen: alpha {search.uniform:g}", (search.uniform, 1), (0, 4), color=theme.ink, fontsize=plots.SMALL,
+        xycoords=top.get_xaxis_transform(), textcoords="offset points", ha="center",
     )  # fmt: skip
-    legend(figure, theme)
+    plots.legend(figure, theme)
     return figure
 
 
@@ -105,15 +94,15 @@ def _points(
     axes.errorbar(alphas, places, around, marker="o", markersize=6, elinewidth=1.0, capsize=2.5, zorder=4, **style)
 
 
-def tradeoff_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
+def tradeoff_figure(search: AlphaSearch, theme: Theme = plots.LIGHT) -> Figure:
     """Return clean accuracy against the worst case, one point an alpha, the choice marked, the base as a cross.
 
     Hollow points were given up early; accuracies as in `alpha_figure`.
     """
-    figure = new_figure(theme, 7.2, 5.0)
+    figure = plots.new_figure(theme, 7.2, 5.0)
     axes = figure.subplots()
-    prepare(axes, theme, f"Worst case under attack, {len(search.base.worst):,} images{search.threat_in_words()}")
-    axes.xaxis.set_major_formatter(percents())
+    plots.prepare(axes, theme, f"Worst case under attack, {len(search.base.worst):,} images{search.threat_in_words()}")
+    axes.xaxis.set_major_formatter(plots.percents())
     axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     base = _place(search, search.base)
     floor, uniform = base[1] - SHOWN, isinstance(search.alpha, float)
@@ -128,7 +117,7 @@ def tradeoff_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
         axes.plot(*shown, "o" if worst >= floor else "v", markersize=6, color=colours[variant],
                   mfc=colours[variant] if full else "none")  # fmt: skip
         label = f"{alpha:g}" if variant == search.variant else f"{variant} {alpha:g}"
-        label += f" \N{DOWNWARDS ARROW} {percent(worst, 0)}" if worst < floor else ""
+        label += f" \N{DOWNWARDS ARROW} {plots.percent(worst, 0)}" if worst < floor else ""
         if (alpha, variant) == (search.uniform, search.variant):
             axes.plot(*shown, "o", markersize=13, mfc="none", mec=theme.ink, mew=1.4)
             label += ", chosen" if uniform else ", best for all"
@@ -139,18 +128,16 @@ def tradeoff_figure(search: AlphaSearch, theme: Theme = LIGHT) -> Figure:
         labels.setdefault(place, []).append("by site")
     axes.plot(*base, "x", markersize=10, mew=2.2, color=theme.ink)
     allowed = base[0] - search.clean_budget
-    axes.axvline(allowed, color=theme.muted, linewidth=0.9, linestyle=DOTTED, zorder=1)
+    axes.axvline(allowed, color=theme.muted, linewidth=0.9, linestyle=plots.DOTTED, zorder=1)
     axes.annotate(
-        "clean budget", (allowed, 0), (4, 5), color=theme.muted, fontsize=SMALL, xycoords=axes.get_xaxis_transform(),
-        textcoords="offset points",
+        "clean budget", (allowed, 0), (4, 5), color=theme.muted, fontsize=plots.SMALL,
+        xycoords=axes.get_xaxis_transform(), textcoords="offset points",
     )  # fmt: skip
-    axes.axhline(base[1], color=theme.ink, linewidth=0.9, linestyle=DASHED, zorder=1)
-    axes.set_ylim(*limits(worst for _, worst in labels))
-    axes.set_xlim(*limits(max(clean, base[0] - 0.05) for clean, _ in labels))
+    axes.axhline(base[1], color=theme.ink, linewidth=0.9, linestyle=plots.DASHED, zorder=1)
+    axes.set_ylim(*plots.limits(worst for _, worst in labels))
+    axes.set_xlim(*plots.limits(max(clean, base[0] - 0.05) for clean, _ in labels))
     axes.set_xlabel("clean accuracy; numbers at the points are alpha, hollow ones met fewer images", color=theme.muted)
-    annotate(
-        figure, axes, [(place, ", ".join(words), theme.ink) for place, words in labels.items()]
-    )  # some lie upon others
+    plots.annotate(figure, axes, [(place, ", ".join(words), theme.ink) for place, words in labels.items()])
     return figure
 
 

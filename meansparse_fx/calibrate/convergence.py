@@ -8,9 +8,7 @@ second moment. That needs batches in a shuffled order: on class-sorted data the 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
@@ -104,11 +102,10 @@ def precision(groups: list[Totals], names: list[str]) -> Precision | None:
     # d std = d variance / (2 std)
     std_error = torch.where(alive, (between_squares / freedom).sqrt() / (2 * safe), 0.0)
     worst, quantity = (mean_error, "mean") if mean_error.max() >= std_error.max() else (std_error, "std")
-    at = int(worst.argmax())
-    ends = list(accumulate(total.sizes.tolist()))
-    site = bisect_right(ends, at)
-    channel = at - (ends[site - 1] if site else 0)
+    sizes = dict(zip(names, total.sizes.tolist(), strict=True))
+    places = [(name, channel) for name, size in sizes.items() for channel in range(size)]
+    site, channel = places[int(worst.argmax())]
     typical, typical_std = (
         float((e.square().sum() / alive.sum().clamp_min(1)).sqrt()) for e in (mean_error, std_error)
     )
-    return Precision(float(worst.max()), names[site], channel, quantity, typical, typical_std, len(groups))
+    return Precision(float(worst.max()), site, channel, quantity, typical, typical_std, len(groups))

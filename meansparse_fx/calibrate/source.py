@@ -12,6 +12,11 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from ..batches import Intake, as_batches, collect_samples, count, length, nothing_in
 from ..errors import CalibrationError
 
+# Of a DataLoader, of which some batches are read.
+_KEPT = (
+    "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor"
+)  # fmt: skip
+
 
 class Source:
     """Batches of images in a fixed order.
@@ -68,18 +73,10 @@ class Source:
             assert isinstance(loader, DataLoader)
             order = list(loader.batch_sampler)  # type: ignore[arg-type]
             chosen = [*again, *range(start, len(order))]
-            part = DataLoader(
-                loader.dataset,
-                batch_sampler=[order[i] for i in chosen],
-                num_workers=loader.num_workers,
-                collate_fn=loader.collate_fn,
-                pin_memory=loader.pin_memory,
-                timeout=loader.timeout,
-                worker_init_fn=loader.worker_init_fn,
-                multiprocessing_context=loader.multiprocessing_context,
-                prefetch_factor=loader.prefetch_factor,
+            same = {name: getattr(loader, name) for name in _KEPT}
+            batches = zip(
+                chosen, DataLoader(loader.dataset, batch_sampler=[order[i] for i in chosen], **same), strict=True
             )
-            batches = zip(chosen, part, strict=True)
         elif isinstance(loader, Sequence):
             batches = ((i, loader[i]) for i in [*again, *range(start, len(loader))])
         else:

@@ -256,13 +256,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def weight_digests(model: nn.Module) -> dict[str, str]:
     """Return a hash of each of the tensors that `fingerprint` hashes together, by name: to say which differs."""
-    return {
-        name: hashlib.blake2b(
-            f"{value.dtype} {tuple(value.shape)} ".encode() + bytes(artifacts.tensor_bytes(value)),
-            digest_size=8,
-        ).hexdigest()
-        for name, value in _base_state(model)
-    }
+    return {name: artifacts.digest(value) for name, value in _base_state(model)}
 
 
 def _base_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

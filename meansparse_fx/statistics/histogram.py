@@ -52,16 +52,14 @@ class FeatureHistogram:
         return histogram_figure(self)
 
 
-def typical(shares: Mapping[str, Tensor], site: str | None = None) -> tuple[str, int]:
+def typical(shares: Mapping[str, Tensor]) -> tuple[str, int]:
     """Return the (site, channel) whose share of values in the band is the median of all channels.
 
     Neither picked for its looks nor dead, as the channel with the largest share often is.
 
     Args:
         shares: Site to ``[C]``.
-        site: Look only there.
     """
-    shares = shares if site is None else {site: shares[site]}
     middle = torch.cat(list(shares.values())).median()
     return next((name, int((own == middle).nonzero()[0])) for name, own in shares.items() if (own == middle).any())
 
