@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from argparse import Namespace
 from functools import partial
 from typing import Any
 
@@ -31,26 +31,22 @@ from .harness import Call, Row, environment, in_turns, options, run
 IMAGES = 1_000_000
 
 
-class Clock:
-    """What times calls in turns, and makes rows."""
+def seconds_of(args: Namespace, *calls: Call) -> list[float]:
+    """Return the median seconds of each call, timed in turns."""
+    times = in_turns({str(i): call for i, call in enumerate(calls)}, args.device, args.repetitions, warm_up=1)
+    return [statistics.median(own) / 1e3 for own in times.values()]
 
-    def __init__(self, device: str, repetitions: int) -> None:
-        self.device, self.repetitions = device, repetitions
 
-    def __call__(self, *calls: Call) -> list[float]:
-        """Return the median seconds of each call."""
-        times = in_turns({str(i): call for i, call in enumerate(calls)}, self.device, self.repetitions, warm_up=1)
-        return [statistics.median(own) / 1e3 for own in times.values()]
+def row(args: Namespace, what: str, case: str, size: int, unit: str, seconds: float, **more: Any) -> Row:
+    """Return a row: ``size``, in ``unit``, is what grows."""
+    known: dict[str, Any] = {"what": what, "case": case, "size": size, "unit": unit, "seconds": seconds}
+    return Row(**known, **more, repetitions=args.repetitions, **environment(args.device))
 
-    def row(self, what: str, case: str, size: int, unit: str, seconds: float, **more: Any) -> Row:
-        """Return a row: ``size``, in ``unit``, is what grows."""
-        known = {"what": what, "case": case, "size": size, "unit": unit, "seconds": seconds}
-        return Row(**known, **more, repetitions=self.repetitions, **environment(self.device))
 
-    def images(self, *shape: int) -> Tensor:
-        """Return random images, after a seed for the model that is built next."""
-        torch.manual_seed(0)
-        return torch.rand(shape, device=self.device)
+def random_images(args: Namespace, *shape: int) -> Tensor:
+    """Return random images, after a seed for the model that is built next."""
+    torch.manual_seed(0)
+    return torch.rand(shape, device=args.device)
 
 
 def passes(model: nn.Module, batches: list[Tensor]) -> tuple[Call, Call]:
@@ -59,44 +55,44 @@ def passes(model: nn.Module, batches: list[Tensor]) -> tuple[Call, Call]:
     return lambda: msfx.calibrate(sparse, batches, progress=False), over(batches, model)
 
 
-def transform(clock: Clock, depth: int) -> Iterator[Row]:
-    """Yield transform against nodes."""
-    images = clock.images(2, 3, 32, 32)
-    model = WideResNet(depth, 1).eval().to(clock.device)
+def transform(args: Namespace, depth: int) -> list[Row]:
+    """Return transform against nodes."""
+    images = random_images(args, 2, 3, 32, 32)
+    model = WideResNet(depth, 1).eval().to(args.device)
     nodes = len(capture(model, images).graph_module.graph.nodes)
-    seconds, beside = clock(lambda: msfx.transform(model, images), over([images] * 4, model))
-    yield clock.row("transform", f"WRN-{depth}-1", nodes, "nodes", seconds, beside=beside)
+    seconds, beside = seconds_of(args, lambda: msfx.transform(model, images), over([images] * 4, model))
+    return [row(args, "transform", f"WRN-{depth}-1", nodes, "nodes", seconds, beside=beside)]
 
 
-def calibration(clock: Clock, count: int, width: int, unit: str, batch: int) -> Iterator[Row]:
-    """Yield calibration on so many images, of one site of so many channels; ``unit`` is which of them grows."""
-    batches = list(clock.images(count, 3, 32, 32).split(batch))
-    model = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU()).eval().to(clock.device)
+def calibration(args: Namespace, count: int, width: int, unit: str) -> list[Row]:
+    """Return calibration on so many images, of one site of so many channels; ``unit`` is which of them grows."""
+    batches = list(random_images(args, count, 3, 32, 32).split(args.batch))
+    model = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU()).eval().to(args.device)
     size = count if unit == "images" else width
-    seconds, beside = clock(*passes(model, batches))
-    yield clock.row("calibration", f"{count} images, {width} channels", size, unit, seconds, beside=beside)
+    seconds, beside = seconds_of(args, *passes(model, batches))
+    return [row(args, "calibration", f"{count} images, {width} channels", size, unit, seconds, beside=beside)]
 
 
-def plan(clock: Clock, name: str, batch: int, batches: int, devices: list[int]) -> Iterator[Row]:
-    """Yield a model's measured passes, and the plan that follows from them."""
-    side = MODELS[name][1]
-    data = [clock.images(batch, 3, side, side)] * batches
-    model = build(name).to(clock.device)
+def plan(args: Namespace, name: str) -> list[Row]:
+    """Return a model's measured passes, and the plan that follows from them."""
+    data = [random_images(args, args.batch, 3, MODELS[name][1], MODELS[name][1])] * args.batches
+    model = build(name).to(args.device)
     (short, plain), (long, _) = passes(model, data), passes(model, data + data)
-    half, whole, beside = clock(short, long, plain)
-    count = batch * batches
-    yield clock.row("calibration", name, count, "images", half, beside=beside)
-    yield clock.row("calibration", name, 2 * count, "images", whole)
+    half, whole, beside = seconds_of(args, short, long, plain)
+    count = args.batch * args.batches
+    rows = [row(args, "calibration", name, count, "images", half, beside=beside)]
+    rows.append(row(args, "calibration", name, 2 * count, "images", whole))
     once = min(max(0.0, 2 * half - whole), whole / 2)  # noise must not make an image cost nothing
     each = (whole - once) / (2 * count)
     sparse = msfx.transform(model, data[0][:2])
     one, other = (msfx.calibrate(sparse, [part], progress=False) for part in (data[0], 1 - data[0][:1]))
-    (merging,) = clock(lambda: one.merge(other))
-    for number in devices:
+    (merging,) = seconds_of(args, lambda: one.merge(other))
+    for number in args.devices:
         seconds = once + IMAGES / number * each + (number - 1) * merging
         formula = f"{once:.3g} s + {IMAGES:,} images / {number} * {1e3 * each:.3g} ms"
         formula += f" + {number - 1} merges * {1e3 * merging:.3g} ms"
-        yield clock.row("plan", name, number, "devices", seconds, formula=formula)
+        rows.append(row(args, "plan", name, number, "devices", seconds, formula=formula))
+    return rows
 
 
 def main() -> None:
@@ -109,15 +105,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--batches", type=int, default=1, help="of the plan's shorter pass")
     args = parser.parse_args()
-    clock, fewest, narrowest = Clock(args.device, args.repetitions), min(args.images), min(args.channels)
-    cases = {f"transform {depth}": partial(transform, clock, depth) for depth in args.depth}
-    for count in args.images:
-        cases[f"{count} images"] = partial(calibration, clock, count, narrowest, "images", args.batch)
-    for width in args.channels:
-        cases[f"{width} channels"] = partial(calibration, clock, fewest, width, "channels", args.batch)
-    for name in args.plan:
-        cases[f"plan {name}"] = partial(plan, clock, name, args.batch, args.batches, args.devices)
-    run({name: lambda case=case: list(case()) for name, case in cases.items()}, args.out)
+    fewest, narrowest = min(args.images), min(args.channels)
+    cases = {f"transform {depth}": partial(transform, args, depth) for depth in args.depth}
+    cases |= {f"{count} images": partial(calibration, args, count, narrowest, "images") for count in args.images}
+    cases |= {f"{width} channels": partial(calibration, args, fewest, width, "channels") for width in args.channels}
+    run(cases | {f"plan {name}": partial(plan, args, name) for name in args.plan}, args.out)
 
 
 if __name__ == "__main__":

@@ -343,13 +343,6 @@ def test_the_courts_page_counts(tmp_path):
     assert text.endswith("\nbehind\n")
 
 
-def test_resampled_runs_keep_the_images_together():
-    outcome = ModelOutcome(torch.arange(6) < 4, {"a": torch.arange(6) < 2})
-    drawn = judge._resampled(outcome, torch.tensor([0, 0, 5, 3]))
-    assert drawn.clean.tolist() == [True, True, False, True]
-    assert drawn.robust["a"].tolist() == [True, True, False, False]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "convicted"), [("quantised logits", True), ("gradient reversed", True), ("GELU, alpha 0", False)]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ class Entry:
     def files(self) -> dict[Path, str]:
         """Where RobustBench, or timm, keeps each file of the weights, and where it is to be had."""
         if self.timm_name is not None:
-            url = _timm().get_pretrained_cfg(self.timm_name).url
+            url = library().utils.timm.get_pretrained_cfg(self.timm_name).url
             return {Path(torch.hub.get_dir(), "checkpoints", Path(url).name): url}
         ids = self.row["gdrive_id"]
         names = {f"{self.name}.pt_m{i}.pt": one for i, one in enumerate(ids)}
@@ -119,7 +118,7 @@ def _build(entry: Entry, **options: Any) -> nn.Module:
         try:
             if entry.timm_name is not None:
                 classes = library().utils.DATASET_CLASSES[_dataset(entry.dataset)]
-                model = _timm().create_model(entry.timm_name, num_classes=classes, **options)
+                model = library().utils.timm.create_model(entry.timm_name, num_classes=classes, **options)
             else:
                 model = entry.row["model"]()
         except Exception as error:
@@ -184,12 +183,8 @@ def _entry(name: str) -> Entry:
     row = next(rows[kind] for kind in rows if kind.value == threat)[model]
     # RobustBench asks timm first, too. Its rows for these models use names that timm has never had.
     timm_name = f"{model}_{dataset}_{threat}".lower().replace("-", "_")
-    return Entry(threat, dataset, model, row, timm_name if _timm().is_model(timm_name) else None)
+    return Entry(threat, dataset, model, row, timm_name if library().utils.timm.is_model(timm_name) else None)
 
 
 def _dataset(name: str) -> Any:
     return library().model_zoo.enums.BenchmarkDataset(name)
-
-
-def _timm() -> Any:
-    return importlib.import_module("timm")
