@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import meansparse_fx as msfx
 from meansparse_fx import bundled
 from meansparse_fx.evaluate.attacks import VERSIONS, AttackSettings, attack
-from meansparse_fx.evaluate.compiled import FastModel
+from meansparse_fx.evaluate.plan import FastModel
 
 from .contenders import MODELS, build, with_form
 from .harness import Row, measure, options, run

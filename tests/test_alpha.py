@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import meansparse_fx as msfx
 from meansparse_fx.alpha import halving
-from meansparse_fx.alpha.halving import Candidate, candidates_per_rung, rung_sizes
+from meansparse_fx.alpha.halving import Candidate, rung_sizes
 from meansparse_fx.alpha.result import AlphaSearch, Move, Refinement, choose
 from meansparse_fx.alpha.run import _proposals
 from meansparse_fx.bundled import load_model, load_split
@@ -165,10 +165,10 @@ def test_the_hopeless_are_given_up(sparse, held_out, monkeypatch):
 
 
 def test_images_double():
-    assert rung_sizes(400, 3) == [100, 200, 400]
-    assert rung_sizes(1, 3) == [1]
-    assert rung_sizes(7, 1) == [7]
-    assert candidates_per_rung(2, [1, 2, 4]) == [2, 2, 2]
+    assert rung_sizes(400, 3, 12) == {100: 12, 200: 7, 400: 4}
+    assert rung_sizes(1, 3, 5) == {1: 5}
+    assert rung_sizes(7, 1, 5) == {7: 5}
+    assert rung_sizes(4, 3, 2) == {1: 2, 2: 2, 4: 2}
 
 
 def test_interrupted_it_ends_the_same(sparse, held_out, tmp_path, monkeypatch):

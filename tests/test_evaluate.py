@@ -36,9 +36,8 @@ from meansparse_fx.evaluate import (
     sanity,
 )
 from meansparse_fx.evaluate.attacks import VERSIONS, AttackSettings, attack
-from meansparse_fx.evaluate.compiled import Attacked, FastModel, compile_mode, padded
 from meansparse_fx.evaluate.outcome import _at_most
-from meansparse_fx.evaluate.plan import perturbed, plan_runs
+from meansparse_fx.evaluate.plan import Attacked, FastModel, compile_mode, padded, plan_runs
 from meansparse_fx.nn import MeanSparse
 from meansparse_fx.operators import added
 
@@ -781,15 +780,15 @@ def test_attacks_compile_a_program_for_each_kind_of_backward(sparse, test_set, m
         return compile(model, backend=counters[-1], **options)
 
     monkeypatch.setattr(torch, "compile", counted)
-    attacked = Attacked(sparse, "reduce-overhead")
     settings = AttackSettings(eps=0.05, steps=10, queries=10)
+    attacked = Attacked(sparse, plan.AttackPlan((), settings, compile="reduce-overhead"))
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         programs = []
         for attacks in ("apgd-ce/exact", "apgd-ce/identity", "apgd-ce/annealed", "square"):
             (run,), counts = plan_runs([attacks], (), 0), []
             for alpha, count in ((0.3, 12), (0.3, 7), (0.1, 12), (0.1, 1)):
                 msfx.set_alpha(sparse, alpha)
-                perturbed(attacked.by(run), run, *(t[:count] for t in test_set), settings)
+                attacked.perturbed(run, *(t[:count] for t in test_set))
                 counts.append(counters[0].frame_count)
             assert len(set(counts)) == 1, "another alpha, or fewer images, compiled anew"
             programs.append(counts[0])

@@ -16,9 +16,8 @@ from benchmarks.harness import Row
 from benchmarks.page.markdown import between_marks, render
 from meansparse_fx.evaluate import plan
 from meansparse_fx.evaluate.attacks import AttackSettings
-from meansparse_fx.evaluate.compiled import Attacked
 from meansparse_fx.evaluate.outcome import ModelOutcome
-from meansparse_fx.evaluate.plan import correct, perturbed, plan_runs
+from meansparse_fx.evaluate.plan import Attacked, correct, perturbed, plan_runs
 from meansparse_fx.evaluate.planted import (
     CANDIDATES,
     INNER,
@@ -251,7 +250,7 @@ def test_each_probe_sees_its_failure_and_no_other_model_has_it(net, images, fail
         labels = model(images).argmax(1)
         runs = plan_runs(attacks, (), 0)
         mask = torch.full((12,), right)
-        return examine(Attacked(model), Probed(images, labels), runs, SETTINGS, mask, mask)
+        return examine(Attacked(model, plan.AttackPlan(runs, SETTINGS)), Probed(images, labels), mask, mask)
 
     torch.manual_seed(0)
     assert not looked(**FAILURES[failure])[failure].all()
@@ -296,18 +295,18 @@ def test_what_an_attack_met_and_did_not_return_is_noticed(net, images, monkeypat
     wrong = net(1 - (images + 1e-3 * (1 - images))).argmax(1) != labels
     assert wrong.any()
     runs = plan_runs(["apgd-ce/exact"], (), 0)
-    found = examine(Attacked(model), Probed(images, labels), runs, SETTINGS, everything, everything)
+    found = examine(Attacked(model, plan.AttackPlan(runs, SETTINGS)), Probed(images, labels), everything, everything)
     assert torch.equal(found["outspoken"], ~wrong)
     assert found["twice the steps"].all()
 
 
 def test_planted_examples_are_looked_for_by_every_run(sparse, images):
     runs = plan_runs(["apgd-ce/exact", "apgd-margin/annealed", "square", "apgd-start/annealed", "pgd/exact"], (), 0)
-    settings = AttackSettings(eps=0.05, steps=5, queries=10)
-    found = search_planted(sparse, Probed(images, images.new_zeros(12).long()), runs, settings)
+    given = plan.AttackPlan(runs, AttackSettings(eps=0.05, steps=5, queries=10))
+    found = search_planted(Attacked(sparse, given), Probed(images, images.new_zeros(12).long()))
     names = ["random search", "apgd-ce/exact", "pgd/exact", "apgd-margin/annealed", "square"]
     assert list(found) == [f"planted/{name}" for name in names]
-    assert search_planted(nn.Identity(), Probed(images, images), runs, settings) == {}
+    assert search_planted(Attacked(nn.Identity(), given), Probed(images, images)) == {}
 
 
 # The court.
@@ -371,7 +370,7 @@ def test_the_unbounded_attack_may_reach_any_image_under_any_backward(net, images
     assert len(labels.unique()) > 1
     runs = plan_runs(["apgd-ce/exact", "apgd-ce/identity"], (), 0)
     settings = AttackSettings(eps=0.05, norm=norm, steps=2)
-    found = examine(Attacked(net), Probed(images, labels), runs, settings, everything, everything)
+    found = examine(Attacked(net, plan.AttackPlan(runs, settings)), Probed(images, labels), everything, everything)
     assert found["unbounded"].tolist() == [len(blind) < 2] * 12
     black, white = torch.zeros_like(images[0]), torch.ones_like(images[0])
     largest = max(ball.eps for ball in balls)
@@ -396,5 +395,5 @@ def test_a_gradient_under_any_backward_is_one_whichever_comes_last(net, images, 
     model = Under(net, FAILURES[probe]["before"], modes).eval().requires_grad_(False)
     labels, everything = net(images).argmax(1), torch.ones(12, dtype=torch.bool)
     runs = plan_runs(["apgd-ce/exact", "apgd-ce/identity"], (), 0)
-    found = examine(Attacked(model), Probed(images, labels), runs, SETTINGS, everything, everything)
+    found = examine(Attacked(model, plan.AttackPlan(runs, SETTINGS)), Probed(images, labels), everything, everything)
     assert found[probe].all() == (len(modes) == 1)

@@ -14,7 +14,7 @@ from torch import nn
 
 import meansparse_fx as msfx
 from meansparse_fx.errors import DataError, EvaluationError
-from meansparse_fx.evaluate import PairedDifference, ledger, pixels, segmentation
+from meansparse_fx.evaluate import PairedDifference, ledger, pixels, plan
 from meansparse_fx.evaluate.descent import STEP
 from meansparse_fx.evaluate.threat import AttackSettings
 
@@ -156,8 +156,8 @@ def test_steps_shrink_from_half_the_radius_to_nothing():
 
 @pytest.mark.parametrize(("norm", "reach"), [("Linf", 1.0), ("L2", math.sqrt(3 * 8 * 8))])
 def test_the_unbounded_attack_reaches_every_image(sparse, images, maps, monkeypatch, norm, reach):
-    radii, perturbed = set(), segmentation.perturbed
-    monkeypatch.setattr(segmentation, "perturbed", lambda *args: radii.add(args[-1].eps) or perturbed(*args))
+    radii, perturbed = set(), plan.perturbed
+    monkeypatch.setattr(plan, "perturbed", lambda *args: radii.add(args[-1].eps) or perturbed(*args))
     msfx.evaluate(sparse, (images, maps), norm=norm, attacks=("pgd-masked/exact",), sanity_images=2, **QUICK)
     assert radii == {0.05, reach}
 
@@ -225,14 +225,14 @@ def test_killed_and_resumed_to_the_same_result(sparse, images, maps, tmp_path, m
     arguments = QUICK | {"batch_size": 4}
     expected = msfx.evaluate(sparse, (images, maps), **arguments).to_dict() | {"seconds": 0}
     monkeypatch.setattr(ledger, "EVERY", 0)
-    perturbed, made = segmentation.perturbed, itertools.count()
+    perturbed, made = plan.perturbed, itertools.count()
 
     def killed(*args):
         if next(made) in (7, 25):  # in the first batch, of the second model; in the second batch
             raise KeyboardInterrupt
         return perturbed(*args)
 
-    monkeypatch.setattr(segmentation, "perturbed", killed)
+    monkeypatch.setattr(plan, "perturbed", killed)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             msfx.evaluate(sparse, (images, maps), checkpoint=tmp_path / "kept", **arguments)

@@ -57,7 +57,7 @@ def on_images(
 
     Their results are kept at ``path``, for these images, attacks and settings alone.
     """
-    runs = [run for run in plan_runs(attacks, (), settings.seed) if not run.started]
+    runs = [run for run in plan_runs(attacks, (), settings.seed) if not run.kind.started]
     identity = model_identity(sparse, alpha=False) | {"settings": f"{settings}", "attacks": [run.name for run in runs]}
     batches = list(zip(*(part.split(BATCH) for part in data), strict=True))
     with Ledger(path, identity) as ledger:
@@ -113,7 +113,7 @@ class Laboratory:
         with on_images(sparse, self.images(cell.split), self._attacked, threat.attacks, settings, path) as trials:
             # One number where it is the same everywhere: the base is one candidate, whichever sites a cell is about.
             setting = Candidate(alpha if len(on) == len(names) or not alpha else dict.fromkeys(names, 0.0) | on)
-            return trials.attack(setting, trials.attacked, lambda: None)
+            return trials.attack(setting, trials.attacked)
 
     def _make(self, network: str) -> fx.GraphModule:
         model, images = self._network(network)

@@ -5,21 +5,21 @@ Attacks and keeps what was found; what is chosen is decided elsewhere.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from ..evaluate.batch import Batch
-from ..evaluate.compiled import Attacked
 from ..evaluate.ledger import Ledger
-from ..evaluate.outcome import ModelOutcome
-from ..evaluate.plan import AttackPlan, correct, device_of
+from ..evaluate.outcome import ModelOutcome, concatenated
+from ..evaluate.plan import Attacked, AttackPlan, correct, device_of
 from ..operators import operators, set_alpha
 from .result import within_budget
 
@@ -68,19 +68,16 @@ class Trials:
         ledger: Ledger,
     ) -> None:
         self._sparse, self._data, self._plan, self._ledger = sparse, data, plan, ledger
-        self._model, self._device = Attacked(sparse, plan.compile, plan.amp), device_of(sparse)
-        count = sum(len(labels) for _, labels in data)
-        self.attacked = count if attacked is None else min(attacked, count)
-        ends = itertools.accumulate(len(labels) for _, labels in data)
-        needed = [batch for batch, end in zip(data, ends, strict=True) if end - len(batch[1]) < self.attacked]
-        self._images, self._labels = (
-            torch.cat([p.cpu() for p in parts])[: self.attacked] for parts in zip(*needed, strict=True)
-        )
+        self._model, self._device = Attacked(sparse, plan), device_of(sparse)
+        ends = list(itertools.accumulate(len(labels) for _, labels in data))
+        self.attacked = ends[-1] if attacked is None else min(attacked, ends[-1])
+        needed = zip(*data[: bisect.bisect_left(ends, self.attacked) + 1], strict=True)
+        self._images, self._labels = (torch.cat([part.cpu() for part in parts])[: self.attacked] for parts in needed)
         self._batch_size = len(data[0][1])
-        self._masks: dict[str, list[dict[str, Tensor]]] = {}  # by candidate, a batch each
-        for index, (images, labels) in enumerate(data):
-            ledger.require_same(f"batch {index}", images, labels)
-        ledger.require_whole([f"batch {index}" for index in range(len(data))])
+        self._rows: dict[str, list[dict[str, Tensor]]] = {}  # by candidate, a batch each
+        for index, batch in enumerate(data):
+            ledger.require_same(f"batch {index}", *batch)
+        ledger.require_whole(len(data))
 
     def attacks_left(self, start: int, stop: int) -> int:
         """Return how many attacks on batches it takes to bring one candidate from ``start`` to ``stop`` images."""
@@ -90,23 +87,22 @@ class Trials:
         """Return what a candidate did so far; at the least its clean accuracy on all images."""
         name = str(candidate)
         clean = self._ledger.get_or_compute(f"{name}, clean", lambda: {"clean": self._right(candidate)})["clean"]
-        met = self._masks.get(name)
-        return ModelOutcome(clean, ModelOutcome.of(met).robust if met else {})
+        return ModelOutcome.of({**concatenated(self._rows.get(name, [])), "clean": clean})
 
-    def attack(self, candidate: Candidate, stop: int, advance: Callable[[], object]) -> ModelOutcome:
+    def attack(self, candidate: Candidate, stop: int, advance: Callable[[], object] = lambda: None) -> ModelOutcome:
         """Attack a candidate on the images up to ``stop`` that it has not seen, and return what it did so far."""
         name, clean = str(candidate), self.outcome(candidate).clean
-        met = self._masks.setdefault(name, [])
+        met = self._rows.setdefault(name, [])
         candidate.set(self._sparse)
-        for low in range(sum(len(masks["clean"]) for masks in met), stop, self._batch_size):
+        for low in range(sum(len(rows["clean"]) for rows in met), stop, self._batch_size):
             at = slice(low, min(low + self._batch_size, stop))
             images, labels = (part[at].to(self._device) for part in (self._images, self._labels))
             what = f"{name}, {at.start} to {at.stop}"
-            batch = Batch(what, self._model, self._plan, self._ledger, images, labels, clean[at], keep=False)
+            batch = Batch(what, self._model, self._ledger, images, labels, clean[at], keep=False)
             for run in self._plan.runs:
                 batch.attack(run)
                 advance()
-            met.append(batch.masks)
+            met.append(batch.rows)
         return self.outcome(candidate)
 
     def _right(self, candidate: Candidate) -> Tensor:
@@ -115,20 +111,21 @@ class Trials:
         return torch.cat([correct(self._sparse, *part).cpu() for part in parts])
 
 
-def rung_sizes(attacked: int, count: int) -> list[int]:
-    """Return numbers of images that double up to ``attacked``.
+def rung_sizes(attacked: int, count: int, candidates: int) -> dict[int, int]:
+    """Return numbers of images that double up to ``attacked``, and for each how many candidates meet the new ones.
 
     Example:
-        >>> rung_sizes(400, 3)
-        [100, 200, 400]
+        >>> rung_sizes(400, 3, 7)
+        {100: 7, 200: 4, 400: 3}
     """
-    return sorted({max(1, attacked // 2**k) for k in range(count)})
+    stops = sorted({max(1, attacked // 2**k) for k in range(count)})
+    return {stop: 1 + math.ceil((candidates - 1) / 2**k) for k, stop in enumerate(stops)}
 
 
 def successive_halving(
     trials: Trials,
     candidates: Sequence[Candidate],
-    rungs: Sequence[int],
+    rungs: Iterable[int],
     clean_budget: float,
     advance: Callable[[], object],
 ) -> None:
@@ -144,20 +141,5 @@ def successive_halving(
         reference = trials.outcome(base)
         allowed = [c for c in standing if within_budget(reference, trials.outcome(c), clean_budget)]
         # sorted() is stable: of equals the earlier one stays, which is the smaller alpha.
-        ranked = sorted(allowed, key=lambda c: -int(trials.outcome(c).worst.sum()))
-        kept = ranked[: math.ceil(len(ranked) / 2)]
+        kept = sorted(allowed, key=lambda c: -int(trials.outcome(c).worst.sum()))[: math.ceil(len(allowed) / 2)]
         standing = [c for c in standing if c in kept]
-
-
-def candidates_per_rung(candidates: int, rungs: Sequence[int]) -> list[int]:
-    """Return how many candidates are attacked on each rung's new images, at the most.
-
-    Example:
-        >>> candidates_per_rung(7, [100, 200, 400])
-        [7, 4, 3]
-    """
-    found, standing = [], candidates - 1
-    for _ in rungs:
-        found.append(1 + standing)
-        standing = math.ceil(standing / 2)
-    return found

@@ -29,7 +29,7 @@ from ..outputs import Logits, in_words
 from ..passes import returning_logits
 from ..progress import bar, say_resumed
 from ..seen import image_marks
-from .halving import Candidate, Trials, candidates_per_rung, rung_sizes, successive_halving
+from .halving import Candidate, Trials, rung_sizes, successive_halving
 from .result import AlphaSearch, Move, Refinement, better, choose, within_budget
 
 RUNGS = 3
@@ -119,7 +119,7 @@ def select_alpha(
     keys = [(0.0, variants[0]), *((alpha, variant) for alpha in grid[1:] for variant in variants)]
     candidates = {key: Candidate(*key) for key in keys}
     settings = AttackSettings(eps=eps, norm=norm, steps=steps, queries=queries, seed=seed)
-    planned = [run for run in plan_runs(attacks, backwards, settings.seed) if not run.started]
+    planned = [run for run in plan_runs(attacks, backwards, settings.seed) if not run.kind.started]
     model = returning_logits(sparse, logits)
     batches = labelled(held_out, batch_size, model)
     first = next(batches)
@@ -136,21 +136,25 @@ def select_alpha(
         for check in (*checks, next(checks_of_labels(labels, len(labels), right))):
             if not check.passed:
                 warnings.warn(f"select_alpha: {check.finding}", stacklevel=2)
-        stops = rung_sizes(trials.attacked, rungs)
-        _attack_in_rungs(trials, list(candidates.values()), stops, clean_budget, display, ledger.attacks)
+        stops = rung_sizes(trials.attacked, rungs, len(keys))
+        spans = zip([0, *stops], stops.items(), strict=False)
+        total = sum(count * trials.attacks_left(start, stop) for start, (stop, count) in spans)
+        if ledger.attacks:
+            say_resumed(display, "attack", ledger.attacks + 1, total)
+        task = display.add_task("select alpha", total=total, note="")
+        successive_halving(trials, [*candidates.values()], stops, clean_budget, lambda: display.advance(task))
         outcomes = {key: trials.outcome(candidate) for key, candidate in candidates.items()}
+        display.update(task, completed=total, note=f"base: worst case {mean(outcomes[keys[0]].worst):.1%}")
         alpha, variant = choose(outcomes, clean_budget, significance)
         table = {v: {a: o for (a, w), o in outcomes.items() if w == v or not a} for v in variants}
         seen = tuple(hexadecimal(marks))
         search = AlphaSearch(alpha, table.pop(variant), clean_budget, variant, table, threat=settings, images=seen)
         if per_site:
             tried = sorted({*own_grid} - {alpha}) if own_grid is not None else _proposals(grid, alpha, search.leader)
-            refinement, by_site = _site_by_site(
-                trials, _groups(sparse, per_site), candidates[alpha, variant], tried, stops, clean_budget, significance,
-                display,
-            )  # fmt: skip
-            taken = any(move.taken for move in refinement.moves)
-            search = replace(search, alpha=by_site if taken else alpha, refinement=refinement)
+            start, groups = candidates[alpha, variant], _groups(sparse, per_site)
+            limits = clean_budget, significance / max(1, len(tried) * len(groups))
+            refined = _site_by_site(trials, start, groups, tried, [*stops], *limits, display)
+            search = replace(search, alpha=refined[0], refinement=refined[1])
     added(sparse).choice = search.to_dict()  # whichever alpha is set from now on, these images were looked at
     return search
 
@@ -171,58 +175,40 @@ def _groups(sparse: fx.GraphModule, per_site: Any) -> dict[str, list[str]]:
     return found
 
 
-def _attack_in_rungs(
-    trials: Trials,
-    candidates: Sequence[Candidate],
-    stops: list[int],
-    clean_budget: float,
-    display: Progress,
-    done: int,
-) -> None:
-    steps = zip(candidates_per_rung(len(candidates), stops), [0, *stops], stops, strict=False)
-    total = sum(count * trials.attacks_left(start, stop) for count, start, stop in steps)
-    if done:
-        say_resumed(display, "attack", done + 1, total)
-    task = display.add_task("select alpha", total=total, note="")
-    successive_halving(trials, candidates, stops, clean_budget, lambda: display.advance(task))
-    base = trials.outcome(candidates[0])
-    display.update(task, completed=total, note=f"base: worst case {mean(base.worst):.1%}")
-
-
 def _site_by_site(
     trials: Trials,
-    groups: Mapping[str, Sequence[str]],
     start: Candidate,
+    groups: Mapping[str, Sequence[str]],
     proposals: Sequence[float],
     stops: Sequence[int],
     clean_budget: float,
     significance: float,
     display: Progress,
-) -> tuple[Refinement, dict[str, float]]:
-    """Try each group of sites at other alphas, one after the other; return what was tried, and what stands then."""
+) -> tuple[float | dict[str, float], Refinement]:
+    """Try each group of sites at other alphas, one after the other; return what stands then, and what was tried."""
     assert isinstance(start.alpha, float)
-    tests = len(proposals) * len(groups)
-    task = display.add_task("site by site", total=tests, note="")
+    task = display.add_task("site by site", total=len(proposals) * len(groups), note="")
     alphas = {site: start.alpha for sites in groups.values() for site in sites}
     base = trials.outcome(Candidate(0.0, start.variant))
-    standing, moves = trials.attack(start, stops[-1], lambda: None), []
+    standing, moves = trials.attack(start, stops[-1]), []
     for (group, sites), alpha in product(groups.items(), proposals):
         trial = alphas | dict.fromkeys(sites, alpha)
         candidate, change, taken = Candidate(trial, start.variant), None, False
         outcome = trials.outcome(candidate)
         if within_budget(base, outcome, clean_budget):
             for stop in stops:
-                outcome = trials.attack(candidate, stop, lambda: None)
+                outcome = trials.attack(candidate, stop)
                 change = PairedDifference.of(standing.worst[:stop], outcome.worst)
                 if change.estimate <= 0:
                     break
-            taken = stop == stops[-1] and better(standing, outcome, significance / tests)
+            taken = stop == stops[-1] and better(standing, outcome, significance)
         attacked = 0 if change is None else len(outcome.worst)
         moves.append(Move(group, alpha, mean(outcome.clean), attacked, change, taken))
         if taken:
             alphas, standing = trial, outcome
         display.update(task, advance=1, note=f"worst case {mean(standing.worst):.1%}")
-    return Refinement(start.alpha, standing, tuple(moves)), alphas
+    moved = any(move.taken for move in moves)
+    return alphas if moved else start.alpha, Refinement(start.alpha, standing, tuple(moves))
 
 
 def _proposals(grid: Sequence[float], start: float, leader: float) -> list[float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,11 @@ class Ledger:
                 "the same images again, or remove it to start from the beginning"
             )
 
-    def require_whole(self, batches: Collection[str]) -> None:
-        """Raise EvaluationError if the data ended before all batches came that were met earlier."""
-        if missing := self._digests.keys() - set(batches):
+    def require_whole(self, batches: int) -> None:
+        """Raise EvaluationError if the data ended before all batches came that were met earlier: only so many did."""
+        if missing := self.batches - batches:
             raise EvaluationError(
-                f"{self._path}: a checkpoint of more images, {len(missing)} batches of it did not come again: give the "
+                f"{self._path}: a checkpoint of more images, {missing} batches of it did not come again: give the "
                 "same images, or remove it to start from the beginning"
             )
 

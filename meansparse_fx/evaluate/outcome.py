@@ -146,10 +146,9 @@ class ModelOutcome:
     miou: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, parts: Sequence[Mapping[str, Tensor]]) -> ModelOutcome:
-        """Return one outcome from the masks of successive batches, each by name: ``clean`` and the attacks."""
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return cls(joined.pop("clean"), joined)
+    def of(cls, rows: Mapping[str, Tensor]) -> ModelOutcome:
+        """Return the outcome of masks by name: ``clean`` and the attacks."""
+        return cls(rows["clean"], {name: mask for name, mask in rows.items() if name != "clean"})
 
     @property
     def worst(self) -> Tensor:
@@ -192,6 +191,12 @@ class ModelOutcome:
             for name, row in values["images"].items()
         }
         return cls(masks.pop("clean"), masks, values.get("miou", {}))
+
+
+def concatenated(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return by name the tensors of successive batches as one; some batches may not have them all."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
 
 
 def mean(mask: Tensor) -> float:

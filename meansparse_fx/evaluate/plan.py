@@ -1,23 +1,25 @@
-"""Floor 5: which attacks are run, in which order, and one of them on one batch.
+"""Floor 5: which attacks are run, in which order, and how they meet a model: as it is, compiled, in lower precision.
 
-Knows attacks and the switches on operators; keeps no results.
+What counts is what the model itself is wrong on. Knows attacks and the switches on operators; keeps no results.
 """
 
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import items
 from ..errors import EvaluationError
 from ..operators import operators, switched
 from ..outputs import logits_of
-from .attacks import attack, attack_kind, expand
+from .attacks import AttackKind, attack, attack_kind, expand
 from .surrogates import surrogate
 from .threat import AttackSettings
 
@@ -41,9 +43,9 @@ class Run:
         return self.attack if self.backward is None else f"{self.attack}/{self.backward}"
 
     @property
-    def started(self) -> bool:
-        """Whether it begins at images found against the other model."""
-        return attack_kind(self.attack).started
+    def kind(self) -> AttackKind:
+        """What the table says of the attack."""
+        return attack_kind(self.attack)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class AttackPlan:
 
     Attributes:
         full_rows: Every run attacks all images, also those broken before it.
-        compile, amp: How attacks meet a model; see `compiled`.
+        compile, amp: How attacks meet a model; see `compile_mode` and `FastModel`.
     """
 
     runs: Sequence[Run]
@@ -119,7 +121,7 @@ def fitting(
     images = images[:2].to(next(itertools.chain(model.parameters(), model.buffers()), images).device)
     with torch.no_grad():
         logits = logits_of(model, images, None if labels is None else labels[:2])
-    misfits = {run: attack_kind(run.attack).misfit(images, logits, settings.norm) for run in runs}
+    misfits = {run: run.kind.misfit(images, logits, settings.norm) for run in runs}
     for run, misfit in misfits.items():
         if misfit is not None and (run.attack in named or all(misfits.values())):
             raise EvaluationError(f"{run.attack} {misfit}")
@@ -137,6 +139,89 @@ def perturbed(
     """Return what ``run`` makes of ``images``; the operators' switches are put back."""
     with switched(model):
         return attack(run.attack, model, images, labels, replace(settings, seed=run.seed), run.backward, starts)
+
+
+def compile_mode(compile: bool | str | None) -> str | None:
+    """Return the mode of torch.compile that is asked for: True is ``default``; None for False and None.
+
+    Raises:
+        EvaluationError: torch has no such mode.
+    """
+    modes = torch._inductor.list_mode_options()
+    if isinstance(compile, str) and compile not in modes:
+        raise EvaluationError(f"torch.compile has no mode {compile!r}: one of {', '.join(modes)}, or True or False")
+    return ("default" if compile is True else compile) or None
+
+
+def padded(count: int) -> int:
+    """Return how many images a batch of ``count`` is filled up to: four sizes between a power of two and the next.
+
+    Example:
+        >>> [padded(count) for count in (1, 2, 5, 17, 100, 113, 128)]
+        [2, 2, 6, 20, 112, 128, 128]
+    """
+    unit = 2 ** max(1, (count - 1).bit_length() - 3)
+    return -(-count // unit) * unit
+
+
+class FastModel(nn.Module):
+    """A model that returns the same logits sooner, to rounding.
+
+    A program serves every number of images from two on, and one kind of backward; another alpha or steepness compiles
+    nothing. Where the mode records CUDA graphs, one a number of images, batches are padded: images that are left out
+    once they are broken then soon record nothing anew.
+
+    Args:
+        model: Any; its operators stay its own, so that its switches work.
+        mode: Of torch.compile; None does not compile.
+        amp: Autocast to this dtype; logits come back in float32.
+    """
+
+    def __init__(self, model: nn.Module, mode: str | None, amp: torch.dtype | None) -> None:
+        super().__init__()
+        self.run = model if mode is None else torch.compile(model, dynamic=True, mode=mode)
+        self._amp = amp
+        self._graphs = mode is not None and bool(torch._inductor.list_mode_options(mode).get("triton.cudagraphs"))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits ``[N, K]`` of images ``[N, C, H, W]``."""
+        count = len(images)
+        rows = (padded(count) if self._graphs else max(2, count)) - count
+        if rows or self._graphs:  # a recorded graph overwrites what it returned; the padding's gradient is a copy
+            images = F.pad(images, (0,) * (2 * images.dim() - 1) + (rows,))
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        gradient = torch.is_grad_enabled() and images.requires_grad  # otherwise one program, whoever asks
+        low = torch.autocast(images.device.type, self._amp, enabled=self._amp is not None)
+        with warnings.catch_warnings(), low, torch.set_grad_enabled(gradient):
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # Dynamo asks
+            logits = self.run(images)[:count].float()
+        return logits.clone() if self._graphs else logits
+
+
+class Attacked:
+    """A model as the attacks of a plan meet it.
+
+    Attributes:
+        model: What counts: an attack has found only what this is wrong on.
+        plan: Says whether attacks meet it compiled or in lower precision; see `FastModel`.
+    """
+
+    def __init__(self, model: nn.Module, plan: AttackPlan) -> None:
+        mode = compile_mode(plan.compile)
+        self.model, self.plan, self._compiled = model, plan, mode is not None
+        self._fast = model if mode is None and plan.amp is None else FastModel(model, mode, plan.amp)
+
+    def by(self, run: Run) -> nn.Module:
+        """Return what ``run`` attacks: the model itself where the attack needs it."""
+        itself = run.kind.reads_graph or (self._compiled and run.kind.several_gradients)
+        return self.model if itself else self._fast
+
+    def perturbed(
+        self, run: Run, images: Tensor, labels: Tensor, settings: AttackSettings | None = None, *starts: Tensor
+    ) -> Tensor:
+        """Return what ``run`` makes of ``images``, with the plan's settings or others."""
+        return perturbed(self.by(run), run, images, labels, settings or self.plan.settings, *starts)
 
 
 def correct(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

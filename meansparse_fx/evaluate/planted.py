@@ -77,8 +77,9 @@ def plant(model: fx.GraphModule, images: Tensor, settings: AttackSettings) -> Pl
     top = logits.topk(2).values
     margin = (top[:, 0] - top[:, 1]).mean()  # so that what stands behind the readout meets numbers as the network's own
     scale = (boundary - clean).clamp_min(1e-12)
-    readout = _Readout(weights / scale.unsqueeze(1), boundary / scale, float(margin), logits.shape[1])
-    planted = _PlantedModel(with_readout(model, readout), readout, images)
+    readout = _Readout(weights / scale.unsqueeze(1), boundary / scale, images, float(margin), logits.shape[1])
+    planted = with_readout(model, readout)
+    planted.register_forward_pre_hook(lambda _, inputs: readout.look(inputs[0].detach()))
     # Not of all images: rounding may have moved one, and not every ball has something to be told from the rest.
     right = planted(images).argmax(1).eq(0) & planted(plants).argmax(1).eq(1)
     if not right.any():
@@ -153,41 +154,29 @@ def _around(image: Tensor, count: int, settings: AttackSettings, generator: torc
 
 
 class _Readout(nn.Module):
-    """One linear layer an image; which image a row belongs to is said before each call."""
+    """One linear layer an image: of that in whose ball each lies of the images that the network is about to read.
 
-    weights: Tensor
-    offsets: Tensor
+    Args:
+        weights, offsets: ``[n, D]`` and ``[n]``.
+        anchors: ``[n, C, H, W]``, the images themselves.
+    """
 
-    def __init__(self, weights: Tensor, offsets: Tensor, margin: float, classes: int) -> None:
+    def __init__(self, weights: Tensor, offsets: Tensor, anchors: Tensor, margin: float, classes: int) -> None:
         super().__init__()
-        self.register_buffer("weights", weights)
-        self.register_buffer("offsets", offsets)
-        self.margin, self.classes = margin, classes
-        self.rows: Tensor | None = None
+        self._weights, self._offsets, self._anchors = weights, offsets, anchors
+        self._margin, self._classes = margin, classes
+
+    def look(self, images: Tensor) -> None:
+        """Note which images are next: attacks drop rows."""
+        self._rows = nearest(images, self._anchors)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits ``[N, K]``: minus and plus half the margin, and far below them the other classes."""
-        assert self.rows is not None
-        value = (features * self.weights[self.rows].to(features.dtype)).sum(1) - self.offsets[self.rows]
-        half = (self.margin / 2 * value).unsqueeze(1)
-        rest = half.new_full((len(half), self.classes - 2), -5 * self.margin)
-        return torch.cat([-half, half, rest], 1)
-
-
-class _PlantedModel(nn.Module):
-    anchors: Tensor
-
-    def __init__(self, graph: fx.GraphModule, readout: _Readout, anchors: Tensor) -> None:
-        super().__init__()
-        self._graph, self._readout = graph, readout
-        self.register_buffer("anchors", anchors)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits ``[N, K]`` by the readout of the image in whose ball each of ``images`` lies."""
-        self._readout.rows = nearest(images.detach(), self.anchors)
-        return self._graph(images)
+        weights, offsets = (part[self._rows] for part in (self._weights, self._offsets))
+        half = self._margin / 2 * ((features * weights.to(features.dtype)).sum(1) - offsets).unsqueeze(1)
+        return torch.cat([-half, half, half.new_full((len(half), self._classes - 2), -5 * self._margin)], 1)
 
 
 def nearest(images: Tensor, anchors: Tensor) -> Tensor:
-    """Return for each image ``[N, C, H, W]`` the index of the nearest anchor ``[n, C, H, W]``: attacks drop rows."""
+    """Return for each image ``[N, C, H, W]`` the index of the nearest anchor ``[n, C, H, W]``."""
     return torch.cdist(images.flatten(1), anchors.flatten(1).to(images.dtype)).argmin(1)

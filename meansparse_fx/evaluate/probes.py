@@ -7,18 +7,17 @@ of Carlini et al. (2019), Pintor et al. (2022) and AutoAttack's flags.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..operators import switched
-from .attacks import attack_kind
-from .compiled import Attacked
 from .descent import margin
 from .ledger import Masks
-from .plan import Run, correct, perturbed
+from .plan import Attacked, Run, correct, perturbed
 from .planted import IMAGES, nearest, plant, single_target
 from .surrogates import surrogate, switch_backward
 from .threat import AttackSettings
@@ -28,8 +27,7 @@ TINY = 1e-3  # of eps: a change that must change the logits
 SAME = 1e-4  # of the largest logit: two passes may differ by a device's rounding
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Probed:
+class Probed(NamedTuple):
     """The images to look at, ``[n, C, H, W]`` and ``[n]``."""
 
     images: Tensor
@@ -37,26 +35,18 @@ class Probed:
 
     def at(self, mask: Tensor) -> Probed:
         """Return those where ``mask`` ``[n]`` is set."""
-        mask = mask.to(self.images.device)
-        return Probed(self.images[mask], self.labels[mask])
+        return Probed(*(part[mask.to(part.device)] for part in self))
 
 
-def examine(
-    attacked: Attacked,
-    probed: Probed,
-    runs: Sequence[Run],
-    settings: AttackSettings,
-    clean: Tensor,
-    standing: Tensor,
-) -> Masks:
+def examine(attacked: Attacked, probed: Probed, clean: Tensor, standing: Tensor) -> Masks:
     """Return masks by name, True where an image shows nothing amiss.
 
     Args:
         clean: ``[n]``, right as they are.
         standing: ``[n]``, right after all runs.
     """
-    model, right = attacked.model, probed.at(clean)
-    gradient = [run for run in runs if run.backward is not None and not run.started]
+    model, settings, right = attacked.model, attacked.plan.settings, probed.at(clean)
+    gradient = [run for run in attacked.plan.runs if run.backward is not None and not run.kind.started]
     found = outputs(model, right, settings)
     if not gradient or not len(right.images):
         return found
@@ -65,22 +55,22 @@ def examine(
     # One for each backward, on what those before it left.
     for run in {run.backward: replace(run, attack="apgd-ce") for run in gradient}.values():
         these = right.at(left)
-        made = perturbed(attacked.by(run), run, these.images, these.labels, whole)
-        left[left.clone()] = correct(model, made, these.labels).cpu()
+        left[left.clone()] = correct(model, attacked.perturbed(run, *these, whole), these.labels).cpu()
     found["unbounded"] = ~left
-    return found | _once_more(attacked, probed.at(standing), gradient[-1], settings)
+    return found | _once_more(attacked, probed.at(standing), gradient[-1])
 
 
-def search_planted(model: nn.Module, probed: Probed, runs: Sequence[Run], settings: AttackSettings) -> Masks:
+def search_planted(attacked: Attacked, probed: Probed) -> Masks:
     """Return for each run, and for random search, where it missed what was planted; nothing if nothing can be."""
-    if not isinstance(model, fx.GraphModule) or not any(run.backward for run in runs):
+    runs, settings = attacked.plan.runs, attacked.plan.settings
+    if not isinstance(attacked.model, fx.GraphModule) or not any(run.backward for run in runs):
         return {}
-    planted = plant(model, probed.images[:IMAGES], settings)
+    planted = plant(attacked.model, probed.images[:IMAGES], settings)
     if planted is None:
         return {}
     found: dict[str, Tensor] = {"planted/random search": planted.random}
     for run in runs:
-        if not (run.started or attack_kind(run.attack).reads_graph):
+        if not (run.kind.started or run.kind.reads_graph):
             made = perturbed(planted.model, run, planted.images, planted.labels, single_target(settings))
             found[f"planted/{run.name}"] = correct(planted.model, made, planted.labels)
     return found
@@ -127,15 +117,14 @@ def _gradients(model: nn.Module, right: Probed, runs: Sequence[Run], settings: A
     return {"slope": slope, "rises": rises}
 
 
-def _once_more(attacked: Attacked, left: Probed, run: Run, settings: AttackSettings) -> dict[str, Tensor]:
+def _once_more(attacked: Attacked, left: Probed, run: Run) -> dict[str, Tensor]:
     """Return which images survive one more run of twice the steps, and on which it gave back what it had met."""
     if not len(left.images):
         return {}
+    settings, target = attacked.plan.settings, attacked.by(run)
+    watched = target if run.kind.reads_graph else _Watched(target, left)
     again, more = replace(run, seed=run.seed + 1000), replace(settings, steps=2 * settings.steps)
-    target = attacked.by(run)
-    watched = target if attack_kind(run.attack).reads_graph else _Watched(target, left)
-    made = perturbed(watched, again, left.images, left.labels, more)
-    survived = correct(attacked.model, made, left.labels).cpu()
+    survived = correct(attacked.model, perturbed(watched, again, *left, more), left.labels).cpu()
     found = {"twice the steps": survived}
     if isinstance(watched, _Watched):
         found["outspoken"] = ~(watched.seen.cpu() & survived)

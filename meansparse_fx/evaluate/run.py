@@ -23,13 +23,13 @@ from ..progress import bar, say_resumed
 from ..seen import image_marks
 from ..shards import Ranks, file_of_rank, rank_and_world
 from ..statistics import fingerprint
-from .comparison import Comparison
+from .batch import Batch, Comparison
 from .evidence import Evidence
 from .ledger import Ledger, model_identity
 from .pixels import DEFAULT_RUNS
 from .plan import AttackPlan, fitting, plan_runs
 from .provenance import check_calibration, check_distinct, checks_of_choice, require_units
-from .segmentation import PixelComparison
+from .segmentation import PixelBatch
 from .threat import AttackSettings
 from .verdict import Evaluation
 
@@ -146,7 +146,7 @@ def evaluate(
     rank, world = rank_and_world(group)
     batches = length(as_batches(test, batch_size, pair=True))  # None where the data does not say
     ledger = Ledger(None if checkpoint is None else file_of_rank(Path(checkpoint), rank, world), identity)
-    comparison = (PixelComparison if maps else Comparison)(models, plan, ledger, keep)
+    comparison = Comparison(models, plan, ledger, PixelBatch if maps else Batch, keep)
     with bar(progress and rank == 0) as display, ledger:
         if ledger.batches:
             say_resumed(display, "batch", ledger.batches, batches)
@@ -163,7 +163,7 @@ def evaluate(
             marks.append(image_marks(images).cpu())
             if world > 1:
                 seen.append(digest(images, labels))
-        ledger.require_whole(comparison.batches)
+        ledger.require_whole(len(comparison.found))
     seconds = _unite(comparison, identity, seen, ledger.seconds, group)
     outcomes, seen_marks = comparison.outcomes(), torch.cat(marks)
     if save_adversarial is not None and rank == 0:
@@ -191,16 +191,13 @@ def evaluate(
 def _evidence(
     comparison: Comparison, sparse: fx.GraphModule, models: Mapping[str, nn.Module], settings: AttackSettings
 ) -> Evidence:
-    parts = [found for _, found in sorted(comparison.evidence.items())]
-    joined = {
-        which: {name: torch.cat([part[which][name] for part in parts]) for name in parts[0][which]} for which in models
-    }
+    joined = {which: comparison.joined(f"{which} evidence") for which in models}
     return Evidence(
         joined["base"]["images"],
         joined["base"]["labels"],
         {which: found["adversarial"] for which, found in joined.items()},
         {which: found["broken_by"] for which, found in joined.items()},
-        tuple(next(iter(comparison.found.values()))["sparse"]),
+        tuple(comparison.joined("sparse rows")),
         settings.eps,
         settings.norm,
         {which: fingerprint(model) for which, model in models.items()},
@@ -213,15 +210,12 @@ def _unite(comparison: Comparison, identity: dict[str, Any], seen: list[str], se
     """Give every process what all of them found, and return the seconds that the slowest of them took."""
     if group is None:
         return seconds
-    own = (identity, seen, comparison.found, comparison.sanity, comparison.evidence, seconds)
-    parts = Ranks(group, error=EvaluationError).gather(own, "end")
+    parts = Ranks(group, error=EvaluationError).gather((identity, seen, comparison.found, seconds), "end")
     for rank, part in enumerate(parts):
         if part[:2] != (identity, seen):
             raise EvaluationError(
                 f"process {rank} evaluated another model, other images, or with other settings: every process must be "
                 "given all images in the same order, and takes its share of the batches itself"
             )
-    comparison.found = {batch: masks for part in parts for batch, masks in part[2].items()}
-    comparison.sanity = {batch: masks for part in parts for batch, masks in part[3].items()}
-    comparison.evidence = {batch: found for part in parts for batch, found in part[4].items()}
-    return max(part[5] for part in parts)
+    comparison.found = {batch: found for part in parts for batch, found in part[2].items()}
+    return max(part[3] for part in parts)

@@ -145,7 +145,7 @@ def checks_of(which: str, masks: Mapping[str, Tensor], outcome: ModelOutcome, ru
         masks: Of the images looked at.
     """
     # Not those that start at images which Square may have found.
-    gradient = {run.name: outcome.robust[run.name] for run in runs if run.backward is not None and not run.started}
+    gradient = {run.name: outcome.robust[run.name] for run in runs if run.backward is not None and not run.kind.started}
     if gradient and "square" in outcome.robust:
         left = ModelOutcome(outcome.clean, gradient).worst
         masks = {**masks, "square": ~left | outcome.robust["square"]}
