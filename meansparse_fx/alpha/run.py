@@ -124,7 +124,7 @@ def select_alpha(
     batches = labelled(held_out, batch_size, model)
     first = next(batches)
     require_units(sparse, first[0])
-    plan = AttackPlan(fitting(planned, attacks, settings, model, first[0]), settings, full_rows, compile, amp)
+    plan = AttackPlan(fitting(planned, attacks, settings, model, *first), settings, full_rows, compile, amp)
     ledger = Ledger(checkpoint, model_identity(sparse, alpha=False) | plan.identity() | {"logits": in_words(logits)})
     with bar(progress) as display, switched(sparse), ledger:
         data = [first, *batches]

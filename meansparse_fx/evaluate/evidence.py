@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from .. import artifacts
+from ..artifacts import typed_tensor
 from ..errors import EvaluationError
 from ..operators import operators, require_transformed, set_alpha
 from ..outputs import Logits
@@ -72,27 +74,19 @@ class Evidence:
         """
         header, tensors = artifacts.read(path, FORMAT, VERSION, "a file of adversarial images")
         with artifacts.parsing(path):
-            _require_forms(header, tensors)
+            get, shape = partial(typed_tensor, tensors), tensors["images"].shape
+            pixels, numbers = (torch.float32, shape), (torch.int64, shape[:1])
+            names = (*header["rows"], *(header["weights"][which] for which in IN_WORDS))
+            if len(shape) < 2 or not all(isinstance(name, str) for name in names):
+                raise ValueError("images without pixels, or rows and weights without names")
             return cls(
-                tensors["images"],
-                tensors["labels"],
-                {which: tensors[f"{which}.images"] for which in IN_WORDS},
-                {which: tensors[f"{which}.broken_by"] for which in IN_WORDS},
+                get("images", *pixels),
+                get("labels", *numbers),
+                {which: get(f"{which}.images", *pixels) for which in IN_WORDS},
+                {which: get(f"{which}.broken_by", *numbers) for which in IN_WORDS},
                 tuple(header["rows"]),
                 *(header[name] for name in _HEADER[1:]),
             )
-
-
-def _require_forms(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless a file's values are of the types and shapes that `Evidence` has."""
-    images, labels = tensors["images"], tensors["labels"]
-    forms = {"images": (torch.float32, images.shape), "broken_by": (torch.int64, images.shape[:1])}
-    forms |= {f"{which}.{part}": forms[part] for which in IN_WORDS for part in ("images", "broken_by")}
-    found = {name: (t.dtype, t.shape) for name, t in tensors.items()} | {"broken_by": (labels.dtype, labels.shape)}
-    if found != forms | {"labels": forms["broken_by"]} or images.dim() < 2:
-        raise ValueError("tensors of another type or shape")
-    if not all(isinstance(text, str) for text in (*header["rows"], *(header["weights"][which] for which in IN_WORDS))):
-        raise ValueError("rows and weights are not named")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,16 +156,13 @@ def verify(
             operator.set_switches(found.switches[name])
         set_alpha(sparse, found.alpha)
         settings = AttackSettings(found.eps, found.norm)
-    broken: dict[str, int] = {}
+    broken, by = {}, {}
     for which, model in models.items():
         settings.require_in_ball(f"{path}, {which}", found.images, found.adversarial[which])
         parts = zip(found.adversarial[which].split(BATCH), found.labels.split(BATCH), strict=True)
-        right = torch.cat([correct(model, x.to(device), y.to(device)).cpu() for x, y in parts])
-        broken[which] = int((~right).sum())
-    claimed = {which: int((by >= 0).sum()) for which, by in found.broken_by.items()}
-    by = {
-        which: {row: int((by == i).sum()) for i, row in enumerate(found.rows)} for which, by in found.broken_by.items()
-    }
+        broken[which] = sum(int((~correct(model, x.to(device), y.to(device))).sum()) for x, y in parts)
+        by[which] = {row: int((found.broken_by[which] == i).sum()) for i, row in enumerate(found.rows)}
+    claimed = {which: int((row >= 0).sum()) for which, row in found.broken_by.items()}
     return Verification(len(found.labels), broken, claimed, by)
 
 

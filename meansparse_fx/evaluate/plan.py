@@ -82,22 +82,19 @@ def plan_runs(attacks: Sequence[str], backwards: Sequence[str], seed: int) -> li
         backwards: Of attacks that have none of their own.
         seed: Of the first; the others count on.
     """
-    found: dict[tuple[str, str | None], None] = {}
-    named = [name.partition("/") for name in expand(attacks)]
-    for mode in map(str, items(backwards)):
+    modes, named = [*map(str, items(backwards))], [name.partition("/") for name in expand(attacks)]
+    gradient = {name: attack_kind(name).gradient for name, _, _ in named}
+    for mode in (*modes, *(own for _, slash, own in named if slash)):
         surrogate(mode)
-        found |= {(name, mode): None for name, slash, _ in named if not slash and attack_kind(name).gradient}
     for name, slash, own in named:
-        if slash:
-            surrogate(own)
-        if slash and not attack_kind(name).gradient:
+        if slash and not gradient[name]:
             raise EvaluationError(f"{name} uses no gradient, so it has no backward: write {name}, not {name}/{own}")
-        if slash or not attack_kind(name).gradient:
-            found[name, own or None] = None
+    found = [(name, mode) for mode in modes for name, slash, _ in named if gradient[name] and not slash]
+    found += [(name, own) for name, slash, own in named if slash or not gradient[name]]
     if not found:
         raise EvaluationError("no attack asked for: give at least one, and for gradient attacks a backward")
-    order = sorted(found, key=lambda pair: (attack_kind(pair[0]).started, pair[1] != "exact", pair[1] is None))
-    return [Run(name, mode, seed + i) for i, (name, mode) in enumerate(order)]
+    order = sorted(dict.fromkeys(found), key=lambda run: (attack_kind(run[0]).started, run[1] != "exact", not run[1]))
+    return [Run(name, mode or None, seed + i) for i, (name, mode) in enumerate(order)]
 
 
 def fitting(
@@ -106,7 +103,7 @@ def fitting(
     settings: AttackSettings,
     model: nn.Module,
     images: Tensor,
-    labels: Tensor | None = None,
+    labels: Tensor,
 ) -> list[Run]:
     """Return the runs that can attack a model on such images; of lists of attacks the others are left out.
 
@@ -120,7 +117,7 @@ def fitting(
     named = {name.partition("/")[0] for name in map(str, items(attacks))}
     images = images[:2].to(next(itertools.chain(model.parameters(), model.buffers()), images).device)
     with torch.no_grad():
-        logits = logits_of(model, images, None if labels is None else labels[:2])
+        logits = logits_of(model, images, labels[:2])
     misfits = {run: run.kind.misfit(images, logits, settings.norm) for run in runs}
     for run, misfit in misfits.items():
         if misfit is not None and (run.attack in named or all(misfits.values())):

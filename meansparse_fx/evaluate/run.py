@@ -31,7 +31,7 @@ from .plan import AttackPlan, fitting, plan_runs
 from .provenance import check_calibration, check_distinct, checks_of_choice, require_units
 from .segmentation import PixelBatch
 from .threat import AttackSettings
-from .verdict import Evaluation
+from .verdict import THREAT, Evaluation
 
 SANITY_IMAGES = 100
 
@@ -169,14 +169,10 @@ def evaluate(
     if save_adversarial is not None and rank == 0:
         _evidence(comparison, sparse, models, settings).save(save_adversarial)
     return Evaluation(
-        base=outcomes["base"],
-        sparse=outcomes["sparse"],
-        alpha=get_alpha(sparse),
-        eps=settings.eps,
-        norm=settings.norm,
-        steps=settings.steps,
-        queries=settings.queries,
-        seed=settings.seed,
+        outcomes["base"],
+        outcomes["sparse"],
+        get_alpha(sparse),
+        **{name: getattr(settings, name) for name in THREAT},
         seconds=seconds,
         cumulative=not (full_rows or maps),
         checks=(

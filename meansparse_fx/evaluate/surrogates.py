@@ -6,6 +6,7 @@ Knows operators and their switch; nothing of attacks but how many gradients they
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -66,14 +67,10 @@ def surrogate(name: str) -> Surrogate:
     if name in _SURROGATES:
         return _SURROGATES[name]
     kind, _, written = name.partition("-")
-    try:
-        steepness = float(written) if kind == "smooth" else math.nan
-    except ValueError:
-        steepness = math.nan
-    if not (math.isfinite(steepness) and steepness > 0):
-        known = ", ".join(SURROGATES)
-        raise EvaluationError(f"unknown backward {name!r}: expected one of {known}, or smooth-STEEPNESS")
-    return _smooth(steepness)
+    with suppress(ValueError):
+        if kind == "smooth" and 0 < float(written) < math.inf:
+            return _smooth(float(written))
+    raise EvaluationError(f"unknown backward {name!r}: expected one of {', '.join(SURROGATES)}, or smooth-STEEPNESS")
 
 
 def switch_backward(model: nn.Module, mode: str, steepness: float) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "meansparse_fx.evaluation", 1  # of the JSON
 
+THREAT = ("norm", "eps", "steps", "queries", "seed")  # what of `AttackSettings` an evaluation says
 _OTHER_ROWS = {TRANSFER: "the adversarial images found against the other of the two models"}  # for reports
 # An interval that reaches further than this from 0 says little: the largest published gain is 4.0 points.
 TELLING = 0.05
@@ -174,7 +175,7 @@ class Evaluation(Tabled):
             "version": VERSION,
             "alpha": self.alpha,
             "n_test": self.n_test,
-            "threat": {k: getattr(self, k) for k in ("norm", "eps", "steps", "queries", "seed")},
+            "threat": {name: getattr(self, name) for name in THREAT},
             "cumulative": self.cumulative,
             "base": self.base.to_dict(),
             "sparse": self.sparse.to_dict(),
