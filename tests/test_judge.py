@@ -153,6 +153,7 @@ def test_what_is_planted_is_there(sparse, images, norm):
     assert planted.model(planted.images).argmax(1).eq(0).all()
     assert planted.model(planted.plants).argmax(1).eq(1).all()
     assert planted.random.all(), "random search finds nothing"
+    assert not sparse._forward_pre_hooks, "the model itself is left alone"
     assert planted.model(planted.images).shape == (len(planted.images), 10)
     # What stands behind meets numbers as the network's own: a margin of the same mean, at the image and at the plant.
     top = sparse(images).topk(2).values

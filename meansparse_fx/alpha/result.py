@@ -175,26 +175,17 @@ class AlphaSearch(Tabled):
 
     def to_csv(self) -> str:
         """Return one row an alpha as CSV; accuracies and the change of the worst case are fractions."""
-        first = ("variant", "alpha", "clean", "attacked")
-        return as_csv(
-            [
-                {name: row[name] for name in first} | row["robust"] | {"worst case": row["worst_case"]} | row["change"]
-                for row in self.to_dict()["rows"]
-            ]
-        )
+        rows, first = self.to_dict()["rows"], ("variant", "alpha", "clean", "attacked")
+        own = [{name: row[name] for name in first} | row["robust"] for row in rows]
+        return as_csv([o | {"worst case": row["worst_case"]} | row["change"] for o, row in zip(own, rows, strict=True)])
 
     def to_dict(self) -> dict:
         """Return the choice and one row an alpha as plain values; accuracies are fractions."""
-        rows = [
-            {
-                "variant": variant,
-                "alpha": alpha,
-                "attacked": len(outcome.worst),
-                **outcome.to_dict(),
-                "change": self.change(outcome).to_dict(),
-            }
-            for variant, alpha, outcome in self.rows()
-        ]
+
+        def plain(outcome: ModelOutcome) -> dict:
+            return {**outcome.to_dict(), "change": self.change(outcome).to_dict()}
+
+        rows = [{"variant": v, "alpha": a, "attacked": len(o.worst), **plain(o)} for v, a, o in self.rows()]
         found: dict = {
             "format": FORMAT,
             "version": VERSION,
@@ -209,8 +200,7 @@ class AlphaSearch(Tabled):
         if self.refinement is not None:
             found["refinement"] = {
                 "start": self.refinement.start,
-                **self.refinement.outcome.to_dict(),
-                "change": self.change(self.refinement.outcome).to_dict(),
+                **plain(self.refinement.outcome),
                 "moves": [asdict(move) for move in self.refinement.moves],
             }
         return found
@@ -228,22 +218,21 @@ class AlphaSearch(Tabled):
         table = new_table(*columns, optional=optional, title=title, caption=self._caption())
         table.columns[0].justify = "right"
         table.columns[-2].no_wrap = True
-        many = bool(self.others)
-        for variant, alpha, outcome in self.rows():
-            chosen = (alpha, variant) == (self.uniform, self.variant)
-            self._add_row(table, f"{variant} {alpha:g}" if many and alpha else f"{alpha:g}", outcome, chosen)
+        rows = [
+            (f"{v} {alpha:g}" if self.others and alpha else f"{alpha:g}", o, (alpha, v) == (self.uniform, self.variant))
+            for v, alpha, o in self.rows()
+        ]
         if self.refinement is not None and not isinstance(self.alpha, float):
-            self._add_row(table, "by site", self.refinement.outcome, True)
+            rows.append(("by site", self.refinement.outcome, True))
+        for label, outcome, chosen in rows:
+            masks, attacked = (outcome.clean, *outcome.robust.values(), outcome.worst), len(outcome.worst)
+            clean, *robust = (f"{100 * mean(mask):.1f}" for mask in masks)
+            if attacked < len(base.worst):
+                robust = [f"({share})" for share in robust]
+            against = "" if outcome is base else self.change(outcome).points()
+            mark, style = ("chosen", "bold") if chosen else ("", None)
+            table.add_row(label, clean, f"{attacked}", *robust, against, mark, style=style)
         return table
-
-    def _add_row(self, table: Table, label: str, outcome: ModelOutcome, chosen: bool) -> None:
-        masks = (outcome.clean, *outcome.robust.values(), outcome.worst)
-        clean, *robust = (f"{100 * mean(mask):.1f}" for mask in masks)
-        if len(outcome.worst) < len(self.base.worst):
-            robust = [f"({share})" for share in robust]
-        against = "" if outcome is self.base else self.change(outcome).points()
-        mark, style = ("chosen", "bold") if chosen else ("", None)
-        table.add_row(label, clean, str(len(outcome.worst)), *robust, against, mark, style=style)
 
     def _caption(self) -> str | None:
         if self.refinement is None:

@@ -78,7 +78,7 @@ def plant(model: fx.GraphModule, images: Tensor, settings: AttackSettings) -> Pl
     margin = (top[:, 0] - top[:, 1]).mean()  # so that what stands behind the readout meets numbers as the network's own
     scale = (boundary - clean).clamp_min(1e-12)
     readout = _Readout(weights / scale.unsqueeze(1), boundary / scale, images, float(margin), logits.shape[1])
-    planted = with_readout(model, readout)
+    planted = nn.Sequential(with_readout(model, readout))  # around it, for the graph's own hooks are the model's, too
     planted.register_forward_pre_hook(lambda _, inputs: readout.look(inputs[0].detach()))
     # Not of all images: rounding may have moved one, and not every ball has something to be told from the rest.
     right = planted(images).argmax(1).eq(0) & planted(plants).argmax(1).eq(1)
