@@ -23,7 +23,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import meansparse_fx as msfx
 from meansparse_fx import progress
 from meansparse_fx.data import load_images
-from meansparse_fx.errors import ArtifactError, EvaluationError, StateError
+from meansparse_fx.errors import ArtifactError, EvaluationError, StateError, WriteError
 from meansparse_fx.evaluate import (
     Evidence,
     ModelOutcome,
@@ -414,7 +414,7 @@ def test_checkpoint_of_another_run_is_refused(sparse, test_set, tmp_path, net, i
     path.write_bytes(kept[:-100])
     with pytest.raises(msfx.MeanSparseError, match="truncated"):
         msfx.evaluate(sparse, test_set, **options)
-    with pytest.raises(EvaluationError, match="directory does not exist"):
+    with pytest.raises(WriteError, match="directory does not exist"):
         msfx.evaluate(sparse, test_set, **options | {"checkpoint": tmp_path / "none" / "c"})
 
 

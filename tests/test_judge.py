@@ -27,7 +27,6 @@ from meansparse_fx.evaluate.planted import (
     _readout,
     nearest,
     plant,
-    single_target,
 )
 from meansparse_fx.evaluate.probes import Probed, _gradients, examine, outputs, search_planted
 from meansparse_fx.evaluate.sanity import check_power, checks_of
@@ -187,7 +186,7 @@ def test_a_sound_attack_finds_what_is_planted_and_a_blind_one_does_not(net, imag
         model = Around(net, Apply(before)).eval().requires_grad_(False)
         planted = plant(msfx.transform(model, images), images, SETTINGS)
         (run,) = plan_runs(["apgd-margin/identity"], (), 0)
-        made = perturbed(planted.model, run, planted.images, planted.labels, single_target(SETTINGS))
+        made = perturbed(planted.model, run, planted.images, planted.labels, SETTINGS)
         return 1 - float(correct(planted.model, made, planted.labels).double().mean())
 
     assert power(lambda x: 1 * x) > 0.9

@@ -280,7 +280,7 @@ def test_five_images_tell_nothing():
 
 def test_equal_models_are_not_told_apart(sparse, images, maps):
     msfx.set_alpha(sparse, 0.0)
-    result = msfx.evaluate(sparse, (images, maps), sanity_images=0, **QUICK)
+    result = msfx.evaluate(sparse, (images, maps), **QUICK)
     assert result.gain.estimate == 0
     assert result.gain.high == pytest.approx(1 - 0.025 ** (1 / 7), abs=1e-6), "no image changed: as of masks"
     assert result.verdict.startswith("Nothing compared: alpha is 0")

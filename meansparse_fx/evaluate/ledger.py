@@ -37,7 +37,7 @@ class Ledger:
 
     Raises:
         EvaluationError: The file is of another run.
-        ArtifactError: It is not a ledger at all.
+        ArtifactError: It is not a ledger at all, or cannot be written (WriteError).
     """
 
     def __init__(self, path: str | Path | None, identity: Mapping[str, Any]) -> None:
@@ -49,8 +49,7 @@ class Ledger:
         self._began = self._written = time.monotonic()
         self._took = 0.0
         if self._path is not None:
-            if not self._path.parent.is_dir():
-                raise EvaluationError(f"{self._path}: the directory does not exist, so no checkpoint can be written")
+            artifacts.require_place(self._path)
             artifacts.remove_partial(self._path)
             if self._path.exists():
                 self._load(self._path)

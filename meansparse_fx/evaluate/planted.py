@@ -7,7 +7,7 @@ them, random search few. Knows a graph and what an attack may do; runs no attack
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,11 +89,6 @@ def plant(model: fx.GraphModule, images: Tensor, settings: AttackSettings) -> Pl
         for image in images[right]
     ]
     return Planted(planted, images[right], plants[right], torch.stack(random))
-
-
-def single_target(settings: AttackSettings) -> AttackSettings:
-    """Return the settings for attacks on planted examples: one class alone is there to be found."""
-    return replace(settings, target_classes=1)
 
 
 def _readout(

@@ -18,7 +18,7 @@ from ..operators import switched
 from .descent import margin
 from .ledger import Masks
 from .plan import Attacked, Run, correct, perturbed
-from .planted import IMAGES, nearest, plant, single_target
+from .planted import IMAGES, nearest, plant
 from .surrogates import surrogate, switch_backward
 from .threat import AttackSettings
 
@@ -68,10 +68,11 @@ def search_planted(attacked: Attacked, probed: Probed) -> Masks:
     planted = plant(attacked.model, probed.images[:IMAGES], settings)
     if planted is None:
         return {}
+    settings = replace(settings, target_classes=1)  # one alone is there to be found
     found: dict[str, Tensor] = {"planted/random search": planted.random}
     for run in runs:
         if not (run.kind.started or run.kind.reads_graph):
-            made = perturbed(planted.model, run, planted.images, planted.labels, single_target(settings))
+            made = perturbed(planted.model, run, planted.images, planted.labels, settings)
             found[f"planted/{run.name}"] = correct(planted.model, made, planted.labels)
     return found
 

@@ -31,10 +31,6 @@ class Surrogate:
     modes: tuple[tuple[str, float], ...]
     summary: str
 
-    def at(self, step: int, steps: int) -> tuple[str, float]:
-        """Return mode and steepness for one of ``steps`` steps, counted from 0."""
-        return self.modes[step * len(self.modes) // steps]
-
 
 def _smooth(steepness: float) -> Surrogate:
     return Surrogate(
@@ -98,8 +94,8 @@ class WithSurrogate(nn.Module):
         """Return logits ``[N, K]`` of images ``[N, C, H, W]``."""
         if not (torch.is_grad_enabled() and images.requires_grad):
             return self.model(images)
-        step = self._asked // self._repeats % self._gradients
-        switch_backward(self.model, *self._surrogate.at(step, self._gradients))
+        step, modes = self._asked // self._repeats % self._gradients, self._surrogate.modes
+        switch_backward(self.model, *modes[step * len(modes) // self._gradients])
         self._asked += 1
         logits = self.model(images)
         # A model that lost its gradient is attacked in vain, which the checks say, rather than not at all.
