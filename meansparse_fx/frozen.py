@@ -1,4 +1,4 @@
-"""Floor 3: what an operator takes the place of: frozen batch norms, activations.
+"""Floor 3: what an operator takes in: frozen batch norms.
 
 Knows modules and tensors, nothing of graphs. Imports torch, the errors and kernels.
 """
@@ -20,32 +20,6 @@ from .kernels.reference import folded_norm
 _NONE: tuple[Norm, float] = (None, None, None, None), 1e-5
 _STATE = ("running_mean", "running_var", "weight", "bias")
 WANT_GRADIENTS = 'want gradients now, and get none: requires_grad_(False), or transform with fuse="activation"'
-
-
-class ReplacedModule:
-    """An activation that an operator computes, as it was then: it refuses one that has become another.
-
-    Args:
-        path: In the model, for messages.
-        module: The activation.
-    """
-
-    def __init__(self, path: str, module: nn.Module) -> None:
-        self.path, self.module = path, module
-        known = {"training", "inplace"}  # which its values do not depend on
-        self._held = {n: v for n, v in vars(module).items() if n[0] != "_" and n not in known}
-
-    def check(self) -> None:
-        """Raise StateError if its attributes, or its forward, are others by now."""
-        held = self.module.__dict__
-        for name, value in self._held.items():
-            if (now := held.get(name)) is not value and now != value:
-                self._refuse(f"{name} was {value!r} when the model was transformed, and is {now!r} now")
-        if "forward" in held:
-            self._refuse("it got a forward of its own since the model was transformed")
-
-    def _refuse(self, fact: str) -> None:
-        raise StateError(f"{self.path}: {fact}, and an operator is called in its place: transform the base model anew")
 
 
 class FrozenNorm:

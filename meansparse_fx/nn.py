@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from .activations import ActivationCall
 from .arguments import number
 from .errors import SiteError, StateError, check_dims
-from .frozen import WANT_GRADIENTS, Prologue, ReplacedModule
+from .frozen import WANT_GRADIENTS, Prologue
 from .kernels.lowering import is_followed
 from .kernels.operator import Operator
 from .kernels.records import Norm, Options, Vectors
@@ -52,7 +52,6 @@ class MeanSparse(nn.Module):
         centre, threshold: ``[C]``, what the kernel reads: derived from the above, so not in the state_dict.
             Always float32, or float64 in a float64 model. A negative threshold switches a channel off.
         replaces: The call this operator took the place of, activation included; None for a bare operator.
-        replaced: The module that it called, if it called one.
         prologue: What a fused call takes in besides its tensors; see `passes.fuse`.
         strict: The band is open, as published checkpoints have it: values at distance alpha * std stay.
         variant, backward, steepness, backward_steepness: See `kernels.records.Options`.
@@ -77,7 +76,6 @@ class MeanSparse(nn.Module):
         self.channel_dim, self.dims = channel_dim, dims
         self.activation = activation
         self.replaces: RecordedCall | None = None
-        self.replaced: ReplacedModule | None = None
         self.prologue = Prologue()
         self.strict = False
         self.variant, self.centre_mode, self.backward = "mean", "channel", "exact"
@@ -113,8 +111,6 @@ class MeanSparse(nn.Module):
             given = x, weight, fused, residual, layer_scale, shortcut
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), given, {})
         check_dims(self.name, x, self.dims)
-        if self.replaced is not None:
-            self.replaced.check()
         return self._operator(weight, fused, layer_scale)(x, residual, shortcut)
 
     def _operator(self, weight: Tensor | None, fused: bool, layer_scale: Tensor | None) -> Operator:
@@ -174,6 +170,11 @@ class MeanSparse(nn.Module):
         raise StateError(
             "torch.jit.script cannot compile an operator: use torch.jit.trace(model, images), or meansparse_fx.export"
         )
+
+    @property
+    def replaced(self) -> str | None:
+        """Path of the module that was called in this operator's place, if one was."""
+        return self.replaces.target if self.replaces is not None and self.replaces.op == "call_module" else None
 
     @property
     def calibrated(self) -> bool:

@@ -1,12 +1,18 @@
-"""Floor 1: parameters and buffers, and what running a model does to them. Imports torch only."""
+"""Floor 1: parameters and buffers, and what running a model does to them. Imports torch and errors only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from .errors import StateError
+
+_ATOMS = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+_PLAIN = (*_ATOMS, list, tuple, dict)
 
 
 def state_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -79,3 +85,44 @@ def write_buffers_back(graph: fx.Graph, root: nn.Module, names: set[str]) -> Non
             with graph.inserting_before(graph.output_node()):
                 new = graph.call_method("detach", (value.node,))
                 graph.call_method("copy_", (graph.get_attr(target), new))
+
+
+class HeldParts:
+    """Plain attributes and children of modules that a graph does not follow: they have to stay what they are now."""
+
+    def __init__(self) -> None:
+        self._attributes: list[tuple[str, nn.Module | None, str, Any]] = []  # None for the model: parts hold no whole
+        self._children: list[tuple[str, nn.Module | None, str, nn.Module]] = []
+
+    def hold(
+        self, path: str, module: nn.Module | None, attributes: Mapping[str, Any], children: Mapping[str, nn.Module]
+    ) -> None:
+        """Hold some of a module's attributes and children; the module is None if it is the model itself."""
+        self._attributes += [(path, module, name, _comparable(value)) for name, value in attributes.items()]
+        self._children += [(path, module, name, child) for name, child in children.items()]
+
+    def check(self, model: nn.Module) -> None:
+        """Raise StateError if one is another by now."""
+        for path, module, name, value in self._attributes:
+            now = getattr(model, name, value) if module is None else module.__dict__.get(name, value)
+            if now is not value and not (isinstance(value, _PLAIN) and _comparable(now) == value):
+                _refuse(path, name, f"was {value!r} when the model was transformed, and is {now!r} now")
+        for path, module, name, child in self._children:
+            if (model if module is None else module)._modules.get(name) is not child:
+                _refuse(path, name, "was another module when the model was transformed")
+
+
+def _refuse(path: str, name: str, fact: str) -> None:
+    name = f"{path}: {name}" if path else name
+    raise StateError(f"{name} {fact}, and the graph has the former: set it in the base model, and transform that")
+
+
+def _comparable(value: Any) -> Any:
+    """Return what tells whether a value, or a plain one in it, has become another; what is not plain as it is."""
+    if type(value) in (list, tuple):
+        return [_comparable(item) if isinstance(item, _PLAIN) else None for item in value]
+    if type(value) is dict:
+        return {key: _comparable(item) for key, item in value.items() if isinstance(item, _PLAIN)}
+    if hasattr(value, "__dict__") and not callable(value):  # a configuration, which holds much that nobody reads
+        return {name: item for name, item in vars(value).items() if isinstance(item, _ATOMS)}
+    return value

@@ -83,7 +83,7 @@ def transform(
     computes what the model computes. Operators that a published checkpoint brings along become ours, with their
     statistics, alpha and strict comparison; nothing else is inserted, and the copy computes what the model computes.
     Hooks run as on the model, also while it is captured. The graph is traced in eval mode, and ``.train()`` says what
-    stays so.
+    stays so. Plain attributes that forward read are constants of it, and a call refuses others.
 
     Args:
         model: A trained network in eval mode; not changed.
@@ -138,8 +138,8 @@ def transform(
     if fuse == "all":
         assert images is not None  # find_sites has need of them, too
         plan = plan.with_fusion(fuse_all(sparse, images))
-    refuse_hooks(sparse)
     own = added(sparse)
+    own.held = refuse_hooks(sparse, captured.attributes_read)
     own.plan = sparse.meta["plan"] = plan.without_nodes()
     own.placement, own.fuse, own.frozen = placement, fuse, captured.frozen
     own.shape = tuple(images.shape[1:]) if images is not None and images.is_floating_point() else None

@@ -414,12 +414,72 @@ def test_an_activation_that_becomes_another_is_refused(act, change, copier):
     sparse(IMAGES)
     for name, value in change.items():
         setattr(sparse.act, name, value)
-    with pytest.raises(StateError, match=f"act: .*{next(iter(change))}.*transform the base model anew"):
+    with pytest.raises(StateError, match=f"act: .*{next(iter(change))}.*set it in the base model, and transform that"):
         sparse(IMAGES)
     base = msfx.restore(sparse)
     for name, value in change.items():
         setattr(model.act, name, value)
     assert torch.equal(base(IMAGES), model(IMAGES))
+
+
+class Settings:
+    def __init__(self):
+        self.factor, self.labels = 1.5, {0: "cat"}
+
+
+class Configured(nn.Module):
+    """Reads plain attributes of every kind, its own and a child's, and one of a module that the graph calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 4, 3), nn.ReLU()
+        self.flag, self.rates, self.config, self.unread = True, {"low": [2.0]}, Settings(), 1
+        self.squash = torch.tanh
+
+    def forward(self, x):
+        x = F.conv2d(x, self.conv.weight, stride=self.conv.stride) * self.config.factor
+        return self.squash(self.act(x * self.rates["low"][0] if self.flag else x))
+
+
+CHANGES = {
+    "a flag": lambda m: setattr(m.own, "flag", False),
+    "an entry": lambda m: m.own.rates["low"].insert(0, 3.0),
+    "a configuration": lambda m: setattr(m.own.config, "factor", 2.0),
+    "a function": lambda m: setattr(m.own, "squash", torch.sin),
+    "of a module that is called elsewhere": lambda m: setattr(m.own.conv, "stride", (2, 2)),
+    "the model's own": lambda m: setattr(m, "level", 2.0),
+    "another activation": lambda m: m.own._modules.update(act=nn.GELU()),
+    "another block": lambda m: m._modules.update(own=nn.Conv2d(3, 4, 3)),
+}
+
+
+class Levelled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.level, self.own, self.soft = 3.0, Configured(), nn.Softsign()
+
+    def forward(self, x):
+        return self.soft(self.own(x)) * self.level
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("copier", [lambda model: model, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_what_forward_read_of_plain_attributes_stays_or_is_refused(change, copier):
+    """The graph had the former value, silently."""
+    model = Levelled().eval()
+    untouched = msfx.transform(model, IMAGES)
+    sparse = copier(untouched)
+    compiled = torch.compile(sparse, backend="eager")
+    sparse.own.unread, sparse.own.new, sparse.own.rates = 2, 3, {"low": [2.0]}  # equal, or nothing that was read
+    sparse.own.config.labels.clear()
+    assert torch.equal(sparse(IMAGES), model(IMAGES))
+    assert torch.equal(compiled(IMAGES), model(IMAGES))
+    CHANGES[change](sparse)
+    for run in (sparse, compiled):
+        with pytest.raises(StateError, match="the graph has the former: set it in the base model, and transform that"):
+            run(IMAGES)
+    if copier is copy.deepcopy:
+        assert torch.equal(untouched(IMAGES), model(IMAGES))
 
 
 def test_modules_made_under_torch_compile_are_none_of_ours():

@@ -10,10 +10,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.autograd import grad_mode
 from torch.fx.graph import CodeGen
 from torch.fx.proxy import TraceError
+
+from ..rewrite import PREFIX
 
 _is_grad_enabled, _set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_enabled
 _enter_inference, _exit_inference = grad_mode._enter_inference_mode, grad_mode._exit_inference_mode
@@ -121,14 +123,29 @@ def modes_as_calls(call: Callable[..., fx.Node], is_tracing: Callable[[], bool])
         yield
 
 
-class ModeCodeGen(CodeGen):
-    """Writes a graph's forward so that a failure between two changes of a mode leaves that as it was."""
+class CapturedCodeGen(CodeGen):
+    """Writes a graph's forward so that it refuses what changed beside it.
+
+    Args:
+        modes: A failure between two changes of a mode leaves that as it was.
+    """
+
+    def __init__(self, modes: bool) -> None:
+        super().__init__()
+        self.modes = modes
 
     def gen_fn_def(self, *args: Any, **options: Any) -> str:
-        return f"@{keeping_modes.__name__}\n{super().gen_fn_def(*args, **options)}"
+        before = f"@{keeping_modes.__name__}\n" * self.modes
+        return f"{before}{super().gen_fn_def(*args, **options)}\n    {refuse_changes.__name__}(self)"
 
     def additional_globals(self) -> list[tuple[str, Any]]:
-        return [(keeping_modes.__name__, keeping_modes)]
+        return [(f.__name__, f) for f in (keeping_modes, refuse_changes)]
+
+
+def refuse_changes(model: nn.Module) -> None:
+    """Raise StateError if what a transformed model's graph does not follow has become something else."""
+    if (held := getattr(model._modules.get(PREFIX), "held", None)) is not None:
+        held.check(model)
 
 
 def keeping_modes(forward: Callable) -> Callable:
@@ -158,8 +175,8 @@ def tidy_modes(graph: fx.Graph) -> None:
         if node.next.target is _set_grad_enabled or node.args[0] is node.prev:  # changed again, or back to what was
             graph.erase_node(node)
     _remove_unread(graph)
-    if any(graph.find_nodes(op="call_function", target=mode) for mode in (_set_grad_enabled, enter_autocast)):
-        graph.set_codegen(ModeCodeGen())
+    modes = (_set_grad_enabled, enter_autocast)
+    graph.set_codegen(CapturedCodeGen(any(graph.find_nodes(op="call_function", target=mode) for mode in modes)))
 
 
 def _remove_unread(graph: fx.Graph) -> None:

@@ -41,7 +41,7 @@ from .derivatives import (
     register_hook,
     without_checkpoints,
 )
-from .functions import as_single_calls, expanded_by_tuples
+from .functions import as_single_calls, attributes_noted, expanded_by_tuples
 from .modes import modes_as_calls, tidy_modes
 from .preconditions import input_name
 from .proxies import Retrace
@@ -67,6 +67,7 @@ class Traced:
         opaque: Why tracing stopped in modules that became leaves: activations in their functions are hidden.
         traced_into: Paths of the modules that were traced into, the root's first: empty.
         values_read: Names of the parameters and buffers whose values answered the model.
+        attributes_read: Of plain attributes: path of the module, and name.
     """
 
     graph: fx.Graph
@@ -74,6 +75,7 @@ class Traced:
     opaque: tuple[str, ...] = ()
     traced_into: tuple[str, ...] = ()
     values_read: tuple[str, ...] = ()
+    attributes_read: tuple[tuple[str, str], ...] = ()
 
 
 def _timm_registry() -> ModuleType | None:
@@ -101,6 +103,7 @@ class ModelTracer(fx.Tracer):
         self._state_names: dict[int, str] = {}
         self.traced_into: dict[str, None] = {"": None}
         self.values_read: dict[str, None] = {}
+        self.attributes_read: dict[tuple[str, str], None] = {}
         self._attributes: dict[int, fx.Proxy] = {}  # what the graph calls and no graph can write down, by id
         self._evaluating = False  # what runs now is no part of the graph
         self.classes_are_read: Callable[[FrameType], bool] = lambda caller: False  # see `applied_by`
@@ -111,6 +114,7 @@ class ModelTracer(fx.Tracer):
             modes_as_calls(self._call, lambda: not self._evaluating),
             without_checkpoints(),
             expanded_by_tuples(),
+            attributes_noted(self._note_read),
             as_single_calls(registered_functions(), partial(self.create_proxy, "call_function")),
         ):
             graph = super().trace(root, concrete_args)
@@ -120,6 +124,11 @@ class ModelTracer(fx.Tracer):
         tidy_modes(graph)
         write_buffers_back(graph, self.root, set(self._state_names.values()))
         return graph
+
+    def _note_read(self, module: nn.Module, name: str) -> None:
+        path = self.submodule_paths.get(module) if self.submodule_paths else None
+        if path is not None and not self._evaluating:
+            self.attributes_read[path, name] = None
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return ModelProxy(node, self)
@@ -265,7 +274,8 @@ def trace(model: nn.Module, make_tracer: Callable[[frozenset[type]], ModelTracer
         try:
             with plain_attention(), kept_parameters(root):
                 graph = tracer.trace(root)
-                return Traced(graph, root, tuple(leaves.values()), tuple(tracer.traced_into), tuple(tracer.values_read))
+                read = tuple(tracer.values_read), tuple(tracer.attributes_read)
+                return Traced(graph, root, tuple(leaves.values()), tuple(tracer.traced_into), *read)
         except (CaptureError, Retrace):
             raise
         except Exception as error:

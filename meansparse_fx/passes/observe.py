@@ -39,8 +39,8 @@ def observe(sparse: fx.GraphModule, fused: bool = False) -> tuple[fx.GraphModule
                 insert_module_before([node], operand(node), str(node.target))
                 operator = operators[str(node.target)]
                 original = take_out(node, operator)
-                if operator.replaced is not None:  # the module itself refuses calls
+                if (path := operator.replaced) is not None:  # the module itself refuses calls
                     called = f"{PREFIX}.called.{original.name}"
-                    observed.add_submodule(called, callable_copy(operator.replaced.module))
+                    observed.add_submodule(called, callable_copy(observed.get_submodule(path)))
                     original.target = called
     return observed, observers

@@ -14,7 +14,6 @@ from torch import fx
 
 from .. import rewrite
 from ..errors import SiteError
-from ..frozen import ReplacedModule
 from ..hooks import has_hooks
 from ..nn import MeanSparse
 from ..published import published_operator
@@ -49,9 +48,6 @@ def sparsify(graph_module: fx.GraphModule, plan: SitePlan) -> None:
                 _take_over(graph_module, place.node, site, operator)
             else:
                 _INSERT[site.kind](place, operator)
-            if operator.replaces is not None and operator.replaces.op == "call_module":
-                path = operator.replaces.target
-                operator.replaced = ReplacedModule(path, graph_module.get_submodule(path))
     graph_module.get_submodule(PREFIX).eval()
 
 

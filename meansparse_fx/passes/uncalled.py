@@ -8,7 +8,8 @@ traced. Changes no graph.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..hooks import allow_hooks, forbid_hooks
 from ..nn import MeanSparse
 from ..rewrite import PREFIX
 from ..sites import Placement, SitePlan
+from ..state import HeldParts
 from ..statistics import Statistics
 
 _SHOWN = 3
@@ -35,6 +37,7 @@ class Added(nn.Module):
         choice: Of alpha, by a search: as `AlphaSearch.to_dict` returns it.
         shape: Of one of the example images, if they were floats.
         frozen: What stays as it is in eval mode, in words; `train` says so once.
+        held: What has to stay as it was, which every call of the model checks.
     """
 
     def __init__(self, plan: SitePlan) -> None:
@@ -46,6 +49,7 @@ class Added(nn.Module):
         self.choice: dict[str, Any] | None = None
         self.shape: tuple[int, ...] | None = None
         self.frozen: tuple[str, ...] = ()
+        self.held = HeldParts()
         self._watched: tuple[tuple[nn.Module, str, Tensor], ...] = ()  # owner, its parameter's or buffer's name, value
         self.register_load_state_dict_post_hook(_refuse_other_answers)
 
@@ -78,8 +82,17 @@ def _refuse_other_answers(added: Added, keys: Any) -> None:
             )
 
 
-def refuse_hooks(graph_module: fx.GraphModule) -> None:
-    """Let the modules that the graph does not call refuse hooks, and calls past operators; the others take them."""
+def refuse_hooks(
+    graph_module: fx.GraphModule, read: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> HeldParts:
+    """Let the modules that the graph does not call refuse hooks, and calls past operators; the others take them.
+
+    Args:
+        read: By path of a module, its plain attributes that are constants of the graph.
+
+    Returns:
+        What cannot refuse to be changed: those attributes and the like of activations, and which modules these are.
+    """
     called = {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")} | {PREFIX}
     entered = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
     inside: set[str] = set()
@@ -93,7 +106,8 @@ def refuse_hooks(graph_module: fx.GraphModule) -> None:
             running.add(module)
     operators = {path: m for path, m in graph_module.named_modules() if isinstance(m, MeanSparse)}
     norms = {norm.module: path for path, operator in operators.items() for norm in operator.prologue.taken}
-    activations = {o.replaced.module: path for path, o in operators.items() if o.replaced is not None}
+    replaced = {o.replaced: path for path, o in operators.items() if o.replaced is not None}
+    activations = {graph_module.get_submodule(path): own for path, own in replaced.items()}
     taken = norms | activations
     names = [operator.name.split(".") for operator in operators.values()]
     around = {".".join(parts[:depth]) for parts in names for depth in range(1, len(parts))}
@@ -121,3 +135,18 @@ def refuse_hooks(graph_module: fx.GraphModule) -> None:
             )
         else:
             allow_hooks(module)
+    held = HeldParts()
+    for path, values in read.items():
+        module = graph_module.get_submodule(path)
+        read_here = {n: vars(module).get(n, value) for n, value in values.items()}
+        if not path:  # the graph's own attributes are others, and what is held is pickled
+            read_here = {n: v for n, v in read_here.items() if not (hasattr(module, n) or callable(v))}
+        held.hold(path, module if path else None, read_here, {})
+    for module, path in paths.items():
+        if module not in running:
+            parent, _, name = path.rpartition(".")
+            held.hold(parent, graph_module.get_submodule(parent) if parent else None, {}, {name: module})
+        if module in activations:
+            own = {n: v for n, v in vars(module).items() if n[0] != "_" and n not in ("training", "inplace")}
+            held.hold(path, module, {"forward": None, **own}, {})
+    return held
