@@ -107,8 +107,6 @@ class HeldParts:
             now = getattr(model, name, value) if module is None else module.__dict__.get(name, value)
             if now is not value and not (isinstance(value, _PLAIN) and _comparable(now) == value):
                 _refuse(path, name, f"was {value!r} when the model was transformed, and is {now!r} now")
-        if torch.compiler.is_compiling():  # a guard for each costs a compiled ConvNeXt-T 30 microseconds a call
-            return
         for path, module, name, child in self._children:
             if (model if module is None else module)._modules.get(name) is not child:
                 _refuse(path, name, "was another module when the model was transformed")
