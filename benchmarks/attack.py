@@ -13,8 +13,6 @@ AutoAttack's images are some that no contender loses: each model is asked for th
 as many images. What was asked is counted, and stands in each row: image passes, forward and backward.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Iterator

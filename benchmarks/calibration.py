@@ -10,8 +10,6 @@ Fashion-MNIST: how many of the 60,000 training images a tolerance takes, how far
 of all, and what that does to accuracy.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Callable

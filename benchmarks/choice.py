@@ -8,8 +8,6 @@ better than the base beyond noise, what looked best to it, is then attacked on 5
 any moment it goes on; half an hour on one core.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

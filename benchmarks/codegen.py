@@ -5,8 +5,6 @@ machine code is read: registers, spills, shared memory, width of global accesses
 element. Instructions are counted statically, so both sides of a branch count; where there is a loop, its body alone.
 """
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import re

@@ -2,8 +2,6 @@
 write it, to stand beside ours.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """What is known of a call beside its time: memory, what it launches, what its compiler made of it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

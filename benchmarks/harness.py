@@ -1,7 +1,5 @@
 """What every benchmark shares: its options, timing in turns, rows, the tables and files that they become."""
 
-from __future__ import annotations
-
 import argparse
 import csv
 import datetime
@@ -74,7 +72,7 @@ class Row(dict[str, Any]):
             raise AttributeError(f"no column {name}")
         return self.get(name, "" if COLUMNS[name] is str else None)
 
-    def but(self, **changed: Any) -> Row:
+    def but(self, **changed: Any) -> "Row":
         """Return it with other values."""
         return Row(**self | changed)
 

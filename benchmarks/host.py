@@ -6,8 +6,6 @@ kernels are launched there. Without one the launch is stubbed on CPU tensors: ev
 which is what a launch costs anywhere.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext

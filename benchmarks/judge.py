@@ -8,8 +8,6 @@ operator stand beside the network without it. Convicted is what the verdict call
 cases must not be, an honest gain included. A/A: the base under two seeds, its images resampled 200 times.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial

@@ -8,8 +8,6 @@ operator as torch.compile sees it. Moments stand beside torch.var_mean. On a GPU
 larger than its cache, and a share of the clone's bandwidth is by time on the device alone.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from functools import partial

@@ -7,8 +7,6 @@ our operators, eager and compiled; ours, eager, eager and fused, and compiled by
 what runs eagerly, to the compiled base for what is compiled. A model whose package is not installed is skipped.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools
@@ -75,7 +73,7 @@ class Case:
         return " ".join(words)
 
     @classmethod
-    def read(cls, text: str) -> Case:
+    def read(cls, text: str) -> "Case":
         """Return the case of a row."""
         found = re.fullmatch(rf"(\S+) (\d+)x3x(\d+)x\d+ ({'|'.join(MODES)})( channels_last)?( bfloat16)?", text)
         if found is None:

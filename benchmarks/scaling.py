@@ -11,8 +11,6 @@
       seconds(N) = once + 1,000,000 / N * seconds an image costs + merging N statistics
 """
 
-from __future__ import annotations
-
 import statistics
 from argparse import Namespace
 from functools import partial

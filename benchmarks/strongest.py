@@ -7,8 +7,6 @@ First the default. Then what it left, in the base or in the transformed model, m
 restarts and other surrogates, and Square from another seed. Goes on where it was killed; hours on one core.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

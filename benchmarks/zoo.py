@@ -14,8 +14,6 @@ these in size or weights. ``depths`` and ``widths`` are the largest arguments th
 the models of other libraries are made from.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import importlib

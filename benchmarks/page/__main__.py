@@ -6,8 +6,6 @@
 Nothing is measured here. What no file has is "not measured" on the page. Templates are in benchmarks/page/.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence

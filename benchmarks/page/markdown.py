@@ -1,7 +1,5 @@
 """What all pages are made with: tables in Markdown, and what is written between two marks of a page."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What the template of docs/paper.md calls and draws: our numbers beside the paper's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure

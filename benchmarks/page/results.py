@@ -1,7 +1,5 @@
 """What lies in the folder of results, by benchmark and file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ..harness import Row, read

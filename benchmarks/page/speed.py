@@ -1,7 +1,5 @@
 """What the template of docs/performance.md calls and draws, each made from results; where there are none it says so."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator, Sequence
 

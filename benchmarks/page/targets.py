@@ -1,7 +1,5 @@
 """The targets of the design, and what the files say of each: met, missed, or not measured."""
 
-from __future__ import annotations
-
 import functools
 import re
 import statistics

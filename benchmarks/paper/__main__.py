@@ -10,8 +10,6 @@ DIRECTORY holds the IDX files of Fashion-MNIST: Debian's package dataset-fashion
 download in FashionMNIST/raw.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

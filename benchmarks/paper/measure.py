@@ -1,7 +1,5 @@
 """Measure cells: each network once, each attack once, whatever tables ask for them; killed at any moment it goes on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial

@@ -1,7 +1,5 @@
 """What each table of the paper becomes here, as data: which network, which setting of the operators, which attack."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from .training import Recipe

@@ -3,8 +3,6 @@
 The bundled network is one of them (`make_bundled`), those of `benchmarks.paper.tables` are the others.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time
