@@ -54,11 +54,8 @@ def counted(model: nn.Module) -> Iterator[Counter]:
         if logits.requires_grad:
             logits.register_hook(backward)
 
-    hook = model.register_forward_hook(forward)
-    try:
+    with model.register_forward_hook(forward):
         yield passes
-    finally:
-        hook.remove()
 
 
 def contenders(model: nn.Module, images: Tensor, mode: str | None = None) -> dict[str, nn.Module]:

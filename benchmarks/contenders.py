@@ -124,9 +124,8 @@ def with_form(sparse: fx.GraphModule, form: str) -> nn.Module:
     dtype = next((p.dtype for p in sparse.parameters() if p.is_floating_point()), None)
     for path, own in list(rival.named_modules()):
         if isinstance(own, MeanSparse):
-            inner = Form(form, own.mean, own.std, float(own.alpha), own.channel_dim, own.activation).to(dtype=dtype)
-            parent, _, name = path.rpartition(".")
-            setattr(rival.get_submodule(parent), name, inner)
+            inner = Form(form, own.mean, own.std, float(own.alpha), own.channel_dim, own.activation)
+            rival.set_submodule(path, inner.to(dtype=dtype))
     return rival
 
 
