@@ -111,11 +111,8 @@ def write_report(
         light, dark = (picture(draw(theme)) for theme in (LIGHT, DARK))
         contents[f"{name}.png"] = light
         plots[name] = {k: base64.b64encode(v).decode() for k, v in (("light", light), ("dark", dark))}
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    filters = {"percent": lambda v: f"{100 * v:.1f}", "points": lambda v: f"{100 * v:+.1f}", "html": as_html}
-    environment.filters |= filters
-    template = environment.from_string((files(__package__) / "report.html.j2").read_text("utf-8"))
-    page = template.render(
+    page = render(
+        "report.html.j2",
         report=report,
         evaluation=evaluation,
         search=search,
@@ -128,6 +125,16 @@ def write_report(
     contents["report.json"] = (json.dumps(report, indent=2) + "\n").encode()
     write_folder(out, contents)
     return report
+
+
+def render(template: str, **given: Any) -> str:
+    """Return a template of this package, HTML or Markdown, which knows what is ``given``."""
+    environment = jinja2.Environment(
+        autoescape=template.endswith(".html.j2"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    filters = {"percent": lambda v: f"{100 * v:.1f}", "points": lambda v: f"{100 * v:+.1f}", "html": as_html}
+    environment.filters |= filters
+    return environment.from_string((files(__package__) / template).read_text("utf-8")).render(given)
 
 
 def result_files(

@@ -135,8 +135,8 @@ class Checkpoint:
             state.batches, state.images = (artifacts.whole_number(header[name]) for name in ("batches", "images"))
             if "histograms" in tensors:
                 edges = artifacts.typed_tensor(tensors, "edges", torch.float64, (2, channels))
-                binned = artifacts.typed_tensor(tensors, "histograms", torch.int64, (channels, BINS))
-                parts = zip(*(part.split(sizes.tolist()) for part in (*edges, binned)), strict=True)
+                counted = artifacts.typed_tensor(tensors, "histograms", torch.int64, (channels, BINS))
+                parts = zip(*(part.split(sizes.tolist()) for part in (*edges, counted)), strict=True)
                 state.count_into([ChannelHistogram(*(part.clone() for part in site)) for site in parts])
             self._digests = {int(index): value for index, value in header["digests"].items()}
 

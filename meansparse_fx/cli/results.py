@@ -21,37 +21,6 @@ if TYPE_CHECKING:
 
 FORMS = ("pdf", "png", "svg")
 
-_README = """\
----
-library_name: meansparse_fx
-tags:
-- meansparse
-- adversarial-robustness
-- image-classification
----
-
-# {model} with MeanSparse
-
-{headline}
-
-{table}
-
-{images} test images, {norm} eps {eps:.4g}, {steps} steps; {passed} of {checks} checks of the evaluation passed.{failed}
-
-## Use
-
-```python
-import meansparse_fx as msfx
-from safetensors.torch import load_file
-
-sparse = msfx.load("{settings}", model, images)  # model: the base, in eval mode; images: a few examples
-sparse.load_state_dict(load_file("model.safetensors"){strict})
-```
-
-Alpha: {alpha}. Statistics of {calibration}. What was attacked, and what such an evaluation cannot see:
-docs/robustness.md of meansparse_fx.
-"""
-
 
 def figures(
     file: Annotated[Path, file_argument("search.json, report.json, or of calibrate --histograms.")],
@@ -109,6 +78,7 @@ def card(
     from safetensors.torch import save as to_bytes
 
     from ..artifacts import require_place, write_folder
+    from ..report import render
     from ..settings import Settings
     from . import loading
 
@@ -131,29 +101,11 @@ def card(
         "fuse": settings.fuse,
         "sites": settings.sites,
     }
-    evaluation = msfx.Evaluation.load(report)
-    lines = ["| accuracy in % | base | with MeanSparse | change, 95 % interval |", "|---|---|---|---|"]
-    for name, before, after, change in evaluation.rows():
-        lines.append(f"| {name} | {100 * before:.1f} | {100 * after:.1f} | {change.points()} |")
-    alphas = {row["alpha"] for row in settings.sites}
-    text = _README.format(
-        model=found["model"],
-        headline=found["headline"],
-        table="\n".join(lines),
-        images=evaluation.n_test,
-        **{name: getattr(evaluation, name) for name in ("norm", "eps", "steps")},
-        passed=len(evaluation.checks) - len(evaluation.warnings),
-        checks=len(evaluation.checks),
-        failed="".join(f"\n\n{line}" for line in evaluation.warnings),
-        settings=SETTINGS,
-        strict="" if model.model is not None else ", strict=False",
-        alpha=alphas.pop() if len(alphas) == 1 else "by site, in config.json",
-        calibration=f"{settings.statistics.images} images",
-    )
+    given = {"report": found, "evaluation": msfx.Evaluation.load(report), "settings": settings, "file": SETTINGS}
     files = {
         "config.json": (json.dumps(config, indent=2) + "\n").encode(),
         "model.safetensors": to_bytes({k: v.contiguous().clone().cpu() for k, v in state.items()}, {"format": "pt"}),
-        "README.md": text.encode(),
+        "README.md": render("card.md.j2", whole=model.model is not None, **given).encode(),
         SETTINGS: settings_file.read_bytes(),
     }
     write_folder(out, files)
