@@ -14,8 +14,7 @@ from torch import nn
 
 import meansparse_fx as msfx
 from meansparse_fx.errors import DataError, EvaluationError
-from meansparse_fx.evaluate import PairedDifference, ledger, pixels, plan
-from meansparse_fx.evaluate.descent import STEP
+from meansparse_fx.evaluate import PairedDifference, descent, ledger, plan, segmentation
 from meansparse_fx.evaluate.threat import AttackSettings
 
 QUICK: dict = {"steps": 6, "progress": False, "eps": 0.05}
@@ -77,10 +76,10 @@ def by_hand(found, labels, classes):
 def test_scores_of_two_small_maps():
     labels = torch.tensor([[[0, 0], [1, -1]], [[1, 1], [1, 1]]])
     found = torch.tensor([[[0, 1], [1, 2]], [[1, 1], [1, 0]]])
-    counted = pixels.counts(F.one_hot(found, 4).movedim(3, 1).float(), labels)
-    assert pixels.accuracy(counted).tolist() == pytest.approx([2 / 3, 3 / 4])
+    counted = segmentation.counts(F.one_hot(found, 4).movedim(3, 1).float(), labels)
+    assert segmentation.accuracy(counted).tolist() == pytest.approx([2 / 3, 3 / 4])
     # Class 0: 1 of 3 pixels; class 1: 4 of 6; class 2 was found where there is no label; class 3 is nowhere.
-    assert pixels.mean_iou(counted) == pytest.approx((1 / 3 + 4 / 6) / 2)
+    assert segmentation.mean_iou(counted) == pytest.approx((1 / 3 + 4 / 6) / 2)
 
 
 def test_scores_are_those_counted_by_hand():
@@ -88,9 +87,9 @@ def test_scores_are_those_counted_by_hand():
     logits = torch.randn(5, 6, 7, 9, generator=generator)
     labels = torch.randint(-1, 4, (5, 7, 9), generator=generator)
     shares, miou = by_hand(logits.argmax(1), labels, 6)
-    counted = pixels.counts(logits, labels)
-    assert pixels.accuracy(counted).tolist() == pytest.approx(shares)
-    assert pixels.mean_iou(counted) == pytest.approx(miou)
+    counted = segmentation.counts(logits, labels)
+    assert segmentation.accuracy(counted).tolist() == pytest.approx(shares)
+    assert segmentation.mean_iou(counted) == pytest.approx(miou)
 
 
 def test_losses_are_what_they_are_called():
@@ -101,7 +100,7 @@ def test_losses_are_what_they_are_called():
     m = (p + q) / 2
     divergence = (torch.xlogy(p, p / m) + torch.xlogy(q, q / m)).sum(1) / 2
     entropy, right = F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) == labels
-    losses = {name: loss for name, (loss, _) in pixels.LOSSES.items()}
+    losses = {name: loss for name, (loss, _) in descent.PIXEL_LOSSES.items()}
     torch.testing.assert_close(losses["pgd-js"](entropy, right, 0.3), divergence)
     torch.testing.assert_close(losses["pgd-masked"](entropy, right, 0.3), entropy.where(right, 0))
     for done, wrong in ((0.0, 0.0), (0.5, 0.25), (1.0, 0.5)):
@@ -147,10 +146,10 @@ def test_prints_and_is_kept(sparse, images, maps, tmp_path):
 
 
 def test_steps_shrink_from_half_the_radius_to_nothing():
-    attack = pixels.PixelPGD(nn.Identity(), AttackSettings(0.1, steps=8), "pgd-masked")
+    attack = descent.PixelPGD(nn.Identity(), AttackSettings(0.1, steps=8), "pgd-masked")
     steps = []
     for attack._done in (0.0, 1 / 3, 0.5, 1.0):
-        steps.append(float(STEP * 0.1 * attack._direction(torch.ones(1, 3, 2, 2)).max()))
+        steps.append(float(descent.STEP * 0.1 * attack._direction(torch.ones(1, 3, 2, 2)).max()))
     assert steps == pytest.approx([0.05, 0.0375, 0.025, 0.0])
 
 
@@ -163,7 +162,7 @@ def test_the_unbounded_attack_reaches_every_image(sparse, images, maps, monkeypa
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-@pytest.mark.parametrize("attack", pixels.LOSSES)
+@pytest.mark.parametrize("attack", descent.PIXEL_LOSSES)
 def test_attacks_find_more_than_noise_does(sparse, images, maps, attack, norm):
     eps = 0.1 if norm == "Linf" else 1.2
     result = msfx.evaluate(

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from ..arguments import items
 from ..errors import EvaluationError
 from ..outputs import logits_of
-from .descent import PGD, Adaptive, Margin, Nearest
-from .pixels import LOSSES, PixelPGD
+from .descent import PGD, PIXEL_LOSSES, Adaptive, Margin, Nearest, PixelPGD
 from .surrogates import WithSurrogate, surrogate, switch_backward
 from .threat import AttackSettings
 
@@ -68,7 +67,8 @@ class AttackKind:
     def misfit(self, images: Tensor, logits: Tensor, norm: str) -> str | None:
         """Return why it cannot attack such a model on such images, in words; None if it can."""
         if self.maps != (logits.dim() == 4):
-            return "is for label maps" if self.maps else f"is for one label an image: maps have {', '.join(LOSSES)}"
+            others = f"is for one label an image: maps have {', '.join(PIXEL_LOSSES)}"
+            return "is for label maps" if self.maps else others
         if self.squares and images.dim() != 4:
             return f"needs images [N, C, H, W], and these are {['N', *images.shape[1:]]}"
         if self.squares and norm == "L2" and images.shape[2] < 5:  # it begins with five squares, one above the other
@@ -150,7 +150,7 @@ _KINDS: dict[str, AttackKind] = {
         "apgd-margin started at the adversarial images found against the other model",
         started=True,
     ),
-    **{name: AttackKind(_pgd(PixelPGD, name), f"pgd on {does}", maps=True) for name, (_, does) in LOSSES.items()},
+    **{name: AttackKind(_pgd(PixelPGD, name), f"pgd on {does}", maps=True) for name, (_, does) in PIXEL_LOSSES.items()},
 }
 ATTACKS = tuple(name for name, row in _KINDS.items() if not row.maps)
 
@@ -170,6 +170,12 @@ VERSIONS: dict[str, tuple[str, ...]] = {
     "plus": ("apgd-ce-r5", "apgd-dlr-r5", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce-eot20", "apgd-dlr-eot20"),
 }
+# The default for label maps.
+MAP_RUNS = (
+    *(f"pgd-masked/{mode}" for mode in ("exact", "identity", "annealed")),
+    "pgd-balanced/annealed",
+    "pgd-js/annealed",
+)
 NAMES = (*_KINDS, *VERSIONS)
 
 

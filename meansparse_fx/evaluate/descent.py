@@ -3,11 +3,14 @@
     max over delta   CE(f(x + delta), y) - lambda * sum_i || m_i * (z_i - z_i^delta) ||_p^q
 
 z_i are the inputs of the operators, m_i the masks of their bands on the clean image: the attacker keeps the
-operators from changing what they do. Knows a model's graph; nothing of other attacks.
+operators from changing what they do. Of label maps every pixel counts: labels ``[N, H, W]``, `IGNORED` where a pixel is
+left out. Knows a model's graph; nothing of other attacks.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,6 +27,8 @@ from .threat import AttackSettings, norm_per_image, per_image
 # p = 1 left 85, 86, 90 and 94 at 0.1, 1, 10 and 100.
 PENALTIES = (0.1, 0.3, 1.0)
 STEP = 1 / 8  # of eps: the paper's 1/255 for its 8/255
+PIXEL_START = 1 / 2  # of eps, the first step on label maps
+IGNORED = -1  # label of a pixel that is left out
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images, labels -> logits [N, K], loss [N]
 
@@ -166,3 +171,67 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the largest wrong logit less the right one, ``[N]``, of logits ``[N, K]`` and labels ``[N]``."""
     right = F.one_hot(labels, logits.shape[1]).bool()
     return logits.masked_fill(right, -torch.inf).amax(1) - logits[right]
+
+
+def _jensen_shannon(entropy: Tensor, right: Tensor, done: float) -> Tensor:
+    p = (-entropy).exp()  # of the label: the divergence depends on nothing else
+    return math.log(2) - (p * entropy + (1 + p) * p.log1p()) / 2
+
+
+PixelLoss = Callable[[Tensor, Tensor, float], Tensor]  # cross-entropy, right [N, H, W], share of steps done
+# What a pixel that is wrong already may still pull: of plain cross-entropy it takes most of the gradient.
+PIXEL_LOSSES: dict[str, tuple[PixelLoss, str]] = {
+    "pgd-masked": (
+        lambda entropy, right, done: entropy * right,
+        "cross-entropy of the pixels that are still right (Croce, Singh and Hein, 2024)",
+    ),
+    "pgd-balanced": (
+        lambda entropy, right, done: entropy * torch.where(right, 1 - done / 2, done / 2),
+        "cross-entropy, first of right pixels, in the end of right and wrong ones alike (SegPGD; Gu et al., 2022)",
+    ),
+    "pgd-js": (
+        _jensen_shannon,
+        "the Jensen-Shannon divergence from the labels, which is bounded at every pixel (Croce, Singh and Hein, 2024)",
+    ),
+}
+
+
+class PixelPGD(PGD):
+    """Gradient ascent from a random start, keeping of each image what leaves the fewest pixels right.
+
+    Steps shrink from eps / 2 to 0 along a cosine: they have to serve many pixels, not to bring one logit past another.
+    """
+
+    def __init__(self, model: nn.Module, settings: AttackSettings, loss: str) -> None:
+        super().__init__(model, settings)
+        self._loss = PIXEL_LOSSES[loss][0]
+
+    def perturb(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return adversarial images; those that nothing lowered come back as they were."""
+        torch.manual_seed(self._settings.seed)
+        step = itertools.count()
+
+        def loss(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            logits, self._done = self._model(x), next(step) / self._settings.steps
+            entropy = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
+            right = logits.detach().argmax(1) == labels
+            return logits, self._loss(entropy, right, self._done).flatten(1).sum(1)
+
+        with torch.no_grad():
+            self._least = _right(self._model(images), labels)
+        return self._ascend(images, labels, loss)
+
+    def _direction(self, gradient: Tensor) -> Tensor:
+        # Of 32 images of docs/segmentation.md, its network trained for 150 steps, annealed: 20 steps of eps / 8 left
+        # 88.0 to 88.2 % of the pixels right, these 86.9 to 87.1 %; 60 steps 86.8 to 87.2 %, and 86.3 to 86.6 %.
+        return super()._direction(gradient) * (PIXEL_START / STEP * (1 + math.cos(math.pi * self._done)) / 2)
+
+    def _keep(self, best: Tensor, x: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        now = _right(logits, labels)
+        lower, self._least = now < self._least, torch.minimum(now, self._least)
+        return torch.where(per_image(lower, x), x, best)
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return how many pixels of each image are right, ``[N]``."""
+    return (logits.argmax(1) == labels).flatten(1).sum(1)

@@ -23,10 +23,10 @@ from ..progress import bar, say_resumed
 from ..seen import image_marks
 from ..shards import Ranks, file_of_rank, rank_and_world
 from ..statistics import fingerprint
+from .attacks import MAP_RUNS
 from .batch import Batch, Comparison
 from .evidence import Evidence
 from .ledger import Ledger, model_identity
-from .pixels import DEFAULT_RUNS
 from .plan import AttackPlan, fitting, plan_runs
 from .provenance import check_calibration, check_distinct, checks_of_choice, require_units
 from .segmentation import PixelBatch
@@ -131,7 +131,7 @@ def evaluate(
         if save_adversarial is not None:
             raise EvaluationError("save_adversarial keeps what makes an image wrong: it cannot be used with label maps")
         if tuple(items(attacks)) == DEFAULT_ATTACKS:
-            planned = plan_runs(DEFAULT_RUNS, backwards, settings.seed)
+            planned = plan_runs(MAP_RUNS, backwards, settings.seed)
     runs = fitting(planned, attacks, settings, models["sparse"], *first)
     if base is None and get_alpha(sparse) == 0:
         runs = []  # nothing to compare

@@ -5,7 +5,7 @@ Every run attacks every image: none is broken as a whole. Labels are ``[N, H, W]
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..outputs import logits_of
 from .batch import Batch
+from .descent import IGNORED
 from .ledger import Ledger, Masks
 from .outcome import TRANSFER, ModelOutcome, PairedDifference, mean
-from .pixels import accuracy, counts, lowest, mean_iou
 from .plan import Attacked, Run
 from .probes import Probed, outputs
 from .sanity import Check, check_chance
@@ -107,3 +107,50 @@ class PixelBatch(Batch):
         counted, shares = [*rows.values()], {row: accuracy(found) for row, found in rows.items()}
         miou = {row: mean_iou(found) for row, found in (rows | {"worst case": lowest(counted, counted)}).items()}
         return ModelOutcome(shares.pop("clean"), shares, miou)
+
+
+def counts(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return for each image and class how many pixels are found and labelled so, found or labelled so, and labelled so.
+
+    Args:
+        logits: ``[N, K, H, W]``.
+        labels: ``[N, H, W]``.
+
+    Returns:
+        ``[N, 3, K]``: intersections, unions, labels; pixels without a label count nowhere.
+    """
+    (n, classes), found = logits.shape[:2], logits.argmax(1)
+    each = classes * torch.arange(n, device=labels.device).view(-1, 1, 1)
+
+    def per_class(values: Tensor, where: Tensor) -> Tensor:
+        return (each + values)[where].bincount(minlength=n * classes).view(n, classes)
+
+    seen = labels != IGNORED
+    right, labelled = per_class(labels, seen & (found == labels)), per_class(labels, seen)
+    return torch.stack([right, per_class(found, seen) + labelled - right, labelled], 1)
+
+
+def accuracy(counts: Tensor) -> Tensor:
+    """Return the share of each image's pixels that are right, ``[N]``, from `counts`."""
+    right, _, labelled = counts.sum(2).double().unbind(1)
+    return right / labelled
+
+
+def lowest(counts: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """Return each image's value ``[N, ...]`` from where its accuracy is lowest.
+
+    Args:
+        counts: What several attacks left of the same images.
+        values: Of each of them, ``[N, ...]``.
+    """
+    least = torch.stack([accuracy(each) for each in counts]).argmin(0)
+    return torch.stack(list(values))[least, torch.arange(len(least))]
+
+
+def mean_iou(counts: Tensor) -> float:
+    """Return the mean over classes of intersection over union, counted over all images, from `counts`.
+
+    Classes that are neither labelled nor found count nowhere.
+    """
+    both, either, _ = counts.sum(0).double()
+    return float((both / either)[either > 0].mean())
