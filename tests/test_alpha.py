@@ -322,6 +322,9 @@ def test_the_leader_is_within_the_budget():
     rows = {0.0: outcome(900, 700), 0.1: outcome(899, 710), 0.2: outcome(850, 800)}
     assert AlphaSearch(0.0, rows, 0.003).leader == 0.1
     assert AlphaSearch(0.0, rows, 0.1).leader == 0.2
+    rows[0.3] = outcome(900, 250, attacked=250)
+    assert AlphaSearch(0.0, rows, 0.003).leader == 0.1, "0.3 was given up early"
+    assert AlphaSearch(0.0, {0.0: rows[0.0], 0.3: rows[0.3]}, 0.003).leader == 0.0
 
 
 @pytest.mark.parametrize(

@@ -388,10 +388,10 @@ def test_checkpoint_of_another_run_is_refused(sparse, test_set, tmp_path, net, i
     msfx.evaluate(sparse, test_set, **options)
     kept = path.read_bytes()
     cases = [
-        (test_set, {"eps": 0.06}, "attack settings differ"),
+        (test_set, {"eps": 0.06}, r"attack settings differ \(eps was 0.05 and is 0.06\)"),
         (test_set, {"seed": 1}, "attack settings differ"),
         (test_set, {"full_rows": True}, "attack settings differ"),
-        (test_set, {"attacks": ("pgd",)}, "attacks or backwards differ"),
+        (test_set, {"attacks": ("pgd",)}, r"backwards differ \(\['apgd-ce/exact', .*\] there, \['pgd/exact', .* here"),
         (test_set, {"backwards": ("exact",)}, "attacks or backwards differ"),
         ((images.flip(0), labels.flip(0)), {}, "batch 0 differs"),
         ((images, labels.roll(1)), {}, "batch 0 differs"),
@@ -594,6 +594,9 @@ def test_checks_can_be_left_out(sparse, test_set, monkeypatch):
         (torch.arange(100) // 50, 1000, 70, {"classes seen"}),  # the first of a sorted set
         (torch.zeros(100), 10, 70, {"classes seen"}),
         (torch.zeros(3), 10, 0, set()),
+        (torch.arange(100) % 2, 2, 70, set()),
+        (torch.arange(100) % 5, 10, 70, set()),
+        (torch.arange(100) % 4, 10, 70, {"classes seen"}),
     ],
 )
 def test_labels_that_cannot_be_the_images_are_noticed(labels, classes, right, failed):

@@ -344,6 +344,13 @@ def test_evaluation_figure_has_both_models_and_the_change_with_its_interval(tmp_
     assert (tmp_path / "x.pdf").read_bytes().startswith(b"%PDF")
 
 
+def printed(result) -> list[str]:
+    """Return the lines of a result's table that have cells, cells apart by a blank."""
+    lines = as_text(result.table(), 120).splitlines()
+    cells = [" ".join(re.split("[ │┃]+", line)).strip() for line in lines if re.search("[│┃]", line)]
+    return cells[-result.table().row_count - 1 :]  # of headers in two lines the second
+
+
 def test_results_come_back_from_their_files(tmp_path):
     by_site = Refinement(0.3, outcome(89, 73, 71), (Move("relu", 0.2, 0.9, 25, None, False),
                          Move("gelu", 0.2, 0.9, 100, evaluation(outcome(90, 72, 70)).gain, True)))  # fmt: skip
@@ -355,12 +362,42 @@ def test_results_come_back_from_their_files(tmp_path):
     assert (back.uniform, back.leader, back.threat) == (search.uniform, search.leader, search.threat)
     assert torch.equal(back.base.robust["apgd-ce/exact"], search.base.robust["apgd-ce/exact"])
     assert (str(back), back.to_csv(), back.to_latex()) == (str(search), search.to_csv(), search.to_latex())
-    assert "by site" in list(search.table().columns[0].cells)
-    assert "by site" not in list(replace(search, alpha=0.3).table().columns[0].cells)
+    # 0.2 met the first 25 images, of which the base stands on 15.
+    assert printed(search) == [
+        "alpha clean attacked exact identity case against base",
+        "0 90.0 100 60.0 60.0 54.0",
+        "mean 0.2 90.0 25 (60.0) (56.0) (56.0) -4.0 [-32.2, +24.7]",
+        "mean 0.3 90.0 100 72.0 70.0 70.0 +16.0 [+3.2, +28.5] chosen",
+        "mean 0.6 85.0 100 30.0 2.0 2.0 -52.0 [-62.1, -41.8]",
+        "edge 0.3 89.0 100 65.0 66.0 65.0 +11.0 [-2.1, +23.9]",
+        "by site 89.0 100 73.0 71.0 71.0 +17.0 [+4.5, +29.3] chosen",
+    ]
+    assert (search.table().title, search.table().caption) == (
+        "100 held-out images, 100 of them attacked, Linf eps 0.1, 20 steps; at most 0.3 points of clean loss; in "
+        "parentheses: given up early, of fewer images, so that only the change against base compares",
+        "Site by site from alpha 0.3, 2 moves tried: gelu to 0.2",
+    )
+    unmoved = replace(search, alpha=0.3, refinement=replace(by_site, moves=by_site.moves[:1]))
+    assert printed(unmoved) == printed(search)[:-1]
+    assert unmoved.table().caption.endswith("1 moves tried: none was better beyond noise")
+    finished = AlphaSearch(0.3, {a: o for a, o in search.outcomes.items() if a != 0.2}, 0.003)
+    assert finished.table().title.endswith("points of clean loss")
+    assert finished.table().caption is None
     result = evaluation(outcome(90, 72, 70), alpha={"relu": 0.3})
     result.save(tmp_path / "e.json")
     again = Evaluation.load(tmp_path / "e.json")
     assert again.to_dict() == result.to_dict()
+    assert printed(replace(result, alpha=0.3)) == [
+        "accuracy in % base alpha 0.3 change, 95 % interval",
+        "clean 90.0 90.0 +0.0 [-3.6, +3.6]",
+        "apgd-ce/exact 60.0 72.0 +12.0 [+6.3, +20.0]",
+        "apgd-ce/identity 61.0 70.0 +9.0 [+3.6, +16.4]",
+        "worst case 60.0 70.0 +10.0 [+4.5, +17.6]",
+    ]
+    assert "alpha per site" in printed(result)[0]
+    title, caption = "100 images, Linf eps 0.1, 20 steps", "Checks of the evaluation itself: 1 of 2 passed."
+    assert (result.table().title, result.table().caption) == (title, caption)
+    assert [row.style for row in result.table().rows] == [None, None, None, "bold"]
     assert str(again) == str(result)
 
 

@@ -123,7 +123,7 @@ def select_alpha(
     model = returning_logits(sparse, logits)
     batches = labelled(held_out, batch_size, model)
     first = next(batches)
-    require_units(sparse, first[0])
+    require_units(sparse)
     plan = AttackPlan(fitting(planned, attacks, settings, model, *first), settings, full_rows, compile, amp)
     ledger = Ledger(checkpoint, model_identity(sparse, alpha=False) | plan.identity() | {"logits": in_words(logits)})
     with bar(progress) as display, switched(sparse), ledger:

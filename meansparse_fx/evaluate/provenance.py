@@ -18,8 +18,8 @@ _SLACK = 1e-3  # beyond [0, 1], of resizing and rounding
 _NARROWER = 4  # times, a range that no other sample of the same images has
 
 
-def require_units(sparse: fx.GraphModule, images: Tensor) -> None:
-    """Raise EvaluationError if calibration saw images in other units than ``images`` in [0, 1]: statistics fit none."""
+def require_units(sparse: fx.GraphModule) -> None:
+    """Raise EvaluationError if calibration saw images in other units than [0, 1]: the statistics fit no others."""
     for low, high in _ranges(sparse):
         if float(low) < -_SLACK or float(high) > 1 + _SLACK:
             raise EvaluationError(

@@ -126,7 +126,7 @@ def evaluate(
     models: dict[str, nn.Module] = {which: returning_logits(model, logits) for which, model in own.items()}
     data = labelled(test, batch_size, models["sparse"], ignore_index)
     first = next(data)
-    require_units(sparse, first[0])
+    require_units(sparse)
     if maps := first[1].dim() == 3:
         if save_adversarial is not None:
             raise EvaluationError("save_adversarial keeps what makes an image wrong: it cannot be used with label maps")
