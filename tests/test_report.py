@@ -236,6 +236,7 @@ def test_alpha_figure_says_what_was_measured_and_how_well(alpha):
     figure = search.figure()
     top, bottom = figure.axes
     assert f"chosen: alpha {alpha:g}" in [text.get_text() for text in top.texts]
+    assert top.get_title("left") == "Clean accuracy, 100 images"
     assert bottom.get_title("left") == "Accuracy under attack, 100 images, Linf eps 0.1, 20 steps"
     legend = {text.get_text() for text in figure.legends[0].get_texts()}
     assert {"base", "worst case, 95 % interval", "apgd-ce/exact", "apgd-ce/identity"} <= legend
@@ -243,6 +244,8 @@ def test_alpha_figure_says_what_was_measured_and_how_well(alpha):
     # The interval at 0.3 is that of the paired change, from the base's accuracy on.
     change, base = search.change(search.outcomes[0.3]), search.comparable(search.base)
     bars = bottom.collections[0].get_segments()  # of those attacked to the end: 0, which has none, and 0.3
+    assert [bar.size > 0 for bar in bars] == [False, True]
+    assert [bar.size > 0 for bar in top.collections[0].get_segments()] == [False, True, True, True]
     assert bars[-1].tolist() == [pytest.approx([0.3, base + change.low]), pytest.approx([0.3, base + change.high])]
     assert "2 %" in [text.get_text() for text in bottom.texts], "what falls off the axes stands at the edge"
 
@@ -272,8 +275,11 @@ def test_alpha_figure_leaves_what_was_given_up_early_apart():
     lines = [line for line in bottom.lines if line.get_marker() in tuple("os^")]
     joined = [list(line.get_xdata()) for line in lines if line.get_linestyle() != "None" and line.get_linewidth()]
     assert all(0.2 not in xs for xs in joined if len(xs) > 1)
+    runs = {line.get_label(): np.round(line.get_ydata(), 6).tolist() for line in lines if "/" in line.get_label()}
+    assert runs == {"apgd-ce/exact": [0.6, 0.72, 0.3], "apgd-ce/identity": [0.6, 0.7, 0.02]}
     hollow = [line for line in lines if 0.2 in np.atleast_1d(line.get_xdata())]
-    assert len(hollow) == 3, "the worst case, and each attack"
+    # The base's 60 % under each attack and 54 % under both, less what was lost of 25 images.
+    assert sorted(line.get_ydata()[0] for line in hollow) == pytest.approx([0.5, 0.56, 0.6])
     assert all(line.get_markerfacecolor() == "#ffffff" for line in hollow)
 
 
