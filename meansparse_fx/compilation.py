@@ -21,7 +21,7 @@ from .capture.preconditions import refuse_train_mode
 from .compile_options import Options
 from .errors import CalibrationError, SiteError, StateError, StatisticsError
 from .nn import MeanSparse
-from .operators import alpha_of, set_alpha, set_backward, unknown_sites
+from .operators import OTHER_FUNCTION, alpha_of, answers_differ, set_alpha, set_backward, unknown_sites
 from .passes.instrument import Moments
 from .published import published_operator
 from .rewrite import calls_of, operand
@@ -89,6 +89,9 @@ class CompileReport:
                 "these statistics were measured on other weights (fingerprints differ): calibrate this model, or pass "
                 "option check_weights=False if it is the same model in another precision"
             )
+        checked = model if self._fingerprint else None
+        if checked is not None and self._statistics is not None and answers_differ(checked, self._statistics):
+            raise StatisticsError(f"these statistics are of another model; {OTHER_FUNCTION}: calibrate this model")
 
     # What a user asks.
 

@@ -35,7 +35,7 @@ class Options:
         inner_options: Options of that back end.
         mode: Inductor's, such as ``max-autotune``: torch.compile takes either its own ``mode=`` or options.
         allow_missing: Leave out sites without statistics, and accept statistics without a site.
-        check_weights: Refuse statistics measured on other weights.
+        check_weights: Refuse statistics measured on other weights, or on another function of the same.
         observe: Insert observers instead of operators; `CompileReport.statistics` gives the result.
     """
 

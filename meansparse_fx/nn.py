@@ -65,6 +65,7 @@ class MeanSparse(nn.Module):
     threshold: Tensor
     gate_steepness: Tensor
     _bound: dict[tuple, tuple]
+    _written: int
 
     def __init__(
         self, name: str, channels: int, channel_dim: int, activation: ActivationCall | None = None,
@@ -87,6 +88,7 @@ class MeanSparse(nn.Module):
         self.register_buffer("centre", torch.zeros(channels), persistent=False)
         self.register_buffer("threshold", torch.full((channels,), -1.0), persistent=False)
         self.register_buffer("gate_steepness", torch.full((), 10.0), persistent=False)
+        self._refresh()
 
     def forward(
         self,
@@ -270,17 +272,40 @@ class MeanSparse(nn.Module):
 
     def _refresh(self) -> None:
         with torch.no_grad():
-            band = self.alpha * self.std
-            if self.strict:
-                band = torch.where(band > 0, band.nextafter(torch.zeros_like(band)), band)
-            self.threshold.copy_(torch.where(band > 0, band, -torch.ones_like(band)))
-            match self.centre_mode:
-                case "channel":
-                    self.centre.copy_(self.mean)
-                case "zero":
-                    self.centre.zero_()
-                case "layer":
-                    self.centre.copy_(self.mean.mean())
+            for own, value in zip((self.centre, self.threshold), self._derived(), strict=True):
+                own.copy_(value)
+        self.__dict__["_written"] = self._writes()
+
+    def _derived(self) -> tuple[Tensor, Tensor]:
+        """Return centre and threshold as they follow from the rest."""
+        held: Any = self._buffers  # attributes are proxies while somebody traces
+        mean, band = held["mean"], held["alpha"] * held["std"]
+        if self.strict:
+            band = torch.where(band > 0, band.nextafter(torch.zeros_like(band)), band)
+        centres = {"channel": mean, "zero": torch.zeros_like(mean), "layer": mean.mean()}
+        return centres[self.centre_mode].expand_as(mean), torch.where(band > 0, band, -torch.ones_like(band))
+
+    def _writes(self) -> int:
+        held: Any = self._buffers
+        if held["mean"].is_inference():  # such tensors do not count
+            return -1
+        return sum([held[name]._version for name in ("mean", "std", "alpha", "centre", "threshold")])
+
+    def check_written(self, values: bool = False) -> None:
+        """Raise StateError if statistics, alpha or what follows from them were written to past what sets them.
+
+        Args:
+            values: Compare them in any case, and not only where torch counted a write: ``.data`` counts none.
+        """
+        held: Any = self._buffers
+        writes = self._writes()
+        if (values or writes != self._written) and not (is_followed() or held["mean"].is_meta):
+            if not all(map(torch.equal, self._derived(), (held["centre"], held["threshold"]))):
+                raise StateError(
+                    f"{self.name}: its buffers were written to, of which some follow from others: call "
+                    "meansparse_fx.set_alpha or set_statistics, or give all sites theirs by load_state_dict"
+                )
+            self.__dict__["_written"] = writes
 
     def _apply(self, fn, recurse: bool = True):
         # model.half() must not round the statistics: buffers follow the device, and float64 only.
@@ -291,6 +316,7 @@ class MeanSparse(nn.Module):
             dtype = torch.float64 if new.dtype == torch.float64 else torch.float32
             if new.dtype != dtype:
                 self._buffers[key] = old.to(device=new.device, dtype=dtype)
+        self._refresh()
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *rest) -> None:

@@ -17,8 +17,10 @@ from torch import Tensor, fx, nn
 
 from .arguments import number
 from .batches import examples
+from .capture.modes import refuse_changes
 from .capture.preconditions import refuse_train_mode
 from .capture.randomness import generator_state
+from .copies import shadow
 from .errors import StateError, StatisticsError
 from .hooks import has_foreign_hooks
 from .nn import MeanSparse
@@ -58,6 +60,10 @@ def require_transformed(model: nn.Module, verb: str, calibrated: bool = False) -
     lacking = [name for name, operator in found.items() if not operator.calibrated]
     if calibrated and lacking:
         raise StateError(f"{lacking[0]}: no statistics: calibrate the model, or set_statistics, before {verb}")
+    for operator in found.values():
+        operator.check_written(values=True)
+    if calibrated:
+        refuse_changes(model)
 
 
 def added(model: nn.Module) -> Added:
@@ -184,7 +190,7 @@ def set_statistics(model: nn.Module, statistics: Statistics | str | Path, check_
     for name, operator in found.items():
         operator.set_statistics(statistics[name])
     if isinstance(own, Added):
-        own.statistics = statistics
+        own.statistics, own.reloaded = statistics, False
 
 
 def load_published(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -219,32 +225,38 @@ def load_published(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     model.load_state_dict(weights, strict=False)
     for name, operator in found.items():
         operator.take_over(published[name])
+    if isinstance(own_parts := model._modules.get(PREFIX), Added):
+        own_parts.statistics = None  # they were of other weights
 
 
-def answers(model: fx.GraphModule, shape: Sequence[int] | None) -> Answers | None:
-    """Return some of what the base of a transformed model computes of a pattern; None if that would tell nothing.
+def answers(model: nn.Module, shape: Sequence[int] | None) -> Answers | None:
+    """Return some of what a model, or its base, computes of a pattern; None if that would tell nothing.
 
     So it is where the model draws random numbers or fails, or where the user's hooks would see the pattern.
 
     Args:
         shape: Of one image; None if the model takes no floats.
     """
-    place = next(iter(operators(model).values())).alpha.device
+    found = _find(model)
+    place = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
     if shape is None or place.type == "meta" or any(map(has_foreign_hooks, model.modules())):
         return None
     pattern = torch.arange(2.0 * math.prod(shape), dtype=torch.float64).mul(0.7548776662466927).frac()
     images = examples(pattern.reshape(2, *shape), model).to(place)
     try:
         with switched(model), kept_buffers(model), torch.no_grad():
-            set_alpha(model, 0.0)
+            if found:
+                set_alpha(model, 0.0)
+            else:
+                model = shadow(model)
             with torch.random.fork_rng([place] if place.type == "cuda" else []):
                 before = generator_state(place)
                 outputs = flatten(model(images))[0]
                 drew = generator_state(place) != before
     except Exception:  # the graph does not hold for images of that size
         return None
-    found = [t.flatten().double().cpu() for t in outputs if isinstance(t, Tensor) and t.is_floating_point()]
-    values = torch.cat([torch.zeros(0), *found])
+    floats = [t.flatten().double().cpu() for t in outputs if isinstance(t, Tensor) and t.is_floating_point()]
+    values = torch.cat([torch.zeros(0), *floats])
     values = values[:: max(1, len(values) // 64)]
     if drew or not len(values) or not values.isfinite().all():
         return None
@@ -252,8 +264,8 @@ def answers(model: fx.GraphModule, shape: Sequence[int] | None) -> Answers | Non
     return Answers(tuple(shape), tuple(values.tolist()), exact)
 
 
-def answers_differ(model: fx.GraphModule, statistics: Statistics) -> bool:
-    """Return whether a transformed model's base is seen to compute something else than the one that was measured."""
+def answers_differ(model: nn.Module, statistics: Statistics) -> bool:
+    """Return whether a model, or its base, is seen to compute something else than the one that was measured."""
     there = statistics.answers
     here = there and answers(model, there.shape)
     return there is not None and here is not None and not here.agree(there)

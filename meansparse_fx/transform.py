@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from .batches import examples
 from .capture import capture
 from .errors import SiteError, StateError
-from .operators import added, set_alpha, set_backward, set_statistics
+from .operators import added, operators, set_alpha, set_backward, set_statistics
 from .passes import Added, refuse_hooks, restore, sparsify
 from .passes import fuse as fuse_all
 from .rewrite import PREFIX
@@ -140,6 +140,7 @@ def transform(
         plan = plan.with_fusion(fuse_all(sparse, images))
     own = added(sparse)
     own.held = refuse_hooks(sparse, captured.attributes_read)
+    own.operators = list(operators(sparse).values())
     own.plan = sparse.meta["plan"] = plan.without_nodes()
     own.placement, own.fuse, own.frozen = placement, fuse, captured.frozen
     own.shape = tuple(images.shape[1:]) if images is not None and images.is_floating_point() else None

@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import io
 import json
+import pickle
 import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._dynamo.exc import BackendCompilerFailed
 
 import meansparse_fx as msfx
 from meansparse_fx import settings
 from meansparse_fx.errors import ArtifactError, EvaluationError, StateError, StatisticsError
+from meansparse_fx.export import export
 from meansparse_fx.operators import added
 
 
@@ -143,6 +146,57 @@ def test_alpha_is_the_number_that_was_given(net, images, sparse, alpha):
     assert msfx.get_alpha(other) == alpha
     msfx.operators(sparse)["relu"].alpha.fill_(0.7)  # not by set_alpha
     assert msfx.get_alpha(sparse)["relu"] == 0.7
+
+
+WRITES = {
+    "alpha": lambda o: o.alpha.fill_(0.7),
+    "mean": lambda o: o.mean.add_(1),
+    "std, detached": lambda o: o.std.detach().mul_(2),
+    "threshold": lambda o: o.threshold.fill_(0.5),
+    "centre, another tensor": lambda o: setattr(o, "centre", torch.ones_like(o.centre)),
+    "past torch's count": lambda o: o.alpha.data.fill_(0.7),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("copier", [lambda model: model, copy.deepcopy])
+def test_buffers_written_to_directly_are_refused(images, sparse, write, copier, tmp_path):
+    """Of alpha nothing became of it, a threshold was in no file: silently."""
+    sparse = copier(sparse)
+    msfx.set_alpha(sparse, 0.2)
+    operator, refused = msfx.operators(sparse)["relu"], "relu: its buffers were written to, .* call meansparse_fx.set_a"
+    operator.mean.copy_(operator.mean.clone())  # nothing else than before
+    expected = sparse(images)
+    WRITES[write](operator)
+    if write != "past torch's count":
+        with pytest.raises(StateError, match=refused):
+            sparse(images)
+    for verb in (lambda: msfx.save(sparse, tmp_path / "a"), lambda: export(sparse, images, tmp_path / "b.pt2")):
+        with pytest.raises(StateError, match=refused):
+            verb()
+    msfx.set_statistics(sparse, added(sparse).statistics)
+    msfx.set_alpha(sparse, 0.2)
+    assert torch.equal(sparse(images), expected)
+
+
+@pytest.mark.parametrize("copier", [lambda model: model, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_weights_loaded_without_their_statistics_are_refused_until_calibrated(net, images, sparse, copier, tmp_path):
+    sparse = copier(sparse)
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.5)
+    sparse.load_state_dict(net.state_dict(), strict=False)
+    sparse(images)  # those that were measured
+    sparse.load_state_dict(other.state_dict(), strict=False)
+    runs = sparse, torch.compile(sparse, backend="eager"), lambda images: msfx.save(sparse, tmp_path / "a")
+    for run in runs:
+        with pytest.raises(StateError, match="measured on other weights: calibrate the model again"):
+            run(images)
+    msfx.calibrate(sparse, [images], progress=False)
+    again = msfx.transform(other, images, statistics=msfx.calibrate(msfx.transform(other, images), [images]))
+    for model in (sparse, again):
+        msfx.set_alpha(model, 0.2)
+    assert torch.equal(sparse(images), again(images))
 
 
 def pickled(model):
@@ -412,6 +466,13 @@ def test_settings_of_another_function_with_the_same_weights_are_refused(other, t
     with pytest.raises(StatisticsError, match=r"these statistics are of another model; .* same weights and sites"):
         msfx.transform(Scaled(**other).eval(), images, statistics=path)
     msfx.set_statistics(msfx.transform(Scaled(**other).eval(), images), path, check_weights=False)
+    options = {"statistics": path, "inner": "eager", "alpha": 0.3}
+    got = torch.compile(model, backend="meansparse", options=options)(images)["logits"]
+    torch.testing.assert_close(got, before)
+    with pytest.raises(
+        BackendCompilerFailed, match=r"these statistics are of another model; .* same weights and sites"
+    ):
+        torch.compile(Scaled(**other).eval(), backend="meansparse", options=options)(images)
 
 
 def test_what_a_random_or_changing_model_answers_is_kept_for_nothing(tmp_path):

@@ -144,8 +144,8 @@ class CapturedCodeGen(CodeGen):
 
 def refuse_changes(model: nn.Module) -> None:
     """Raise StateError if what a transformed model's graph does not follow has become something else."""
-    if (held := getattr(model._modules.get(PREFIX), "held", None)) is not None:
-        held.check(model)
+    if (check := getattr(model._modules.get(PREFIX), "check", None)) is not None:
+        check(model)
 
 
 def keeping_modes(forward: Callable) -> Callable:

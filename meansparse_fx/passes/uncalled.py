@@ -21,7 +21,7 @@ from ..nn import MeanSparse
 from ..rewrite import PREFIX
 from ..sites import Placement, SitePlan
 from ..state import HeldParts
-from ..statistics import Statistics
+from ..statistics import Statistics, fingerprint
 
 _SHOWN = 3
 
@@ -37,7 +37,9 @@ class Added(nn.Module):
         choice: Of alpha, by a search: as `AlphaSearch.to_dict` returns it.
         shape: Of one of the example images, if they were floats.
         frozen: What stays as it is in eval mode, in words; `train` says so once.
-        held: What has to stay as it was, which every call of the model checks.
+        held: What has to stay as it was.
+        operators: All of them.
+        reloaded: A state_dict without the operators was loaded since they got their statistics.
     """
 
     def __init__(self, plan: SitePlan) -> None:
@@ -50,13 +52,29 @@ class Added(nn.Module):
         self.shape: tuple[int, ...] | None = None
         self.frozen: tuple[str, ...] = ()
         self.held = HeldParts()
+        self.operators: list[MeanSparse] = []
+        self.reloaded = False
         self._watched: tuple[tuple[nn.Module, str, Tensor], ...] = ()  # owner, its parameter's or buffer's name, value
-        self.register_load_state_dict_post_hook(_refuse_other_answers)
+        self.register_load_state_dict_post_hook(_note_loaded)
 
     def watch(self, model: nn.Module, names: Iterable[str]) -> None:
         """Let load_state_dict refuse other values of parameters and buffers whose values answered the model."""
         owners = ((model.get_submodule(name.rpartition(".")[0]), name) for name in names)
         self._watched = tuple((m, name, getattr(m, name.rpartition(".")[2]).detach().clone()) for m, name in owners)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise StateError if the model that this belongs to is another than was transformed; every call of it asks."""
+        self.held.check(model)
+        if not torch.compiler.is_compiling():
+            for operator in self.operators:
+                operator.check_written()
+        if self.reloaded and self.statistics is not None:
+            if torch.compiler.is_compiling() or fingerprint(model) != self.statistics.fingerprint:
+                raise StateError(
+                    "a state_dict was loaded that lacks the operators' statistics, which were measured on other "
+                    "weights: calibrate the model again"
+                )
+            self.reloaded = False
 
     def train(self, mode: bool = True) -> Added:
         """Set the mode as every module does."""
@@ -72,7 +90,8 @@ class Added(nn.Module):
         return super().train(mode)
 
 
-def _refuse_other_answers(added: Added, keys: Any) -> None:
+def _note_loaded(added: Added, keys: Any) -> None:
+    added.reloaded = any(key.startswith(f"{PREFIX}.") for key in keys.missing_keys)
     for owner, name, value in added._watched:
         held = getattr(owner, name.rpartition(".")[2], None)
         if held is not None and not held.is_meta and not torch.equal(held.to(value), value):
