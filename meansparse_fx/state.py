@@ -119,6 +119,8 @@ def _refuse(path: str, name: str, fact: str) -> None:
 
 def _comparable(value: Any) -> Any:
     """Return what tells whether a value, or a plain one in it, has become another; what is not plain as it is."""
+    if type(value) is tuple and all(isinstance(item, _ATOMS) for item in value):
+        return value
     if type(value) in (list, tuple):
         return [_comparable(item) if isinstance(item, _PLAIN) else None for item in value]
     if type(value) is dict:
