@@ -33,17 +33,17 @@ def changes(base: ModelOutcome, own: ModelOutcome) -> dict[str, Any]:
     """Return the columns of attacked accuracy.
 
     ``own``: under attacks by the operator's own gradient, or by queries. ``worst``: after attacks by those who know the
-    operator, on what was left; None where no gradient is used. ``_change``: against the base under the same attacks,
-    ``_low`` and ``_high``: its 95 % interval.
+    operator, on what was left; not there where no gradient is used. ``_change``: against the base under the same
+    attacks, ``_low`` and ``_high``: its 95 % interval.
     """
     gradients = any("/" in name for name in own.robust)
     found: dict[str, Any] = {"attacked": len(own.worst), "torch": torch.__version__}
     for which, ending in (("own", "/exact" if gradients else ""), ("worst", "" if gradients else None)):
-        before, after = (None if ending is None else o.worst_of(ending) if ending else o.worst for o in (base, own))
-        change = None if after is None or before is None else PairedDifference.of(before, after)
-        found[which] = None if after is None else mean(after)
-        for name, field in (("change", "estimate"), ("low", "low"), ("high", "high")):
-            found[f"{which}_{name}"] = None if change is None else getattr(change, field)
+        if ending is not None:
+            before, after = (o.worst_of(ending) if ending else o.worst for o in (base, own))
+            change = PairedDifference.of(before, after)
+            found |= {which: mean(after), f"{which}_change": change.estimate}
+            found |= {f"{which}_low": change.low, f"{which}_high": change.high}
     return found
 
 
