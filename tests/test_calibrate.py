@@ -305,12 +305,16 @@ def test_totals_of_one_value_and_of_none():
     assert (total.counts, total.mean.tolist(), total.m2.tolist()) == ((1, 0), [5, 0], [0, 0])
 
 
-def test_statistics_can_take_part_in_autograd(net, images):
-    """What inference mode makes cannot."""
-    stats = msfx.calibrate(msfx.transform(net, images), [images], histograms=True, progress=False)
-    site = stats["relu"]
-    tensors = [site.mean, site.m2, site.histogram.low, site.histogram.width, site.histogram.counts]
-    assert not any(tensor.is_inference() for tensor in tensors)
+def test_statistics_can_take_part_in_autograd(net, images, tmp_path):
+    """What inference mode makes cannot; nor what is read from a checkpoint under it."""
+    sparse, keeping = msfx.transform(net, images), {"checkpoint": tmp_path / "c", "every": 0, "progress": False}
+    with pytest.raises(Interrupted):
+        msfx.calibrate(sparse, Failing(images.split(4), 2), histograms=True, **keeping)
+    resumed = msfx.calibrate(sparse, Failing(images.split(4), 99), histograms=True, **keeping)["relu"]
+    site = msfx.calibrate(sparse, images.split(4), histograms=True, progress=False)["relu"]
+    parts = [(s.mean, s.m2, s.histogram.low, s.histogram.width, s.histogram.counts) for s in (resumed, site)]
+    assert all(torch.equal(a, b) for a, b in zip(*parts, strict=True))
+    assert not any(tensor.is_inference() for tensors in parts for tensor in tensors)
 
 
 def test_non_finite_values_keep_the_checkpoint_before_them(net, images, tmp_path):

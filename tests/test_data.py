@@ -584,6 +584,9 @@ def test_other_pickles_than_cifars_are_not_read(tmp_path, cifar, monkeypatch, na
             with pytest.raises(ArtifactError, match="not CIFAR10's own batches, all of them, by their checksums"):
                 load_images(tmp_path, split)
     assert not (tmp_path / "made").exists()
+    (tmp_path / name).unlink()
+    with pytest.raises(ArtifactError, match="not CIFAR10's own batches, all of them"):
+        load_images(tmp_path, "train")
 
 
 @pytest.mark.parametrize("layout", ["folder", "cifar"])

@@ -137,7 +137,8 @@ class Checkpoint:
                 edges = artifacts.typed_tensor(tensors, "edges", torch.float64, (2, channels))
                 counted = artifacts.typed_tensor(tensors, "histograms", torch.int64, (channels, BINS))
                 parts = zip(*(part.split(sizes.tolist()) for part in (*edges, counted)), strict=True)
-                state.count_into([ChannelHistogram(*(part.clone() for part in site)) for site in parts])
+                with torch.inference_mode(False):
+                    state.count_into([ChannelHistogram(*(part.clone() for part in site)) for site in parts])
             self._digests = {int(index): value for index, value in header["digests"].items()}
 
     def compare(self, index: int, images: Tensor) -> None:

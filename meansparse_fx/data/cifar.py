@@ -19,14 +19,13 @@ _PIXELS = 3 * 32 * 32
 def cifar_splits(directory: Path) -> Splits:
     """Return ``train`` and ``test`` of CIFAR in a directory; of CIFAR-100 with their fine labels."""
     binary = {"train": ("data_batch_*.bin", "train.bin"), "test": ("test_batch.bin", "test.bin")}
-    files = {
-        split: [f for pattern in names for f in sorted(directory.glob(pattern))] for split, names in binary.items()
-    }
+    files = {split: [f for name in names for f in sorted(directory.glob(name))] for split, names in binary.items()}
     if any(files.values()):
         return {split: partial(_binary, own) for split, own in files.items() if own}
-    for name, known in (("CIFAR10", ("data_batch_1", "test_batch")), ("CIFAR100", ("train", "meta"))):
-        if all((directory / file).is_file() for file in known):
-            return {split: partial(_python, directory, name, split) for split in binary}
+    if any((directory / name).is_file() for name in ("data_batch_1", "test_batch")):
+        return {split: partial(_python, directory, "CIFAR10", split) for split in binary}
+    if all((directory / name).is_file() for name in ("train", "meta")):  # a file "train" alone may be anything
+        return {split: partial(_python, directory, "CIFAR100", split) for split in binary}
     return {}
 
 
