@@ -120,7 +120,7 @@ def test_each_rung_leaves_the_better_half_and_the_bar_counts_its_attacks(sparse,
     bar = Mock()
     monkeypatch.setattr("meansparse_fx.alpha.run.bar", lambda *_: nullcontext(bar))
     rig(monkeypatch, lambda model, images: torch.arange(len(images)) >= 10 * msfx.get_alpha(model))
-    options = {"alphas": (0.1, 0.15, 0.2, 0.3, 0.4, 0.5), "clean_budget": 1.0, "rungs": 3, "batch_size": 6}
+    options = {"alphas": (0.1, 0.15, 0.2, 0.3, 0.4, 0.5), "clean_budget": 1.0, "rungs": 3, "batch_size": 5}
     search = msfx.select_alpha(sparse, held_out, **options | QUICK)
     attacked = {alpha: len(found.worst) for alpha, found in search.outcomes.items()}
     assert attacked == {0.0: 24, 0.1: 6, 0.15: 6, 0.2: 6, 0.3: 12, 0.4: 24, 0.5: 24}
