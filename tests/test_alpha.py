@@ -306,6 +306,9 @@ def test_alpha_by_stage(sparse, held_out):
     assert {move.group for move in search.refinement.moves} == {"relu"}
     with pytest.raises(EvaluationError, match="not 'block'"):
         msfx.select_alpha(sparse, held_out, per_site="block", **options)
+    for variants, words in ((("mean", "wide"), "'wide'"), ((), "None")):
+        with pytest.raises(EvaluationError, match=f"variants must be of .* got {words}"):
+            msfx.select_alpha(sparse, held_out, variants=variants, **QUICK)
 
 
 def test_each_candidate_is_tried_with_its_variant(sparse, held_out, monkeypatch):

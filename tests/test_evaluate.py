@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -309,7 +310,7 @@ def test_bad_input_has_its_own_error(sparse, test_set, net):
         (test_set, {"attacks": ("pgd-9000",)}, "unknown attack 'pgd-9000'"),
         (test_set, {"attacks": ()}, "no attack asked for"),
         (test_set, {"eps": 0}, "eps must be positive"),
-        (test_set, {"eps": 8}, "did you mean 8/255"),
+        (test_set, {"eps": 1.01}, "did you mean 1.01/255"),
         (test_set, {"norm": "L7"}, "norm must be Linf or L2"),
     ]
     for data, options, message in cases:
@@ -479,6 +480,8 @@ def test_a_loader_that_streams_is_enough(sparse, test_set):
     images, labels = test_set
     streamed = msfx.evaluate(sparse, (b for b in zip(images.split(5), labels.split(5), strict=True)), **QUICK)
     assert numbers(streamed) == numbers(msfx.evaluate(sparse, test_set, batch_size=5, **QUICK))
+    (planted,) = [check for check in streamed.checks if check.name == "planted examples, base"]
+    assert int(re.search(r"of (\d+) planted", planted.finding)[1]) <= 5, "in the first batch alone"
 
 
 @pytest.mark.slow
