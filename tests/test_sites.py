@@ -228,7 +228,7 @@ AXES = {
     "matmul of both": (lambda c, t: c.flatten(2) @ c.flatten(2).mT, None),
     "matmul inside": (lambda c, t: t @ torch.ones(5, 7), None),
     "attention by name": (lambda c, t: F.scaled_dot_product_attention(t, t, value=t), 3),
-    "attention between channels": (lambda c, t: F.scaled_dot_product_attention(c, c, c), None),
+    "attention of each channel": (lambda c, t: F.scaled_dot_product_attention(c, c, c), 1),
     "layer_norm of space": (lambda c, t: F.layer_norm(c, (6, 6)), 1),
     "max_pool1d": (lambda c, t: F.max_pool1d(c.flatten(2), 2), 1),
     "expand ahead": (lambda c, t: c.mean((2, 3)).expand(3, -1, -1), 2),
@@ -264,6 +264,8 @@ AXES = {
     "pool of volumes": (lambda c, t: F.avg_pool3d(c.transpose(1, 2)[..., None], (2, 2, 1)), None),
     "stochastic_depth": (lambda c, t: stochastic_depth(c, 0.5, "row", training=False), 1),
     "called by name": (lambda c, t: F.max_pool2d(input=c, kernel_size=2), 1),
+    "narrow": (lambda c, t: c.narrow(1, 1, 2), 1),
+    "elementwise by torch's word": (lambda c, t: torch.frac(c.deg2rad()), 1),
 }
 
 
@@ -280,6 +282,42 @@ def test_channel_axis(name):
         cure = "give it by hand, Placement(channel_dims={'relu': dimension})"
         assert site.refusal == Refusal("no layer around it tells", site.node, cure, kind="channel axis unknown")
         assert site.skipped == f"channel axis unknown: no layer around it tells: {cure}"
+
+
+WEIGHT = nn.Parameter(torch.ones(6, 4))
+PRODUCTS = {
+    "einsum": (lambda c, w: torch.einsum("nchw,dc->ndhw", c, w), 1),
+    "einsum to the front": (lambda c, w: torch.einsum("nchw,dc->dnhw", c, w), 0),
+    "einsum of tokens": (lambda c, w: torch.einsum("nlc,dc->nld", c.flatten(2).mT, w), 2),
+    "einsum of space": (lambda c, w: torch.einsum("nchw,wv->nchv", c, w), 1),
+    "einsum of a channel each": (lambda c, w: torch.einsum("nchw,dc->ndchw", c, w), None),
+    "einsum of groups": (lambda c, w: torch.einsum("ngchw,gdc->ngdhw", c[:, None], w[None]), None),
+    "tensordot": (lambda c, w: torch.tensordot(c, w, ([1], [1])), 3),
+    "left product": (lambda c, w: w @ c.flatten(2), 1),
+    "left product of tokens": (lambda c, w: w[:, :3] @ c.flatten(2).mT[:, :3], 2),
+    "right product": (lambda c, w: c.flatten(2).mT @ w.T, 2),
+    "product of nothing known": (lambda c, w: c.reshape(2, -1, 4) @ w.t(), 2),
+    "product with a bias": (lambda c, w: torch.addmm(w[:, 0], c.mean((2, 3)), w.T), 1),
+    "batched": (lambda c, w: torch.bmm(w.expand(c.shape[0], -1, -1), c.flatten(2)), None),
+    "a constant": (lambda c, w: w.detach().new_ones(6, 4) @ c.flatten(2), None),
+    "two weights": (lambda c, w: torch.einsum("nchw,dc,ec->ndehw", c, w, w * 1), None),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_with_a_weight_make_channels(name):
+    function, expected = PRODUCTS[name]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.weight = nn.Conv2d(3, 4, 3), WEIGHT
+
+        def forward(self, x):
+            return F.relu(function(self.conv(x), self.weight))
+
+    (site,) = plan_of(Net()).sites
+    assert site.channel_dim == expected
 
 
 # What a plan calls the maker of what the activation reads: an operator's own name where it has no word.

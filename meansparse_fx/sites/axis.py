@@ -1,55 +1,56 @@
-"""Floor 2: where the channels go. One small function for each way an operator moves its dimensions.
+"""Floor 2: where the channels go in one call, asked of the call itself. Imports torch and `shapes` only.
 
-A rule takes a `Call` and returns the dimension of the result that holds the channels, or None for unknown.
-Nothing is guessed from sizes: they serve only to tell how a reshape groups its dimensions.
-Imports torch only.
+It runs on the meta device, where nothing is computed: of a view, strides tell which dimension came from the channels;
+of a product or a sum, the sizes of the result do when there are twice as many channels. A rule takes a `Call` and
+returns the dimension of the result that holds the channels, or None for unknown.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from ..dataless import storage
 from .shapes import Flow, Shape
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One node with all that is known of its arguments.
+    """One call with all that is known of what it reads.
 
     Attributes:
         module: The module it calls, if it calls one.
-        args, kwargs: Its arguments, nodes replaced by their shapes and numbers.
         flow: Shapes of all nodes.
         axes: Channel dimensions known so far.
+        is_weight: Returns whether a node is a parameter, or a view of one.
     """
 
     node: fx.Node
     module: nn.Module | None
-    args: tuple
-    kwargs: dict
     flow: Flow
     axes: Mapping[fx.Node, int | None]
+    is_weight: Callable[[fx.Node], bool]
 
     @property
-    def source(self) -> Any:
-        """The first argument: the tensor, or for cat and stack the list of them."""
-        return self.node.args[0] if self.node.args else self.node.kwargs.get("input")
+    def source(self) -> fx.Node | None:
+        """The first node that it reads."""
+        return next(iter(self.node.all_input_nodes), None)
 
     @property
     def axis(self) -> int | None:
-        """The channel dimension of the first argument."""
-        return self.axes.get(self.source) if isinstance(self.source, fx.Node) else None
+        """The channel dimension of the first node."""
+        return None if self.source is None else self.axes.get(self.source)
 
     @property
     def shape(self) -> Shape:
-        """The shape of the first argument."""
+        """The shape of the first node's tensor."""
         return self.flow.shape(self.source)
 
     @property
@@ -57,11 +58,38 @@ class Call:
         """The shape of the result, or of the first if there are several."""
         return self.flow.shape(self.node)
 
-    def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """Return an argument by its position or its name; a module's is its attribute."""
-        if self.module is not None:
-            return getattr(self.module, name, default)
-        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+    @property
+    def known(self) -> dict[fx.Node, int]:
+        """The channel dimensions of what it reads, where they are known."""
+        return {n: axis for n in self.node.all_input_nodes if (axis := self.axes.get(n)) is not None}
+
+    def run(self, meta: Callable[[fx.Node, Shape], Tensor]) -> Tensor | None:
+        """Return the first tensor that the call gives for others in the place of its own; None if it takes them not."""
+
+        def given(node: fx.Node) -> Any:
+            values = self.flow.values.get(node)
+            return pytree.tree_map(lambda v: meta(node, v) if isinstance(v, Shape) else v, values)
+
+        args: Any = map_arg(self.node.args, given)
+        kwargs: Any = map_arg(self.node.kwargs, given)
+        target: Any = self.node.target
+        try:
+            if self.module is not None:
+                result = type(self.module).forward(self.module, *args, **kwargs)
+            else:
+                result = target(*args, **kwargs) if callable(target) else getattr(args[0], target)(*args[1:], **kwargs)
+        except Exception:  # any of torch's, about shapes that do not fit
+            return None
+        return next((leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)), None)
+
+    def doubled(self, dims: Mapping[fx.Node, int]) -> list[int] | None:
+        """Return which dimensions of the result double if those of its operands do; None if the call fails then."""
+
+        def meta(node: fx.Node, shape: Shape) -> Tensor:
+            return torch.empty([n << (dims.get(node) == d) for d, n in enumerate(shape)], device="meta")
+
+        found = self.run(meta)
+        return None if found is None else [d for d, n in enumerate(found.shape) if n == 2 * self.result[d]]
 
 
 Rule = Callable[[Call], "int | None"]
@@ -77,74 +105,32 @@ def same(call: Call) -> int | None:
     return call.axis
 
 
-def second(call: Call) -> int | None:
-    """Channels are dimension 1, as batch, instance and group norms have it."""
-    return 1
+def resized(call: Call) -> int | None:
+    """Dimensions stay; the channels are still the channels if their number is the same."""
+    axis = call.axis
+    return axis if axis is not None and call.shape[axis : axis + 1] == call.result[axis : axis + 1] else None
 
 
-def last(call: Call) -> int | None:
-    """Channels are the last dimension of the result."""
-    return len(call.result) - 1
-
-
-def before_spatial(dims: int) -> Rule:
-    """Channels stand right before ``dims`` spatial dimensions."""
-    return lambda call: len(call.result) - 1 - dims
-
-
-def layer_norm(call: Call) -> int | None:
-    """A norm over the last dimension alone says that it holds the channels."""
-    normalized = call.argument(1, "normalized_shape", ())
-    return last(call) if len(normalized) == 1 else call.axis
+def unchanged(call: Call) -> int | None:
+    """Code of the model's author leaves dimensions where they are if it leaves the shape."""
+    return call.axis if call.shape == call.result else None
 
 
 def elementwise(call: Call) -> int | None:
     """Operands that know their channels must agree, aligned at the last dimension as broadcasting does."""
-    known = {n: axis for n in _nodes(call.node.args) if (axis := call.axes.get(n)) is not None}
-    return _agreed(axis + len(call.result) - len(call.flow.shape(n)) for n, axis in known.items())
-
-
-def applied(call: Call) -> int | None:
-    """A `torch.autograd.Function` that gives a tensor of its first one's shape leaves dimensions where they are."""
-    first = next(iter(call.node.args[1:]), None)
-    if not isinstance(first, fx.Node) or call.flow.shape(first) != call.result:
-        return None
-    return call.axes.get(first)
+    return _agreed(axis + len(call.result) - len(call.flow.shape(n)) for n, axis in call.known.items())
 
 
 def joined(call: Call) -> int | None:
     """cat: all operands have the result's dimensions; a module's pre-hooks: they return what they are given."""
-    return _agreed(call.axes.get(n) for n in _nodes(call.source))
+    return _agreed(call.known.values())
 
 
-def stacked(call: Call) -> int | None:
-    """stack: a new dimension moves those behind it."""
-    axis = joined(call)
-    dim = _positive(call.argument(1, "dim", 0), len(call.result))
-    return None if axis is None else axis + (dim <= axis)
-
-
-def permuted(call: Call) -> int | None:
-    dims = call.argument(1, "dims")
-    dims = call.args[1:] if isinstance(dims, int) else dims
-    order = [_positive(d, len(call.shape)) for d in dims]
-    return order.index(call.axis) if call.axis in order else None
-
-
-def transposed(call: Call) -> int | None:
-    a, b = (_positive(call.argument(i, f"dim{i - 1}"), len(call.shape)) for i in (1, 2))
-    return b if call.axis == a else a if call.axis == b else call.axis
-
-
-def moved(call: Call) -> int | None:
-    if call.axis is None:
-        return None
-    source, destination = (_tuple(call.argument(i, name)) for i, name in ((1, "source"), (2, "destination")))
-    moves = {
-        _positive(d, len(call.shape)): _positive(s, len(call.shape)) for s, d in zip(source, destination, strict=True)
-    }
-    rest = iter(d for d in range(len(call.shape)) if d not in moves.values())
-    return [moves[d] if d in moves else next(rest) for d in range(len(call.shape))].index(call.axis)
+def normalized(call: Call) -> int | None:
+    """A norm over the last dimension alone says that it holds the channels."""
+    shape = call.node.args[1] if len(call.node.args) > 1 else call.node.kwargs.get("normalized_shape")
+    shape = getattr(call.module, "normalized_shape", shape)
+    return len(call.result) - 1 if len(shape) == 1 else call.axis
 
 
 def regrouped(call: Call) -> int | None:
@@ -156,117 +142,46 @@ def regrouped(call: Call) -> int | None:
     return fits[0] if len(fits) == 1 else None
 
 
-def stretched(call: Call) -> int | None:
-    """expand, repeat: new dimensions come first, and repeated channels are others."""
-    if call.axis is None:
+def viewed(call: Call) -> int | None:
+    """permute, split, x[...], ...: of an input that lies in memory along its channels alone, so does a view."""
+    if call.axis is None or not isinstance(call.flow.values.get(call.source), Shape):
+        return call.axis  # of several results, the one taken
+    strides = [int(d == call.axis) for d in range(len(call.shape))]
+    own = torch.empty_strided(call.shape, strides, device="meta")
+    view = call.run(lambda node, shape: own if node is call.source else torch.empty(shape, device="meta"))
+    if view is None or storage(view) != storage(own):
         return None
-    axis = call.axis + len(call.result) - len(call.shape)
-    return axis if call.result[axis] == call.shape[call.axis] else None
+    along = [d for d, stride in enumerate(view.stride()) if stride]
+    along = along if len(along) == 1 else [d for d in along if view.shape[d] > 1]  # a new dimension has a stride, too
+    return along[0] if len(along) == 1 else None
 
 
-def reduced(call: Call) -> int | None:
-    """mean, sum, ...: unknown where the channels themselves are summed over."""
-    rank = len(call.shape)
-    # norm has its order before the dimensions.
-    position = 2 if call.node.target in ("norm", torch.norm) else 1
-    dims = call.argument(position, "dim")
-    if isinstance(dims, Shape):
-        return elementwise(call)  # max(x, y)
-    gone = set(range(rank)) if dims is None else {_positive(d, rank) for d in _tuple(dims) if not isinstance(d, bool)}
-    if call.axis is None or call.axis in gone:
-        return None
-    return call.axis if len(call.result) == rank else call.axis - sum(d < call.axis for d in gone)
+def traced(call: Call) -> int | None:
+    """Products, sums over dimensions, ...: what doubles with the channels holds them.
+
+    Where they are summed over with a weight, its other dimension makes new ones.
+    """
+    dims = call.doubled(call.known) if call.known else None
+    if dims is None:
+        return _agreed(_made_by_weights(call))
+    sizes = {call.flow.shape(n)[axis] for n, axis in call.known.items()}
+    return dims[0] if len(dims) == 1 and sizes == {call.result[dims[0]]} else None
 
 
-def dropped(default: int | None = None) -> Rule:
-    """select, unbind: one dimension goes."""
-
-    def rule(call: Call) -> int | None:
-        dim = _positive(call.argument(1, "dim", default), len(call.shape))
-        return None if call.axis in (None, dim) else call.axis - (dim < call.axis)
-
-    return rule
-
-
-def trailing(dims: int) -> Rule:
-    """Pools, padding and resizing work on the last ``dims`` dimensions and leave those before them."""
-    return lambda call: call.axis if call.axis is not None and call.axis < len(call.shape) - dims else None
+def _made_by_weights(call: Call) -> Iterable[int]:
+    """Yield the dimensions of the result that are one of a weight's whose others are all summed over."""
+    weights = {n: len(call.flow.shape(n)) for n in call.node.all_input_nodes if call.is_weight(n)}
+    biases = {n: 0 for n, rank in weights.items() if rank == 1}
+    others = [(n, d) for n in call.node.all_input_nodes if n not in weights for d in range(len(call.flow.shape(n)))]
+    for weight, rank in weights.items():
+        for free in range(rank if rank > 1 else 0):
+            dims = call.doubled(biases | {weight: free})
+            summed = [d for d in range(rank) if any(call.doubled({weight: d, n: i}) == [] for n, i in others)]
+            if dims is not None and len(dims) == 1 and len(summed) == rank - 1:
+                yield dims[0]
 
 
-def resized(call: Call) -> int | None:
-    """Dimensions stay; the channels are still the channels if their number is the same."""
-    axis = call.axis
-    return axis if axis is not None and call.shape[axis] == call.result[axis] else None
-
-
-def indexed(call: Call) -> int | None:
-    """x[...]; of several results, the one taken."""
-    index = call.args[1]
-    if not isinstance(call.flow.values.get(call.source), Shape) or call.axis is None:
-        return call.axis
-    if isinstance(index, Shape):
-        return None  # a tensor
-    index = list(index) if isinstance(index, tuple) else [index]
-    taken = sum(i is not None and i is not Ellipsis for i in index)
-    if Ellipsis not in index:
-        index.append(Ellipsis)
-    where = index.index(Ellipsis)
-    index[where : where + 1] = [slice(None)] * (len(call.shape) - taken)
-    if not all(i is None or isinstance(i, int | slice) for i in index):
-        return None  # a tensor or a list among them: dimensions may move
-    dims: list[int | None] = []  # of the result: which dimension of the input each is
-    source = 0
-    for i in index:
-        if not isinstance(i, int):
-            dims.append(None if i is None else source)
-        source += i is not None
-    return dims.index(call.axis) if call.axis in dims else None
-
-
-def left(call: Call) -> int | None:
-    """What a module's hooks return: the same where a tensor's shape is."""
-    return call.axis if call.shape == call.result else None
-
-
-def product(call: Call) -> int | None:
-    """Matrix products keep the left operand's rows and the right operand's columns."""
-    rank = len(call.result)
-
-    def kept(operand: Any, from_end: int) -> int | None:
-        stays = call.axes.get(operand) == len(call.flow.shape(operand)) - from_end
-        return rank - from_end if stays else None
-
-    left, right = call.node.args[-2:]
-    return _agreed((kept(left, 2), kept(right, 1)))
-
-
-def attended(call: Call) -> int | None:
-    """Attention returns mixtures of the values' rows."""
-    value: Any = call.node.args[2] if len(call.node.args) > 2 else call.node.kwargs.get("value")
-    return last(call) if call.axes.get(value) == len(call.result) - 1 else None
-
-
-def attribute(call: Call) -> int | None:
-    """x.T and x.mT; other attributes are no tensors or do not move."""
-    if call.axis is None or call.args[1] not in ("T", "mT"):
-        return call.axis
-    rank = len(call.shape)
-    return 2 * rank - 3 - call.axis if call.axis >= rank - 2 else call.axis
-
-
-def _nodes(arguments: Any) -> list[fx.Node]:
-    return [a for a in pytree.tree_leaves(arguments) if isinstance(a, fx.Node)]
-
-
-def _tuple(value: Any) -> Sequence[Any]:
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
-
-
-def _positive(dim: int, rank: int) -> int:
-    return dim + rank if dim < 0 else dim
-
-
-def _agreed(axes: Any) -> int | None:
-    """Return the one value among those that are not None, or None if there is no such."""
-    known = {a for a in axes if a is not None}
+def _agreed(axes: Iterable[int]) -> int | None:
+    """Return the one value, or None if there are several or none."""
+    known = set(axes)
     return known.pop() if len(known) == 1 else None

@@ -7,10 +7,8 @@ says nothing, backward from the next layer that expects it. Imports `axis`, `ops
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
 
 from torch import fx
-from torch.fx.node import map_arg
 
 from . import axis as rules
 from .axis import Call
@@ -40,8 +38,10 @@ def channel_axes(
 
 def carried(node: fx.Node, operators: Operators, flow: Flow, axes: Mapping[fx.Node, int | None]) -> int | None:
     """Return the channel dimension of a node's result, from those of what it reads; None is unknown."""
-    args, kwargs = (cast(Any, map_arg(a, flow.values.get)) for a in (node.args, node.kwargs))
-    axis = operators.op(node).carry(Call(node, operators.module(node), args, kwargs, flow, axes))
+    op = operators.op(node)
+    if op.carry is rules.unknown:
+        return None if op.channels is None else op.channels % len(flow.shape(node))
+    axis = op.carry(Call(node, operators.module(node), flow, axes, operators.is_weight))
     return axis if axis is not None and 0 <= axis < len(flow.shape(node)) else None
 
 
@@ -53,8 +53,8 @@ def expected_axes(graph: fx.Graph, operators: Operators, flow: Flow) -> dict[fx.
         wishes: set[int | None] = set()
         for reader in node.users if shape else ():
             op = operators.op(reader)
-            if op.wants is not None and node is (reader.args[0] if reader.args else reader.kwargs.get("input")):
-                wishes.add(op.wants % len(shape))
+            if op.channels is not None and node is (reader.args[0] if reader.args else reader.kwargs.get("input")):
+                wishes.add(op.channels % len(shape))
             elif op.carry in _KEEPING and len(flow.shape(reader)) == len(shape):
                 wishes.add(expected[reader])
         wishes.discard(None)

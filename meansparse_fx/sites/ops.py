@@ -13,7 +13,19 @@ from torch import Tensor, fx, nn
 from ..activations import ActivationCall, match_function, match_module
 from ..hooks import has_hooks, has_own_forward
 from ..published import PublishedOperator, published_operator
-from .op_table import ACTIVATION, ELEMENTWISE, FUNCTIONS, LIBRARY_FUNCTIONS, METHODS, MODULES, PUBLISHED, UNKNOWN, Op
+from . import axis
+from .op_table import (
+    ACTIVATION,
+    ELEMENTWISE,
+    FUNCTIONS,
+    LIBRARY_FUNCTIONS,
+    METHODS,
+    MODULES,
+    PUBLISHED,
+    UNKNOWN,
+    Op,
+    is_pointwise,
+)
 
 if TYPE_CHECKING:
     from .composites import Composite
@@ -70,11 +82,11 @@ class Operators:
             return ELEMENTWISE
         if self.activation(node) is not None:
             return METHODS["apply"] if node.target == "apply" else ACTIVATION
-        if node.op == "call_method":
-            return METHODS.get(str(node.target), UNKNOWN)
-        if node.op == "call_function":
-            inside = ELEMENTWISE if node in self.known else UNKNOWN  # of an activation; its own code, such as Swish's
-            return FUNCTIONS.get(node.target) or LIBRARY_FUNCTIONS.get(_qualified(node), inside)
+        if node.op in ("call_function", "call_method"):
+            names = METHODS if node.op == "call_method" else FUNCTIONS
+            inside = node in self.known  # of an activation; its own code, such as Swish's
+            unlisted = ELEMENTWISE if inside or is_pointwise(node.target) else UNKNOWN
+            return names.get(node.target) or LIBRARY_FUNCTIONS.get(_qualified(node), unlisted)
         module = self.module(node)
         if module is not None and has_own_forward(module):
             return UNKNOWN
@@ -163,6 +175,12 @@ class Operators:
         owner = self.modules.get(path) or node.graph.owning_module
         tensor = getattr(owner, name, None)
         return tensor if isinstance(tensor, Tensor) else None
+
+    def is_weight(self, node: fx.Node) -> bool:
+        """Return whether a node is a parameter, or a view of one."""
+        while self.op(node).carry in (axis.viewed, axis.regrouped) and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        return isinstance(self.tensor(node), nn.Parameter)
 
     def maker(self, node: fx.Node) -> fx.Node:
         """Return what makes a node's value, looking through what changes nothing in eval mode."""
