@@ -52,21 +52,6 @@ class ActivationCall:
 _Reader = Callable[[Any], ActivationCall | None]  # of a module; its attributes are known to the table alone
 
 
-def _fused(name: str, *constants: str, weight: str | None = None) -> _Reader:
-    """Return a reader of modules that are a row of the kernels; ``constants`` are their attributes, in its order."""
-
-    def read(module: nn.Module) -> ActivationCall:
-        values = tuple(float(getattr(module, c)) for c in constants)
-        return ActivationCall(name, values, bool(getattr(module, "inplace", False)), weight)
-
-    return read
-
-
-def _bare(name: str) -> _Reader:
-    """Return a reader of modules that keep their own code, behind the bare operator."""
-    return lambda module: ActivationCall(name, inplace=bool(getattr(module, "inplace", False)), fused=False)
-
-
 # Functions whose arguments decide which row they are.
 _NAMES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "gelu": lambda given: "gelu_tanh" if given.get("approximate") == "tanh" else "gelu",
@@ -75,14 +60,19 @@ _NAMES: dict[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
-def _named(name: str) -> _Reader:
-    """Return a reader of modules whose attributes decide which row they are, as a function's arguments do."""
+def _call(name: str, given: Mapping[str, Any], weight: Any, fused: bool = True) -> ActivationCall:
+    """Return the activation that a function's arguments, or a module's attributes, make."""
+    name = _NAMES[name](given) if name in _NAMES else name
+    row, inplace = ACTIVATIONS.get(name) if fused else None, bool(given.get("inplace", False))
+    if row is None:
+        return ActivationCall(name, inplace=inplace, fused=False)
+    constants = tuple(float(given.get(k, default)) for k, default in row.constants)
+    return ActivationCall(name, constants, inplace, weight if row.weight_backward else None)
 
-    def read(module: nn.Module) -> ActivationCall:
-        own = _NAMES[name](vars(module))
-        return ActivationCall(own, inplace=bool(getattr(module, "inplace", False)), fused=own in ACTIVATIONS)
 
-    return read
+def _row(name: str, fused: bool = True) -> _Reader:
+    """Return a reader of modules that are a row of the kernels, or keep their own code behind the bare operator."""
+    return lambda module: _call(name, vars(module), "weight", fused)
 
 
 def _squared(name: str) -> _Reader:
@@ -103,46 +93,46 @@ def _gamma(module: Any) -> ActivationCall:
 
 # Module type -> reader of an instance. Exact types: a subclass may compute something else.
 _MODULES: dict[type[nn.Module], _Reader] = {
-    nn.ReLU: _fused("relu"),
-    nn.ReLU6: _fused("relu6"),
-    nn.LeakyReLU: _fused("leaky_relu", "negative_slope"),
-    nn.PReLU: _fused("prelu", weight="weight"),
-    nn.ELU: _fused("elu", "alpha"),
-    nn.GELU: _named("gelu"),
-    nn.SiLU: _fused("silu"),
-    nn.Hardswish: _fused("hardswish"),
-    nn.Mish: _fused("mish"),
-    nn.Softplus: _fused("softplus", "beta", "threshold"),
-    nn.Hardtanh: _named("hardtanh"),
-    nn.Threshold: _named("threshold"),
-    **{cls: _bare(cls.__name__.lower()) for cls in (nn.CELU, nn.SELU, nn.RReLU, nn.Tanh, nn.Softsign)},
-    **{cls: _bare(cls.__name__.lower()) for cls in (nn.Tanhshrink, nn.Softshrink, nn.Hardshrink)},
+    nn.ReLU: _row("relu"),
+    nn.ReLU6: _row("relu6"),
+    nn.LeakyReLU: _row("leaky_relu"),
+    nn.PReLU: _row("prelu"),
+    nn.ELU: _row("elu"),
+    nn.GELU: _row("gelu"),
+    nn.SiLU: _row("silu"),
+    nn.Hardswish: _row("hardswish"),
+    nn.Mish: _row("mish"),
+    nn.Softplus: _row("softplus"),
+    nn.Hardtanh: _row("hardtanh"),
+    nn.Threshold: _row("threshold"),
+    **{cls: _row(cls.__name__.lower()) for cls in (nn.CELU, nn.SELU, nn.RReLU, nn.Tanh, nn.Softsign)},
+    **{cls: _row(cls.__name__.lower()) for cls in (nn.Tanhshrink, nn.Softshrink, nn.Hardshrink)},
 }
 
 _TIMM, _ROBUSTBENCH = "timm.layers.activations", "robustbench.model_zoo.architectures"
 
 # The same by qualified name, for libraries that may not be installed.
 _MODULES_BY_NAME: dict[str, _Reader] = {
-    f"{_TIMM}.PReLU": _fused("prelu", weight="weight"),
-    f"{_TIMM}.GELU": _fused("gelu"),
-    f"{_TIMM}.GELUTanh": _fused("gelu_tanh"),
-    f"{_TIMM}.Tanh": _bare("tanh"),
-    f"{_TIMM}.QuickGELU": _bare("quick_gelu"),
-    f"{_TIMM}.Swish": _fused("swish"),
-    f"{_TIMM}.Mish": _bare("mish"),
-    f"{_TIMM}.HardSwish": _bare("hardswish"),
-    f"{_TIMM}.HardMish": _bare("hard_mish"),
-    f"{_TIMM}_me.SwishMe": _bare("swish"),
-    f"{_TIMM}_me.MishMe": _bare("mish"),
-    f"{_TIMM}_me.HardSwishMe": _bare("hardswish"),
-    f"{_TIMM}_me.HardMishMe": _bare("hard_mish"),
+    f"{_TIMM}.PReLU": _row("prelu"),
+    f"{_TIMM}.GELU": _row("gelu"),
+    f"{_TIMM}.GELUTanh": _row("gelu_tanh"),
+    f"{_TIMM}.Tanh": _row("tanh", fused=False),
+    f"{_TIMM}.QuickGELU": _row("quick_gelu", fused=False),
+    f"{_TIMM}.Swish": _row("swish"),
+    f"{_TIMM}.Mish": _row("mish", fused=False),
+    f"{_TIMM}.HardSwish": _row("hardswish", fused=False),
+    f"{_TIMM}.HardMish": _row("hard_mish", fused=False),
+    f"{_TIMM}_me.SwishMe": _row("swish", fused=False),
+    f"{_TIMM}_me.MishMe": _row("mish", fused=False),
+    f"{_TIMM}_me.HardSwishMe": _row("hardswish", fused=False),
+    f"{_TIMM}_me.HardMishMe": _row("hard_mish", fused=False),
     "timm.models.metaformer.SquaredReLU": _squared("squared_relu"),
     "timm.models.metaformer.StarReLU": _squared("star_relu"),
     "timm.models.nfnet.GammaAct": _gamma,
-    **{f"{_ROBUSTBENCH}.{file}.Swish": _fused("swish") for file in ("dm_wide_resnet", "dm_rn")},
-    **{f"{_ROBUSTBENCH}.Meansparse_wrn_{size}_16.Swish": _fused("swish") for size in (70, 94)},
+    **{f"{_ROBUSTBENCH}.{file}.Swish": _row("swish") for file in ("dm_wide_resnet", "dm_rn")},
+    **{f"{_ROBUSTBENCH}.Meansparse_wrn_{size}_16.Swish": _row("swish") for size in (70, 94)},
     # Both its slope and its shift are learned; the kernels' row would freeze the shift at the value of the moment.
-    f"{_ROBUSTBENCH}.paf_wide_resnet.PSSiLU": _bare("pssilu"),
+    f"{_ROBUSTBENCH}.paf_wide_resnet.PSSiLU": _row("pssilu", fused=False),
 }
 
 # Name, names of the scalar arguments in signature order after the input, functions. Those with an underscore take no
@@ -174,12 +164,7 @@ _FUNCTIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
     function: (name, tuple(parameters.split())) for name, parameters, *functions in _ROWS for function in functions
 }
 
-_METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
-    **dict.fromkeys(("relu", "relu_"), ("relu", ())),
-    "prelu": ("prelu", ("weight",)),
-    **dict.fromkeys(("tanh", "tanh_"), ("tanh", ())),
-    "hardshrink": ("hardshrink", ("lambd",)),
-}
+_METHODS = {f.__name__: row for f, row in _FUNCTIONS.items() if hasattr(torch.Tensor, f.__name__)}
 
 _CALLABLES = (str, FunctionType, BuiltinFunctionType, OpOverload, OpOverloadPacket, torch.jit.ScriptFunction)
 _REGISTERED_MODULES: dict[type[nn.Module], _Reader] = {}
@@ -276,23 +261,18 @@ def match_function(target: Callable | str, args: tuple, kwargs: dict) -> Activat
     Args:
         args: Positional arguments, the input first; may hold graph nodes.
     """
-    spelled = target if isinstance(target, str) else getattr(target, "__name__", "")
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if (registered := _REGISTERED_CALLS.get(target)) is not None:
-        return replace(registered, inplace=bool(kwargs.get("inplace", False)) or spelled.endswith("_"))
+        return replace(registered, inplace=bool(kwargs.get("inplace", False)) or name.endswith("_"))
     if isinstance(target, OpOverload | OpOverloadPacket):  # torch.ops.aten.relu, whose arguments may be others
-        space, spelled = str(target).split(".")[:2]
-        function = getattr(F, spelled.removesuffix("_"), None) if space == "aten" else None
+        space, name = str(target).split(".")[:2]
+        function = getattr(F, name.removesuffix("_"), None) if space == "aten" else None
         row = None if function is None else _FUNCTIONS.get(function)
-        return row and ActivationCall(row[0], inplace=spelled.endswith("_"), fused=False)
+        return row and ActivationCall(row[0], inplace=name.endswith("_"), fused=False)
     row = _METHODS.get(target) if isinstance(target, str) else _FUNCTIONS.get(target)
     if row is None:
         return None
-    name, parameters = row
-    given = dict(zip(parameters, args[1:], strict=False)) | kwargs
-    if name in _NAMES:
-        name = _NAMES[name](given)
-    inplace = bool(given.get("inplace", False)) or spelled.endswith("_")
-    if name not in ACTIVATIONS:
-        return ActivationCall(name, inplace=inplace, fused=False)
-    constants = tuple(float(given.get(k, default)) for k, default in ACTIVATIONS[name].constants)
-    return ActivationCall(name, constants, inplace, weight=given.get("weight"))
+    given = dict(zip(row[1], args[1:], strict=False)) | kwargs
+    if name.endswith("_"):
+        given["inplace"] = True
+    return _call(row[0], given, given.get("weight"))

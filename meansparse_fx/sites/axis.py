@@ -10,15 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from ..dataless import storage
 from .shapes import Flow, Shape
+
+if TYPE_CHECKING:
+    from .ops import Operators
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +29,14 @@ class Call:
     """One call with all that is known of what it reads.
 
     Attributes:
-        module: The module it calls, if it calls one.
         flow: Shapes of all nodes.
         axes: Channel dimensions known so far.
-        is_weight: Returns whether a node is a parameter, or a view of one.
     """
 
     node: fx.Node
-    module: nn.Module | None
+    operators: Operators
     flow: Flow
     axes: Mapping[fx.Node, int | None]
-    is_weight: Callable[[fx.Node], bool]
 
     @property
     def source(self) -> fx.Node | None:
@@ -70,14 +70,9 @@ class Call:
             values = self.flow.values.get(node)
             return pytree.tree_map(lambda v: meta(node, v) if isinstance(v, Shape) else v, values)
 
-        args: Any = map_arg(self.node.args, given)
-        kwargs: Any = map_arg(self.node.kwargs, given)
-        target: Any = self.node.target
+        args, kwargs = (map_arg(a, given) for a in (self.node.args, self.node.kwargs))
         try:
-            if self.module is not None:
-                result = type(self.module).forward(self.module, *args, **kwargs)
-            else:
-                result = target(*args, **kwargs) if callable(target) else getattr(args[0], target)(*args[1:], **kwargs)
+            result = self.operators.call(self.node, args, kwargs)
         except Exception:  # any of torch's, about shapes that do not fit
             return None
         return next((leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)), None)
@@ -128,8 +123,8 @@ def joined(call: Call) -> int | None:
 
 def normalized(call: Call) -> int | None:
     """A norm over the last dimension alone says that it holds the channels."""
-    shape = call.node.args[1] if len(call.node.args) > 1 else call.node.kwargs.get("normalized_shape")
-    shape = getattr(call.module, "normalized_shape", shape)
+    given: Any = call.node.args[1] if len(call.node.args) > 1 else call.node.kwargs.get("normalized_shape")
+    shape = getattr(call.operators.module(call.node), "normalized_shape", given)
     return len(call.result) - 1 if len(shape) == 1 else call.axis
 
 
@@ -144,7 +139,7 @@ def regrouped(call: Call) -> int | None:
 
 def viewed(call: Call) -> int | None:
     """permute, split, x[...], ...: of an input that lies in memory along its channels alone, so does a view."""
-    if call.axis is None or not isinstance(call.flow.values.get(call.source), Shape):
+    if call.axis is None or call.source is None or not isinstance(call.flow.values[call.source], Shape):
         return call.axis  # of several results, the one taken
     strides = [int(d == call.axis) for d in range(len(call.shape))]
     own = torch.empty_strided(call.shape, strides, device="meta")
@@ -170,7 +165,7 @@ def traced(call: Call) -> int | None:
 
 def _made_by_weights(call: Call) -> Iterable[int]:
     """Yield the dimensions of the result that are one of a weight's whose others are all summed over."""
-    weights = {n: len(call.flow.shape(n)) for n in call.node.all_input_nodes if call.is_weight(n)}
+    weights = {n: len(call.flow.shape(n)) for n in call.node.all_input_nodes if call.operators.is_weight(n)}
     biases = {n: 0 for n, rank in weights.items() if rank == 1}
     others = [(n, d) for n in call.node.all_input_nodes if n not in weights for d in range(len(call.flow.shape(n)))]
     for weight, rank in weights.items():

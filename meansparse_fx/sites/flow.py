@@ -41,7 +41,7 @@ def carried(node: fx.Node, operators: Operators, flow: Flow, axes: Mapping[fx.No
     op = operators.op(node)
     if op.carry is rules.unknown:
         return None if op.channels is None else op.channels % len(flow.shape(node))
-    axis = op.carry(Call(node, operators.module(node), flow, axes, operators.is_weight))
+    axis = op.carry(Call(node, operators, flow, axes))
     return axis if axis is not None and 0 <= axis < len(flow.shape(node)) else None
 
 

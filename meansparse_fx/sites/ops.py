@@ -83,7 +83,7 @@ class Operators:
         if self.activation(node) is not None:
             return METHODS["apply"] if node.target == "apply" else ACTIVATION
         if node.op in ("call_function", "call_method"):
-            names = METHODS if node.op == "call_method" else FUNCTIONS
+            names: Mapping[Any, Op] = METHODS if node.op == "call_method" else FUNCTIONS
             inside = node in self.known  # of an activation; its own code, such as Swish's
             unlisted = ELEMENTWISE if inside or is_pointwise(node.target) else UNKNOWN
             return names.get(node.target) or LIBRARY_FUNCTIONS.get(_qualified(node), unlisted)
@@ -125,6 +125,13 @@ class Operators:
             call = match_function(node.target, (), {})
             inplace = any(a is True for a in (*node.args, node.kwargs.get("inplace")))
             return call and replace(call, constants=(), inplace=call.inplace or inplace, fused=False)
+
+    def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """Return what a node's call gives for other arguments, past a module's hooks."""
+        if (module := self.module(node)) is not None:
+            return type(module).forward(module, *args, **kwargs)
+        target: Any = node.target
+        return target(*args, **kwargs) if callable(target) else getattr(args[0], target)(*args[1:], **kwargs)
 
     def writes(self, node: fx.Node) -> bool:
         """Return whether a call writes into its first argument, as far as its name and its arguments tell."""

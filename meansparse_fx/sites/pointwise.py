@@ -151,12 +151,7 @@ class Pieces:
         if name_of(node) in CASTS:
             number = args[0].double()
             return number.clone() if name_of(node) == "clone" else number  # what overwrites a copy leaves its source
-        if node.op == "call_module":
-            module: Any = self._operators.module(node)
-            return type(module).forward(module, *args, **kwargs)  # past its hooks
-        if callable(node.target):
-            return node.target(*args, **kwargs)
-        return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return self._operators.call(node, args, kwargs)
 
     def _constant(self, node: fx.Node, depth: int = 0) -> Any:
         """Return a number for what does not depend on the images: of a parameter its largest."""
