@@ -221,7 +221,11 @@ AXES = {
     "unbind batch": (lambda c, t: c.unbind()[0], 0),
     "getitem first": (lambda c, t: t[0], 2),
     "getitem last": (lambda c, t: t[..., 0], None),
-    "getitem by list": (lambda c, t: c[[0, 1]], None),
+    "getitem by list": (lambda c, t: c[[0, 1]], 1),
+    "getitem of channels by list": (lambda c, t: c[:, [0, 1, 2, 3]], None),
+    "in no row": (lambda c, t: F.grid_sample(c, torch.zeros(1, 2, 2, 2).expand(len(c), -1, -1, -1)), 1),
+    "in no row, of space": (lambda c, t: torch.rot90(c, 1, (2, 3)).unfold(2, 2, 2), 1),
+    "in no row, of channels": (lambda c, t: torch.diagonal(c, dim1=1, dim2=2), None),
     "getitem between": (lambda c, t: c[0, None, 1:, None], 1),
     "bmm": (lambda c, t: torch.baddbmm(torch.ones(1), torch.ones(3, 7, 8), t[0]), 2),
     "mm": (lambda c, t: c.flatten(2)[0].mm(torch.ones(36, 5)), 0),
@@ -299,7 +303,7 @@ PRODUCTS = {
     "product of nothing known": (lambda c, w: c.reshape(2, -1, 4) @ w.t(), 2),
     "product with a bias": (lambda c, w: torch.addmm(w[:, 0], c.mean((2, 3)), w.T), 1),
     "batched": (lambda c, w: torch.bmm(w.expand(c.shape[0], -1, -1), c.flatten(2)), None),
-    "a constant": (lambda c, w: w.detach().new_ones(6, 4) @ c.flatten(2), None),
+    "a constant": (lambda c, w: torch.ones(6, 4) @ c.flatten(2), None),
     "two weights": (lambda c, w: torch.einsum("nchw,dc,ec->ndehw", c, w, w * 1), None),
 }
 

@@ -137,25 +137,22 @@ def regrouped(call: Call) -> int | None:
     return fits[0] if len(fits) == 1 else None
 
 
-def viewed(call: Call) -> int | None:
-    """permute, split, x[...], ...: of an input that lies in memory along its channels alone, so does a view."""
-    if call.axis is None or call.source is None or not isinstance(call.flow.values[call.source], Shape):
-        return call.axis  # of several results, the one taken
-    strides = [int(d == call.axis) for d in range(len(call.shape))]
-    own = torch.empty_strided(call.shape, strides, device="meta")
-    view = call.run(lambda node, shape: own if node is call.source else torch.empty(shape, device="meta"))
-    if view is None or storage(view) != storage(own):
-        return None
-    along = [d for d, stride in enumerate(view.stride()) if stride]
-    along = along if len(along) == 1 else [d for d in along if view.shape[d] > 1]  # a new dimension has a stride, too
-    return along[0] if len(along) == 1 else None
+def asked(call: Call) -> int | None:
+    """Any other operator of torch's is asked: where a view has its stride, or what doubles with the channels.
 
-
-def traced(call: Call) -> int | None:
-    """Products, sums over dimensions, ...: what doubles with the channels holds them.
-
-    Where they are summed over with a weight, its other dimension makes new ones.
+    Where these are summed over with a weight, its other dimension makes new ones.
     """
+    if call.axis is not None and call.source is not None:
+        if not isinstance(call.flow.values[call.source], Shape):
+            return call.axis  # of several results, the one taken
+        strides = [int(d == call.axis) for d in range(len(call.shape))]
+        own = torch.empty_strided(call.shape, strides, device="meta")
+        view = call.run(lambda node, shape: own if node is call.source else torch.empty(shape, device="meta"))
+        if view is not None and storage(view) == storage(own):
+            along = [d for d, stride in enumerate(view.stride()) if stride]
+            # A new dimension of size 1 may have a stride, too.
+            along = along if len(along) == 1 else [d for d in along if view.shape[d] > 1]
+            return along[0] if len(along) == 1 else None
     dims = call.doubled(call.known) if call.known else None
     if dims is None:
         return _agreed(_made_by_weights(call))

@@ -39,8 +39,8 @@ def channel_axes(
 def carried(node: fx.Node, operators: Operators, flow: Flow, axes: Mapping[fx.Node, int | None]) -> int | None:
     """Return the channel dimension of a node's result, from those of what it reads; None is unknown."""
     op = operators.op(node)
-    if op.carry is rules.unknown:
-        return None if op.channels is None else op.channels % len(flow.shape(node))
+    if op.channels is not None and op.carry is rules.asked:
+        return op.channels % len(flow.shape(node))
     axis = op.carry(Call(node, operators, flow, axes))
     return axis if axis is not None and 0 <= axis < len(flow.shape(node)) else None
 

@@ -39,7 +39,7 @@ class Op:
     """
 
     word: str = ""
-    carry: Rule = axis.unknown
+    carry: Rule = axis.asked
     channels: int | None = None
     pools: bool = False
     like: bool = False
@@ -47,7 +47,8 @@ class Op:
     may_alias: bool = False
 
 
-UNKNOWN = Op()
+ASKED = Op()
+UNKNOWN = Op(carry=axis.unknown)
 ACTIVATION = Op(carry=axis.same)
 PUBLISHED = Op("published", axis.same, passes=True)
 ELEMENTWISE = Op(carry=axis.elementwise)
@@ -88,8 +89,6 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
     ("zeros_like ones_like empty_like full_like requires_grad_ arctan arcsinh arctanh expit ndtr", ELEMENTWISE),
     ("logsigmoid", ELEMENTWISE, nn.Sigmoid, nn.LogSigmoid, nn.Hardsigmoid),
     ("softmax log_softmax softmin", Op(carry=axis.same), nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin),
-    ("gumbel_softmax normalize cumsum local_response_norm", Op(carry=axis.same), nn.LocalResponseNorm),
-    ("roll flip sort clone", Op(carry=axis.same)),
     ("contiguous to type type_as float half bfloat16 double cpu cuda", Op(carry=axis.same, may_alias=True)),
     (
         "dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout stochastic_depth",
@@ -97,28 +96,23 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
         dropout._DropoutNd,
     ),
     ("", Op("identity", axis.same, passes=True), nn.Identity),
-    ("permute transpose transpose_ t swapaxes swapdims movedim moveaxis", Op("permute", axis.viewed)),
+    ("permute transpose transpose_ t swapaxes swapdims movedim moveaxis", Op("permute")),
     (
         "view reshape flatten ravel unflatten squeeze unsqueeze squeeze_ unsqueeze_",
         Op("reshape", axis.regrouped, may_alias=True),
         *(nn.Flatten, nn.Unflatten),
     ),
     ("reshape_as view_as", Op("reshape", axis.regrouped, like=True, may_alias=True)),
-    ("expand narrow", Op(carry=axis.viewed)),
-    ("expand_as", Op("expand", axis.viewed, like=True)),
-    ("split chunk tensor_split split_with_sizes unsafe_split unsafe_chunk", Op("slice", axis.viewed)),
-    ("unbind select getitem __getitem__", Op("slice", axis.viewed)),
-    ("repeat tile repeat_interleave", Op(carry=axis.traced)),
-    ("index_select", Op(carry=axis.resized)),
+    ("expand_as", Op("expand", like=True)),
+    ("split chunk tensor_split split_with_sizes unsafe_split unsafe_chunk unbind select getitem", Op("slice")),
+    ("__getitem__", Op("slice")),
     ("cat concat concatenate", Op("cat", axis.joined)),
-    ("stack", Op("stack", axis.traced)),
     ("pad", Op(carry=axis.resized), *_PADS),
     ("interpolate upsample", Op(carry=axis.resized), nn.Upsample),
     (_POOLS, Op("pool", axis.resized, pools=True), *_POOL_MODULES),
-    ("mean sum amax amin max min norm var std logsumexp nanmean median", Op(carry=axis.traced, pools=True)),
-    ("matmul bmm mm baddbmm addmm __matmul__", Op("matmul", axis.traced, pools=True)),
-    ("einsum tensordot", Op(carry=axis.traced)),
-    ("scaled_dot_product_attention", Op("attention", axis.traced)),
+    ("mean sum amax amin max min norm var std logsumexp nanmean median", Op(pools=True)),
+    ("matmul bmm mm baddbmm addmm __matmul__", Op("matmul", pools=True)),
+    ("scaled_dot_product_attention", Op("attention")),
     ("apply", Op("function", axis.unchanged)),
 )
 _NAMESPACES = (F, torch, torch._C._nn, torch.special, operator)
@@ -129,7 +123,7 @@ FUNCTIONS: dict[Any, Op] = {
     for function in (getattr(namespace, name, None) for namespace in _NAMESPACES)
     if function is not None
 } | {
-    getattr: Op(carry=axis.viewed),
+    getattr: ASKED,
     enter: Op("hooks", axis.joined, may_alias=True),
     leave: Op("hooks", axis.unchanged, like=True, may_alias=True),
 }
@@ -145,12 +139,13 @@ MODULES: dict[type[nn.Module], Op] = {kind: op for _, op, *kinds in _ROWS for ki
 
 
 @functools.cache
-def is_pointwise(target: Callable | str) -> bool:
-    """Return whether torch says of a function of its own, or of a tensor's method, that it works element by element."""
+def unlisted(target: Callable | str) -> Op:
+    """Return what is known of a function, or of a tensor's method, that has no row."""
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if not isinstance(target, str) and all(getattr(space, name, None) is not target for space in _NAMESPACES):
-        return False
+        return UNKNOWN
     forms = (name.strip("_"), name.strip("_") + "_", f"special_{name}", f"_{name}")
     packets = (getattr(torch.ops.aten, form, None) for form in forms)
     found = next((p for p in packets if isinstance(p, OpOverloadPacket)), None)
-    return found is not None and any(torch.Tag.pointwise in getattr(found, o).tags for o in found.overloads())
+    tags = {tag for overload in (found.overloads() if found else ()) for tag in getattr(found, overload).tags}
+    return ELEMENTWISE if torch.Tag.pointwise in tags else ASKED

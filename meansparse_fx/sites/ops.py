@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,9 @@ from torch import Tensor, fx, nn
 from ..activations import ActivationCall, match_function, match_module
 from ..hooks import has_hooks, has_own_forward
 from ..published import PublishedOperator, published_operator
-from . import axis
 from .op_table import (
     ACTIVATION,
+    ASKED,
     ELEMENTWISE,
     FUNCTIONS,
     LIBRARY_FUNCTIONS,
@@ -24,7 +23,7 @@ from .op_table import (
     PUBLISHED,
     UNKNOWN,
     Op,
-    is_pointwise,
+    unlisted,
 )
 
 if TYPE_CHECKING:
@@ -84,14 +83,16 @@ class Operators:
             return METHODS["apply"] if node.target == "apply" else ACTIVATION
         if node.op in ("call_function", "call_method"):
             names: Mapping[Any, Op] = METHODS if node.op == "call_method" else FUNCTIONS
-            inside = node in self.known  # of an activation; its own code, such as Swish's
-            unlisted = ELEMENTWISE if inside or is_pointwise(node.target) else UNKNOWN
-            return names.get(node.target) or LIBRARY_FUNCTIONS.get(_qualified(node), unlisted)
+            row = names.get(node.target) or LIBRARY_FUNCTIONS.get(_qualified(node))
+            # In an activation that was traced into, its own code, such as Swish's.
+            return row or (ELEMENTWISE if node in self.known else unlisted(node.target))
         module = self.module(node)
         if module is not None and has_own_forward(module):
             return UNKNOWN
         row = next((MODULES[base] for base in type(module).__mro__ if base in MODULES), None)
-        return row or (UNKNOWN if self.published(node) is None else PUBLISHED)
+        if row is not None or self.published(node) is not None:
+            return row or PUBLISHED
+        return ASKED if type(module).__module__.startswith("torch.nn.") else UNKNOWN
 
     def published(self, node: fx.Node) -> PublishedOperator | None:
         """Return the published operator a node calls, if it calls one."""
@@ -142,7 +143,7 @@ class Operators:
         if module is not None:
             asked = getattr(module, "inplace", False) if activation is None else activation.inplace
             return bool(asked) and (module.training or not idle)
-        given = _arguments(node)
+        given = dict(zip(_parameters(node.target), node.args, strict=False)) | node.kwargs
         if activation is not None and activation.inplace:
             return True
         if given.get("inplace") and not (idle and given.get("training") is False):
@@ -184,8 +185,8 @@ class Operators:
         return tensor if isinstance(tensor, Tensor) else None
 
     def is_weight(self, node: fx.Node) -> bool:
-        """Return whether a node is a parameter, or a view of one."""
-        while self.op(node).carry in (axis.viewed, axis.regrouped) and node.all_input_nodes:
+        """Return whether a node is a parameter, or made of one alone."""
+        while len(node.all_input_nodes) == 1:
             node = node.all_input_nodes[0]
         return isinstance(self.tensor(node), nn.Parameter)
 
@@ -242,22 +243,8 @@ def _qualified(node: fx.Node) -> str:
     return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__qualname__', '')}"
 
 
-def _arguments(node: fx.Node) -> dict:
-    """Return a call's arguments by name, with defaults, as far as the function tells their names."""
-    signature = _signature(node.target)
-    if signature is None:
-        return node.kwargs
-    try:
-        bound = signature.bind(*node.args, **node.kwargs)
-    except TypeError:
-        return node.kwargs
-    bound.apply_defaults()
-    return bound.arguments | node.kwargs
-
-
 @functools.cache
-def _signature(target: Callable | str) -> inspect.Signature | None:
-    try:
-        return inspect.signature(target)  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # methods, and what is written in C: they name what works in place by an underscore
-        return None
+def _parameters(target: Callable | str) -> tuple[str, ...]:
+    """Return the names of a Python function's arguments; what is written in C works in place by its name alone."""
+    code = getattr(target, "__code__", None)
+    return () if code is None else code.co_varnames[: code.co_argcount]
