@@ -19,8 +19,8 @@ from .plan import Site
 from .shapes import Flow
 
 
-class Aliases:
-    """Which nodes of a graph may lie in one memory.
+class Overwrites:
+    """Which nodes of a graph may lie in one memory, and the calls that write into tensors they are given.
 
     Attributes:
         order: By node, its position in the graph.
@@ -29,38 +29,29 @@ class Aliases:
     """
 
     def __init__(self, graph: fx.Graph, operators: Operators, flow: Flow) -> None:
+        self._operators = operators
         self.order = {node: position for position, node in enumerate(graph.nodes)}
         self.memory: dict[fx.Node, frozenset[int]] = {}
         self.holders: dict[int, list[fx.Node]] = defaultdict(list)
+        self._writers: dict[int, list[fx.Node]] = defaultdict(list)
         for node in graph.nodes:
             memory = flow.memory.get(node, frozenset())
             if operators.op(node).may_alias:
                 # What was a copy for these images may be a view for others, or in another memory format.
                 memory |= frozenset().union(*(self.memory[n] for n in node.all_input_nodes[:1]))
-            self.hold(node, memory)
+            self._hold(node, memory)
+            for key in frozenset().union(*(self.memory[n] for n in self._written(node))):
+                self._writers[key].append(node)
 
-    def hold(self, node: fx.Node, memory: frozenset[int]) -> None:
-        """Note in which memory a node may lie."""
+    def _hold(self, node: fx.Node, memory: frozenset[int]) -> None:
         self.memory[node] = memory
         for key in memory:
             self.holders[key].append(node)
 
-
-class Overwrites(Aliases):
-    """The calls of a graph that write into tensors they are given, by the memory they write into."""
-
-    def __init__(self, graph: fx.Graph, operators: Operators, flow: Flow) -> None:
-        super().__init__(graph, operators, flow)
-        self._operators = operators
-        self._writers: dict[int, list[fx.Node]] = defaultdict(list)
-        for node in graph.nodes:
-            for key in frozenset().union(*(self.memory[n] for n in self._written(node))):
-                self._writers[key].append(node)
-
     def record(self, new: fx.Node, old: fx.Node) -> None:
         """Note that a new node yields what an old one did, as far as its readers can tell."""
         self.order[new] = self.order[old]
-        self.hold(new, self.memory[old])
+        self._hold(new, self.memory[old])
 
     def changed(self, node: fx.Node, but: fx.Node | None = None) -> bool:
         """Return whether somebody else overwrites a node's value, so that it must not be read at another time."""
@@ -85,7 +76,7 @@ class Overwrites(Aliases):
 
 def check_inplace(graph: fx.Graph, operators: Operators, flow: Flow, sites: Iterable[Site]) -> None:
     """Raise SiteError if a site's in-place activation changes a tensor that is read later under another name."""
-    aliases = Aliases(graph, operators, flow)
+    aliases = Overwrites(graph, operators, flow)
     order = aliases.order
     nodes = {node.name: node for node in order}
     for site in sites:

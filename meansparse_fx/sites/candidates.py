@@ -32,7 +32,7 @@ class Candidate:
         inside: The activation calls in a residual branch.
         published: The published operator that stands here.
         reader: What alone reads a residual sum.
-        left: The model has published operators, but none here.
+        unpublished: The model has published operators, but none here.
     """
 
     node: fx.Node
@@ -43,7 +43,7 @@ class Candidate:
     inside: tuple[fx.Node, ...] = ()
     published: fx.Node | None = None
     reader: fx.Node | None = None
-    left: bool = False
+    unpublished: bool = False
 
 
 def find_candidates(
@@ -91,14 +91,14 @@ def _taken_over(
 ) -> list[Candidate]:
     """Return the candidates with the published operators at theirs, and one more for each that stands at none."""
     places = {(c.node, c.kind): i for i, c in enumerate(candidates)}
-    found = [replace(c, left=True) for c in candidates]
+    found = [replace(c, unpublished=True) for c in candidates]
     for node in published:
         place = _place(node, connections, operators)
         index = -1 if place is None else places.get(place, -1)
         if index < 0 or found[index].published is not None:
             found.append(Candidate(node, "published", operators.label(node), operand(node), published=node))
         else:
-            found[index] = replace(found[index], source=operand(node), published=node, left=False)
+            found[index] = replace(found[index], source=operand(node), published=node, unpublished=False)
     return found
 
 

@@ -116,7 +116,7 @@ def plan_sites(
             site = site.refused("input-independent", "computed from parameters alone, the same for every image")
         elif (refusal := gates.get(node) or (operators.refusal(node) if candidate.call else None)) is not None:
             site = replace(site, refusal=refusal)
-        elif candidate.left:
+        elif candidate.unpublished:
             site = site.refused("published", "the checkpoint has no operator here")
         elif axis is None:
             cure = f"give it by hand, Placement(channel_dims={{{name!r}: dimension}})"
