@@ -24,7 +24,6 @@ from .passes.instrument import instrument
 from .passes.lower import lower
 from .passes.sparsify import sparsify
 from .passes.write_back import write_back
-from .sites.entrances import remove_entrances
 
 # What an operator becomes: where the graph is run as it is, the fastest kernel; for compilers, aten operators.
 _CALLS: dict[Any, Callable[..., Tensor]] = {"eager": ops.mean_sparse}
@@ -77,7 +76,6 @@ def meansparse(
                 report.share(graph_module)
                 write_back(graph_module, [s for s in plan.active if s.name in found.overwriting])
                 lower(graph_module, report.operators, _CALLS.get(asked.inner, ops.composed))
-            remove_entrances(graph_module.graph)
             graph_module.recompile()
             report.add(captured, plan)
     compiled = compile_inner(graph_module, example_inputs)

@@ -45,7 +45,7 @@ SECONDS = 40  # of a mutant's tests, as long as they take without a fault; one t
 TESTS = {
     "meansparse_fx/sites/aliases": "sites fuse formulas transform backend",
     "meansparse_fx/sites/dynamo": "backend",
-    "meansparse_fx/sites/entrances": "backend",
+    "meansparse_fx/sites/inlined": "backend",
     "meansparse_fx/sites/residual": "published",
     "meansparse_fx/sites/composites": "formulas sites",
     "meansparse_fx/sites/pointwise": "formulas sites",

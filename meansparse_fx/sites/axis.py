@@ -96,12 +96,7 @@ def unknown(call: Call) -> int | None:
 
 
 def same(call: Call) -> int | None:
-    """Dimensions stay where they are."""
-    return call.axis
-
-
-def resized(call: Call) -> int | None:
-    """Dimensions stay; the channels are still the channels if their number is the same."""
+    """Dimensions stay where they are; the channels are still the channels if their number is the same."""
     axis = call.axis
     return axis if axis is not None and call.shape[axis : axis + 1] == call.result[axis : axis + 1] else None
 

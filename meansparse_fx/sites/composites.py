@@ -75,9 +75,9 @@ class CompositeFinder:
         self._graph, self._operators, self._flow = graph, operators, flow
         self._data, self._axes, self._gates = data, axes, gates
         self._pieces = Pieces(graph, operators, flow, data)
-        self._composites: dict[fx.Node, Composite] = {}
+        self._composites = dict(operators.composites)
         self._weights: dict[fx.Node, Refusal] = {}
-        self._taken: set[fx.Node] = set()
+        self._taken = set(operators.composites)
         self._seen: set[fx.Node] = set()
 
     def find(self) -> Operators:

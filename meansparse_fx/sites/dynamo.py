@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 
@@ -25,9 +25,9 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from ..activations import match_module
 from .aliases import changed_inputs
-from .entrances import ModuleCall, mark_entrances
 from .find import plan_sites
 from .flow import channel_axes
+from .inlined import ModuleCall, inlined_activations
 from .ops import Operators
 from .plan import Placement, SitePlan
 from .shapes import recorded
@@ -133,24 +133,23 @@ class DynamoGraph:
         earlier: Callable[[dict[str, int]], dict[str, int]],
         axis_of: Callable[[Tensor], int | None],
     ) -> Found:
-        """Return the graph's sites; marks in the graph where the inputs of activation modules enter them.
+        """Return the graph's sites.
 
         Args:
             earlier: Given how often this graph calls each path, returns how often graphs before it did.
             axis_of: The channel dimension of a tensor that another graph put out, if known.
         """
-        state = {node for node in self.graph.find_nodes(op="placeholder") if node not in self.inputs}
-        entrances = mark_entrances(self.graph, self.owners, state)
-        callers = self.callers | entrances.paths
+        composites = inlined_activations(self.graph, self.owners, self.state)
         flow = recorded(self.graph)
-        operators = Operators.of(self.model or nn.Module(), callers=callers, known=entrances.known, tensors=self.state)
+        operators = Operators.of(
+            self.model or nn.Module(), callers=self.callers, tensors=self.state, composites=composites
+        )
         given = {node: axis for node, value in self.inputs.items() if (axis := axis_of(value)) is not None}
         known = channel_axes(self.graph, operators, flow, given)
         plan = plan_sites(self.graph, operators, flow, known, self.inputs, _ROUTE, placement, earlier)
-        named = {node.name for node in callers}
-        sites = (replace(s, refusal=entrances.refused.get(s.node, s.refusal)) for s in plan)
+        named = {node.name for node in (*self.callers, *composites)}
         sites = (
-            s if s.refusal or s.node in named else s.refused("nameless", _NAMELESS, "move the break") for s in sites
+            s if s.refusal or s.node in named else s.refused("nameless", _NAMELESS, "move the break") for s in plan
         )
         plan = SitePlan(tuple(sites), plan.route)
         outputs: Any = self.graph.output_node().args[0]

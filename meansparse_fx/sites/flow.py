@@ -16,7 +16,7 @@ from .ops import Operators
 from .shapes import Flow
 
 # Rules of operators whose result has the same dimensions in the same order.
-_KEEPING = (rules.same, rules.elementwise, rules.joined, rules.resized)
+_KEEPING = (rules.same, rules.elementwise, rules.joined)
 
 
 def channel_axes(

@@ -1,7 +1,7 @@
-"""Floor 2: the table of operators, one row each: its word in the plan, how it carries the channels.
+"""Floor 2: the table of operators, one row each: its word in the plan, and more than its call tells of the channels.
 
-Functions and tensor methods share their rows, for torch names both alike. Another operator is one more name here.
-Imports `axis` and floor 1 only.
+Functions and tensor methods share their rows, for torch names both alike. Operators of torch that have no row are known
+as well: whether they work element by element is a tag of theirs. Imports `axis` and floor 1 only.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ class Op:
 
 ASKED = Op()
 UNKNOWN = Op(carry=axis.unknown)
-ACTIVATION = Op(carry=axis.same)
 PUBLISHED = Op("published", axis.same, passes=True)
 ELEMENTWISE = Op(carry=axis.elementwise)
 _POOLS = " ".join(
@@ -107,9 +106,9 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
     ("split chunk tensor_split split_with_sizes unsafe_split unsafe_chunk unbind select getitem", Op("slice")),
     ("__getitem__", Op("slice")),
     ("cat concat concatenate", Op("cat", axis.joined)),
-    ("pad", Op(carry=axis.resized), *_PADS),
-    ("interpolate upsample", Op(carry=axis.resized), nn.Upsample),
-    (_POOLS, Op("pool", axis.resized, pools=True), *_POOL_MODULES),
+    ("pad", Op(carry=axis.same), *_PADS),
+    ("interpolate upsample", Op(carry=axis.same), nn.Upsample),
+    (_POOLS, Op("pool", axis.same, pools=True), *_POOL_MODULES),
     ("mean sum amax amin max min norm var std logsumexp nanmean median", Op(pools=True)),
     ("matmul bmm mm baddbmm addmm __matmul__", Op("matmul", pools=True)),
     ("scaled_dot_product_attention", Op("attention")),

@@ -13,7 +13,6 @@ from ..activations import ActivationCall, match_function, match_module
 from ..hooks import has_hooks, has_own_forward
 from ..published import PublishedOperator, published_operator
 from .op_table import (
-    ACTIVATION,
     ASKED,
     ELEMENTWISE,
     FUNCTIONS,
@@ -44,7 +43,6 @@ class Operators:
         modules: The graph's modules by every path they have.
         paths: The first path of each module, by its id: the one that names sites.
         callers: Path of the module whose forward makes a call, by node, where the nodes do not tell themselves.
-        known: The activation of calls that do not tell themselves; None for calls inside of one.
         tensors: What parameters and buffers hold, by the placeholder that stands for one.
         composites: By call, the activation written out of several calls, or by one that is several things, which it
             is a part of.
@@ -54,7 +52,6 @@ class Operators:
     modules: dict[str, nn.Module]
     paths: dict[int, str]
     callers: dict[fx.Node, str] = field(default_factory=dict)
-    known: dict[fx.Node, ActivationCall | None] = field(default_factory=dict)
     tensors: Mapping[fx.Node, Tensor] = field(default_factory=dict)
     composites: Mapping[fx.Node, Composite] = field(default_factory=dict)
     weights: Mapping[fx.Node, Refusal] = field(default_factory=dict)
@@ -77,15 +74,12 @@ class Operators:
 
     def op(self, node: fx.Node) -> Op:
         """Return what is known of a node."""
-        if node in self.composites:
+        if node in self.composites or (node.target != "apply" and self.activation(node) is not None):
             return ELEMENTWISE
-        if self.activation(node) is not None:
-            return METHODS["apply"] if node.target == "apply" else ACTIVATION
         if node.op in ("call_function", "call_method"):
             names: Mapping[Any, Op] = METHODS if node.op == "call_method" else FUNCTIONS
             row = names.get(node.target) or LIBRARY_FUNCTIONS.get(_qualified(node))
-            # In an activation that was traced into, its own code, such as Swish's.
-            return row or (ELEMENTWISE if node in self.known else unlisted(node.target))
+            return row or unlisted(node.target)
         module = self.module(node)
         if module is not None and has_own_forward(module):
             return UNKNOWN
@@ -108,8 +102,6 @@ class Operators:
         """Return the activation a node calls, or the last call of which it is, if there is one."""
         if node in self.composites:
             return self.composites[node].call if node is self.composites[node].node else None
-        if node in self.known:
-            return self.known[node]
         module = self.module(node)
         if module is not None:
             call = match_module(module)

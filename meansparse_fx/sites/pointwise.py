@@ -45,7 +45,6 @@ class Pieces:
         self._operators, self._flow, self._data = operators, flow, data
         self._order = {node: position for position, node in enumerate(graph.nodes)}
         self._depths: dict[fx.Node, int] = defaultdict(int)
-        self._known: dict[tuple, Tensor | None] = {}
         self.parents: dict[fx.Node, fx.Node] = {}
         self.operands: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self.readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
@@ -84,17 +83,13 @@ class Pieces:
 
     def values(self, root: fx.Node, piece: Sequence[fx.Node]) -> Tensor | None:
         """Return what a piece computes at `POINTS`, in float64; None if it cannot be run on numbers."""
-        numbers = {node: number for number, node in enumerate((root, *piece))}
-        key = tuple(self._key(node, numbers) for node in piece)
-        if key not in self._known:
-            try:
-                self._known[key] = self._run(root, piece)
-            except Exception:  # any of torch's, of arguments that only the real shapes fit
-                self._known[key] = None
-        return self._known[key]
+        try:
+            return self._run(root, piece)
+        except Exception:  # any of torch's, of arguments that only the real shapes fit
+            return None
 
     def _is_pointwise(self, node: fx.Node, values: list[fx.Node]) -> bool:
-        if node.op not in CALLS or node in self._operators.known:
+        if node.op not in CALLS or node in self._operators.composites:
             return False
         shape = self._flow.shape(node)
         if not shape or any(self._flow.shape(value) != shape for value in values):
@@ -171,21 +166,10 @@ class Pieces:
             return _tensor(_SOME_NUMBER)
         if self._operators.moves_only(node) or name in ("getitem", *CASTS):
             return self._constant(node.all_input_nodes[0], depth + 1)
-        if node.op == "call_module" or self._operators.op(node).carry not in (axis.elementwise, axis.same):
+        if node.op == "call_module" or self._operators.op(node).carry is not axis.elementwise:
             return _tensor(_SOME_NUMBER)
         args, kwargs = (map_arg(a, lambda n: self._constant(n, depth + 1)) for a in (node.args, node.kwargs))
         return self._call(node, args, kwargs)
-
-    def _key(self, node: fx.Node, numbers: dict[fx.Node, int]) -> tuple:
-        target = repr(self._operators.module(node)) if node.op == "call_module" else node.target
-        names = self.renamed.get(node, {})
-
-        def key(n: fx.Node) -> Any:
-            n = names.get(n, n)
-            return ("piece", numbers[n]) if n in numbers else n.name
-
-        given = map_arg((node.args, dict(node.kwargs)), key)
-        return node.op, target, repr(given)
 
 
 def is_constant(node: fx.Node) -> bool:
