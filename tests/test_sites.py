@@ -304,6 +304,7 @@ PRODUCTS = {
     "product with a bias": (lambda c, w: torch.addmm(w[:, 0], c.mean((2, 3)), w.T), 1),
     "batched": (lambda c, w: torch.bmm(w.expand(c.shape[0], -1, -1), c.flatten(2)), None),
     "a constant": (lambda c, w: torch.ones(6, 4) @ c.flatten(2), None),
+    "outer product": (lambda c, w: torch.einsum("nlc,d->nlcd", c.reshape(2, -1, 4), w[0]), None),
     "two weights": (lambda c, w: torch.einsum("nchw,dc,ec->ndehw", c, w, w * 1), None),
 }
 

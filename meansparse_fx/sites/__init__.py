@@ -1,7 +1,7 @@
 """Floor 2: from a captured graph to the plan of its sites.
 
 - `find`: all steps in order. `plan`: the words for what is found; `placements`: the published choices among sites.
-- `shapes`: what each node yields. `ops`: what each node is, by the rows of `op_table`, or as torch says of its operators.
+- `shapes`: what each node yields. `ops`: what each node is, by the rows of `op_table` or as torch says.
 - `flow`: the channel dimension of each tensor; `axis`: through one call.
 - `candidates`: calls of activations; `composites`: those written out in other calls, which `pointwise` runs on numbers;
   `residual`: sums.
