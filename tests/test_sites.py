@@ -269,6 +269,7 @@ AXES = {
     "stochastic_depth": (lambda c, t: stochastic_depth(c, 0.5, "row", training=False), 1),
     "called by name": (lambda c, t: F.max_pool2d(input=c, kernel_size=2), 1),
     "narrow": (lambda c, t: c.narrow(1, 1, 2), 1),
+    "linear to a number": (lambda c, t: F.linear(t[0, 0, 0], torch.ones(5)), None),
     "elementwise by torch's word": (lambda c, t: torch.frac(c.deg2rad()), 1),
 }
 
@@ -305,6 +306,7 @@ PRODUCTS = {
     "batched": (lambda c, w: torch.bmm(w.expand(c.shape[0], -1, -1), c.flatten(2)), None),
     "a constant": (lambda c, w: torch.ones(6, 4) @ c.flatten(2), None),
     "outer product": (lambda c, w: torch.einsum("nlc,d->nlcd", c.reshape(2, -1, 4), w[0]), None),
+    "a weight twice": (lambda c, w: torch.einsum("nchw,dc,ec->ndehw", c, w, w), None),
     "two weights": (lambda c, w: torch.einsum("nchw,dc,ec->ndehw", c, w, w * 1), None),
 }
 

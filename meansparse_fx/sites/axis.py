@@ -138,7 +138,7 @@ def asked(call: Call) -> int | None:
     Where these are summed over with a weight, its other dimension makes new ones.
     """
     if call.axis is not None and call.source is not None:
-        if not isinstance(call.flow.values[call.source], Shape):
+        if not isinstance(call.flow.values.get(call.source), Shape):
             return call.axis  # of several results, the one taken
         strides = [int(d == call.axis) for d in range(len(call.shape))]
         own = torch.empty_strided(call.shape, strides, device="meta")

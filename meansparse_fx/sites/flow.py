@@ -38,11 +38,12 @@ def channel_axes(
 
 def carried(node: fx.Node, operators: Operators, flow: Flow, axes: Mapping[fx.Node, int | None]) -> int | None:
     """Return the channel dimension of a node's result, from those of what it reads; None is unknown."""
-    op = operators.op(node)
+    op, rank = operators.op(node), len(flow.shape(node))
     if op.channels is not None and op.carry is rules.asked:
-        return op.channels % len(flow.shape(node))
-    axis = op.carry(Call(node, operators, flow, axes))
-    return axis if axis is not None and 0 <= axis < len(flow.shape(node)) else None
+        axis: int | None = op.channels + (rank if op.channels < 0 else 0)
+    else:
+        axis = op.carry(Call(node, operators, flow, axes))
+    return axis if axis is not None and 0 <= axis < rank else None
 
 
 def expected_axes(graph: fx.Graph, operators: Operators, flow: Flow) -> dict[fx.Node, int | None]:
