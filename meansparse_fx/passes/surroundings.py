@@ -21,7 +21,7 @@ from ..hooks import enter, has_hooks, has_own_forward, leave
 from ..nn import MeanSparse
 from ..rewrite import operand
 from ..sites.aliases import Overwrites
-from ..sites.flow import carried
+from ..sites.axis import carried
 from ..sites.ops import Operators
 from ..sites.plan import Refusal
 from ..sites.shapes import Flow

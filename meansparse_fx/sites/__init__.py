@@ -2,7 +2,7 @@
 
 - `find`: all steps in order. `plan`: the words for what is found; `placements`: the published choices among sites.
 - `shapes`: what each node yields. `ops`: what each node is, by the rows of `op_table` or as torch says.
-- `flow`: the channel dimension of each tensor; `axis`: through one call.
+- `axis`: the channel dimension of each tensor.
 - `candidates`: calls of activations; `composites`: those written out in other calls, which `pointwise` runs on numbers;
   `residual`: sums.
 - `gates`: what is left alone. `aliases`: in-place activations whose input others see.

@@ -1,8 +1,10 @@
-"""Floor 2: where the channels go in one call, asked of the call itself. Imports torch and `shapes` only.
+"""Floor 2: the channel dimension of every tensor in a graph, by data flow. Imports `shapes` and floor 1 only.
 
-It runs on the meta device, where nothing is computed: of a view, strides tell which dimension came from the channels;
-of a product or a sum, the sizes of the result do when there are twice as many channels. A rule takes a `Call` and
-returns the dimension of the result that holds the channels, or None for unknown.
+Forward from the layers that state it, through calls that tell where it goes; where that says nothing, backward from the
+next layer that expects it. A call is asked by running it on the meta device, where nothing is computed: of a view,
+strides tell which dimension came from the channels; of a product or a sum, the sizes of the result do when there are
+twice as many channels. A rule takes a `Call` and returns the dimension of the result that holds the channels, or None
+for unknown.
 """
 
 from __future__ import annotations
@@ -172,3 +174,51 @@ def _agreed(axes: Iterable[int]) -> int | None:
     """Return the one value, or None if there are several or none."""
     known = set(axes)
     return known.pop() if len(known) == 1 else None
+
+
+# Operators whose result has the same dimensions in the same order.
+_KEEPING = (same, elementwise, joined)
+
+
+def channel_axes(
+    graph: fx.Graph, operators: Operators, flow: Flow, given: Mapping[fx.Node, int] | None = None
+) -> dict[fx.Node, int | None]:
+    """Return the channel dimension by node, as far as the layers before it tell; None is unknown.
+
+    Args:
+        given: The channel dimension of inputs, where it is known.
+    """
+    axes: dict[fx.Node, int | None] = {}
+    for node in graph.nodes:
+        if not flow.is_tensor(node) or node.op in ("placeholder", "get_attr", "output"):
+            axes[node] = given.get(node) if given else None
+            continue
+        axes[node] = carried(node, operators, flow, axes)
+    return axes
+
+
+def carried(node: fx.Node, operators: Operators, flow: Flow, axes: Mapping[fx.Node, int | None]) -> int | None:
+    """Return the channel dimension of a node's result, from those of what it reads; None is unknown."""
+    op, rank = operators.op(node), len(flow.shape(node))
+    if op.channels is not None and op.carry is asked:
+        axis: int | None = op.channels + (rank if op.channels < 0 else 0)
+    else:
+        axis = op.carry(Call(node, operators, flow, axes))
+    return axis if axis is not None and 0 <= axis < rank else None
+
+
+def expected_axes(graph: fx.Graph, operators: Operators, flow: Flow) -> dict[fx.Node, int | None]:
+    """Return the channel dimension by node, as far as the layers that read it agree; None is unknown."""
+    expected: dict[fx.Node, int | None] = {}
+    for node in reversed(graph.nodes):
+        shape = flow.shape(node)
+        wishes: set[int | None] = set()
+        for reader in node.users if shape else ():
+            op = operators.op(reader)
+            if op.channels is not None and node is (reader.args[0] if reader.args else reader.kwargs.get("input")):
+                wishes.add(op.channels % len(shape))
+            elif op.carry in _KEEPING and len(flow.shape(reader)) == len(shape):
+                wishes.add(expected[reader])
+        wishes.discard(None)
+        expected[node] = wishes.pop() if len(wishes) == 1 else None
+    return expected

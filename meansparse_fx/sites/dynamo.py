@@ -25,8 +25,8 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from ..activations import match_module
 from .aliases import changed_inputs
+from .axis import channel_axes
 from .find import plan_sites
-from .flow import channel_axes
 from .inlined import ModuleCall, inlined_activations
 from .ops import Operators
 from .plan import Placement, SitePlan

@@ -16,9 +16,9 @@ from torch import Tensor, fx
 from ..activations import ActivationCall
 from ..errors import SiteError
 from .aliases import check_inplace
+from .axis import channel_axes, expected_axes
 from .candidates import Candidate, find_candidates
 from .composites import CompositeFinder
-from .flow import channel_axes, expected_axes
 from .gates import gated, reachable
 from .ops import Operators
 from .plan import Placement, Site, SitePlan

@@ -38,6 +38,13 @@ class Flow:
     values: dict[fx.Node, Any] = field(default_factory=dict)
     memory: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
 
+    def add(self, node: fx.Node, result: Any) -> list[Tensor]:
+        """Note what a node yields; return the tensors of it that lie in some memory."""
+        tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.layout is torch.strided]
+        self.memory[node] = frozenset(map(storage, tensors))
+        self.values[node] = pytree.tree_map(_plain, result)
+        return tensors
+
     def shape(self, node: Any) -> Shape:
         """Return the shape of a node's tensor; of its first tensor if it yields several; empty if it yields none."""
         return next(self._shapes(node), Shape())
@@ -76,10 +83,7 @@ def recorded(graph: fx.Graph) -> Flow:
     """Return the flow that Dynamo saw while it traced a graph; sizes that may vary are those of its example."""
     flow = Flow()
     for node in graph.nodes:
-        result = node.meta.get("example_value")
-        tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.layout is torch.strided]
-        flow.memory[node] = frozenset(map(storage, tensors))
-        flow.values[node] = pytree.tree_map(_plain, result)
+        flow.add(node, node.meta.get("example_value"))
     return flow
 
 
@@ -107,8 +111,5 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.layout is torch.strided]
-        self._alive += tensors
-        self._flow.memory[n] = frozenset(map(storage, tensors))
-        self._flow.values[n] = pytree.tree_map(lambda v: Shape(v.shape) if isinstance(v, Tensor) else v, result)
+        self._alive += self._flow.add(n, result)
         return result
