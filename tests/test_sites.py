@@ -144,6 +144,17 @@ def test_missing_images_are_an_error():
         find_sites(graph_module, "symbolic trace", None)
 
 
+class Flattened(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, start):
+        ctx.shape = x.shape
+        return x.flatten(start)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.view(ctx.shape), None
+
+
 # The channel axis. Each function takes a convolution's result c [2, 4, 6, 6] or a linear layer's t [2, 3, 8, 5] and
 # returns what the activation reads; expected is the channel dimension there.
 
@@ -269,6 +280,8 @@ AXES = {
     "stochastic_depth": (lambda c, t: stochastic_depth(c, 0.5, "row", training=False), 1),
     "called by name": (lambda c, t: F.max_pool2d(input=c, kernel_size=2), 1),
     "narrow": (lambda c, t: c.narrow(1, 1, 2), 1),
+    "a Function that keeps the shape": (lambda c, t: Flattened.apply(c, 3), 1),
+    "a Function that changes it": (lambda c, t: Flattened.apply(c, 2), None),
     "linear to a number": (lambda c, t: F.linear(t[0, 0, 0], torch.ones(5)), None),
     "elementwise by torch's word": (lambda c, t: torch.frac(c.deg2rad()), 1),
 }
