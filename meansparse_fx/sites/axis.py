@@ -42,13 +42,14 @@ class Call:
 
     @property
     def source(self) -> fx.Node | None:
-        """The first node that it reads."""
-        return next(iter(self.node.all_input_nodes), None)
+        """The first node that it reads a tensor of."""
+        return next((n for n in self.node.all_input_nodes if self.flow.is_tensor(n)), None)
 
     @property
     def axis(self) -> int | None:
         """The channel dimension of the first node."""
-        return None if self.source is None else self.axes.get(self.source)
+        source = self.source
+        return None if source is None else self.axes.get(source)
 
     @property
     def shape(self) -> Shape:
@@ -139,12 +140,12 @@ def asked(call: Call) -> int | None:
 
     Where these are summed over with a weight, its other dimension makes new ones.
     """
-    if call.axis is not None and call.source is not None:
-        if not isinstance(call.flow.values.get(call.source), Shape):
-            return call.axis  # of several results, the one taken
-        strides = [int(d == call.axis) for d in range(len(call.shape))]
-        own = torch.empty_strided(call.shape, strides, device="meta")
-        view = call.run(lambda node, shape: own if node is call.source else torch.empty(shape, device="meta"))
+    source, axis, shape = call.source, call.axis, call.shape
+    if source is not None and axis is not None:
+        if not isinstance(call.flow.values[source], Shape):
+            return axis  # of several results, the one taken
+        own = torch.empty_strided(shape, [int(d == axis) for d in range(len(shape))], device="meta")
+        view = call.run(lambda node, shape: own if node is source else torch.empty(shape, device="meta"))
         if view is not None and storage(view) == storage(own):
             along = [d for d, stride in enumerate(view.stride()) if stride]
             # A new dimension of size 1 may have a stride, too.
@@ -153,7 +154,7 @@ def asked(call: Call) -> int | None:
     dims = call.doubled(call.known) if call.known else None
     if dims is None:
         return _agreed(_made_by_weights(call))
-    sizes = {call.flow.shape(n)[axis] for n, axis in call.known.items()}
+    sizes = {call.flow.shape(n)[dim] for n, dim in call.known.items()}
     return dims[0] if len(dims) == 1 and sizes == {call.result[dims[0]]} else None
 
 
