@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,22 +26,25 @@ from .statistics import Statistics
 __all__ = ["inspect", "load", "restore", "save", "transform"]
 
 FUSIONS = ("activation", "all")
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Hold back inference mode, whose tensors could never meet autograd, and the search for cyclic garbage.
 
-    There is next to none, and looking for it takes a fifth of the time.
+    There is next to none, and looking for it takes a fifth of the time. One thread at a time, or what stands in for
+    torch's functions while a model is traced stayed in their places.
     """
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        with torch.inference_mode(False):
-            yield
-    finally:
-        if before:
-            gc.enable()
+    with _ONE_AT_A_TIME:
+        before = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.inference_mode(False):
+                yield
+        finally:
+            if before:
+                gc.enable()
 
 
 @_undisturbed()

@@ -4,6 +4,8 @@ import builtins
 import copy
 import math
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -574,3 +576,23 @@ def test_torchvisions_transforms_are_called_as_they_are():
         captured = capture(model, IMAGES)
         assert (captured.route, captured.checked) == ("symbolic trace", "operations")
         assert torch.equal(captured.graph_module(IMAGES), model(IMAGES))
+
+
+def test_threads_may_transform_and_run_models_at_the_same_time():
+    """What stands in for torch's functions while one was traced stayed there, and running models were traced along."""
+    held = [(torch, "is_grad_enabled"), (nn.Module, "__call__"), (nn.Module, "__getattr__")]
+    before = [getattr(owner, name) for owner, name in held]
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.GELU()) for _ in range(8))).eval()
+    expected, interval = model(IMAGES), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            transformed = [pool.submit(lambda: msfx.transform(model, IMAGES)(IMAGES)) for _ in range(8)]
+            ran = [pool.submit(lambda: [model(IMAGES) for _ in range(20)]) for _ in range(8)]
+            results = [future.result() for future in transformed]
+            results += [result for future in ran for result in future.result()]
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(result, expected) for result in results)
+    assert [getattr(owner, name) for owner, name in held] == before
+    assert "__getattribute__" not in vars(nn.Module)

@@ -6,6 +6,7 @@ What cannot be traced into becomes a leaf, unless an activation would vanish in 
 from __future__ import annotations
 
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
@@ -105,6 +106,7 @@ class ModelTracer(fx.Tracer):
         self.values_read: dict[str, None] = {}
         self.attributes_read: dict[tuple[str, str], None] = {}
         self._attributes: dict[int, fx.Proxy] = {}  # what the graph calls and no graph can write down, by id
+        self._thread = threading.get_ident()  # others go on running models
         self._evaluating = False  # what runs now is no part of the graph
         self.classes_are_read: Callable[[FrameType], bool] = lambda caller: False  # see `applied_by`
 
@@ -175,6 +177,8 @@ class ModelTracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         # A module that the model holds in a list, or shares through its class, has no path: it is traced into.
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         path = self.submodule_paths.get(m) if self.submodule_paths else self.path_of_module(m)
         if path is None:
             if has_foreign_hooks(m):
@@ -234,7 +238,7 @@ class ModelTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         # fx's own searches all parameters at each access: quadratic in the size of the model.
-        name = self._state_names.get(id(attr_val))
+        name = self._state_names.get(id(attr_val)) if threading.get_ident() == self._thread else None
         if name is None:
             return attr_val
         if name not in parameter_proxy_cache:
