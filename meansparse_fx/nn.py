@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -321,15 +320,6 @@ class MeanSparse(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *rest) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *rest)
-        extra = f"{prefix}_extra_state"
-        if extra not in state_dict and f"{prefix}alpha" in state_dict:
-            missing_keys[:] = [key for key in missing_keys if key != extra]
-            warnings.warn(
-                "this state_dict was saved by a release that kept neither variant, centre, steepness, strictness nor "
-                "backward in it: they stay as they are in this model. Where they were others, set_variant and "
-                "set_backward set them; then save it again",
-                stacklevel=2,
-            )
         if metadata.get("assign_to_params_buffers"):
             for name in ("mean", "std", "alpha"):  # or set_alpha would change the operator they come from
                 self._buffers[name] = self.get_buffer(name).clone()

@@ -244,7 +244,7 @@ def answers(model: nn.Module, shape: Sequence[int] | None) -> Answers | None:
     pattern = torch.arange(2.0 * math.prod(shape), dtype=torch.float64).mul(0.7548776662466927).frac()
     images = examples(pattern.reshape(2, *shape), model).to(place)
     try:
-        with switched(model), kept_buffers(model), torch.no_grad():
+        with switched(model), kept_buffers(model), torch.no_grad(), torch.autocast(place.type, enabled=False):
             if found:
                 set_alpha(model, 0.0)
             else:

@@ -91,30 +91,26 @@ class HeldParts:
     """Plain attributes and children of modules that a graph does not follow: they have to stay what they are now."""
 
     def __init__(self) -> None:
-        self._attributes: list[tuple[str, nn.Module | None, str, Any]] = []  # None for the model: parts hold no whole
-        self._children: list[tuple[str, nn.Module | None, str, nn.Module]] = []
+        # Path and module, None for the model itself, which no part can hold; name, value, and whether that is a child.
+        self._parts: list[tuple[str, nn.Module | None, str, Any, bool]] = []
 
-    def hold(
-        self, path: str, module: nn.Module | None, attributes: Mapping[str, Any], children: Mapping[str, nn.Module]
-    ) -> None:
-        """Hold some of a module's attributes and children; the module is None if it is the model itself."""
-        self._attributes += [(path, module, name, _comparable(value)) for name, value in attributes.items()]
-        self._children += [(path, module, name, child) for name, child in children.items()]
+    def hold(self, path: str, module: nn.Module | None, parts: Mapping[str, Any], children: bool = False) -> None:
+        """Hold some of a module's attributes, or of its children; the module is None if it is the model itself."""
+        self._parts += [(path, module, n, v if children else _comparable(v), children) for n, v in parts.items()]
 
     def check(self, model: nn.Module) -> None:
         """Raise StateError if one is another by now."""
-        for path, module, name, value in self._attributes:
-            now = getattr(model, name, value) if module is None else module.__dict__.get(name, value)
+        for path, module, name, value, child in self._parts:
+            if child:
+                now = (model if module is None else module)._modules.get(name)
+            else:
+                now = getattr(model, name, value) if module is None else module.__dict__.get(name, value)
             if now is not value and not (isinstance(value, _PLAIN) and _comparable(now) == value):
-                _refuse(path, name, f"was {value!r} when the model was transformed, and is {now!r} now")
-        for path, module, name, child in self._children:
-            if (model if module is None else module)._modules.get(name) is not child:
-                _refuse(path, name, "was another module when the model was transformed")
-
-
-def _refuse(path: str, name: str, fact: str) -> None:
-    name = f"{path}: {name}" if path else name
-    raise StateError(f"{name} {fact}, and the graph has the former: set it in the base model, and transform that")
+                where, was = f"{path}: " * bool(path), "another module" if child else f"{value!r}"
+                raise StateError(
+                    f"{where}{name} was {was} when the model was transformed, and is {now!r} now, and the graph has "
+                    "the former: set it in the base model, and transform that"
+                )
 
 
 def _comparable(value: Any) -> Any:

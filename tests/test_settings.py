@@ -6,7 +6,6 @@ import copy
 import io
 import json
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -105,18 +104,10 @@ def test_assigned_state_is_the_models_own(net, images, sparse, device):
     assert not torch.equal(other(images), sparse(images))
 
 
-def test_state_dicts_of_before_say_what_they_lack(net, images, sparse):
+def test_state_dicts_without_the_switches_are_refused(net, images, sparse):
     state = {k: v for k, v in sparse.state_dict().items() if not k.endswith("_extra_state")}
-    other = msfx.transform(net, images)
-    with pytest.warns(
-        UserWarning, match="neither variant, centre, steepness, strictness nor backward in it: they stay"
-    ):
-        other.load_state_dict(state)
-    check_same(other, sparse, images)
-    assert msfx.get_alpha(other) == 0.3
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        other.load_state_dict(net.state_dict(), strict=False)  # the base's alone
+    with pytest.raises(RuntimeError, match=r"meansparse\.relu\._extra_state"):
+        msfx.transform(net, images).load_state_dict(state)
 
 
 @pytest.mark.parametrize("damaged", [b"", b"\xff", b"[]", b"{}", b'{"alpha": "x"}'])

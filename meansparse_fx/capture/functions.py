@@ -114,8 +114,8 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 @contextmanager
-def attributes_noted(note: Callable[[nn.Module, str], None]) -> Iterator[None]:
-    """Call ``note`` with a module and a name where a model's code reads a plain attribute, a constant to a graph."""
+def attributes_noted(note: Callable[[nn.Module, str, Any], None]) -> Iterator[None]:
+    """Call ``note`` with module, name and value where a model's code reads a plain attribute, a constant to a graph."""
     thread = threading.get_ident()
 
     def look_up(module: nn.Module, name: str) -> Any:
@@ -123,7 +123,7 @@ def attributes_noted(note: Callable[[nn.Module, str], None]) -> Iterator[None]:
         if name not in _OF_EVERY_MODULE and name in object.__getattribute__(module, "__dict__"):
             reader = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
             if reader != _PACKAGE and threading.get_ident() == thread:
-                note(module, name)
+                note(module, name, value)
         return value
 
     with mock.patch.object(nn.Module, "__getattribute__", look_up, create=True):

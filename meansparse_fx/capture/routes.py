@@ -94,7 +94,7 @@ def _capture(model: nn.Module, images: Tensor | None) -> Capture:
             graph_module = _assemble(model, traced)
             checked = "" if reference is None else _check(reference, graph_module, traced)
             name = route.name if checked else f"{route.name}, unverified"
-            return Capture(graph_module, name, checked, _frozen(traced), traced.values_read, _read(model, traced))
+            return Capture(graph_module, name, checked, _frozen(traced), traced.values_read, traced.attributes_read)
         except CaptureError as failure:
             failures.append(failure)
     # Each route answers more than the one before it: where the last one stops is what the model has to change.
@@ -116,15 +116,6 @@ def _frozen(traced: Traced) -> tuple[str, ...]:
     modules = {path: traced.root.get_submodule(path) for path in traced.traced_into}
     asking = {path: type(module).__name__ for path, module in modules.items() if _asks_for_mode(module)}
     return tuple(f"{path} ({name})" if path else name for path, name in asking.items())
-
-
-def _read(model: nn.Module, traced: Traced) -> dict[str, dict[str, Any]]:
-    read: dict[str, dict[str, Any]] = {}
-    for path, name in traced.attributes_read:
-        held = vars(model.get_submodule(path))
-        if not isinstance(held.get(name, model), nn.Module | Tensor):
-            read.setdefault(path, {})[name] = held[name]
-    return read
 
 
 def _asks_for_mode(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from types import FrameType, ModuleType
 from typing import Any
@@ -68,7 +68,7 @@ class Traced:
         opaque: Why tracing stopped in modules that became leaves: activations in their functions are hidden.
         traced_into: Paths of the modules that were traced into, the root's first: empty.
         values_read: Names of the parameters and buffers whose values answered the model.
-        attributes_read: Of plain attributes: path of the module, and name.
+        attributes_read: By path of a module, the plain attributes that were read, and their values.
     """
 
     graph: fx.Graph
@@ -76,7 +76,7 @@ class Traced:
     opaque: tuple[str, ...] = ()
     traced_into: tuple[str, ...] = ()
     values_read: tuple[str, ...] = ()
-    attributes_read: tuple[tuple[str, str], ...] = ()
+    attributes_read: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def _timm_registry() -> ModuleType | None:
@@ -104,7 +104,7 @@ class ModelTracer(fx.Tracer):
         self._state_names: dict[int, str] = {}
         self.traced_into: dict[str, None] = {"": None}
         self.values_read: dict[str, None] = {}
-        self.attributes_read: dict[tuple[str, str], None] = {}
+        self.attributes_read: dict[str, dict[str, Any]] = {}
         self._attributes: dict[int, fx.Proxy] = {}  # what the graph calls and no graph can write down, by id
         self._thread = threading.get_ident()  # others go on running models
         self._evaluating = False  # what runs now is no part of the graph
@@ -127,10 +127,10 @@ class ModelTracer(fx.Tracer):
         write_buffers_back(graph, self.root, set(self._state_names.values()))
         return graph
 
-    def _note_read(self, module: nn.Module, name: str) -> None:
+    def _note_read(self, module: nn.Module, name: str, value: Any) -> None:
         path = self.submodule_paths.get(module) if self.submodule_paths else None
-        if path is not None and not self._evaluating:
-            self.attributes_read[path, name] = None
+        if not (path is None or self._evaluating or isinstance(value, nn.Module | torch.Tensor | fx.Proxy)):
+            self.attributes_read.setdefault(path, {})[name] = value
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return ModelProxy(node, self)
@@ -278,7 +278,7 @@ def trace(model: nn.Module, make_tracer: Callable[[frozenset[type]], ModelTracer
         try:
             with plain_attention(), kept_parameters(root):
                 graph = tracer.trace(root)
-                read = tuple(tracer.values_read), tuple(tracer.attributes_read)
+                read = tuple(tracer.values_read), tracer.attributes_read
                 return Traced(graph, root, tuple(leaves.values()), tuple(tracer.traced_into), *read)
         except (CaptureError, Retrace):
             raise

@@ -170,12 +170,12 @@ def refuse_hooks(
         read_here = {n: vars(module).get(n, value) for n, value in values.items()}
         if not path:  # the graph's own attributes are others, and what is held is pickled
             read_here = {n: v for n, v in read_here.items() if not (hasattr(module, n) or callable(v))}
-        held.hold(path, module if path else None, read_here, {})
+        held.hold(path, module if path else None, read_here)
     for module, path in paths.items():
         if module not in running:
             parent, _, name = path.rpartition(".")
-            held.hold(parent, graph_module.get_submodule(parent) if parent else None, {}, {name: module})
+            held.hold(parent, graph_module.get_submodule(parent) if parent else None, {name: module}, children=True)
         if module in activations:
             own = {n: v for n, v in vars(module).items() if n[0] != "_" and n not in ("training", "inplace")}
-            held.hold(path, module, {"forward": None, **own}, {})
+            held.hold(path, module, {"forward": None, **own})
     return held
