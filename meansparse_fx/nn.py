@@ -163,6 +163,8 @@ class MeanSparse(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         self.__dict__["_bound"] = {}  # operators by their vectors; whatever changes here makes them other ones
+        if name in ("strict", "centre_mode") and "_written" in self.__dict__:
+            self._refresh()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bound": {}}
@@ -267,7 +269,6 @@ class MeanSparse(nn.Module):
         if centre not in CENTRES:
             raise ValueError(f"centre must be one of {', '.join(CENTRES)}, got {centre!r}")
         self.variant, self.centre_mode, self.steepness = variant, centre, _positive("steepness", steepness)
-        self._refresh()
 
     def _refresh(self) -> None:
         with torch.no_grad():
