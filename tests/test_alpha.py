@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import meansparse_fx as msfx
 from meansparse_fx.alpha import halving
 from meansparse_fx.alpha.halving import Candidate, rung_sizes
-from meansparse_fx.alpha.result import AlphaSearch, Move, Refinement, choose
+from meansparse_fx.alpha.result import AlphaSearch, Move, Refinement, better, choose
 from meansparse_fx.alpha.run import _proposals
 from meansparse_fx.bundled import load_model, load_split
 from meansparse_fx.cli import app
@@ -230,7 +230,10 @@ def test_site_by_site_takes_what_is_better_and_keeps_to_the_budget(sparse, held_
     rig(monkeypatch, breaks)
     images, labels = (part.repeat(20, *[1] * (part.dim() - 1)) for part in held_out)
     options = {"alphas": (0.2, 0.4, 0.6), **QUICK}
+    levels = []
+    monkeypatch.setattr("meansparse_fx.alpha.run.better", lambda *given: levels.append(given[-1]) or better(*given))
     search = msfx.select_alpha(sparse, (images, labels), per_site=True, **options)
+    assert set(levels) == {0.05 / 12}, "divided by the moves"
     assert search.uniform == 0.4
     assert search.alpha == pytest.approx(wanted)
     assert [move.group for move in search.refinement.moves if move.taken] == ["relu"]

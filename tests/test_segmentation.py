@@ -131,6 +131,9 @@ def test_both_models_side_by_side(sparse, images, maps):
         "more steps, base",
     }
     assert not result.cumulative
+    commonest, labelled = maps == maps[maps != 255].mode().values, maps != 255
+    share = (commonest.flatten(1).sum(1) / labelled.flatten(1).sum(1)).mean()
+    assert f"the commonest label alone gets {100 * share:.1f} %" in result.checks[0].finding
 
 
 def test_prints_and_is_kept(sparse, images, maps, tmp_path):
