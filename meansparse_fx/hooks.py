@@ -9,7 +9,6 @@ Imports torch and errors only.
 
 from __future__ import annotations
 
-import copy
 import functools
 import sys
 import types
@@ -26,15 +25,15 @@ from torch.utils.hooks import BackwardHook
 
 from .errors import CaptureError, StateError
 
-_FORWARD = ("_forward_pre_hooks", "_forward_hooks")
+FORWARD = ("_forward_pre_hooks", "_forward_hooks")
 _BACKWARD = ("_backward_pre_hooks", "_backward_hooks")
-_RUNNING = (*_FORWARD, *_BACKWARD)
+RUNNING = (*FORWARD, *_BACKWARD)
 
 _LIBRARIES = {"torch", "torchvision", "timm", "robustbench"}
 
 # What of a module's state its hooks are.
 STATE = (
-    *_RUNNING,
+    *RUNNING,
     *("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_is_full_backward_hook", "_state_dict_hooks", "_state_dict_pre_hooks"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
@@ -44,7 +43,7 @@ STATE = (
 def has_hooks(module: nn.Module) -> bool:
     """Return whether calling a module, or differentiating the call, runs hooks."""
     held = module.__dict__
-    return any(len(held.get(kind, ())) for kind in _RUNNING)
+    return any(len(held.get(kind, ())) for kind in RUNNING)
 
 
 def may_keep(module: nn.Module) -> bool:
@@ -99,7 +98,7 @@ def _function(hook: Callable) -> Callable:
 def has_foreign_hooks(module: nn.Module) -> bool:
     """Return whether a module has hooks that the graph has to call, if the module is traced into."""
     held = module.__dict__
-    return any(held[kind] for kind in _BACKWARD) or any(is_foreign(h) for kind in _FORWARD for h in held[kind].values())
+    return any(held[kind] for kind in _BACKWARD) or any(is_foreign(h) for kind in FORWARD for h in held[kind].values())
 
 
 def has_hooks_of_the_model(module: nn.Module) -> bool:
@@ -107,7 +106,7 @@ def has_hooks_of_the_model(module: nn.Module) -> bool:
 
     Torch's own, such as weight norms, are none of them: they keep nothing but the module's weight.
     """
-    hooks = [_function(hook) for kind in _FORWARD for hook in module.__dict__[kind].values()]
+    hooks = [_function(hook) for kind in FORWARD for hook in module.__dict__[kind].values()]
     owners = [getattr(hook, "__self__", hook) for hook in hooks if not is_foreign(hook)]
     return any(not type(owner).__module__.startswith("torch.") for owner in owners)
 
@@ -128,9 +127,9 @@ def hint_of_hooks(model: nn.Module) -> str:
 @contextmanager
 def only_own_hooks(module: nn.Module) -> Iterator[None]:
     """Take the hooks off that `enter` and `leave` run."""
-    before = {kind: module.__dict__[kind] for kind in _RUNNING}
+    before = {kind: module.__dict__[kind] for kind in RUNNING}
     try:
-        for kind in _FORWARD:
+        for kind in FORWARD:
             module.__dict__[kind] = OrderedDict((i, h) for i, h in before[kind].items() if not is_foreign(h))
         for kind in _BACKWARD:
             module.__dict__[kind] = OrderedDict()
@@ -141,7 +140,7 @@ def only_own_hooks(module: nn.Module) -> Iterator[None]:
 
 def drop_own_hooks(module: nn.Module) -> None:
     """Remove the hooks that were traced with the module, so that those are left which `enter` and `leave` run."""
-    for kind in _FORWARD:
+    for kind in FORWARD:
         hooks = module.__dict__[kind]
         for number in [i for i, hook in hooks.items() if not is_foreign(hook)]:
             del hooks[number]
@@ -224,63 +223,6 @@ def entering(module: nn.Module, images: Tensor) -> Tensor:
         return images
     (images, *_), _, _ = enter(((images,), {}), module)
     return images
-
-
-class NoHooks(OrderedDict):
-    """In the place of a module's hooks: refuses them, because a graph does not call the module, and calls of it."""
-
-    reason: str
-    call: str | None = None
-
-    def __setitem__(self, number: int, hook: Callable) -> None:
-        raise StateError(self.reason)
-
-    def __bool__(self) -> bool:
-        """Return False, as every call asks whether there are hooks, or refuse the call."""
-        if self.call is not None:
-            raise StateError(self.call)
-        return False
-
-
-def forbid_hooks(module: nn.Module, reason: str, call: str | None = None) -> None:
-    """Refuse hooks from now on, with a reason, and another module in its place; calls too if there is a reason."""
-    for kind in _RUNNING:
-        own = module.__dict__[kind] = NoHooks()
-        own.reason = reason
-        # Of the four that a call asks for; torch.jit.trace asks for the backward hooks of every module.
-        own.call = call if kind == "_forward_pre_hooks" else None
-
-
-def callable_copy(module: nn.Module) -> nn.Module:
-    """Return a copy that takes hooks and calls, sharing parameters and buffers."""
-    own = copy.copy(module)
-    allow_hooks(own)
-    return own
-
-
-def _refuse_change(parent: nn.Module, name: str, value: nn.Module | nn.Parameter | None) -> None:
-    if torch.compiler.is_compiling():  # Dynamo, which cannot follow what is asked here, makes a module
-        return
-    if isinstance(value, nn.Parameter):  # a second name: pruning computes the first from it, in a hook
-        second = any(p is value and n != name for n, p in parent._parameters.items())
-        held, change = parent if second else None, "prune it"
-    else:
-        held, change = parent._modules.get(name), "put another module there"
-    hooks = None if held is None or held is value else held.__dict__.get(_FORWARD[0])
-    if isinstance(hooks, NoHooks):
-        raise StateError(f"{hooks.reason.partition(':')[0]}: {change} in the base, and transform that")
-
-
-# Or they would change nothing, silently.
-torch_module.register_module_module_registration_hook(_refuse_change)
-torch_module.register_module_parameter_registration_hook(_refuse_change)
-
-
-def allow_hooks(module: nn.Module) -> None:
-    """Take hooks again."""
-    for kind in _RUNNING:
-        if isinstance(module.__dict__[kind], NoHooks):
-            module.__dict__[kind] = OrderedDict()
 
 
 def _plain(value: Any) -> Any:

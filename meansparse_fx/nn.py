@@ -1,42 +1,32 @@
 """Floor 3: the operator, the module that the passes put into graphs.
 
-Knows one site; nothing of graphs. Imports kernels, and statistics for the moments' type.
+Knows one site; nothing of graphs. What it holds, and how that is changed, is in `operator_state`.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from .activations import ActivationCall
-from .arguments import number
-from .errors import SiteError, StateError, check_dims
+from .errors import StateError, check_dims
 from .frozen import WANT_GRADIENTS, Prologue
 from .kernels.lowering import is_followed
 from .kernels.operator import Operator
 from .kernels.records import Norm, Options, Vectors
-from .kernels.reference import BACKWARDS, VARIANTS
-from .published import PublishedOperator
+from .operator_state import OperatorState
 from .rewrite import RecordedCall
-from .statistics import ChannelStatistics
 
-CENTRES = ("channel", "zero", "layer")
 _NO_NORMS = Prologue().norms("")
-_SWITCHES = ("variant", "centre", "steepness", "strict", "backward", "backward_steepness")
 
 
-class MeanSparse(nn.Module):
+class MeanSparse(OperatorState):
     """The operator at one site, with the site's activation fused after it (paper, section 3.2).
 
     Values within ``alpha * std`` of the channel's centre become the centre, then the activation is applied.
-    At alpha = 0 it is the activation alone. Its state_dict holds all that decides its function: statistics, alpha, and
-    as extra state, which is JSON in a tensor of bytes, the `switches`.
+    At alpha = 0 it is the activation alone.
 
     Args:
         name: The site's name, for messages.
@@ -46,48 +36,21 @@ class MeanSparse(nn.Module):
         dims: How many dimensions the input has; any number if None.
 
     Attributes:
-        mean, std: ``[C]``, the site's statistics; std is NaN until calibrated.
-        alpha: Scalar. Change it with `set_alpha`, which also renews the threshold.
-        centre, threshold: ``[C]``, what the kernel reads: derived from the above, so not in the state_dict.
-            Always float32, or float64 in a float64 model. A negative threshold switches a channel off.
         replaces: The call this operator took the place of, activation included; None for a bare operator.
         prologue: What a fused call takes in besides its tensors; see `passes.fuse`.
-        strict: The band is open, as published checkpoints have it: values at distance alpha * std stay.
-        variant, backward, steepness, backward_steepness: See `kernels.records.Options`.
-        gate_steepness: Scalar, backward_steepness as compiled programs read it: another one compiles nothing anew.
     """
 
-    mean: Tensor
-    std: Tensor
-    alpha: Tensor
-    centre: Tensor
-    threshold: Tensor
-    gate_steepness: Tensor
     _bound: dict[tuple, tuple]
-    _written: int
 
     def __init__(
         self, name: str, channels: int, channel_dim: int, activation: ActivationCall | None = None,
         dims: int | None = None,
     ):  # fmt: skip
-        super().__init__()
-        self.name = name
-        self.channels = channels
+        super().__init__(name, channels)
         self.channel_dim, self.dims = channel_dim, dims
         self.activation = activation
         self.replaces: RecordedCall | None = None
         self.prologue = Prologue()
-        self.strict = False
-        self.variant, self.centre_mode, self.backward = "mean", "channel", "exact"
-        self.steepness = self.backward_steepness = 10.0
-        self._given_alpha = 0.0  # as the caller wrote it, which the buffer rounds to float32
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("std", torch.full((channels,), math.nan))
-        self.register_buffer("alpha", torch.zeros(()))
-        self.register_buffer("centre", torch.zeros(channels), persistent=False)
-        self.register_buffer("threshold", torch.full((channels,), -1.0), persistent=False)
-        self.register_buffer("gate_steepness", torch.full((), 10.0), persistent=False)
-        self._refresh()
 
     def forward(
         self,
@@ -163,8 +126,6 @@ class MeanSparse(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         self.__dict__["_bound"] = {}  # operators by their vectors; whatever changes here makes them other ones
-        if name in ("strict", "centre_mode") and "_written" in self.__dict__:
-            self._refresh()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bound": {}}
@@ -179,166 +140,9 @@ class MeanSparse(nn.Module):
         """Path of the module that was called in this operator's place, if one was."""
         return self.replaces.target if self.replaces is not None and self.replaces.op == "call_module" else None
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether the site has statistics."""
-        return bool(self.std.isfinite().all())
-
-    def set_statistics(self, statistics: ChannelStatistics) -> None:
-        """Take over mean and std (population) of a calibration."""
-        self.mean.copy_(statistics.mean)
-        self.std.copy_(statistics.std)
-        self._refresh()
-
-    def take_over(self, published: PublishedOperator) -> None:
-        """Become the same function as a published operator: its statistics, its alpha, its open band."""
-        if len(published.mean) != self.channels:
-            raise SiteError(
-                f"{self.name}: the published operator has {len(published.mean)} channels, its input {self.channels} at "
-                f"dim {self.channel_dim}"
-            )
-        self.strict = True
-        if published.variance.any():  # all zero: never calibrated
-            self.mean.copy_(published.mean)
-            self.std.copy_(published.variance.sqrt())
-        self.set_alpha(published.alpha)
-
-    def set_alpha(self, alpha: float) -> None:
-        """Set the half width of the band in standard deviations; 0 switches the operator off."""
-        if not (math.isfinite(alpha) and alpha >= 0):
-            raise ValueError(f"{self.name}: alpha must be finite and not negative, got {alpha}")
-        if alpha > 0 and not self.calibrated:
-            raise StateError(f"{self.name}: alpha {alpha} asked for, but the site has no statistics: calibrate first")
-        self.alpha.fill_(alpha)
-        self._given_alpha = float(alpha)
-        self._refresh()
-
-    def get_alpha(self) -> float:
-        """Return alpha as it was given: 0.2, not the float32 nearest to it."""
-        held = self.alpha.item()
-        if held == self.alpha.new_tensor(self._given_alpha).item():
-            return self._given_alpha
-        return float(str(np.float32(held)))  # set by a state_dict: the shortest number that rounds to it
-
-    def switches(self) -> dict[str, Any]:
-        """Return all that decides the operator's function besides statistics and alpha, as plain values."""
-        return {name: getattr(self, "centre_mode" if name == "centre" else name) for name in _SWITCHES}
-
-    def set_switches(self, switches: Mapping[str, Any]) -> None:
-        """Set what `switches` returned.
-
-        Raises:
-            StateError: There are others than this release knows.
-        """
-        if switches.keys() != set(_SWITCHES):
-            differing = ", ".join(sorted(switches.keys() ^ set(_SWITCHES)))
-            raise StateError(
-                f"{self.name}: settings of another release of meansparse_fx ({differing}): load them there"
-            )
-        self.set_variant(*(switches[name] for name in ("variant", "centre", "steepness")))
-        self.set_backward(switches["backward"], switches["backward_steepness"])
-        self.strict = bool(switches["strict"])
-        self._refresh()
-
-    def get_extra_state(self) -> Tensor:
-        written = json.dumps({"alpha": self._given_alpha, **self.switches()})
-        return torch.frombuffer(bytearray(written, "utf-8"), dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        try:
-            switches = json.loads(bytes(state.tolist()))
-            self._given_alpha = float(switches.pop("alpha"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StateError(f"{self.name}: the state_dict's _extra_state is damaged: {error}") from error
-        self.set_switches(switches)
-
-    def set_backward(self, mode: str, steepness: float) -> None:
-        """Choose the gradient: ``exact``, ``identity`` or ``smooth``; forward values do not change."""
-        if mode not in BACKWARDS:
-            raise ValueError(f"backward must be one of {', '.join(BACKWARDS)}, got {mode!r}")
-        if (mode, steepness) != (self.backward, self.backward_steepness):  # attacks switch at every step
-            self.backward, self.backward_steepness = mode, _positive("steepness", steepness)
-            self.gate_steepness.fill_(self.backward_steepness)
-
-    def set_variant(self, variant: str, centre: str | None = None, steepness: float | None = None) -> None:
-        """Choose what the band becomes (``mean``, ``edge``, ``smooth``) and its centre (paper, Table 8), if given."""
-        centre = self.centre_mode if centre is None else centre
-        steepness = self.steepness if steepness is None else steepness
-        if variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-        if centre not in CENTRES:
-            raise ValueError(f"centre must be one of {', '.join(CENTRES)}, got {centre!r}")
-        self.variant, self.centre_mode, self.steepness = variant, centre, _positive("steepness", steepness)
-
-    def _refresh(self) -> None:
-        with torch.no_grad():
-            for own, value in zip((self.centre, self.threshold), self._derived(), strict=True):
-                own.copy_(value)
-        self.__dict__["_written"] = self._writes()
-
-    def _derived(self) -> tuple[Tensor, Tensor]:
-        """Return centre and threshold as they follow from the rest."""
-        held: Any = self._buffers  # attributes are proxies while somebody traces
-        mean, band = held["mean"], held["alpha"] * held["std"]
-        if self.strict:
-            band = torch.where(band > 0, band.nextafter(torch.zeros_like(band)), band)
-        centres = {"channel": mean, "zero": torch.zeros_like(mean), "layer": mean.mean()}
-        return centres[self.centre_mode].expand_as(mean), torch.where(band > 0, band, -torch.ones_like(band))
-
-    def _writes(self) -> int:
-        held: Any = self._buffers
-        if held["mean"].is_inference():  # such tensors do not count
-            return -1
-        return sum([held[name]._version for name in ("mean", "std", "alpha", "centre", "threshold")])
-
-    def check_written(self, values: bool = False) -> None:
-        """Raise StateError if statistics, alpha or what follows from them were written to past what sets them.
-
-        Args:
-            values: Compare them in any case, and not only where torch counted a write: ``.data`` counts none.
-        """
-        held: Any = self._buffers
-        writes = self._writes()
-        if (values or writes != self._written) and not (is_followed() or held["mean"].is_meta):
-            if not all(map(torch.equal, self._derived(), (held["centre"], held["threshold"]))):
-                raise StateError(
-                    f"{self.name}: its buffers were written to, of which some follow from others: call "
-                    "meansparse_fx.set_alpha or set_statistics, or give all sites theirs by load_state_dict"
-                )
-            self.__dict__["_written"] = writes
-
-    def _apply(self, fn, recurse: bool = True):
-        # model.half() must not round the statistics: buffers follow the device, and float64 only.
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for key, old in before.items():
-            new = getattr(self, key)
-            dtype = torch.float64 if new.dtype == torch.float64 else torch.float32
-            if new.dtype != dtype:
-                self._buffers[key] = old.to(device=new.device, dtype=dtype)
-        self._refresh()
-        return self
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *rest) -> None:
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *rest)
-        if metadata.get("assign_to_params_buffers"):
-            for name in ("mean", "std", "alpha"):  # or set_alpha would change the operator they come from
-                self._buffers[name] = self.get_buffer(name).clone()
-            for name in ("centre", "threshold"):
-                self._buffers[name] = torch.empty_like(self.mean)
-            self.gate_steepness = self.alpha.new_tensor(self.backward_steepness)
-        self._refresh()
-
     def extra_repr(self) -> str:
         fused = self.activation.name if self.activation else "identity"
         return (
             f"{self.channels} channels @ dim {self.channel_dim}, activation={fused}, "
             f"variant={self.variant}, centre={self.centre_mode}, backward={self.backward}"
         )
-
-
-def _positive(name: str, value: float) -> float:
-    value = number(value, name)
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be finite and positive, got {value}")
-    return value

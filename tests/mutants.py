@@ -74,6 +74,7 @@ TESTS = {
     "meansparse_fx/evaluate": "evaluate judge adaptive segmentation report fuzz_files",
     "meansparse_fx/alpha": "alpha report evaluate",
     "meansparse_fx/nn": "semantics transform state published settings hooks fuse",
+    "meansparse_fx/operator_state": "semantics transform state published settings hooks fuse",
     "meansparse_fx/operators": "transform semantics state published settings arguments",
     "meansparse_fx/frozen": "fuse hooks derivatives",
     "meansparse_fx/settings": "settings fuzz_files",

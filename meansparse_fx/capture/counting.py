@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from ..activations import match_function, match_module
 from ..dataless import tensors
 from ..formulas import FEATURES, POINTS, formula_of
-from ..hooks import allow_hooks
+from ..hook_refusals import allow_hooks
 from ..published import published_operator
 from .derivatives import applied_by
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from .. import rewrite
-from ..hooks import callable_copy
+from ..hook_refusals import callable_copy
 from ..nn import MeanSparse
 from ..observer import ChannelMoments
 from ..rewrite import PREFIX, insert_module_before, operand, sharing_copy

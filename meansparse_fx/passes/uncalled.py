@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import StateError
-from ..hooks import allow_hooks, forbid_hooks
+from ..hook_refusals import allow_hooks, forbid_hooks
 from ..nn import MeanSparse
 from ..rewrite import PREFIX
 from ..sites import Placement, SitePlan
