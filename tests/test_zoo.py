@@ -7,6 +7,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 from types import SimpleNamespace
 
 import gdown
@@ -375,12 +376,13 @@ def test_robustbench_gets_no_stand_in_for_what_is_there(tmp_path, monkeypatch):
     (tmp_path / "pkg_resources.py").write_text("")
     (tmp_path / "autoattack.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("pkg_resources", "autoattack"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    with robustbench_compat._missing_modules():
-        assert "autoattack" not in sys.modules
-        assert Path(importlib.import_module("pkg_resources").__file__).parent == tmp_path
-    assert "pkg_resources" in sys.modules
+    with mock.patch.dict(sys.modules):
+        for name in ("pkg_resources", "autoattack"):
+            sys.modules.pop(name, None)
+        with robustbench_compat._missing_modules():
+            assert "autoattack" not in sys.modules
+            assert Path(importlib.import_module("pkg_resources").__file__).parent == tmp_path
+        assert "pkg_resources" in sys.modules
 
 
 def test_robustbench_finds_its_own_files():
