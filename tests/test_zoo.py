@@ -7,8 +7,8 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
-from unittest import mock
 from types import SimpleNamespace
+from unittest import mock
 
 import gdown
 import pytest
