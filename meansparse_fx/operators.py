@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from .arguments import number
 from .batches import examples
-from .capture.modes import refuse_changes
+from .capture.codegen import refuse_changes
 from .capture.preconditions import refuse_train_mode
 from .capture.randomness import generator_state
 from .copies import shadow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,12 +9,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.autograd import grad_mode
-from torch.fx.graph import CodeGen
 from torch.fx.proxy import TraceError
-
-from ..rewrite import PREFIX
 
 _is_grad_enabled, _set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_enabled
 _enter_inference, _exit_inference = grad_mode._enter_inference_mode, grad_mode._exit_inference_mode
@@ -123,60 +119,14 @@ def modes_as_calls(call: Callable[..., fx.Node], is_tracing: Callable[[], bool])
         yield
 
 
-class CapturedCodeGen(CodeGen):
-    """Writes a graph's forward so that it refuses what changed beside it.
-
-    Args:
-        modes: A failure between two changes of a mode leaves that as it was.
-    """
-
-    def __init__(self, modes: bool) -> None:
-        super().__init__()
-        self.modes = modes
-
-    def gen_fn_def(self, *args: Any, **options: Any) -> str:
-        before = f"@{keeping_modes.__name__}\n" * self.modes
-        return f"{before}{super().gen_fn_def(*args, **options)}\n    {refuse_changes.__name__}(self)"
-
-    def additional_globals(self) -> list[tuple[str, Any]]:
-        return [(f.__name__, f) for f in (keeping_modes, refuse_changes)]
-
-
-def refuse_changes(model: nn.Module) -> None:
-    """Raise StateError if what a transformed model's graph does not follow has become something else."""
-    if (check := getattr(model._modules.get(PREFIX), "check", None)) is not None:
-        check(model)
-
-
-def keeping_modes(forward: Callable) -> Callable:
-    """Return a function that sets gradient mode and autocast back where it fails."""
-
-    @functools.wraps(forward)
-    def kept(*args: Any, **kwargs: Any) -> Any:
-        before = _is_grad_enabled()
-        try:
-            return forward(*args, **kwargs)
-        except BaseException as error:
-            _set_grad_enabled(before)
-            # What the generated code has entered and not left is held by its variables, in their order.
-            if (own := error.__traceback__ and error.__traceback__.tb_next) is not None:
-                for mode in reversed(own.tb_frame.f_locals.values()):
-                    if isinstance(mode, torch.autocast):
-                        leave_autocast(mode)
-            raise
-
-    return kept
-
-
-def tidy_modes(graph: fx.Graph) -> None:
-    """Remove idle changes of the gradient mode and questions that nobody reads; let failures restore modes."""
+def tidy_modes(graph: fx.Graph) -> bool:
+    """Remove idle changes of the gradient mode and questions that nobody reads; return whether changes are left."""
     _remove_unread(graph)
     for node in graph.find_nodes(op="call_function", target=_set_grad_enabled):
         if node.next.target is _set_grad_enabled or node.args[0] is node.prev:  # changed again, or back to what was
             graph.erase_node(node)
     _remove_unread(graph)
-    modes = (_set_grad_enabled, enter_autocast)
-    graph.set_codegen(CapturedCodeGen(any(graph.find_nodes(op="call_function", target=mode) for mode in modes)))
+    return any(graph.find_nodes(op="call_function", target=mode) for mode in (_set_grad_enabled, enter_autocast))
 
 
 def _remove_unread(graph: fx.Graph) -> None:

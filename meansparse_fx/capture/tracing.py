@@ -35,6 +35,7 @@ from ..hooks import (
 from ..outputs import flatten, parts
 from ..published import published_operator
 from ..state import kept_parameters, state_of, write_buffers_back
+from .codegen import CapturedCodeGen
 from .derivatives import (
     ModelProxy,
     applied_by,
@@ -123,7 +124,7 @@ class ModelTracer(fx.Tracer):
         for node in graph.nodes:
             if isinstance(node.type, str):  # an annotation never evaluated: torch before 2.14 cannot pickle it
                 node.type = None
-        tidy_modes(graph)
+        graph.set_codegen(CapturedCodeGen(tidy_modes(graph)))
         write_buffers_back(graph, self.root, set(self._state_names.values()))
         return graph
 
@@ -278,8 +279,8 @@ def trace(model: nn.Module, make_tracer: Callable[[frozenset[type]], ModelTracer
         try:
             with plain_attention(), kept_parameters(root):
                 graph = tracer.trace(root)
-                read = tuple(tracer.values_read), tracer.attributes_read
-                return Traced(graph, root, tuple(leaves.values()), tuple(tracer.traced_into), *read)
+                noted = tuple(tracer.traced_into), tuple(tracer.values_read), tracer.attributes_read
+                return Traced(graph, root, tuple(leaves.values()), *noted)
         except (CaptureError, Retrace):
             raise
         except Exception as error:
