@@ -346,3 +346,29 @@ def test_margin_does_not_depend_on_the_scale_of_logits(images):
 class Scale(nn.Module):
     def forward(self, x):
         return 3e4 * x
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    {
+        "apgd-ce": {"loss": "ce", "n_restarts": 1, "eot_iter": 1, "n_iter": 7},
+        "apgd-dlr": {"loss": "dlr", "n_restarts": 1, "eot_iter": 1, "n_iter": 7},
+        "apgd-ce-r5": {"loss": "ce", "n_restarts": 5, "eot_iter": 1},
+        "apgd-dlr-r5": {"loss": "dlr", "n_restarts": 5, "eot_iter": 1},
+        "apgd-ce-eot20": {"loss": "ce", "n_restarts": 1, "eot_iter": 20},
+        "apgd-dlr-eot20": {"loss": "dlr", "n_restarts": 1, "eot_iter": 20},
+        "apgd-t": {"n_iter": 7, "n_target_classes": 3},
+        "fab": {"targeted": False, "n_restarts": 5, "n_iter": 7},
+        "fab-t": {"targeted": True, "n_restarts": 1, "n_target_classes": 3},
+        "square": {"n_queries": 11, "p_init": 0.8},
+        "adaptive-1-1": {"_power": 1},
+        "adaptive-2-2": {"_power": 2},
+    }.items(),
+)
+def test_each_attack_of_the_table_is_what_its_name_says(sparse, name, expected):
+    settings = AttackSettings(eps=0.1, steps=7, queries=11, target_classes=3, seed=5)
+    built = attack_kind(name).build(sparse, settings)
+    found = {key: getattr(built, key) for key in expected}
+    assert found == expected
+    if name[:8] != "adaptive":
+        assert (built.eps, built.seed, built.norm) == (0.1, 5, "Linf")
