@@ -7,6 +7,7 @@ traced. Changes no graph.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -71,12 +72,17 @@ class Added(nn.Module):
                 operator.check_written()
             self._writes = writes
         if self.reloaded and self.statistics is not None:
-            if torch.compiler.is_compiling() or fingerprint(model) != self.statistics.fingerprint:
+            if torch.compiler.is_compiling() or self._is_of_other_weights(model):
                 raise StateError(
                     "a state_dict was loaded that lacks the operators' statistics, which were measured on other "
                     "weights: calibrate the model again"
                 )
             self.reloaded = False
+
+    def _is_of_other_weights(self, model: nn.Module) -> bool:
+        # Dynamo, which gave up a call of the model, goes on to compile what that calls.
+        own = torch.compiler.disable(fingerprint) if "torch._dynamo" in sys.modules else fingerprint
+        return self.statistics is not None and own(model) != self.statistics.fingerprint
 
     def _count_writes(self) -> int:
         """Return how often all operators' buffers were written to: 0.3 microseconds an operator."""
