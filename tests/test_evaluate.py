@@ -885,7 +885,11 @@ def test_adversarial_images_are_kept_and_can_be_checked_without_attacking(sparse
     assert found.holds
     assert msfx.get_alpha(fresh) == pytest.approx(0.05)
     assert found.broken == {w: int((~o.worst).sum()) for w, o in (("base", result.base), ("sparse", result.sparse))}
-    assert "The file holds" in str(found)
+    lines = str(found).splitlines()
+    for line, outcome in zip(lines, (result.base, result.sparse), strict=False):
+        assert f"wrong on {int((~outcome.worst).sum())} of {len(images)} images" in line
+        assert f"accuracy at most {100 * outcome.worst.double().mean():.1f} %" in line
+    assert lines[2:] == ["The file holds."]
     external = external_evaluation(path)
     assert torch.equal(external["x_adv"], kept.adversarial["sparse"])
 

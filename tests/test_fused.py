@@ -281,6 +281,8 @@ def test_what_belongs_together_is_checked_once_and_by_name():
         Operator(vectors._replace(sum_mean=torch.ones(4)), Options(3))
     with pytest.raises(ValueError, match="variant must be one of mean, edge, smooth, got 'none'"):
         Operator(vectors, Options(1, variant="none"))
+    with pytest.raises(ValueError, match=r"no activation 'swoosh': one of .*relu"):
+        Operator(vectors, Options(1, "swoosh"))
     with pytest.raises(ValueError, match="prelu takes a weight, a learned slope"):
         Operator(vectors, Options(1, "prelu"))
     with pytest.raises(ValueError, match="silu takes no weight, a learned slope"):

@@ -96,6 +96,20 @@ def test_a_changed_square_weighs_as_much_as_what_was_there(shape):
     assert outside == pytest.approx([0.1 / math.sqrt(2)] * len(outside), rel=1e-4)
 
 
+def _around_nothing(seed):
+    images = torch.full((1, 3, 12, 12), 0.5)
+    return _changed(images.clone(), images, AttackSettings(0.1), torch.Generator().manual_seed(seed)) - images
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_changed_cube_is_an_image(norm, value):
+    images = torch.full((8, 3, 12, 12), value)
+    changed = _changed(images.clone(), images, AttackSettings(0.9, norm), torch.Generator().manual_seed(0))
+    assert (changed != images).any()
+    assert changed.min() >= 0 and changed.max() <= 1
+
+
 def test_a_changed_cube_is_at_the_edge_of_the_ball():
     """In Linf: a square of the image, of which each channel goes to one side; nothing else changes."""
     images = torch.full((4, 3, 12, 12), 0.5)
@@ -103,6 +117,8 @@ def test_a_changed_cube_is_at_the_edge_of_the_ball():
     rows, columns = (changed != 0).any(0).any(0).nonzero(as_tuple=True)
     square = changed[:, :, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     assert 0 < square[0, 0].numel() < 144
+    sides = [(_around_nothing(seed) != 0).any(0).any(0).any(0).sum().item() for seed in range(60)]
+    assert {1, 5} < set(sides) < set(range(7)), "from a twentieth to half of the image"
     torch.testing.assert_close(square.abs(), torch.full_like(square, 0.1))
     assert (square.amax((2, 3)) == square.amin((2, 3))).all()
 
