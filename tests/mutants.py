@@ -70,7 +70,7 @@ TESTS = {
     "meansparse_fx/evaluate/attacks": "adaptive evaluate segmentation",
     "meansparse_fx/evaluate/planted": "judge evaluate",
     "meansparse_fx/evaluate/probes": "judge evaluate segmentation",
-    "meansparse_fx/evaluate/provenance": "settings evaluate",
+    "meansparse_fx/evaluate/provenance": "settings evaluate seen",
     "meansparse_fx/evaluate": "evaluate judge adaptive segmentation report fuzz_files",
     "meansparse_fx/alpha": "alpha report evaluate",
     "meansparse_fx/nn": "semantics transform state published settings hooks fuse",
