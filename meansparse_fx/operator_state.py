@@ -177,8 +177,13 @@ class OperatorState(nn.Module):
         mean, band = held["mean"], held["alpha"] * held["std"]
         if self.strict:
             band = torch.where(band > 0, band.nextafter(torch.zeros_like(band)), band)
-        centres = {"channel": mean, "zero": torch.zeros_like(mean), "layer": mean.mean()}
-        return centres[self.centre_mode].expand_as(mean), torch.where(band > 0, band, -torch.ones_like(band))
+        threshold = torch.where(band > 0, band, -torch.ones_like(band))
+        match self.centre_mode:
+            case "zero":
+                return torch.zeros_like(mean), threshold
+            case "layer":
+                return mean.mean().expand_as(mean), threshold
+        return mean, threshold
 
     def _writes(self) -> int:
         held: Any = self._buffers

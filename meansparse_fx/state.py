@@ -1,18 +1,12 @@
-"""Floor 1: parameters and buffers, and what running a model does to them. Imports torch and errors only."""
+"""Floor 1: parameters and buffers, and what running a model does to them. Imports torch only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-
-from .errors import StateError
-
-_ATOMS = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
-_PLAIN = (*_ATOMS, list, tuple, dict)
 
 
 def state_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -85,42 +79,3 @@ def write_buffers_back(graph: fx.Graph, root: nn.Module, names: set[str]) -> Non
             with graph.inserting_before(graph.output_node()):
                 new = graph.call_method("detach", (value.node,))
                 graph.call_method("copy_", (graph.get_attr(target), new))
-
-
-class HeldParts:
-    """Plain attributes and children of modules that a graph does not follow: they have to stay what they are now."""
-
-    def __init__(self) -> None:
-        # Path and module, None for the model itself, which no part can hold; name, value, and whether that is a child.
-        self._parts: list[tuple[str, nn.Module | None, str, Any, bool]] = []
-
-    def hold(self, path: str, module: nn.Module | None, parts: Mapping[str, Any], children: bool = False) -> None:
-        """Hold some of a module's attributes, or of its children; the module is None if it is the model itself."""
-        self._parts += [(path, module, n, v if children else _comparable(v), children) for n, v in parts.items()]
-
-    def check(self, model: nn.Module) -> None:
-        """Raise StateError if one is another by now."""
-        for path, module, name, value, child in self._parts:
-            if child:
-                now = (model if module is None else module)._modules.get(name)
-            else:
-                now = getattr(model, name, value) if module is None else module.__dict__.get(name, value)
-            if now is not value and not (isinstance(value, _PLAIN) and _comparable(now) == value):
-                where, was = f"{path}: " * bool(path), "another module" if child else f"{value!r}"
-                raise StateError(
-                    f"{where}{name} was {was} when the model was transformed, and is {now!r} now, and the graph has "
-                    "the former: set it in the base model, and transform that"
-                )
-
-
-def _comparable(value: Any) -> Any:
-    """Return what tells whether a value, or a plain one in it, has become another; what is not plain as it is."""
-    if type(value) is tuple and all(isinstance(item, _ATOMS) for item in value):
-        return value
-    if type(value) in (list, tuple):
-        return [_comparable(item) if isinstance(item, _PLAIN) else None for item in value]
-    if type(value) is dict:
-        return {key: _comparable(item) for key, item in value.items() if isinstance(item, _PLAIN)}
-    if hasattr(value, "__dict__") and not callable(value):  # a configuration, which holds much that nobody reads
-        return {name: item for name, item in vars(value).items() if isinstance(item, _ATOMS)}
-    return value

@@ -16,7 +16,7 @@ from .batches import examples
 from .capture import capture
 from .errors import SiteError, StateError
 from .operators import added, operators, set_alpha, set_backward, set_statistics
-from .passes import Added, refuse_hooks, restore, sparsify
+from .passes import Added, held_parts, refuse_hooks, restore, sparsify
 from .passes import fuse as fuse_all
 from .rewrite import PREFIX
 from .settings import Settings, save
@@ -143,7 +143,8 @@ def transform(
         assert images is not None  # find_sites has need of them, too
         plan = plan.with_fusion(fuse_all(sparse, images))
     own = added(sparse)
-    own.held = refuse_hooks(sparse, captured.attributes_read)
+    refuse_hooks(sparse)
+    own.held = held_parts(sparse, captured.attributes_read)
     own.operators = list(operators(sparse).values())
     own.plan = sparse.meta["plan"] = plan.without_nodes()
     own.placement, own.fuse, own.frozen = placement, fuse, captured.frozen

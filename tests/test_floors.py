@@ -21,6 +21,7 @@ FLOORS = {
     "copies": 1,
     "dataless": 1,
     "hooks": 1,
+    "held_parts": 1,
     "hook_refusals": 1,
     "state": 1,
     "outputs": 1,

@@ -28,7 +28,7 @@ from ..seen import least_marks
 from ..shards import Ranks
 from ..statistics import ChannelHistogram, Statistics, fingerprint, graph_fingerprint
 from .checkpoint import Checkpoint, PassState
-from .convergence import Precision, precision
+from .convergence import MIN_GROUPS, Precision, precision
 from .source import Source
 from .totals import Totals, gather_totals, merge_all
 
@@ -270,7 +270,7 @@ class _Pass:
     def _look_at_precision(self) -> None:
         """Estimate the precision from the groups of all processes, which all call this after as many batches."""
         groups = self._state.groups
-        if groups is None or groups.open_batches:
-            return
+        if groups is None or groups.open_batches or len(groups.closed) < MIN_GROUPS // self._ranks.world:
+            return  # too few: what processes wait for each other for would be None
         everyone = gather_totals(self._ranks, groups.closed, f"precision {len(groups.closed)} x {groups.length}")
         self._precision = precision(everyone, self._names)

@@ -9,7 +9,6 @@ other.
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import CodeType, FunctionType
@@ -17,7 +16,7 @@ from typing import Any, TypeVar
 from unittest import mock
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
@@ -107,24 +106,3 @@ def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
             f"{function.name} is a function of TorchScript, without its Python: call the one it was made from"
         )
     return original(*args, **kwargs)
-
-
-_OF_EVERY_MODULE = {*dir(nn.Module), *vars(nn.Module())}
-_PACKAGE = __name__.partition(".")[0]
-
-
-@contextmanager
-def attributes_noted(note: Callable[[nn.Module, str, Any], None]) -> Iterator[None]:
-    """Call ``note`` with module, name and value where a model's code reads a plain attribute, a constant to a graph."""
-    thread = threading.get_ident()
-
-    def look_up(module: nn.Module, name: str) -> Any:
-        value = object.__getattribute__(module, name)
-        if name not in _OF_EVERY_MODULE and name in object.__getattribute__(module, "__dict__"):
-            reader = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
-            if reader != _PACKAGE and threading.get_ident() == thread:
-                note(module, name, value)
-        return value
-
-    with mock.patch.object(nn.Module, "__getattribute__", look_up, create=True):
-        yield

@@ -22,6 +22,7 @@ from torch.fx.proxy import TraceError
 from ..activations import match_module, registered_functions
 from ..copies import shadow
 from ..errors import CaptureError, first_line
+from ..held_parts import attributes_noted
 from ..hooks import (
     enter,
     has_foreign_hooks,
@@ -43,7 +44,7 @@ from .derivatives import (
     register_hook,
     without_checkpoints,
 )
-from .functions import as_single_calls, attributes_noted, expanded_by_tuples
+from .functions import as_single_calls, expanded_by_tuples
 from .modes import modes_as_calls, tidy_modes
 from .preconditions import input_name
 from .proxies import Retrace

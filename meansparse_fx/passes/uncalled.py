@@ -10,18 +10,18 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..errors import StateError
+from ..held_parts import HeldParts
 from ..hook_refusals import allow_hooks, forbid_hooks
 from ..nn import MeanSparse
 from ..rewrite import PREFIX
 from ..sites import Placement, SitePlan
-from ..state import HeldParts
 from ..statistics import Statistics, fingerprint
 
 _SHOWN = 3
@@ -71,21 +71,16 @@ class Added(nn.Module):
             for operator in self.operators:
                 operator.check_written()
             self._writes = writes
-        if self.reloaded and self.statistics is not None:
-            if torch.compiler.is_compiling() or self._is_of_other_weights(model):
+        if self.reloaded and (measured := self.statistics) is not None:
+            if torch.compiler.is_compiling() or _fingerprint(model) != measured.fingerprint:
                 raise StateError(
                     "a state_dict was loaded that lacks the operators' statistics, which were measured on other "
                     "weights: calibrate the model again"
                 )
             self.reloaded = False
 
-    def _is_of_other_weights(self, model: nn.Module) -> bool:
-        # Dynamo, which gave up a call of the model, goes on to compile what that calls.
-        own = torch.compiler.disable(fingerprint) if "torch._dynamo" in sys.modules else fingerprint
-        return self.statistics is not None and own(model) != self.statistics.fingerprint
-
     def _count_writes(self) -> int:
-        """Return how often all operators' buffers were written to: 0.3 microseconds an operator."""
+        """Return how often all operators' buffers were written to: half a microsecond an operator."""
         try:
             counts: list[Any] = [b._version for own in self.operators for b in own._buffers.values() if b is not None]
             return sum(counts)
@@ -106,6 +101,11 @@ class Added(nn.Module):
         return super().train(mode)
 
 
+def _fingerprint(model: nn.Module) -> str:
+    # Dynamo, which gave up a call of the model, goes on to compile what that calls.
+    return (torch.compiler.disable(fingerprint) if "torch._dynamo" in sys.modules else fingerprint)(model)
+
+
 def _note_loaded(added: Added, keys: Any) -> None:
     added.reloaded = any(key.startswith(f"{PREFIX}.") for key in keys.missing_keys)
     for owner, name, value in added._watched:
@@ -117,38 +117,51 @@ def _note_loaded(added: Added, keys: Any) -> None:
             )
 
 
-def refuse_hooks(
-    graph_module: fx.GraphModule, read: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
-) -> HeldParts:
-    """Let the modules that the graph does not call refuse hooks, and calls past operators; the others take them.
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The modules of a transformed model.
 
-    Args:
-        read: By path of a module, its plain attributes that are constants of the graph.
-
-    Returns:
-        What cannot refuse to be changed: those attributes and the like of activations, and which modules these are.
+    Attributes:
+        paths: All of them, each by its first path.
+        running: Those that the graph calls, or that are in these.
+        operators: By path.
+        activations: Those that an operator replaced, and its path.
     """
-    called = {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")} | {PREFIX}
-    entered = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
-    inside: set[str] = set()
-    running: set[nn.Module] = {graph_module}
-    paths: dict[nn.Module, str] = {}
-    for path, module in graph_module.named_modules(remove_duplicate=False):
-        paths.setdefault(module, path)
-        if path in called or path.rpartition(".")[0] in inside:
-            inside.add(path)
-        if path in inside or path in entered:
-            running.add(module)
-    operators = {path: m for path, m in graph_module.named_modules() if isinstance(m, MeanSparse)}
-    norms = {norm.module: path for path, operator in operators.items() for norm in operator.prologue.taken}
-    replaced = {o.replaced: path for path, o in operators.items() if o.replaced is not None}
-    activations = {graph_module.get_submodule(path): own for path, own in replaced.items()}
-    taken = norms | activations
-    names = [operator.name.split(".") for operator in operators.values()]
-    around = {".".join(parts[:depth]) for parts in names for depth in range(1, len(parts))}
-    for module, path in paths.items():
+
+    paths: dict[nn.Module, str]
+    running: set[nn.Module]
+    operators: dict[str, MeanSparse]
+    activations: dict[nn.Module, str]
+
+    @classmethod
+    def of(cls, graph_module: fx.GraphModule) -> _Parts:
+        called = {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")} | {PREFIX}
+        read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+        inside: set[str] = set()
+        running: set[nn.Module] = {graph_module}
+        paths: dict[nn.Module, str] = {}
+        for path, module in graph_module.named_modules(remove_duplicate=False):
+            paths.setdefault(module, path)
+            if path in called or path.rpartition(".")[0] in inside:
+                inside.add(path)
+            if path in inside or path in read:
+                running.add(module)
+        operators = {path: m for path, m in graph_module.named_modules() if isinstance(m, MeanSparse)}
+        replaced = {o.replaced: path for path, o in operators.items() if o.replaced is not None}
+        activations = {graph_module.get_submodule(path): own for path, own in replaced.items()}
+        return cls(paths, running, operators, activations)
+
+
+def refuse_hooks(graph_module: fx.GraphModule) -> None:
+    """Let the modules that the graph does not call refuse hooks, and calls past operators; the others take them."""
+    parts = _Parts.of(graph_module)
+    norms = {norm.module: path for path, operator in parts.operators.items() for norm in operator.prologue.taken}
+    taken = norms | parts.activations
+    names = [operator.name.split(".") for operator in parts.operators.values()]
+    around = {".".join(steps[:depth]) for steps in names for depth in range(1, len(steps))}
+    for module, path in parts.paths.items():
         call = None
-        if module not in running and (module in activations or path in around):
+        if module not in parts.running and (module in parts.activations or path in around):
             call = (
                 f"{path}, called by itself, computes without the operators of its activations: call the transformed "
                 f"model (torchvision's create_feature_extractor returns what is in its middle), or {path} of the base"
@@ -161,7 +174,7 @@ def refuse_hooks(
                 f"on {path} of the base before transforming it",
                 call,
             )
-        elif module not in running:
+        elif module not in parts.running:
             forbid_hooks(
                 module,
                 f"the graph makes the calls that {path} makes and does not call {path}: register the hook on a module "
@@ -170,18 +183,26 @@ def refuse_hooks(
             )
         else:
             allow_hooks(module)
-    held = HeldParts()
+
+
+def held_parts(graph_module: fx.GraphModule, read: Mapping[str, Mapping[str, Any]]) -> HeldParts:
+    """Return what cannot refuse to be changed: plain attributes, and which modules the graph does not call.
+
+    Args:
+        read: By path of a module, its plain attributes that are constants of the graph.
+    """
+    parts, held = _Parts.of(graph_module), HeldParts()
     for path, values in read.items():
         module = graph_module.get_submodule(path)
         read_here = {n: vars(module).get(n, value) for n, value in values.items()}
         if not path:  # the graph's own attributes are others, and what is held is pickled
             read_here = {n: v for n, v in read_here.items() if not (hasattr(module, n) or callable(v))}
         held.hold(path, module if path else None, read_here)
-    for module, path in paths.items():
-        if module not in running:
+    for module, path in parts.paths.items():
+        if module not in parts.running:
             parent, _, name = path.rpartition(".")
             held.hold(parent, graph_module.get_submodule(parent) if parent else None, {name: module}, children=True)
-        if module in activations:
+        if module in parts.activations:
             own = {n: v for n, v in vars(module).items() if n[0] != "_" and n not in ("training", "inplace")}
             held.hold(path, module, {"forward": None, **own})
     return held
