@@ -67,7 +67,7 @@ def read_json(path: str | Path, versions: Mapping[str, int]) -> dict[str, Any]:
     what = " or ".join(versions)
     try:
         values = json.loads(Path(path).read_text("utf-8"))
-        kind, version = values["format"], values["version"]
+        kind, version = str(values["format"]), int(values["version"])
     except (ValueError, KeyError, TypeError) as error:
         why = f"{type(error).__name__}: {error}"  # the repr of a UnicodeDecodeError is the whole file
         raise ArtifactError(f"{path}: no {what} ({why}); if an older release wrote it, make it again") from error
@@ -219,5 +219,5 @@ def read(path: str | Path, kind: str, version: str, what: str) -> tuple[dict[str
             return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise ArtifactError(f"{path}: truncated or not {what} ({error})") from error

@@ -34,6 +34,7 @@ from .kernels.reference import inside_band, per_channel, sparsify
 from .nn import MeanSparse
 from .operators import added, operators
 from .plots import DARK, LIGHT, Theme, histogram_figure, percent, picture
+from .rewrite import sharing_copy
 from .sites import SitePlan
 from .statistics import FeatureHistogram, typical
 from .tables import as_html
@@ -238,8 +239,8 @@ def feature_histogram(
 
 
 def _run_watched(sparse: fx.GraphModule, images: Tensor, look: Any) -> None:
-    """Run the model on ``images``, showing each operator's input to ``look``."""
+    """Run the model on ``images``, showing each operator's input to ``look``; a fused one takes another, so unfused."""
     with ExitStack() as stack:
         for operator in operators(sparse).values():
             stack.callback(operator.register_forward_pre_hook(look).remove)
-        sparse(images)
+        sharing_copy(sparse)(images)

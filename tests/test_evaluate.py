@@ -578,6 +578,14 @@ def test_checks_pass_on_a_sound_model(sparse, test_set):
     assert "In doubt" not in result.verdict
 
 
+@pytest.mark.parametrize("name", ["adaptive-1-1", "apgd-start/annealed"])
+def test_an_attack_that_cannot_look_for_planted_examples_may_be_alone(name, sparse, test_set):
+    result = msfx.evaluate(sparse, test_set, **QUICK | {"attacks": (name,)})
+    names = {check.name for check in result.checks}
+    assert "logits, base" in names
+    assert "planted examples, base" not in names
+
+
 def test_checks_can_be_left_out(sparse, test_set, monkeypatch):
     made = count_attacks(monkeypatch)
     result = msfx.evaluate(sparse, test_set, sanity_images=0, **QUICK)

@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import meansparse_fx as msfx
+from meansparse_fx.alpha.result import AlphaSearch, Move, Refinement
 from meansparse_fx.data import load_images
 from meansparse_fx.errors import MeanSparseError
+from meansparse_fx.evaluate import AttackSettings, Check, Evaluation, ModelOutcome, PairedDifference
 from meansparse_fx.evaluate.evidence import Evidence, verify
 from meansparse_fx.evaluate.ledger import Ledger
 from meansparse_fx.zoo.weights import load_weights
@@ -153,8 +155,30 @@ def picture(path, _):
     return path / "a" / "one.png", lambda: sum(image.sum() for image, _ in load_images(path, image_size=8))
 
 
+OUTCOMES = ModelOutcome(torch.ones(3) > 0, {"apgd-ce/exact": torch.arange(3) > 1})
+
+
+def search(path, _):
+    moves = (Move("a", 0.2, 1.0, 3, PairedDifference(0.0, -1.0, 1.0, 1.0), False),)
+    refinement, threat = Refinement(0.1, OUTCOMES, moves), AttackSettings(0.1)
+    rows = dict.fromkeys((0.0, 0.1), OUTCOMES)
+    found = AlphaSearch({"a": 0.1}, rows, 0.003, others={"edge": rows}, refinement=refinement, threat=threat)
+    found.save(path)
+    return lambda: AlphaSearch.load(path)
+
+
+def evaluation(path, _):
+    checks = (Check("threat", True, "found"),)
+    Evaluation(OUTCOMES, OUTCOMES, 0.1, 0.1, "Linf", 20, 500, 0, 1.5, checks=checks).save(path)
+    return lambda: Evaluation.load(path)
+
+
 FOLDERS = (npy, idx, idx_gz, cifar_binary, picture)
-READERS = (statistics, settings, calibration, ledger, adversarial, safetensors, state_dict, npz, compressed, *FOLDERS)
+JSON = (search, evaluation)
+READERS = (
+    *(statistics, settings, calibration, ledger, adversarial),
+    *(*JSON, safetensors, state_dict, npz, compressed, *FOLDERS),
+)
 
 
 def damaged(raw: bytes, choose: random.Random) -> bytes:
@@ -216,6 +240,8 @@ STRANGE = (None, -1, 1.5, 10**30, "x", [], {}, [[]], True, {"a": 1}, float("nan"
 
 def strange_header(header, choose):
     """Return a JSON value of which one part is another."""
+    if choose.random() < 0.1:
+        return choose.choice(STRANGE)
     spot, key, value = None, None, header
     while isinstance(value, dict | list) and value and (spot is None or choose.random() < 0.8):
         spot = value
@@ -264,6 +290,18 @@ def test_strange_values(make, tmp_path, model):
             survives(read)
         except Exception as error:
             raise AssertionError(f"file {number}: {type(error).__name__}: {error}\n{header}") from error
+
+
+@pytest.mark.parametrize("make", JSON, ids=lambda make: make.__name__)
+def test_strange_values_in_json(make, tmp_path, model):
+    path, whole, read = prepared(make, tmp_path, model)
+    choose = random.Random(make.__name__)
+    for number in range(3 * TIMES):
+        path.write_text(text := json.dumps(strange_header(json.loads(whole), choose)))
+        try:
+            survives(read)
+        except Exception as error:
+            raise AssertionError(f"file {number}: {type(error).__name__}: {error}\n{text}") from error
 
 
 def _tensors(path):

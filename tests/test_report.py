@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import meansparse_fx as msfx
 from meansparse_fx.alpha import AlphaSearch
@@ -201,6 +202,24 @@ def test_histogram_with_the_operator_off(calibrated, images):
     assert found.share == 0
     assert np.array_equal(found.before, found.after)
     histogram_figure(found)
+
+
+def test_features_of_a_fused_model_are_those_of_the_operators_input():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval().requires_grad_(False)
+    model[1].running_mean.normal_()
+    images = torch.rand(8, 3, 9, 9)
+    x = model[:2](images)
+    found = msfx.transform(model, images, fuse="all")
+    msfx.calibrate(found, [images], progress=False)
+    msfx.set_alpha(found, 0.4)
+    deviation, mean = torch.std_mean(x, (0, 2, 3), correction=0, keepdim=True)
+    expected = ((x - mean).abs() <= 0.4 * deviation).double().mean((0, 2, 3))
+    assert torch.allclose(band_shares(found, images)["2"], expected, atol=0.01)
+    histogram = feature_histogram(found, images, ("2", 1))
+    assert histogram.edges[0] == pytest.approx(float(x[:, 1].quantile(0.001)), abs=0.2)
+    assert histogram.edges[-1] == pytest.approx(float(x[:, 1].quantile(0.999)), abs=0.2)
+    assert histogram.share == pytest.approx(float(expected[1]), abs=0.01)
 
 
 def early_search(alpha: float = 0.3) -> AlphaSearch:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from torch import fx
 
-from ..artifacts import read_json, write_json
+from ..artifacts import parsing, read_json, write_json
 from ..errors import ArtifactError
 from ..evaluate import verdict
 from ..evaluate.outcome import ModelOutcome, PairedDifference, mean
@@ -148,6 +148,11 @@ class AlphaSearch(Tabled):
         known = whole if whole["format"] == FORMAT else whole.get("search")
         if known is None:
             raise ArtifactError(f"{path}: a report without a search for alpha")
+        with parsing(path):
+            return cls._from_dict(known)
+
+    @classmethod
+    def _from_dict(cls, known: Mapping[str, Any]) -> AlphaSearch:
         outcomes: dict[str, dict[float, ModelOutcome]] = {}
         for row in known["rows"]:
             outcomes.setdefault(row["variant"], {})[row["alpha"]] = ModelOutcome.from_dict(row)

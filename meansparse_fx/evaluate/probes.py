@@ -62,7 +62,8 @@ def examine(attacked: Attacked, probed: Probed, clean: Tensor, standing: Tensor)
 
 def search_planted(attacked: Attacked, probed: Probed) -> Masks:
     """Return for each run, and for random search, where it missed what was planted; nothing if nothing can be."""
-    runs, settings = attacked.plan.runs, attacked.plan.settings
+    settings = attacked.plan.settings
+    runs = [run for run in attacked.plan.runs if not (run.kind.started or run.kind.reads_graph)]
     if not isinstance(attacked.model, fx.GraphModule) or not any(run.backward for run in runs):
         return {}
     planted = plant(attacked.model, probed.images[:IMAGES], settings)
@@ -71,9 +72,8 @@ def search_planted(attacked: Attacked, probed: Probed) -> Masks:
     settings = replace(settings, target_classes=1)  # one alone is there to be found
     found: dict[str, Tensor] = {"planted/random search": planted.random}
     for run in runs:
-        if not (run.kind.started or run.kind.reads_graph):
-            made = perturbed(planted.model, run, planted.images, planted.labels, settings)
-            found[f"planted/{run.name}"] = correct(planted.model, made, planted.labels)
+        made = perturbed(planted.model, run, planted.images, planted.labels, settings)
+        found[f"planted/{run.name}"] = correct(planted.model, made, planted.labels)
     return found
 
 

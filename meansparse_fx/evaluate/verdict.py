@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from torch import Tensor
 
-from ..artifacts import read_json, write_json
+from ..artifacts import parsing, read_json, write_json
 from ..tables import Tabled, as_csv, new_table, terminal_width
 from .attacks import attack_kind
 from .outcome import TRANSFER, ModelOutcome, PairedDifference, change, mean
@@ -145,9 +145,11 @@ class Evaluation(Tabled):
             ArtifactError: It is something else, or of a newer release.
         """
         known = read_json(path, {FORMAT: VERSION})
-        base, sparse = (ModelOutcome.from_dict(known[which]) for which in ("base", "sparse"))
-        same = {name: known[name] for name in ("alpha", "seconds", "cumulative")}
-        return cls(base, sparse, **same, **known["threat"], checks=tuple(Check(**check) for check in known["checks"]))
+        with parsing(path):
+            base, sparse = (ModelOutcome.from_dict(known[which]) for which in ("base", "sparse"))
+            same = {name: known[name] for name in ("alpha", "seconds", "cumulative")}
+            checks = tuple(Check(**check) for check in known["checks"])
+            return cls(base, sparse, **same, **known["threat"], checks=checks)
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict` as JSON."""
