@@ -271,9 +271,9 @@ def test_each_probe_sees_its_failure_and_no_other_model_has_it(net, images, fail
     torch.manual_seed(0)
     assert not looked(**FAILURES[failure])[failure].all()
     sound = looked()
-    assert set(sound) == {*FAILURES, "unbounded", "twice the steps", "outspoken"}
+    assert set(sound) == {*FAILURES, "unbounded", "twice the steps", "silent success"}
     assert all(sound[name].all() for name in FAILURES)
-    assert sound["outspoken"].all()
+    assert sound["silent success"].all()
     assert sound["unbounded"].all()
     assert looked(right=False) == {}, "there is nothing to look at"
     assert set(looked(attacks=("square",))) == {"repeatable", "logits", "continuous"}, "nor a gradient"
@@ -312,7 +312,7 @@ def test_what_an_attack_met_and_did_not_return_is_noticed(net, images, monkeypat
     assert wrong.any()
     runs = plan_runs(["apgd-ce/exact"], (), 0)
     found = examine(Attacked(model, plan.AttackPlan(runs, SETTINGS)), Probed(images, labels), everything, everything)
-    assert torch.equal(found["outspoken"], ~wrong)
+    assert torch.equal(found["silent success"], ~wrong)
     assert found["twice the steps"].all()
 
 

@@ -92,9 +92,9 @@ class Trials:
     def attack(self, candidate: Candidate, stop: int, advance: Callable[[], object] = lambda: None) -> ModelOutcome:
         """Attack a candidate on the images up to ``stop`` that it has not seen, and return what it did so far."""
         name, clean = str(candidate), self.outcome(candidate).clean
-        met = self._rows.setdefault(name, [])
+        rows = self._rows.setdefault(name, [])
         candidate.set(self._sparse)
-        for low in range(sum(len(rows["clean"]) for rows in met), stop, self._batch_size):
+        for low in range(sum(len(batch["clean"]) for batch in rows), stop, self._batch_size):
             at = slice(low, min(low + self._batch_size, stop))
             images, labels = (part[at].to(self._device) for part in (self._images, self._labels))
             what = f"{name}, {at.start} to {at.stop}"
@@ -102,7 +102,7 @@ class Trials:
             for run in self._plan.runs:
                 batch.attack(run)
                 advance()
-            met.append(batch.rows)
+            rows.append(batch.rows)
         return self.outcome(candidate)
 
     def _right(self, candidate: Candidate) -> Tensor:
@@ -112,7 +112,7 @@ class Trials:
 
 
 def rung_sizes(attacked: int, count: int, candidates: int) -> dict[int, int]:
-    """Return numbers of images that double up to ``attacked``, and for each how many candidates meet the new ones.
+    """Return numbers of images that double up to ``attacked``, and how many candidates each of these rungs takes.
 
     Example:
         >>> rung_sizes(400, 3, 7)
@@ -134,12 +134,13 @@ def successive_halving(
     The first candidate is the base, which goes all the way: the others are compared with it. Those over the clean
     budget are attacked on the first images only, which shows what became of them.
     """
-    base, *standing = candidates
+    base, *survivors = candidates
     for stop in rungs:
-        for candidate in (base, *standing):
+        for candidate in (base, *survivors):
             trials.attack(candidate, stop, advance)
         reference = trials.outcome(base)
-        allowed = [c for c in standing if within_budget(reference, trials.outcome(c), clean_budget)]
+        allowed = [c for c in survivors if within_budget(reference, trials.outcome(c), clean_budget)]
         # sorted() is stable: of equals the earlier one stays, which is the smaller alpha.
-        kept = sorted(allowed, key=lambda c: -int(trials.outcome(c).worst.sum()))[: math.ceil(len(allowed) / 2)]
-        standing = [c for c in standing if c in kept]
+        best_first = sorted(allowed, key=lambda c: -int(trials.outcome(c).worst.sum()))
+        kept = best_first[: math.ceil(len(allowed) / 2)]
+        survivors = [c for c in survivors if c in kept]

@@ -107,14 +107,14 @@ class AlphaSearch(Tabled):
         return self.outcomes[0.0]
 
     def change(self, outcome: ModelOutcome) -> PairedDifference:
-        """Return the change of the worst case from the base's, on the images that both met."""
+        """Return the change of the worst case from the base's, on the images on which both were attacked."""
         n = len(outcome.worst)
         return PairedDifference.of(self.base.worst[:n], outcome.worst)
 
     def comparable(self, outcome: ModelOutcome, attack: str | None = None) -> float:
         """Return the accuracy to be expected on all attacked images: the base's there, and the paired change.
 
-        An alpha given up early met fewer images, easier or harder ones; its plain share says less.
+        An alpha given up early was attacked on fewer images, easier or harder ones; its plain share says less.
 
         Args:
             outcome: Of an alpha.
@@ -265,7 +265,7 @@ def better(before: ModelOutcome, after: ModelOutcome, significance: float) -> bo
 def choose(
     outcomes: Mapping[tuple[float, str], ModelOutcome], clean_budget: float, significance: float
 ) -> tuple[float, str]:
-    """Return the (alpha, variant) to take among those that met all attacked images.
+    """Return the (alpha, variant) to take among those that were attacked on all images.
 
     From the smallest alpha up, one takes the place of the one chosen so far only if it is better beyond noise; the
     first is the base. Those over the clean budget are passed over.
@@ -275,9 +275,9 @@ def choose(
         clean_budget: As a fraction.
     """
     (chosen, base), *rest = outcomes.items()
-    standing = base
+    incumbent = base
     for candidate, outcome in rest:
         finished = len(outcome.worst) == len(base.worst)
-        if finished and within_budget(base, outcome, clean_budget) and better(standing, outcome, significance):
-            chosen, standing = candidate, outcome
+        if finished and within_budget(base, outcome, clean_budget) and better(incumbent, outcome, significance):
+            chosen, incumbent = candidate, outcome
     return chosen

@@ -115,7 +115,8 @@ def select_alpha(
             f"{clean_budget:g} and {significance:g}"
         )
     attacked = None if attacked is None else whole(attacked, "attacked", 1)
-    rungs, batch_size, amp = whole(rungs, "rungs", 1), whole(batch_size, "batch_size", 1), autocast_dtype(amp)
+    rungs, batch_size = whole(rungs, "rungs", 1), whole(batch_size, "batch_size", 1)
+    amp = autocast_dtype(amp)
     keys = [(0.0, variants[0]), *((alpha, variant) for alpha in grid[1:] for variant in variants)]
     candidates = {key: Candidate(*key) for key in keys}
     settings = AttackSettings(eps=eps, norm=norm, steps=steps, queries=queries, seed=seed)
@@ -152,9 +153,9 @@ def select_alpha(
         if per_site:
             tried = sorted({*own_grid} - {alpha}) if own_grid is not None else _proposals(grid, alpha, search.leader)
             start, groups = candidates[alpha, variant], _groups(sparse, per_site)
-            limits = clean_budget, significance / max(1, len(tried) * len(groups))
-            refined = _site_by_site(trials, start, groups, tried, [*stops], *limits, display)
-            search = replace(search, alpha=refined[0], refinement=refined[1])
+            each = significance / max(1, len(tried) * len(groups))
+            chosen, moves = _site_by_site(trials, start, groups, tried, [*stops], clean_budget, each, display)
+            search = replace(search, alpha=chosen, refinement=moves)
     added(sparse).choice = search.to_dict()  # whichever alpha is set from now on, these images were looked at
     return search
 
@@ -185,30 +186,32 @@ def _site_by_site(
     significance: float,
     display: Progress,
 ) -> tuple[float | dict[str, float], Refinement]:
-    """Try each group of sites at other alphas, one after the other; return what stands then, and what was tried."""
+    """Try each group of sites at other alphas, one after the other; return the best so found, and what was tried."""
     assert isinstance(start.alpha, float)
     task = display.add_task("site by site", total=len(proposals) * len(groups), note="")
     alphas = {site: start.alpha for sites in groups.values() for site in sites}
     base = trials.outcome(Candidate(0.0, start.variant))
-    standing, moves = trials.attack(start, stops[-1]), []
+    incumbent = trials.attack(start, stops[-1])
+    moves = []
     for (group, sites), alpha in product(groups.items(), proposals):
         trial = alphas | dict.fromkeys(sites, alpha)
-        candidate, change, taken = Candidate(trial, start.variant), None, False
+        candidate = Candidate(trial, start.variant)
         outcome = trials.outcome(candidate)
+        change, taken = None, False
         if within_budget(base, outcome, clean_budget):
             for stop in stops:
                 outcome = trials.attack(candidate, stop)
-                change = PairedDifference.of(standing.worst[:stop], outcome.worst)
+                change = PairedDifference.of(incumbent.worst[:stop], outcome.worst)
                 if change.estimate <= 0:
                     break
-            taken = stop == stops[-1] and better(standing, outcome, significance)
+            taken = stop == stops[-1] and better(incumbent, outcome, significance)
         attacked = 0 if change is None else len(outcome.worst)
         moves.append(Move(group, alpha, mean(outcome.clean), attacked, change, taken))
         if taken:
-            alphas, standing = trial, outcome
-        display.update(task, advance=1, note=f"worst case {mean(standing.worst):.1%}")
+            alphas, incumbent = trial, outcome
+        display.update(task, advance=1, note=f"worst case {mean(incumbent.worst):.1%}")
     moved = any(move.taken for move in moves)
-    return alphas if moved else start.alpha, Refinement(start.alpha, standing, tuple(moves))
+    return alphas if moved else start.alpha, Refinement(start.alpha, incumbent, tuple(moves))
 
 
 def _proposals(grid: Sequence[float], start: float, leader: float) -> list[float]:

@@ -1,6 +1,6 @@
 """Floor 5: how robust a transformed model is against those who know the operator, beside its base.
 
-`run` is the verb. Attacking: `threat` is what an attacker may do, `plan` says which attacks are run and how they meet a
+`run` is the verb. Attacking: `threat` is what an attacker may do, `plan` says which attacks are run and on what of a
 model, `attacks` is their table, `surrogates` that of their gradients, `descent` holds those of our own.
 `batch` is one model on one batch of images, and both models on all; `segmentation` the same for label maps;
 `ledger` keeps results on disk, `evidence` adversarial images. Results: `outcome` is what one model did, with the

@@ -1,4 +1,4 @@
-"""Floor 5: one model on one batch of images, attack after attack: which images stand, and what broke the others.
+"""Floor 5: one model on one batch of images, attack after attack: which images survive, and what broke the others.
 
 The search for alpha looks at one a candidate, `evaluate` compares two, batch after batch. Results are kept in a ledger.
 """
@@ -56,24 +56,25 @@ class Batch:
         self.broken, self._by = ~clean, torch.where(clean, -1, 0)
 
     def attack(self, run: Run, among: Tensor | None = None, starts: Tensor | None = None) -> None:
-        """Let one run attack what stands, or what of it is ``among`` ``[N]``, from ``starts`` ``[N, C, H, W]``."""
+        """Let one run attack what is unbroken, or what of it is ``among`` ``[N]``, from ``starts`` ``[N, C, H, W]``."""
 
         def make(at: Tensor) -> Tensor:
             begin = () if starts is None else (starts[at],)
             return self._attacked.perturbed(run, self.images[at], self.labels[at], None, *begin)
 
-        self._meet(run.name, among, make)
+        self._record(run.name, among, make)
 
     def transfer(self, among: Tensor, found: Tensor) -> None:
-        """Show what stands of ``among`` ``[N]`` the images ``found`` ``[N, C, H, W]`` that broke another model."""
-        self._meet(TRANSFER, among, lambda at: found[at])
+        """Try the images ``found`` ``[N, C, H, W]``, which broke another model, where ``among`` ``[N]`` is unbroken."""
+        self._record(TRANSFER, among, lambda at: found[at])
 
     def _known(self, piece: str, work: Callable[[], Masks]) -> Masks:
         return self._ledger.get_or_compute(f"{self._name}, {piece}", work)
 
-    def _meet(self, name: str, among: Tensor | None, make: Callable[[Tensor], Tensor]) -> None:
-        standing = self.rows["clean"] if self._attacked.plan.full_rows else ~self.broken
-        target = standing if among is None else standing & among
+    def _record(self, name: str, among: Tensor | None, make: Callable[[Tensor], Tensor]) -> None:
+        """Note which images survive what ``make`` makes of those at a mask ``[N]``, as a row of this name."""
+        counted = self.rows["clean"] if self._attacked.plan.full_rows else ~self.broken
+        target = counted if among is None else counted & among
         device = self.images.device
 
         def work() -> Masks:
@@ -86,7 +87,7 @@ class Batch:
 
         known = self._known(name, work)
         newly = target & ~known["survived"] & ~self.broken
-        self.rows[name] = known["survived"] | (standing & ~target)
+        self.rows[name] = known["survived"] | (counted & ~target)
         self.broken = self.broken | newly
         self._by[newly] = len(self.rows) - 1
         if "images" in known:  # not of a batch that was done with before
@@ -94,8 +95,9 @@ class Batch:
 
     def examine(self, count: int, planted: bool) -> Masks:
         """Return what `probes` see on the first ``count`` images, with examples ``planted`` there or without."""
-        probed, masks = Probed(self.images[:count], self.labels[:count]), (self.rows["clean"], ~self.broken)
-        found = self._known("sanity", lambda: examine(self._attacked, probed, *(mask[:count] for mask in masks)))
+        probed = Probed(self.images[:count], self.labels[:count])
+        clean, unbroken = self.rows["clean"][:count], ~self.broken[:count]
+        found = self._known("sanity", lambda: examine(self._attacked, probed, clean, unbroken))
         if not planted:
             return found
         return {**found, **self._known("planted", lambda: search_planted(self._attacked, probed))}

@@ -96,12 +96,13 @@ class Adaptive(PGD):
         """Return adversarial images; those not broken under any weight of the penalty come back as they were."""
         torch.manual_seed(self._settings.seed)
         best = images.clone()
-        standing = torch.arange(len(images), device=images.device)
+        unbroken = torch.arange(len(images), device=images.device)
         for weight in PENALTIES:
-            x, y = images[standing], labels[standing]
-            best[standing] = found = self._ascend(x, y, self._penalised(x, weight))
-            standing = standing[(found == x).flatten(1).all(1)]
-            if not len(standing):
+            x, y = images[unbroken], labels[unbroken]
+            found = self._ascend(x, y, self._penalised(x, weight))
+            best[unbroken] = found
+            unbroken = unbroken[(found == x).flatten(1).all(1)]
+            if not len(unbroken):
                 break
         return best
 
@@ -131,8 +132,8 @@ class Margin(APGDAttack):
     def perturb_from(self, starts: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """Return adversarial images ``[N, C, H, W]``, begun at ``starts``; those not broken as they were."""
         self.init_hyperparam(images)
-        _, standing, _, found = self.attack_single_run(images.clone(), labels.clone(), x_init=starts)
-        return torch.where(per_image(standing.bool(), images), images, found)
+        _, robust, _, found = self.attack_single_run(images.clone(), labels.clone(), x_init=starts)
+        return torch.where(per_image(robust.bool(), images), images, found)
 
 
 class Nearest(Margin):
@@ -149,20 +150,21 @@ class Nearest(Margin):
         """Return adversarial images ``[N, C, H, W]``; those not broken as they were."""
         torch.manual_seed(self.seed)
         self.init_hyperparam(images)
-        found, standing = images.clone(), torch.arange(len(images), device=images.device)
+        found, attacked = images.clone(), torch.arange(len(images), device=images.device)
         for turn in range(1 + self.MORE):
             self.loss = ("ce", "dlr")[turn % 2]
-            x, y = images[standing], labels[standing]
-            best, right, _, adversarial = self.attack_single_run(x.clone(), y.clone())
-            broken = right == 0
-            found[standing[broken]] = adversarial[broken]
+            x, y = images[attacked], labels[attacked]
+            best, robust, _, adversarial = self.attack_single_run(x.clone(), y.clone())
+            broken = robust == 0
+            found[attacked[broken]] = adversarial[broken]
             again = ~broken
-            if not turn:
+            if turn == 0:
                 with torch.no_grad():
-                    came = margin(self.model(best), y).masked_fill(broken, -torch.inf)
-                again &= came >= came.topk(-(-len(images) // self.FRACTION)).values[-1]
-            standing = standing[again]
-            if not len(standing):
+                    margins = margin(self.model(best), y).masked_fill(broken, -torch.inf)
+                nearest = margins.topk(math.ceil(len(images) / self.FRACTION)).values
+                again &= margins >= nearest[-1]
+            attacked = attacked[again]
+            if not len(attacked):
                 break
         return found
 

@@ -67,7 +67,7 @@ class Ledger:
 
     @property
     def batches(self) -> int:
-        """How many batches have been met, the last of them perhaps not by every attack."""
+        """How many batches have been attacked, the last of them perhaps not by every attack."""
         return len(self._digests)
 
     @property
@@ -85,7 +85,7 @@ class Ledger:
             )
 
     def require_whole(self, batches: int) -> None:
-        """Raise EvaluationError if the data ended before all batches came that were met earlier: only so many did."""
+        """Raise EvaluationError if fewer ``batches`` came, all in all, than an earlier process has attacked."""
         if missing := self.batches - batches:
             raise EvaluationError(
                 f"{self._path}: a checkpoint of more images, {missing} batches of it did not come again: give the "

@@ -1,4 +1,4 @@
-"""Floor 5: which attacks are run, in which order, and how they meet a model: as it is, compiled, in lower precision.
+"""Floor 5: which attacks are run, in which order, and on what: the model as it is, compiled, or in lower precision.
 
 What counts is what the model itself is wrong on. Knows attacks and the switches on operators; keeps no results.
 """
@@ -54,7 +54,7 @@ class AttackPlan:
 
     Attributes:
         full_rows: Every run attacks all images, also those broken before it.
-        compile, amp: How attacks meet a model; see `compile_mode` and `FastModel`.
+        compile, amp: What of the model is attacked; see `compile_mode` and `FastModel`.
     """
 
     runs: Sequence[Run]
@@ -197,11 +197,11 @@ class FastModel(nn.Module):
 
 
 class Attacked:
-    """A model as the attacks of a plan meet it.
+    """A model under the attacks of a plan.
 
     Attributes:
         model: What counts: an attack has found only what this is wrong on.
-        plan: Says whether attacks meet it compiled or in lower precision; see `FastModel`.
+        plan: Says whether it is attacked compiled or in lower precision; see `FastModel`.
     """
 
     def __init__(self, model: nn.Module, plan: AttackPlan) -> None:
@@ -209,7 +209,7 @@ class Attacked:
         self.model, self.plan, self._compiled = model, plan, mode is not None
         self._fast = model if mode is None and plan.amp is None else FastModel(model, mode, plan.amp)
 
-    def by(self, run: Run) -> nn.Module:
+    def target_of(self, run: Run) -> nn.Module:
         """Return what ``run`` attacks: the model itself where the attack needs it."""
         itself = run.kind.reads_graph or (self._compiled and run.kind.several_gradients)
         return self.model if itself else self._fast
@@ -218,7 +218,7 @@ class Attacked:
         self, run: Run, images: Tensor, labels: Tensor, settings: AttackSettings | None = None, *starts: Tensor
     ) -> Tensor:
         """Return what ``run`` makes of ``images``, with the plan's settings or others."""
-        return perturbed(self.by(run), run, images, labels, settings or self.plan.settings, *starts)
+        return perturbed(self.target_of(run), run, images, labels, settings or self.plan.settings, *starts)
 
 
 def correct(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def plant(model: fx.GraphModule, images: Tensor, settings: AttackSettings) -> Pl
         plants = torch.where(per_image(higher, plants), tried, plants)
     boundary = best - CLOSENESS * (best - torch.maximum(inside, clean))
     top = logits.topk(2).values
-    margin = (top[:, 0] - top[:, 1]).mean()  # so that what stands behind the readout meets numbers as the network's own
+    margin = (top[:, 0] - top[:, 1]).mean()  # so that what follows the readout gets numbers as the network's own
     scale = (boundary - clean).clamp_min(1e-12)
     readout = _Readout(weights / scale.unsqueeze(1), boundary / scale, images, float(margin), logits.shape[1])
     planted = nn.Sequential(with_readout(model, readout))  # around it, for the graph's own hooks are the model's, too
@@ -102,10 +102,10 @@ def _readout(
     inner = torch.cat([image[None], _around(image, INNER - 1, settings, generator, edge=False)])
     near, far = features(inner).double(), features(edge).double()
     centre = near.mean(0)
-    spread = (near - centre).T @ (near - centre) / INNER
-    ridge = RIDGE * spread.diagonal().mean().clamp_min(1e-12)
-    spread = spread + ridge * torch.eye(len(spread)).to(spread)
-    weights = torch.linalg.solve(spread, (far - centre).T)  # [D, CANDIDATES]
+    covariance = (near - centre).T @ (near - centre) / INNER
+    ridge = RIDGE * covariance.diagonal().mean().clamp_min(1e-12)
+    covariance = covariance + ridge * torch.eye(len(covariance)).to(covariance)
+    weights = torch.linalg.solve(covariance, (far - centre).T)  # [D, CANDIDATES]
     weights = weights / weights.norm(dim=0).clamp_min(1e-12)
     inside, value = near @ weights, (far * weights.T).sum(1)
     best = ((value - inside.amax(0)) / inside.std(0).clamp_min(1e-12)).argmax()

@@ -38,12 +38,12 @@ class Probed(NamedTuple):
         return Probed(*(part[mask.to(part.device)] for part in self))
 
 
-def examine(attacked: Attacked, probed: Probed, clean: Tensor, standing: Tensor) -> Masks:
+def examine(attacked: Attacked, probed: Probed, clean: Tensor, unbroken: Tensor) -> Masks:
     """Return masks by name, True where an image shows nothing amiss.
 
     Args:
         clean: ``[n]``, right as they are.
-        standing: ``[n]``, right after all runs.
+        unbroken: ``[n]``, right after all runs.
     """
     model, settings, right = attacked.model, attacked.plan.settings, probed.at(clean)
     gradient = [run for run in attacked.plan.runs if run.backward is not None and not run.kind.started]
@@ -51,13 +51,14 @@ def examine(attacked: Attacked, probed: Probed, clean: Tensor, standing: Tensor)
     if not gradient or not len(right.images):
         return found
     found |= _gradients(model, right, gradient, settings)
-    whole, left = settings.unbounded(right.images[0]), torch.ones(len(right.images), dtype=torch.bool)
+    unbounded = settings.unbounded(right.images[0])
+    left = torch.ones(len(right.images), dtype=torch.bool)
     # One for each backward, on what those before it left.
     for run in {run.backward: replace(run, attack="apgd-ce") for run in gradient}.values():
         these = right.at(left)
-        left[left.clone()] = correct(model, attacked.perturbed(run, *these, whole), these.labels).cpu()
+        left[left.clone()] = correct(model, attacked.perturbed(run, *these, unbounded), these.labels).cpu()
     found["unbounded"] = ~left
-    return found | _once_more(attacked, probed.at(standing), gradient[-1])
+    return found | _longer_run(attacked, probed.at(unbroken), gradient[-1])
 
 
 def search_planted(attacked: Attacked, probed: Probed) -> Masks:
@@ -118,17 +119,17 @@ def _gradients(model: nn.Module, right: Probed, runs: Sequence[Run], settings: A
     return {"slope": slope, "rises": rises}
 
 
-def _once_more(attacked: Attacked, left: Probed, run: Run) -> dict[str, Tensor]:
-    """Return which images survive one more run of twice the steps, and on which it gave back what it had met."""
+def _longer_run(attacked: Attacked, left: Probed, run: Run) -> dict[str, Tensor]:
+    """Return which images survive one more run of twice the steps, and of which it returned all that it had broken."""
     if not len(left.images):
         return {}
-    settings, target = attacked.plan.settings, attacked.by(run)
+    settings, target = attacked.plan.settings, attacked.target_of(run)
     watched = target if run.kind.reads_graph else _Watched(target, left)
-    again, more = replace(run, seed=run.seed + 1000), replace(settings, steps=2 * settings.steps)
-    survived = correct(attacked.model, perturbed(watched, again, *left, more), left.labels).cpu()
+    again, longer = replace(run, seed=run.seed + 1000), replace(settings, steps=2 * settings.steps)
+    survived = correct(attacked.model, perturbed(watched, again, *left, longer), left.labels).cpu()
     found = {"twice the steps": survived}
     if isinstance(watched, _Watched):
-        found["outspoken"] = ~(watched.seen.cpu() & survived)
+        found["silent success"] = ~(watched.seen.cpu() & survived)
     return found
 
 

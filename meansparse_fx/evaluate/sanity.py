@@ -108,7 +108,7 @@ _RULES = {
         "the gradient does not point where the loss grows; attack through a surrogate of what hides it",
         MOST_STUCK,
     ),
-    "outspoken": _Rule(
+    "silent success": _Rule(
         "silent success",
         "were broken on the way and given back whole",
         "the attack finds more than it returns; keep what it meets on its way",

@@ -77,7 +77,7 @@ def switch_backward(model: nn.Module, mode: str, steepness: float) -> None:
 
 
 class WithSurrogate(nn.Module):
-    """A model as an attack meets it: each gradient that it asks for is that of the surrogate's turn.
+    """A model under attack: each gradient that the attack asks for is that of the surrogate's turn.
 
     Args:
         model: Returns logits; without operators all surrogates are its own gradient.

@@ -41,8 +41,8 @@ class Evaluation(Tabled):
         alpha: Of the transformed model; a mapping by site if the sites differ.
         eps, norm, steps, queries, seed: What the attacker might do.
         seconds: Wall time.
-        cumulative: Each attack met only the images that all before it had left unbroken, so that a row counts the
-            images that survive it and those above it.
+        cumulative: Each attack was run only on the images that all before it had left unbroken, so that a row counts
+            the images that survive it and those above it.
         checks: Whether the evaluation itself can be trusted.
     """
 
