@@ -96,14 +96,14 @@ def unbroken(
 ) -> tuple[Tensor, Tensor]:
     """Return ``count`` of the images that no model loses to APGD-CE at the full radius."""
     images, labels = data
-    standing = torch.ones(len(images), dtype=torch.bool, device=images.device)
+    robust = torch.ones(len(images), dtype=torch.bool, device=images.device)
     for model in models.values():
         found = attack("apgd-ce", model, images, labels, AttackSettings(bundled.EPS, steps=steps))
         with torch.no_grad():
-            standing &= model(found).argmax(1) == labels
-    if standing.sum() < count:
-        raise SystemExit(f"{int(standing.sum())} images stand and {count} are wanted: raise --pool")
-    return images[standing][:count], labels[standing][:count]
+            robust &= model(found).argmax(1) == labels
+    if robust.sum() < count:
+        raise SystemExit(f"{int(robust.sum())} images survive and {count} are wanted: raise --pool")
+    return images[robust][:count], labels[robust][:count]
 
 
 def main() -> None:
@@ -117,20 +117,21 @@ def main() -> None:
     args = parser.parse_args()
     settings = AttackSettings(bundled.EPS, steps=args.steps, queries=args.queries)
     images, labels = (part[: max(args.pool, args.images)].to(args.device) for part in bundled.load_split("selection"))
-    own = contenders(bundled.load_model().to(args.device), images, args.compile)
-    # Half the radius that the images stood at: none breaks on the way, and all models do the same work.
-    standing = (own, unbroken(own, (images, labels), args.steps, args.images), replace(settings, eps=bundled.EPS / 2))
+    trained = contenders(bundled.load_model().to(args.device), images, args.compile)
+    # Half the radius that the images survived: none breaks on the way, and all models do the same work.
+    half = replace(settings, eps=bundled.EPS / 2)
+    on_trained = (trained, unbroken(trained, (images, labels), args.steps, args.images), half)
     torch.manual_seed(0)
     model, side = build(args.model).to(args.device), MODELS[args.model][1]
     images = torch.rand(args.images, 3, side, side, device=args.device)
     with torch.no_grad():
         labels = model(images).argmax(1)
-    wide = (contenders(model, images, args.compile), (images, labels), replace(settings, eps=8 / 255))
+    on_random = (contenders(model, images, args.compile), (images, labels), replace(settings, eps=8 / 255))
     sizes = f"{args.images} images, {args.steps} steps"
     asked = {
-        f"bundled apgd-ce, {sizes}": (("apgd-ce",), *standing),
-        f"bundled autoattack standard, {sizes}, {args.queries} queries": (VERSIONS["standard"], *standing),
-        f"{args.model} apgd-ce, {sizes}": (("apgd-ce",), *wide),
+        f"bundled apgd-ce, {sizes}": (("apgd-ce",), *on_trained),
+        f"bundled autoattack standard, {sizes}, {args.queries} queries": (VERSIONS["standard"], *on_trained),
+        f"{args.model} apgd-ce, {sizes}": (("apgd-ce",), *on_random),
     }
     run({case: partial(rows_of, case, *own, args.device, args.repetitions) for case, own in asked.items()}, args.out)
 

@@ -1,6 +1,6 @@
 """Time calibration beside the plain forward pass over the same images, and see how many images it needs.
 
-    python -m benchmarks.calibration [--compiled] [--out benchmarks/results/calibration-cpu.csv]
+    python -m benchmarks.calibration [--compiled] [--out benchmarks/results/calibration-cpu-1-thread.csv]
     python -m benchmarks.calibration images --data DIRECTORY [--out benchmarks/results/calibration-images.csv]
 
 Contenders: the plain forward pass, this package's calibration, the same through torch.compile and

@@ -22,7 +22,7 @@ from meansparse_fx.evaluate.outcome import mean
 from meansparse_fx.progress import bar
 
 from .harness import Row, options, run
-from .paper.measure import BATCH, changes, on_images
+from .paper.measure import BATCH, Laboratory, changes, interval, on_images
 
 SITE_ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8)  # one site alone bears more than all together
 SEARCHES: dict[str, dict[str, Any]] = {
@@ -54,8 +54,7 @@ def words(alpha: Alpha, variant: str) -> str:
 
 def measure(cache: Path, attacked: int, selection: int) -> list[Row]:
     """Return the rows: the base, then each search's best on the test images."""
-    sparse = msfx.transform(bundled.load_model().requires_grad_(False), bundled.load_split("test")[0][:2])
-    msfx.calibrate(sparse, bundled.load_split("calibration")[0].split(BATCH), progress=False)
+    sparse = Laboratory(None, cache, attacked).sparse("GELU")
     settings = AttackSettings(bundled.EPS, steps=100, queries=1000, target_classes=3)
     how: dict[str, Any] = {"alphas": ALPHAS, "eps": bundled.EPS, "steps": STEPS, "batch_size": BATCH}
     held_out, found = bundled.load_split("selection"), {}
@@ -72,12 +71,14 @@ def measure(cache: Path, attacked: int, selection: int) -> list[Row]:
             name: trials.attack(candidate, trials.attacked, lambda: shown.advance(task))
             for name, (candidate, _, _) in contenders.items()
         }
+    base = outcomes["base"]
     for name, (candidate, selected, chosen) in contenders.items():
-        base, own, there = outcomes["base"], outcomes[name], found.get(name, first).change(selected)
+        own = outcomes[name]
         row = Row(search=name, setting=words(candidate.alpha, candidate.variant), chosen=chosen)
-        row |= {"selection_images": len(selected.worst), "selection_change": there.estimate}
-        row |= {"selection_low": there.low, "selection_high": there.high, "images": len(own.clean)}
-        row |= {"clean": mean(own.clean), "clean_change": PairedDifference.of(base.clean, own.clean).estimate}
+        row["selection_images"] = len(selected.worst)
+        row |= interval(found.get(name, first).change(selected), "selection_change", "selection_")
+        row |= {"images": len(own.clean), "clean": mean(own.clean)}
+        row["clean_change"] = PairedDifference.of(base.clean, own.clean).estimate
         rows.append(row.but(**changes(base, own)))
     return rows
 

@@ -40,7 +40,7 @@ export MEANSPARSE_FX_COMMIT
 cpu=
 name='import torch; print(torch.cuda.get_device_name().replace(" ", "-"))'
 if [ "$part" = dry ]; then
-    cpu=1 name='print("cpu-dry")'
+    cpu=1 name='print("cpu-dry")' results=${RESULTS:-$work/results} # not among those that pages are made from
     export MEANSPARSE_FX_LOWERING=eager # compiling for the CPU would take most of the time
 fi
 device=$("$python" -c "$name") || exit 1

@@ -63,8 +63,8 @@ def calls(device: str) -> dict[str, Call]:
     channels = SHAPE[1]
     zeros, ones = torch.zeros(channels, device=device), torch.ones(channels, device=device)
     relu, gelu = (Operator(Vectors(zeros, ones), Options(1, name), "triton") for name in ("relu", "gelu"))
-    norm, conv = nn.BatchNorm2d(channels).to(device).eval(), nn.Conv2d(channels, channels, 3).to(device)
-    norm.requires_grad_(False), conv.requires_grad_(False)
+    norm = nn.BatchNorm2d(channels).to(device).eval().requires_grad_(False)
+    conv = nn.Conv2d(channels, channels, 3).to(device).requires_grad_(False)
     module = MeanSparse("site", channels, 1, ActivationCall("relu")).to(device)
     fused = MeanSparse("fused", channels, 1, ActivationCall("relu")).to(device)
     fused.prologue = Prologue(FrozenNorm(norm))

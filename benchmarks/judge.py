@@ -25,6 +25,7 @@ from meansparse_fx.alpha import SEARCH_ATTACKS
 from meansparse_fx.evaluate import PairedDifference
 
 from .harness import RESULTS, Row, options, read, run
+from .paper.measure import interval
 from .paper.training import ACTIVATIONS, Recipe, trained
 
 ATTACKS = (*SEARCH_ATTACKS, "square", "apgd-start/annealed")
@@ -70,9 +71,9 @@ MASKS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "gradient lost": ("before", lambda x: x.detach()),
     "rounded features": ("inside", lambda x: (2 * x).round() / 2),
     "gradient reversed in the features": ("inside", _reversed),
-    "softmax": ("behind", lambda z: F.softmax(z, 1)),
-    "logits times 3,000": ("behind", lambda z: 3000 * z),
-    "quantised logits": ("behind", lambda z: z.round()),
+    "softmax": ("after", lambda z: F.softmax(z, 1)),
+    "logits times 3,000": ("after", lambda z: 3000 * z),
+    "quantised logits": ("after", lambda z: z.round()),
 }
 # alpha by site or for all, and how the band is set
 OPERATORS: dict[str, tuple[Any, dict[str, str]]] = {
@@ -144,10 +145,9 @@ def judge(name: str, case: Case, images: int) -> Row:
     found = msfx.evaluate(sparse, test, base=base or msfx.restore(sparse), progress=False, **THREAT | case.options)
     words = found.verdict.split(":")[0]
     failed = [check.name for check in found.checks if not check.passed]
-    known = {"case": name, "kind": case.kind, "convicted": bool(failed) or words in ("Loss", "Gain masked")}
-    gain = {"gain": found.gain.estimate, "low": found.gain.low, "high": found.gain.high}
-    known |= {"verdict": words, "failed": "; ".join(failed)} | gain
-    return Row(**known, own=found.exact_gain.estimate, images=images, torch=torch.__version__)
+    row = Row(case=name, kind=case.kind, convicted=bool(failed) or words in ("Loss", "Gain masked"))
+    row |= {"verdict": words, "failed": "; ".join(failed)} | interval(found.gain, "gain")
+    return row.but(own=found.exact_gain.estimate, images=found.n_test, torch=torch.__version__)
 
 
 def same_against_same(images: int) -> Row:
@@ -156,6 +156,7 @@ def same_against_same(images: int) -> Row:
     test = tuple(part[:images] for part in bundled.load_split("test"))
     given: dict[str, Any] = THREAT | {"progress": False, "sanity_images": 0}
     pair = [msfx.evaluate(sparse, test, base=msfx.restore(sparse), seed=seed, **given).base.worst for seed in (0, 1000)]
+    images = len(pair[0])  # there may be fewer
     generator = np.random.default_rng(0)
     gains = 0
     for _ in range(RESAMPLED):
@@ -163,9 +164,9 @@ def same_against_same(images: int) -> Row:
         sides = [worst[index] for worst in (pair[::-1] if generator.random() < 0.5 else pair)]
         gains += PairedDifference.of(*sides).low > 0
     gain = PairedDifference.of(*pair)
-    known = {"case": AGAIN, "kind": "same against same", "convicted": gains > 0.025 * RESAMPLED}
-    known |= {"verdict": f"Gain real in {gains} of {RESAMPLED}", "gain": gain.estimate, "low": gain.low}
-    return Row(**known, high=gain.high, own=gain.estimate, images=images, torch=torch.__version__)
+    row = Row(case=AGAIN, kind="same against same", convicted=gains > 0.025 * RESAMPLED)
+    row |= {"verdict": f"Gain real in {gains} of {RESAMPLED}"} | interval(gain, "gain")
+    return row.but(own=gain.estimate, images=images, torch=torch.__version__)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Time the operator by itself, beside a copy of the same tensor and every other way to compute it.
 
-    python -m benchmarks.kernels [--device cuda] [--out benchmarks/results/kernels-cpu.csv]
+    python -m benchmarks.kernels [--device cuda] [--out benchmarks/results/kernels-cpu-1-thread.csv]
 
 Contenders: a clone (what the memory allows), torch's own activation (the base model's cost), this package's operator,
 the same expression in torch operators, and the published module's form, all in the tensor's dtype; with --compiled the

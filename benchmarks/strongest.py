@@ -3,7 +3,7 @@
     python -m benchmarks.strongest --network GELU ReLU PSiLU --data DIRECTORY     the paper's networks, in small
     python -m benchmarks.strongest --network bundled --alpha 0.1 0.2 0.3 0.4      the bundled one
 
-First the default. Then what it left, in the base or in the transformed model, meets attacks of twice the steps, five
+First the default. Then what it left, in the base or in the transformed model, is attacked with twice the steps, five
 restarts and other surrogates, and Square from another seed. Goes on where it was killed; hours on one core.
 """
 
@@ -18,7 +18,7 @@ from meansparse_fx.evaluate import PairedDifference
 from meansparse_fx.evaluate.outcome import mean
 
 from .harness import RESULTS, Row, options, run
-from .paper.measure import Laboratory
+from .paper.measure import Laboratory, interval
 
 BUNDLED = "bundled"
 BATCH = 100
@@ -38,17 +38,16 @@ def measure(laboratory: Laboratory, network: str, alpha: float, images: int, cac
     given: dict[str, Any] = {"eps": bundled.EPS, "batch_size": BATCH, "sanity_images": 0}
     name = f"strongest-{network}-{alpha:g}-{images}"
     first = msfx.evaluate(sparse, (inputs, labels), checkpoint=cache / f"{name}.default", **given)
-    sides = [outcome.worst for outcome in (first.base, first.sparse)]
-    left = sides[0] | sides[1]
+    left = first.base.worst | first.sparse.worst
     given |= {"attacks": STRONGEST, "steps": STEPS, "seed": SEED, "checkpoint": cache / f"{name}.strongest"}
     second = msfx.evaluate(sparse, (inputs[left], labels[left]), **given)
-    for side, outcome in zip(ends := [side.clone() for side in sides], (second.base, second.sparse), strict=True):
-        side[left] &= outcome.worst
-    row = Row(network=network, alpha=alpha, images=images)
-    for which, (base, own) in (("", sides), ("strongest_", ends)):
-        change = PairedDifference.of(base, own)
-        row |= {f"{which}base": mean(base), f"{which}gain": change.estimate}
-        row |= {f"{which}low": change.low, f"{which}high": change.high}
+    row = Row(network=network, alpha=alpha, images=images, base=mean(first.base.worst))
+    row |= interval(PairedDifference.of(first.base.worst, first.sparse.worst), "gain")
+    base, own = first.base.worst.clone(), first.sparse.worst.clone()
+    base[left] &= second.base.worst
+    own[left] &= second.sparse.worst
+    row["strongest_base"] = mean(base)
+    row |= interval(PairedDifference.of(base, own), "strongest_gain", "strongest_")
     return row.but(torch=torch.__version__)
 
 

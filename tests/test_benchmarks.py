@@ -24,7 +24,7 @@ from benchmarks.page import __main__ as pages
 from benchmarks.page import speed
 from benchmarks.page.markdown import between_marks
 from benchmarks.page.results import Results, mark
-from benchmarks.page.targets import TARGETS, Target
+from benchmarks.page.targets import TARGETS, Target, wins
 from meansparse_fx import bundled
 from meansparse_fx.data import ImageSet
 from meansparse_fx.errors import ModelError
@@ -597,6 +597,18 @@ def test_what_the_replaced_kernels_did_is_marked(benchmark, contender, case, mar
     found = row(benchmark, case, contender, commit="19197a7")
     assert (mark(found) == "†") == marked
     assert mark(found.but(commit="1234567")) == ""
+
+
+def test_a_file_of_two_commits_says_both_and_marks_what_spans_them(tmp_path):
+    new = row(commit="1234567", date="2026-12-01", ratio=0.9)
+    old = new.but(case="WRN-16-4 1x3x32x32 forward", commit="19197a7", date="2026-11-26", ratio=1.2)
+    rivals = [found.but(contender="published module", ratio=2.0) for found in (new, old)]
+    write([new, old, *rivals], tmp_path / "models-Some-GPU.csv")
+    found = Results(tmp_path)
+    line = speed.headline(found)
+    assert "commit 1234567, 2026-12-01, commit 19197a7, 2026-11-26" in line
+    assert "ours 0.90 to 1.20†" in line
+    assert ("ours† against published module", 2, 0) in [target[1:4] for target in wins(found)]
 
 
 def test_shares_alone_make_a_table(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -413,3 +414,13 @@ def test_a_gradient_under_any_backward_is_one_whichever_comes_last(net, images, 
     runs = plan_runs(["apgd-ce/exact", "apgd-ce/identity"], (), 0)
     found = examine(Attacked(model, plan.AttackPlan(runs, SETTINGS)), Probed(images, labels), everything, everything)
     assert found[probe].all() == (len(modes) == 1)
+
+
+def test_base_against_itself_on_fewer_images_than_asked_for(monkeypatch):
+    monkeypatch.setattr(judge.bundled, "load_split", lambda _: (torch.zeros(12, 1, 28, 28), torch.zeros(12)))
+    monkeypatch.setattr(judge, "captured", lambda model: model)
+    monkeypatch.setattr(msfx, "restore", lambda model: model)
+    base = SimpleNamespace(worst=torch.arange(12) < 7)
+    monkeypatch.setattr(msfx, "evaluate", lambda sparse, test, **given: SimpleNamespace(base=base))
+    row = judge.same_against_same(600)
+    assert (row.images, row.gain, row.convicted) == (12, 0.0, False)

@@ -41,15 +41,16 @@ def zoo_page(results: Results) -> str:
     rows, extra = results.zoo, results.extra
     captured = [row for row in rows if row.route]
     return render(
-        "zoo.md", rows=rows, extra=extra, captured=captured, Counter=Counter, spoken=_spoken, total=_total, cell=_cell,
-        equal=_spoken("bitwise" if row.equal == "bitwise" else "within rounding" for row in captured),
+        "zoo.md", rows=rows, extra=extra, captured=captured, Counter=Counter,
+        counted=_counted, total=_total, cell=_cell,
+        equal=_counted("bitwise" if row.equal == "bitwise" else "within rounding" for row in captured),
         bitwise=sum(row.equal == row.gradient == "bitwise" for row in extra),
         where="; ".join(sorted({f"{row.device}, torch {row.torch}, {row.threads} threads" for row in rows})),
         libraries="; ".join(sorted({row.torch for row in extra})),
     )  # fmt: skip
 
 
-def _spoken(words: Iterable[str] | Counter) -> str:
+def _counted(words: Iterable[str] | Counter) -> str:
     return ", ".join(f"{count} {word}" for word, count in Counter(words).most_common())
 
 
@@ -59,7 +60,7 @@ def _total(rows: Sequence[Row], column: str) -> str:
         for item in getattr(row, column).split():
             word, _, count = item.rpartition(":")
             totals[word.replace("-", " ") if column == "skipped" else word] += int(count)
-    return _spoken(totals) or "none"
+    return _counted(totals) or "none"
 
 
 def _cell(text: str) -> str:

@@ -40,10 +40,10 @@ def between_marks(path: Path, part: str, text: str) -> None:
     """
     start = f"<!-- {part}: made by benchmarks.page -->\n"
     before, _, rest = path.read_text().partition(start)
-    _, mark, behind = rest.partition(END)
+    _, mark, after = rest.partition(END)
     if not mark:
         raise SystemExit(f"{path} lacks the marks {start.strip()} and {END}")
-    path.write_text(f"{before}{start}{text.strip()}\n{END}{behind}")
+    path.write_text(f"{before}{start}{text.strip()}\n{END}{after}")
 
 
 def points(row: Any, which: str) -> str:

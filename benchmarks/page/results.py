@@ -39,7 +39,7 @@ class Source:
         first = rows[0]
         threads = "" if self.gpu else f", {first.threads} thread{'s' * ((first.threads or 0) > 1)}"
         triton = f", Triton {first.triton}" if first.triton else ""
-        when = f", commit {first.commit}, {first.date}" if first.commit else ""
+        when = "".join(dict.fromkeys(f", commit {row.commit}, {row.date}" for row in rows if row.commit))
         self.where = f"{first.device}{threads}, torch {first.torch}{triton}{when}"
 
 

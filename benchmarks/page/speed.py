@@ -96,7 +96,7 @@ def kernels(source: Source) -> str:
         for case, found in source.cases.items():
             times = [text(found.get(name), column, "{:.1f}", True, 1e3) for name, column in timed]
             lines.append((case, *(ratio(found.get(name), "of_clone") for name in beside), *times))
-        columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
+        columns = [column for column in zip(*lines, strict=True) if any(column[1:])]  # those that say something
         heads, *rows = zip(*columns, strict=True)
         return "As shares of the clone's bandwidth:\n\n" + table(heads, rows)
     rows = []
@@ -141,9 +141,10 @@ def headline(results: Results) -> str:
         compiled = _spans(source, {"ours compiled": "ours", "published module compiled": "the published module"})
         device = _spans(source, own, "device_ratio")
         models = ", ".join(dict.fromkeys(Case.read(row.case).model for row in source.rows))
-        behind = f"; compiled, over the base compiled: {compiled}" if compiled else ""
-        behind += f"; on the device alone: {device}" if device else ""
-        lines.append(f"- {source.where} ({models}), time over the base: {eager}{behind}.")
+        line = f"- {source.where} ({models}), time over the base: {eager}"
+        line += f"; compiled, over the base compiled: {compiled}" if compiled else ""
+        line += f"; on the device alone: {device}" if device else ""
+        lines.append(f"{line}.")
     return "\n".join(lines) or "Whole models have not been measured."
 
 
@@ -156,7 +157,7 @@ def _spans(source: Source, names: dict[str, str], column: str = "ratio") -> str:
 def _span(rows: Sequence[Row], column: str) -> str:
     rows = [row for row in rows if column in row]
     texts = [f"{value:.2f}" for value in sorted(row[column] for row in rows)]
-    return " to ".join(dict.fromkeys((texts[0], texts[-1]))) + mark(rows[0]) if texts else ""
+    return " to ".join(dict.fromkeys((texts[0], texts[-1]))) + max(map(mark, rows)) if texts else ""
 
 
 def figure_of(sources: Sequence[Source]) -> Figure:

@@ -24,7 +24,7 @@ class Target:
         contender: An expression that the contender's name matches.
         value: The column, or what a figure is of a row and its baseline, or else the file's first row; rows that have
             none are left out.
-        behind: What the case ends with.
+        mode: What the case ends with.
     """
 
     what: str
@@ -33,7 +33,7 @@ class Target:
     gpu: bool | None
     contender: str = "ours"
     value: str | Value = "ratio"
-    behind: str = ""
+    mode: str = ""
     least: bool = False
     unit: str = ""
 
@@ -41,7 +41,7 @@ class Target:
         """Yield (figure, of what, in which file, its mark)."""
         for source in getattr(results, self.benchmark):
             for row in source.rows if self.gpu in (None, source.gpu) else ():
-                if not row.case.endswith(self.behind) or not re.fullmatch(self.contender, row.contender):
+                if not row.case.endswith(self.mode) or not re.fullmatch(self.contender, row.contender):
                     continue
                 if isinstance(self.value, str):
                     value = row.get(self.value)
@@ -91,7 +91,7 @@ def a_thousand_nodes(row: Row, _: Row) -> float | None:
     return row.seconds if row.what == "transform" and NODES[0] <= row.size <= NODES[1] else None
 
 
-def dearer(row: Row, smallest: Row) -> float | None:
+def growth(row: Row, smallest: Row) -> float | None:
     """Return what a node costs in a graph of about a thousand over one in the smallest."""
     seconds = a_thousand_nodes(row, smallest)
     return seconds and (seconds / row.size) / (smallest.seconds / smallest.size)
@@ -120,15 +120,15 @@ TARGETS = (
     Target("the same, compiled over base compiled", 1.00, "models", None, "ours compiled", kept),
     Target("calls a site, fused, forward (counted)", 1, "roofline", None, FUSED, calls_a_site),
     Target("bytes moved at the sites, fused over base (counted)", 1.00, "roofline", None, FUSED, moved),
-    shares("kernel's share of the clone's bandwidth, forward, GPU", 0.90, behind=" forward"),
-    shares("the same, backward", 0.90, behind=" backward"),
-    shares("moments, share of a read at the clone's bandwidth, GPU", 0.90, behind=" moments"),
-    shares("moments and activation, share of the clone's, GPU", 0.95, behind=" moments+activation"),
+    shares("kernel's share of the clone's bandwidth, forward, GPU", 0.90, mode=" forward"),
+    shares("the same, backward", 0.90, mode=" backward"),
+    shares("moments, share of a read at the clone's bandwidth, GPU", 0.90, mode=" moments"),
+    shares("moments and activation, share of the clone's, GPU", 0.95, mode=" moments+activation"),
     Target("calibration over plain forward pass, GPU", 1.05, "calibration", True, CALIBRATE),
     Target("calibration over plain forward pass, CPU", 1.15, "calibration", False, CALIBRATE),
     Target("attack over attack on the base, GPU", 1.00, "attack", True, "ours.*"),
     Target("transform of a graph of 1,000 nodes", 2.00, "scaling", None, "", a_thousand_nodes, unit=" s"),
-    Target("a node of the largest graph over one of the smallest (linear)", 1.50, "scaling", None, "", dearer),
+    Target("a node of the largest graph over one of the smallest (linear)", 1.50, "scaling", None, "", growth),
 )
 
 
@@ -144,6 +144,6 @@ def wins(results: Results) -> list[tuple[str, str, int, int, float]]:
                     continue
                 ratios = [a.ratio / b.ratio for a, b in pairs]
                 won = sum(ratio < 1 for ratio in ratios)
-                words = f"{own}{mark(pairs[0][0])} against {rival}"
+                words = f"{own}{max(mark(row) for row, _ in pairs)} against {rival}"
                 found.append((source.name, words, won, len(ratios) - won, statistics.median(ratios)))
     return found

@@ -29,6 +29,11 @@ QUERIES = 1000
 Data = tuple[Tensor, Tensor]  # images and labels
 
 
+def interval(difference: PairedDifference, estimate: str, ends: str = "") -> dict[str, float]:
+    """Return a difference of accuracies as columns: of the name ``estimate``, and of its 95 % interval."""
+    return {estimate: difference.estimate, f"{ends}low": difference.low, f"{ends}high": difference.high}
+
+
 def changes(base: ModelOutcome, own: ModelOutcome) -> dict[str, Any]:
     """Return the columns of attacked accuracy.
 
@@ -36,14 +41,13 @@ def changes(base: ModelOutcome, own: ModelOutcome) -> dict[str, Any]:
     operator, on what was left; not there where no gradient is used. ``_change``: against the base under the same
     attacks, ``_low`` and ``_high``: its 95 % interval.
     """
-    gradients = any("/" in name for name in own.robust)
     found: dict[str, Any] = {"attacked": len(own.worst), "torch": torch.__version__}
-    for which, ending in (("own", "/exact" if gradients else ""), ("worst", "" if gradients else None)):
-        if ending is not None:
-            before, after = (o.worst_of(ending) if ending else o.worst for o in (base, own))
-            change = PairedDifference.of(before, after)
-            found |= {which: mean(after), f"{which}_change": change.estimate}
-            found |= {f"{which}_low": change.low, f"{which}_high": change.high}
+    compared = {"own": (base.worst, own.worst)}
+    if any("/" in name for name in own.robust):  # some attacks use gradients
+        compared = {"own": (base.worst_of("/exact"), own.worst_of("/exact")), "worst": (base.worst, own.worst)}
+    for which, (before, after) in compared.items():
+        found[which] = mean(after)
+        found |= interval(PairedDifference.of(before, after), f"{which}_change", f"{which}_")
     return found
 
 

@@ -98,8 +98,11 @@ def _of_the_paper(attack: str) -> Threat:
     return Threat(attacks=(f"{attack}/exact", *KNOWING), steps=50)
 
 
-_CE, _SQUARE, _PGD = Threat(attacks=("apgd-ce/exact", *KNOWING)), Threat(attacks=("square",)), _of_the_paper("pgd")
-_PAIR, _L2 = (0.0, *THRESHOLDS), Threat(norm="L2", eps=EPS_L2)
+_CE = Threat(attacks=("apgd-ce/exact", *KNOWING))
+_SQUARE = Threat(attacks=("square",))
+_PGD = _of_the_paper("pgd")
+_L2 = Threat(norm="L2", eps=EPS_L2)
+_PAIR = (0.0, *THRESHOLDS)
 _TRAIN_AND_TEST = (
     _sweep(f"{name}, {split}", network=name, split=split, threat=_CE)
     for name in ("GELU", "ReLU")
