@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -33,7 +34,8 @@ def rank_and_world(group: Any) -> tuple[int, int]:
 
 def file_of_rank(path: Path, rank: int, world: int) -> Path:
     """Return the file of one of several processes: ``PATH.rank0-of-2``; of one, ``PATH`` itself."""
-    others = {int(f.name.rpartition("-of-")[2]) for f in path.parent.glob(f"{path.name}.rank*-of-*")}
+    written = re.compile(re.escape(path.name) + r"\.rank\d+-of-(\d+)")
+    others = {int(found[1]) for file in path.parent.glob("*") if (found := written.fullmatch(file.name))}
     others |= {1} if path.exists() else set()
     if strangers := others - {world}:
         raise ArtifactError(

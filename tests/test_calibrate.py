@@ -21,6 +21,7 @@ from meansparse_fx.data import ImageSet
 from meansparse_fx.errors import ArtifactError, CalibrationError, StateError, StatisticsError, WriteError
 from meansparse_fx.observer import ChannelMoments
 from meansparse_fx.passes import observe
+from meansparse_fx.shards import file_of_rank
 from meansparse_fx.statistics import ChannelHistogram, ChannelStatistics
 
 
@@ -256,7 +257,12 @@ def test_checkpoints_of_something_else_are_refused(net, images, tmp_path):
     (tmp_path / "c").write_text("x")
     with pytest.raises(ArtifactError, match="truncated or not a checkpoint"):
         msfx.calibrate(sparse, images.split(3), **keeping)
-    (tmp_path / "c").rename(tmp_path / "c.rank0-of-2")
+    (tmp_path / "c").rename(tmp_path / "c.rank0-of-2.old")
+    assert file_of_rank(tmp_path / "c", 1, 3) == tmp_path / "c.rank1-of-3", "a copy by another name is no checkpoint"
+    (tmp_path / "[c].rank0-of-2").touch()
+    with pytest.raises(ArtifactError, match="2 process"):
+        file_of_rank(tmp_path / "[c]", 0, 1)
+    (tmp_path / "c.rank0-of-2.old").rename(tmp_path / "c.rank0-of-2")
     with pytest.raises(ArtifactError, match=r"2 process.* now there are 1"):
         msfx.calibrate(sparse, images.split(3), **keeping)
 

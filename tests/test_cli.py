@@ -312,7 +312,9 @@ def test_the_users_disk_is_no_bug(model, data, monkeypatch):
     check_error(run("calibrate", model, "--data", data, "--out", "s"), "somewhere: No space left on device")
 
 
-def test_dry_runs_say_how_long_and_write_nothing(tmp_path, model, data, statistics):
+def test_dry_runs_say_how_long_and_write_nothing(tmp_path, model, data, statistics, monkeypatch):
+    left = []
+    monkeypatch.setattr("meansparse_fx.cli.loading.leave_processes", left.append)
     calibrate = ("calibrate", model, "--data", data, "--out", tmp_path / "s", "--batch-size", 10)
     attack = (model, "--data", data, "--statistics", statistics, "--steps", 1, "--skip", 20, "--batch-size", 5,
               "--checkpoint", tmp_path / "c", "--attacks", "pgd")  # fmt: skip
@@ -326,6 +328,7 @@ def test_dry_runs_say_how_long_and_write_nothing(tmp_path, model, data, statisti
         assert done.exit_code == 0, done.output
         assert re.search(rf"dry run: \d+\.\d\d s for {count} images, so about \d:\d\d:\d\d for {whole}\n", done.stdout)
     assert {*tmp_path.iterdir()} == before
+    assert left == [None, None], "calibrate and evaluate joined the others under torchrun"
 
 
 def test_assumed_sizes_are_printed(tmp_path, model, data, statistics):

@@ -137,6 +137,9 @@ def test_limit_and_skip_cut_disjoint_parts_that_stay_the_same(idx):
     assert take(limit=3) == take(limit=3)
     with pytest.raises(ArtifactError, match="no images left of 7"):
         take(skip=7)
+    for name, wrong in (("limit", -1), ("skip", -3), ("limit", 2.5)):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number from 0"):
+            take(**{name: wrong})
 
 
 def test_labels_beyond_the_models_classes(idx):

@@ -120,6 +120,7 @@ def evaluate(
     if dry_run:  # the checks, which look at a hundred images whatever there are, come on top
         single = partial(compare, sanity_images=0, checkpoint=None, progress=False)
         loading.estimate(images, data.batch_size, single)
+        loading.leave_processes(group)
         return
     evaluation = compare(images.loader(data.batch_size), group=group, save_adversarial=save_adversarial)
     if not loading.leave_processes(group):

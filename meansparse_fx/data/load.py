@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..arguments import whole
 from ..errors import ArtifactError
 from .arrays import npy_split, npy_splits, npz_splits
 from .cifar import cifar_splits
@@ -41,6 +42,7 @@ def load_images(
     Raises:
         ArtifactError: Nothing there, a layout or a shape that is not understood, a truncated file, no images
             left, or labels that are not class numbers.
+        ValueError: A number that is none, or negative.
 
     Example:
         >>> import tempfile, numpy as np
@@ -50,7 +52,9 @@ def load_images(
         >>> images[0][0].shape, sorted(images.labels.tolist())
         (torch.Size([1, 28, 28]), [3, 7])
     """
-    path = Path(path)
+    path, skip = Path(path), whole(skip, "skip", 0)
+    limit = None if limit is None else whole(limit, "limit", 0)
+    image_size = None if image_size is None else whole(image_size, "image_size", 1)
     if not path.exists():
         raise ArtifactError(f"{path}: no such file or directory; expected {LAYOUTS}")
     try:
