@@ -108,11 +108,11 @@ def annotate(figure: Figure, axes: Axes, notes: Sequence[tuple[tuple[float, floa
             covered = sum(box.overlaps(other) for other in taken) + sum(box.contains(*point) for point in points)
             outside = not all(axes.bbox.contains(x, y) for x, y in (box.min, box.max))
             tried.append((covered + outside, note, box))
-        best = min(tried, key=lambda one: one[0])
-        taken.append(best[2])
-        for one in tried:
-            if one is not best:
-                one[1].remove()
+        _, best, box = min(tried, key=lambda one: one[0])
+        taken.append(box)
+        for _, note, _ in tried:
+            if note is not best:
+                note.remove()
 
 
 def histogram_figure(histogram: Any, theme: Theme = LIGHT) -> Figure:

@@ -1,4 +1,4 @@
-"""Floor 0 of the demo: the bundled architecture. Imports torch only."""
+"""Floor 1: the bundled architecture. Imports torch only."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Floor 5: how well the statistics are known, judged by how they differ between groups of batches.
 
 The values of one image are not independent, so their number says little. Groups of whole batches nearly are: the
-standard error of a mean is the spread of the groups' means over the square root of their number, and likewise for the
-second moment. That needs batches in a shuffled order: on class-sorted data the first groups look alike and mislead.
+standard error of a mean is the deviation of the groups' means over the square root of their number, and likewise for
+the second moment. That needs batches in a shuffled order: on class-sorted data the first groups look alike and mislead.
 """
 
 from __future__ import annotations
@@ -105,7 +105,5 @@ def precision(groups: list[Totals], names: list[str]) -> Precision | None:
     sizes = dict(zip(names, total.sizes.tolist(), strict=True))
     places = [(name, channel) for name, size in sizes.items() for channel in range(size)]
     site, channel = places[int(worst.argmax())]
-    typical, typical_std = (
-        float((e.square().sum() / alive.sum().clamp_min(1)).sqrt()) for e in (mean_error, std_error)
-    )
-    return Precision(float(worst.max()), site, channel, quantity, typical, typical_std, len(groups))
+    mean_rms, std_rms = (float((e.square().sum() / alive.sum().clamp_min(1)).sqrt()) for e in (mean_error, std_error))
+    return Precision(float(worst.max()), site, channel, quantity, mean_rms, std_rms, len(groups))

@@ -114,7 +114,7 @@ def calibrate(
 
 
 class _Pass:
-    """One process's pass over its batches, and the meetings with the others."""
+    """One process's pass over its batches, and what it exchanges with the others."""
 
     def __init__(
         self,

@@ -119,7 +119,10 @@ def _read(path: Path, settings: Settings) -> dict[str, Any]:
 
     with parsing(path):
         found = read_json(path, {verdict.FORMAT: verdict.VERSION})
-        measured, alpha, _, _ = found["calibration"]["fingerprint"], found["alpha"], found["model"], found["headline"]
+        measured, alpha = found["calibration"]["fingerprint"], found["alpha"]
+        for name in ("model", "headline"):  # which the card shows
+            if not isinstance(found[name], str):
+                raise ValueError(f"its {name} is no text")
     if measured != settings.statistics.fingerprint:
         raise StateError(f"{path}: of a model with other weights than {settings.path} is of")
     own = {row["name"]: row["alpha"] for row in settings.sites}

@@ -191,15 +191,20 @@ def cost(model: nn.Module, images: Tensor, placement: Placement | str | None = N
 
 
 def _region(node: fx.Node, operator: MeanSparse, shape: tuple[int, ...], dtype: torch.dtype) -> Region:
-    prologue, call = operator.prologue, operator.activation
+    prologue, activation = operator.prologue, operator.activation
     vector = torch.empty(shape[operator.channel_dim], device="meta")
-    there = call and call.weight is not None, prologue.input_norm, "layer_scale" in node.kwargs, prologue.sum_norm
-    weight, input_norm, layer_scale, sum_norm = (vector if one else None for one in there)
+
+    def if_there(part: object) -> Tensor | None:
+        return vector if part else None
+
+    weight = if_there(activation and activation.weight is not None)
+    input_norm, sum_norm = if_there(prologue.input_norm), if_there(prologue.sum_norm)
+    layer_scale = if_there("layer_scale" in node.kwargs)
     vectors = Vectors(vector, vector, weight, *[input_norm] * 4, layer_scale, *[sum_norm] * 4)
-    name, constants = (call.name, call.constants) if call else ("identity", ())
+    name, constants = (activation.name, activation.constants) if activation else ("identity", ())
     options = Options(operator.channel_dim, name, constants, want_sum=prologue.want_sum)
-    around = "residual" in node.kwargs, "shortcut" in node.kwargs
-    return Region(shape, dtype, vectors, options, *around, call is not None and call.inplace)
+    residual, shortcut = "residual" in node.kwargs, "shortcut" in node.kwargs
+    return Region(shape, dtype, vectors, options, residual, shortcut, activation is not None and activation.inplace)
 
 
 def _counted(form: Form, region: Region) -> FormCost:

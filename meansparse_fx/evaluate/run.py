@@ -117,7 +117,8 @@ def evaluate(
     """
     require_transformed(sparse, "evaluate")
     settings = AttackSettings(eps=eps, norm=norm, steps=steps, queries=queries, seed=seed)
-    sanity_images, batch_size = whole(sanity_images, "sanity_images", 0), whole(batch_size, "batch_size", 1)
+    sanity_images = whole(sanity_images, "sanity_images", 0)
+    batch_size = whole(batch_size, "batch_size", 1)
     amp = autocast_dtype(amp)
     if base is not None and not isinstance(base, fx.GraphModule):
         raise StateError("base must be a graph: msfx.restore(msfx.transform(model, images)) makes one of a model")
@@ -137,7 +138,8 @@ def evaluate(
         runs = []  # nothing to compare
     else:
         settings.warn_if_wide(first[0])
-    plan, keep = AttackPlan(runs, settings, full_rows, compile, amp), save_adversarial is not None
+    plan = AttackPlan(runs, settings, full_rows, compile, amp)
+    keep = save_adversarial is not None
     identity = model_identity(sparse, alpha=True) | plan.identity() | {
         "base": None if base is None else fingerprint(base),
         "sanity_images or save_adversarial": [sanity_images, keep],
@@ -165,7 +167,8 @@ def evaluate(
                 seen.append(digest(images, labels))
         ledger.require_whole(len(comparison.found))
     seconds = _unite(comparison, identity, seen, ledger.seconds, group)
-    outcomes, seen_marks = comparison.outcomes(), torch.cat(marks)
+    outcomes = comparison.outcomes()
+    seen_marks = torch.cat(marks)
     if save_adversarial is not None and rank == 0:
         _evidence(comparison, sparse, models, settings).save(save_adversarial)
     return Evaluation(

@@ -119,7 +119,8 @@ def counts(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         ``[N, 3, K]``: intersections, unions, labels; pixels without a label count nowhere.
     """
-    (n, classes), found = logits.shape[:2], logits.argmax(1)
+    n, classes = logits.shape[:2]
+    found = logits.argmax(1)
     each = classes * torch.arange(n, device=labels.device).view(-1, 1, 1)
 
     def per_class(values: Tensor, where: Tensor) -> Tensor:

@@ -170,7 +170,8 @@ class Statistics(Mapping[str, ChannelStatistics]):
                 raise StatisticsError(f"{name}: statistics of {len(own.mean)} channels for a site of {expected}")
             if not (own.mean.isfinite().all() and own.m2.isfinite().all()):
                 raise StatisticsError(f"{name}: statistics hold NaN or inf; calibrate again")
-            if own.count < (not own.m2.any()) or (own.m2 < 0).any():
+            unmeasured = own.count == 0 and not own.m2.any()  # of an unknown count m2 is the variance
+            if unmeasured or (own.m2 < 0).any():
                 raise StatisticsError(f"{name}: count {own.count} or a negative m2 is no measurement; calibrate again")
         for name, activation in (activations or {}).items():
             measured = self.table.get(name, {}).get("activation")
@@ -222,14 +223,16 @@ class Statistics(Mapping[str, ChannelStatistics]):
         header, tensors = artifacts.read(path, FORMAT, FORMAT_VERSION, "a statistics file")
         with artifacts.parsing(path):
             sites = {name: _site(tensors, name, count) for name, count in header["counts"].items()}
-            facts = (header["fingerprint"], header["images"], header["metadata"], header["graph"], header["table"])
-            for fact, kind in zip(facts, (str, int, dict, str, dict), strict=True):
-                if not isinstance(fact, kind):
-                    raise TypeError(f"{fact!r} where {kind.__name__} belongs")
-            if not all(isinstance(row, dict) for row in facts[-1].values()):
+            kinds = {"fingerprint": str, "images": int, "metadata": dict, "graph": str, "table": dict}
+            facts = {name: header[name] for name in kinds}
+            for name, kind in kinds.items():
+                if not isinstance(facts[name], kind):
+                    raise TypeError(f"{facts[name]!r} where its {name} belongs")
+            if not all(isinstance(row, dict) for row in facts["table"].values()):
                 raise TypeError("rows of its table are no tables")
             marks = artifacts.typed_tensor({_MARKS: least_marks([])} | tensors, _MARKS, torch.int64, (None,))
-            return cls(sites, *facts, marks, Answers.read(header.get("answers"))), header.get("settings")
+            found = cls(sites, **facts, marks=marks, answers=Answers.read(header.get("answers")))
+            return found, header.get("settings")
 
 
 def _site(tensors: Mapping[str, Tensor], name: str, count: int) -> ChannelStatistics:

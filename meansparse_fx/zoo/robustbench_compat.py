@@ -1,4 +1,4 @@
-"""Floor 1: the package robustbench as the registry has it (1.1.1), on today's Python packages.
+"""Floor 5: the package robustbench as the registry has it (1.1.1), on today's Python packages.
 
 What breaks there is replaced here and nowhere else, for as long as that is needed and only where the real thing
 is missing. Imported by `robustbench` alone.

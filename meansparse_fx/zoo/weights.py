@@ -1,4 +1,4 @@
-"""Floor 1: weights from files: safetensors, or what `torch.load` reads without unpickling. Imports errors only."""
+"""Floor 5: weights from files: safetensors, or what `torch.load` reads without unpickling. Imports floor 1 only."""
 
 from __future__ import annotations
 
