@@ -255,6 +255,8 @@ def test_bandwidth_counts_the_streams():
     rows = [row("kernels", contender=n, milliseconds=ms) for n, ms in (("clone", 2.0), ("meansparse_fx", 4.0))]
     assert [r.of_clone for r in kernels.with_bandwidth(rows, "forward")] == [1.0, 0.5]
     assert [r.of_clone for r in kernels.with_bandwidth(rows, "backward")] == [1.0, 0.75]
+    rows[1]["contender"] = "torch.var_mean"
+    assert [r.of_clone for r in kernels.with_bandwidth(rows, "moments+activation")] == [1.0, 0.25], "it only reads"
 
 
 @pytest.fixture
