@@ -367,6 +367,11 @@ def test_switches_are_put_back_whatever_happens(sparse, held_out, monkeypatch):
     assert msfx.get_alpha(sparse) == pytest.approx(0.3)
 
 
+def test_a_search_without_an_attack_of_its_own_is_refused(sparse, held_out):
+    with pytest.raises(EvaluationError, match="no other model's images to start at: add an attack"):
+        msfx.select_alpha(sparse, held_out, **QUICK | {"attacks": ("apgd-start/annealed",)})
+
+
 def test_an_uncalibrated_model_is_refused_before_it_is_attacked(net, images, held_out, monkeypatch):
     monkeypatch.setattr(plan, "attack", None)
     with pytest.raises(StateError, match=r"no statistics: calibrate the model, .* before select_alpha"):

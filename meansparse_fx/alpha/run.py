@@ -121,6 +121,8 @@ def select_alpha(
     candidates = {key: Candidate(*key) for key in keys}
     settings = AttackSettings(eps=eps, norm=norm, steps=steps, queries=queries, seed=seed)
     planned = [run for run in plan_runs(attacks, backwards, settings.seed) if not run.kind.started]
+    if not planned:
+        raise EvaluationError("a search has no other model's images to start at: add an attack that starts by itself")
     model = returning_logits(sparse, logits)
     batches = labelled(held_out, batch_size, model)
     first = next(batches)
