@@ -88,7 +88,9 @@ class Statistics(Mapping[str, ChannelStatistics]):
         counted = {name: own for name, own in self.items() if site in (None, name) and own.histogram is not None}
         if not counted:
             where = "" if site is None else f"{site}: "
-            raise StatisticsError(f"{where}no histograms in the statistics: calibrate with histograms (--histograms)")
+            raise StatisticsError(
+                f"{where}no histograms in the statistics (a merge has none): calibrate with histograms (--histograms)"
+            )
         if channel is None or site is None:
             shares = {n: s.histogram.share_inside(s.mean, alpha * s.std) for n, s in counted.items() if s.histogram}
             site, found = typical(shares)
@@ -100,7 +102,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
         return self.histogram(site, channel, alpha).figure()
 
     def merge(self, other: Statistics) -> Statistics:
-        """Return the statistics of both data sets together.
+        """Return the statistics of both data sets together; without histograms, whose bins each calibration lays anew.
 
         Raises:
             StatisticsError: They are of different models or sites, or of the same images.

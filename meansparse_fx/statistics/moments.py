@@ -43,12 +43,6 @@ class ChannelHistogram:
         one = torch.ones((), dtype=torch.int64, device=place.device)
         self.counts.view(-1).scatter_add_(0, place.flatten(), one.expand(place.numel()))
 
-    def merge(self, other: ChannelHistogram | None) -> ChannelHistogram | None:
-        """Return both histograms together, or None where their bins differ."""
-        if other is None or not (torch.equal(self.low, other.low) and torch.equal(self.width, other.width)):
-            return None
-        return ChannelHistogram(self.low, self.width, self.counts + other.counts)
-
     def share_inside(self, centre: Tensor, half_width: Tensor) -> Tensor:
         """Return the share ``[C]`` of values within ``half_width`` of ``centre``; values lie evenly within a bin."""
         below = torch.nn.functional.pad(self.counts.cumsum(1), (1, 0)).double()  # [C, B + 1], below each edge
@@ -84,7 +78,7 @@ class ChannelStatistics:
         return (self.m2 / max(self.count, 1)).sqrt()
 
     def merge(self, other: ChannelStatistics) -> ChannelStatistics:
-        """Return the moments of both samples together."""
+        """Return the moments of both samples together, without histograms: each calibration has bins of its own."""
         if self.mean.shape != other.mean.shape:
             raise StatisticsError(f"cannot merge {len(self.mean)} channels with {len(other.mean)}")
         count = self.count + other.count
@@ -92,8 +86,7 @@ class ChannelStatistics:
             return self
         share = other.count / count
         mean, m2 = merged(self.mean, self.m2, other.mean, other.m2, share, self.count * share)
-        histogram = self.histogram and self.histogram.merge(other.histogram)
-        return ChannelStatistics(count, mean, m2, histogram)
+        return ChannelStatistics(count, mean, m2)
 
 
 def merged(
