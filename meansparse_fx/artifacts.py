@@ -59,7 +59,7 @@ def write(
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
     """Write values as a JSON file, as `write_whole` does; where it cannot be written it is kept elsewhere."""
-    write_whole(path := Path(path), lambda place: place.write_text(json.dumps(values, indent=2) + "\n", "utf-8"), True)
+    write_whole(path, lambda place: place.write_text(json.dumps(values, indent=2) + "\n", "utf-8"), rescue=True)
 
 
 def read_json(path: str | Path, versions: Mapping[str, int]) -> dict[str, Any]:

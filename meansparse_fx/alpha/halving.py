@@ -71,8 +71,9 @@ class Trials:
         self._model, self._device = Attacked(sparse, plan), device_of(sparse)
         ends = list(itertools.accumulate(len(labels) for _, labels in data))
         self.attacked = ends[-1] if attacked is None else min(attacked, ends[-1])
-        needed = zip(*data[: bisect.bisect_left(ends, self.attacked) + 1], strict=True)
-        self._images, self._labels = (torch.cat([part.cpu() for part in parts])[: self.attacked] for parts in needed)
+        needed = data[: bisect.bisect_left(ends, self.attacked) + 1]
+        self._images = torch.cat([images.cpu() for images, _ in needed])[: self.attacked]
+        self._labels = torch.cat([labels.cpu() for _, labels in needed])[: self.attacked]
         self._batch_size = len(data[0][1])
         self._rows: dict[str, list[dict[str, Tensor]]] = {}  # by candidate, a batch each
         for index, batch in enumerate(data):

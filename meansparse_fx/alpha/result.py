@@ -180,9 +180,12 @@ class AlphaSearch(Tabled):
 
     def to_csv(self) -> str:
         """Return one row an alpha as CSV; accuracies and the change of the worst case are fractions."""
-        rows, first = self.to_dict()["rows"], ("variant", "alpha", "clean", "attacked")
-        own = [{name: row[name] for name in first} | row["robust"] for row in rows]
-        return as_csv([o | {"worst case": row["worst_case"]} | row["change"] for o, row in zip(own, rows, strict=True)])
+
+        def flat(row: dict) -> dict:
+            first = {name: row[name] for name in ("variant", "alpha", "clean", "attacked")}
+            return first | row["robust"] | {"worst case": row["worst_case"]} | row["change"]
+
+        return as_csv([flat(row) for row in self.to_dict()["rows"]])
 
     def to_dict(self) -> dict:
         """Return the choice and one row an alpha as plain values; accuracies are fractions."""

@@ -156,8 +156,9 @@ class Intake:
         if problem := out_of_range(labels, self._classes, self._images):
             left_out = f" Left out: {self._ignore_index} (ignore_index=)" if labels.dim() == 3 else ""
             raise DataError(problem + left_out)
-        if not bool((seen := (labels >= 0).reshape(len(labels), -1).any(1)).all()):
-            raise DataError(f"image {self._images + int((~seen).nonzero()[0])} has no labelled pixel: leave it out")
+        unlabelled = (labels < 0).reshape(len(labels), -1).all(1)
+        if bool(unlabelled.any()):
+            raise DataError(f"image {self._images + int(unlabelled.nonzero()[0])} has no labelled pixel: leave it out")
 
 
 def _parts(batch: Any) -> tuple[Any, Any]:

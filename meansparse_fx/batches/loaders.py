@@ -82,9 +82,10 @@ def parts(batch: Any) -> tuple[Any, Any]:
 
     By name in a mapping, a dataclass or a named tuple; else the first is the images and the second the labels.
     """
+    names = getattr(batch, "_fields", None)  # of a named tuple
     if is_dataclass(batch) and not isinstance(batch, (type, Mapping)):
         batch = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    elif isinstance(names := getattr(batch, "_fields", None), tuple) and {n.lower() for n in names} & {*IMAGE_KEYS}:
+    elif isinstance(names, tuple) and {name.lower() for name in names} & {*IMAGE_KEYS}:
         batch = dict(zip(names, batch, strict=True))
     if isinstance(batch, Mapping):
         return _named(batch, IMAGE_KEYS, "images"), _named(batch, LABEL_KEYS, "labels")

@@ -145,7 +145,8 @@ class Checkpoint:
         """Raise CalibrationError if a batch that an earlier process saw is not what it was; remember the first."""
         if index == 0:
             self._first = artifacts.digest(images)
-        if (expected := self._digests.pop(index, None)) is not None and artifacts.digest(images) != expected:
+        expected = self._digests.pop(index, None)
+        if expected is not None and artifacts.digest(images) != expected:
             raise CalibrationError(
                 f"{self.path}: a checkpoint of another data set or of another order of images: batch {index} differs. "
                 "Use the same data, batch size and order, or remove it to start from the beginning"

@@ -139,7 +139,8 @@ def _around(image: Tensor, count: int, settings: AttackSettings, generator: torc
     shape = (count, *image.shape)
     if settings.norm == "Linf":
         delta = 2 * torch.rand(shape, generator=generator) - 1
-        delta = delta.sign() if edge else delta
+        if edge:
+            delta = delta.sign()
     else:
         delta = torch.randn(shape, generator=generator)
         delta = delta / norm_per_image(delta)

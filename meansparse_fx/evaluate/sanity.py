@@ -167,8 +167,9 @@ def checks_of_labels(labels: Tensor, classes: int, clean: Tensor) -> Iterator[Ch
         classes: Number of logits.
         clean: ``[N]``, images that the base has right.
     """
-    n, counts = len(labels), labels.flatten().unique(return_counts=True)[1]
-    chance, right = int(counts.max()) / int(counts.sum()), int(clean.sum())
+    n, right = len(labels), int(clean.sum())
+    _, counts = labels.flatten().unique(return_counts=True)
+    chance = int(counts.max()) / int(counts.sum())
     low, high = share_interval(right, n) if len(counts) > 1 else (math.inf, math.inf)  # one class is its own chance
     finding = f"{right} of {n} images right; their commonest label alone would get {100 * chance:.1f} %"
     yield check_chance(low - chance, high - chance, n, finding)
