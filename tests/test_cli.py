@@ -453,12 +453,14 @@ def test_alpha_as_it_is_typed(tmp_path, model, data, statistics):
 def test_alpha_of_a_file_or_of_a_search_brings_its_variant(net, images, tmp_path):
     sparse = msfx.transform(net, images)
     msfx.calibrate(sparse, [images], progress=False)
+    msfx.set_variant(sparse, centre="zero")
     (tmp_path / "a.json").write_text('{"alpha": 0.3, "variant": "edge"}')
     put_alpha(sparse, str(tmp_path / "a.json"))
     assert ({o.variant for o in msfx.operators(sparse).values()}, msfx.get_alpha(sparse)) == ({"edge"}, 0.3)
     added(sparse).choice = {"leader": 0.2, "variant": "smooth"}
     put_alpha(sparse, "leader")
     assert ({o.variant for o in msfx.operators(sparse).values()}, msfx.get_alpha(sparse)) == ({"smooth"}, 0.2)
+    assert {o.centre_mode for o in msfx.operators(sparse).values()} == {"zero"}, "the search had it, too"
 
 
 def test_adversarial_images_that_are_none_are_an_exit_status(tmp_path, model, data, statistics):

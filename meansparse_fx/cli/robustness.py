@@ -176,7 +176,11 @@ def verify(
 
 
 def put_alpha(sparse: fx.GraphModule, written: str | None) -> None:
-    """Set alpha as it was typed: a number, ``leader``, or a JSON file; as it is if nothing was, and settings say it."""
+    """Set alpha as it was typed: a number, ``leader``, or a JSON file; as it is if nothing was, and settings say it.
+
+    A search's variant comes with its alpha; the band's centre stays as it was when alpha was looked for.
+    """
+    from ..alpha.halving import Candidate
     from ..operators import added
 
     choice = added(sparse).choice
@@ -188,13 +192,11 @@ def put_alpha(sparse: fx.GraphModule, written: str | None) -> None:
             raise StateError("no leader: it is what select found, so give --settings FILE of select --out")
         if not choice["leader"]:
             raise StateError("no leader: select gave up every alpha but 0 early; give --alpha a number")
-        msfx.set_variant(sparse, choice["variant"])
-        msfx.set_alpha(sparse, choice["leader"])
+        Candidate(choice["leader"], choice["variant"]).set(sparse)
     elif Path(written).is_file():
         try:
             found = json.loads(Path(written).read_text("utf-8"))
-            msfx.set_variant(sparse, found.get("variant", "mean"))
-            msfx.set_alpha(sparse, found["alpha"])
+            Candidate(found["alpha"], found.get("variant", "mean")).set(sparse)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(
                 f'{written}: not a file that select --out wrote, or JSON such as {{"alpha": {{"layer1": 0.2}}}} '
