@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,6 +36,8 @@ OTHER_FUNCTION = (
     "it has the same weights and sites, and computes something else: a slope, eps, stride, normalisation or "
     "connection is another"
 )
+
+TRAINED = "the weights are not those that the statistics were measured on"
 
 
 def operators(model: nn.Module) -> dict[str, MeanSparse]:
@@ -171,7 +174,7 @@ def set_statistics(model: nn.Module, statistics: Statistics | str | Path, check_
         model: A transformed model.
         statistics: Of the same base model, or the path of a file of them; those of sites that the model's placement
             leaves alone are left out.
-        check_weights: Refuse statistics measured on other weights.
+        check_weights: Refuse statistics measured on other weights; otherwise they count as this model's from now on.
 
     Raises:
         StatisticsError: They do not fit; nothing was changed.
@@ -190,6 +193,8 @@ def set_statistics(model: nn.Module, statistics: Statistics | str | Path, check_
     for name, operator in found.items():
         operator.set_statistics(statistics[name])
     if isinstance(own, Added):
+        if not check_weights:
+            statistics = replace(statistics, fingerprint=fingerprint(model), answers=answers(model, own.shape))
         own.statistics, own.reloaded = statistics, False
 
 
@@ -269,6 +274,18 @@ def answers_differ(model: nn.Module, statistics: Statistics) -> bool:
     there = statistics.answers
     here = there and answers(model, there.shape)
     return there is not None and here is not None and not here.agree(there)
+
+
+def was_trained(model: nn.Module) -> bool:
+    """Return whether a transformed model is seen to have other weights than its statistics were measured on.
+
+    Of weights in half precision that were measured in single, or on a GPU and now on a CPU, it is not known.
+    """
+    known = added(model).statistics
+    if known is None or known.answers is None or fingerprint(model) == known.fingerprint:
+        return False
+    here = answers(model, known.answers.shape)
+    return here is not None and here.exact == known.answers.exact and not here.agree(known.answers)
 
 
 @contextmanager

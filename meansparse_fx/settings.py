@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from . import artifacts
 from .errors import ArtifactError, StateError
 from .nn import MeanSparse
-from .operators import OTHER_FUNCTION, added, answers, answers_differ, operators, require_transformed
+from .operators import OTHER_FUNCTION, TRAINED, added, answers, answers_differ, operators, require_transformed, was_trained
 from .rewrite import PREFIX
 from .sites import Placement, Site
 from .statistics import ChannelStatistics, Statistics, fingerprint, weight_digests
@@ -38,10 +38,15 @@ def save(sparse: fx.GraphModule, path: str | Path) -> None:
         path: The file, such as ``model.msfx.safetensors``; written whole or not at all.
 
     Raises:
-        StateError: The model is not transformed, has no statistics, or is in train mode.
+        StateError: The model is not transformed, has no statistics or those of other weights, or is in train mode.
         WriteError: It cannot be written there; it is in the temporary folder instead, at the place named.
     """
     require_transformed(sparse, "save", calibrated=True)
+    if was_trained(sparse):
+        raise StateError(
+            f"{TRAINED}: calibrate the model again, or take them for these weights by set_statistics(model, "
+            "statistics, check_weights=False)"
+        )
     own, found = added(sparse), operators(sparse)
     placement = asdict(own.placement)
     settings = {

@@ -334,6 +334,40 @@ def test_what_cannot_be_saved(net, images, sparse, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def train_a_little(model, images, labels):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+
+def test_statistics_of_weights_that_were_trained_since(net, images, labels, sparse, tmp_path):
+    attack = {"attacks": ["pgd"], "steps": 1, "sanity_images": 0, "progress": False}
+    statistics, path = added(sparse).statistics, tmp_path / "own.safetensors"
+    train_a_little(sparse, images, labels)
+    others = "the weights are not those that the statistics were measured on: calibrate"
+    with pytest.raises(StateError, match=f"^{others} the model again, or take .*check_weights=False"):
+        msfx.save(sparse, path)
+    assert not path.exists()
+    (check,) = (c for c in msfx.evaluate(sparse, (images, labels), **attack).checks if c.name == "calibration data")
+    assert not check.passed
+    assert check.finding.startswith(others)
+    with pytest.warns(UserWarning, match=f"^select_alpha: {others}"):
+        msfx.select_alpha(sparse, (images, labels), alphas=[0.3], attacks=["pgd"], steps=1, progress=False)
+    msfx.set_statistics(sparse, statistics, check_weights=False)
+    msfx.save(sparse, path)
+    trained = copy.deepcopy(msfx.restore(sparse))
+    check_same(msfx.load(path, trained, images), sparse, images)
+    with pytest.raises(StateError, match="settings of a model with other weights"):
+        msfx.load(path, net, images)
+
+
+def test_statistics_of_weights_in_another_precision_are_theirs(images, sparse, tmp_path):
+    sparse.double()
+    msfx.save(sparse, tmp_path / "own.safetensors")
+    msfx.save(sparse.bfloat16(), tmp_path / "own.safetensors")
+
+
 def test_patterns_of_alpha(net, images, sparse):
     msfx.set_alpha(sparse, 0.0)
     msfx.set_alpha(sparse, {"relu": 0.4})  # a site's name is that site alone

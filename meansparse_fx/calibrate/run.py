@@ -21,7 +21,7 @@ from ..batches import explaining_misfit
 from ..capture.modes import GRAD_MODE_CALLS
 from ..errors import CalibrationError, DataError, WriteError
 from ..kernels import ops
-from ..operators import added, answers, operators, require_transformed, set_statistics
+from ..operators import added, operators, require_transformed, set_statistics
 from ..passes import observe
 from ..progress import bar, say_resumed
 from ..seen import least_marks
@@ -108,9 +108,10 @@ def calibrate(
         with bar(progress and ranks.rank == 0) as display:
             one_pass.run(display)
         statistics = one_pass.result({str(name): str(fact) for name, fact in (metadata or {}).items()})
-    statistics = replace(statistics, answers=answers(sparse, added(sparse).shape))
     set_statistics(sparse, statistics, check_weights=False)
-    return statistics
+    found = added(sparse).statistics
+    assert found is not None  # set_statistics saw to it
+    return found
 
 
 class _Pass:

@@ -1,4 +1,4 @@
-"""Floor 5: were the statistics measured on images such as these, and on none of these? Runs no model."""
+"""Floor 5: were the statistics measured on this model, on images such as these, and on none of these?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..errors import EvaluationError
-from ..operators import added
+from ..operators import TRAINED, added, was_trained
 from ..seen import SHARED, known_share
 from .sanity import Check
 from .threat import AttackSettings
@@ -29,7 +29,7 @@ def require_units(sparse: fx.GraphModule) -> None:
 
 
 def check_calibration(sparse: fx.GraphModule, images: Tensor, marks: Tensor) -> Iterator[Check]:
-    """Yield how the images that calibration saw differ from these, and how many are these; nothing if it is unknown.
+    """Yield whether calibration saw these weights, images like these and none of these; nothing if it is unknown.
 
     Args:
         sparse: The model, with its statistics.
@@ -39,7 +39,7 @@ def check_calibration(sparse: fx.GraphModule, images: Tensor, marks: Tensor) -> 
     calibrated = added(sparse).statistics
     if calibrated is None:
         return
-    differences = []
+    differences = [f"{TRAINED}: calibrate again"] if was_trained(sparse) else []
     for shape in calibrated.metadata.get("image_shape", "").split(" + "):
         if shape and shape != (own := "x".join(map(str, images.shape[1:]))):
             differences.append(f"calibrated on images {shape}, and these are {own}")
