@@ -45,4 +45,6 @@ class _Public:
             vars(package)[self._name] = value
 
 
-sys.modules[__name__].__class__ = type("Package", (ModuleType,), {name: _Public(name) for name in __all__})
+_names: dict[str, Any] = {name: _Public(name) for name in __all__}
+_names["__dir__"] = lambda package: sorted(__all__)  # which completion offers, before any of it is imported
+sys.modules[__name__].__class__ = type("Package", (ModuleType,), _names)

@@ -19,7 +19,16 @@ from torch import Tensor, fx
 from . import artifacts
 from .errors import ArtifactError, StateError
 from .nn import MeanSparse
-from .operators import OTHER_FUNCTION, TRAINED, added, answers, answers_differ, operators, require_transformed, was_trained
+from .operators import (
+    OTHER_FUNCTION,
+    TRAINED,
+    added,
+    answers,
+    answers_differ,
+    operators,
+    require_transformed,
+    was_trained,
+)
 from .rewrite import PREFIX
 from .sites import Placement, Site
 from .statistics import ChannelStatistics, Statistics, fingerprint, weight_digests
@@ -134,6 +143,15 @@ class Settings:
             own.statistics, own.choice = self.statistics, self.choice
             if answers_differ(sparse, self.statistics):
                 raise StateError(f"{self.path}: settings of another model; {OTHER_FUNCTION}")
+
+    def in_words(self) -> str:
+        """Return alpha, the operators' switches, what is fused and how alpha was chosen, a line each."""
+        rows = [{"alpha": row["alpha"], **row["switches"]} for row in self.sites]
+        lines = [f"{name}: {', '.join(dict.fromkeys(str(row[name]) for row in rows))}" for name in rows[0]]
+        lines.append(f"fuse: {self.fuse}")
+        if self.choice is not None:
+            lines.append(f"chosen by select: alpha {self.choice['alpha']}; what looked best: {self.choice['leader']}")
+        return "\n".join(lines)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the operators' part of the transformed model's state_dict, made without the model."""

@@ -97,10 +97,11 @@ def transform(
         alpha: Half width of the band in standard deviations; needs statistics unless 0. By default 0, or the published
             operators' own.
         backward: ``exact``, which is the default, ``identity`` or ``smooth``; see `set_backward`.
-        fuse: ``activation`` makes one call of operator and activation, so that at alpha = 0 the result is the model's,
-            bit for bit. ``all`` is faster: frozen batch norms, LayerScales and the residual sum before an operator and
-            the sum after it become part of it, equal to rounding. Norms and LayerScales then get no gradients, so
-            those whose parameters want some are left: model.requires_grad_(False) first.
+        fuse: ``activation`` makes one call of operator and activation, at alpha = 0 equal to the model's to rounding
+            (under MEANSPARSE_FX_LOWERING=eager bit for bit). ``all`` is faster: frozen batch norms, LayerScales and
+            the residual sum before an operator and the sum after it become part of it, equal to rounding. Norms and
+            LayerScales then get no gradients, so those whose parameters want some are left:
+            model.requires_grad_(False) first.
         settings: File that `save` wrote: it brings placement, statistics, alpha and all the rest. ``alpha`` and
             ``backward`` still count where given.
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -375,7 +376,9 @@ def chosen(tmp_path, model, data):
 
 def test_settings_are_enough(tmp_path, model, data, chosen):
     evaluate = ("evaluate", model, "--data", data, "--settings", chosen, *ATTACK)
-    check_error(run(*evaluate), "nothing to compare", "--alpha leader")
+    done = run(*evaluate, "--skip", 10)
+    assert done.exit_code == 0, done.output
+    assert "has nothing to compare. To compare what looked best: --alpha 0.2" in " ".join(done.stdout.split())
     done = run(*evaluate, "--skip", 10, "--alpha", "leader", "--eps", 0.1, "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -388,6 +391,10 @@ def test_settings_are_enough(tmp_path, model, data, chosen):
     done = run("export", model, "--settings", chosen, "--out", tmp_path / "a.pt2")
     assert done.exit_code == 0, done.output
     assert "images 1x8x8, as in calibration" in done.stderr
+    assert done.stdout.startswith("export, alpha 0, the base itself, ")
+    lines = run("show", chosen).stdout.splitlines()
+    assert lines[-9:-7] == ["alpha: 0.0", "variant: mean"]
+    assert lines[-2:] == ["fuse: activation", "chosen by select: alpha 0.0; what looked best: 0.2"]
     sparse = msfx.load(chosen, load_model(model), torch.rand(2, 1, 8, 8))
     added(sparse).choice = {**added(sparse).choice, "leader": 0.0}
     msfx.save(sparse, tmp_path / "s")
@@ -399,7 +406,7 @@ def test_settings_are_enough(tmp_path, model, data, chosen):
     )
 
 
-def test_card(tmp_path, model, data, chosen):
+def test_card(tmp_path, model, data, chosen, monkeypatch):
     sparse = msfx.load(chosen, load_model(model), torch.rand(2, 1, 8, 8))
     msfx.set_alpha(sparse, 0.2)
     msfx.save(sparse, tmp_path / "s")
@@ -409,11 +416,17 @@ def test_card(tmp_path, model, data, chosen):
     for spec in ((), (model,)):
         done = run("card", *spec, "--settings", tmp_path / "s", "--report", report, "--out", tmp_path / "hub")
         assert done.exit_code == 0, done.output
-        state = load_file(tmp_path / "hub" / "model.safetensors")
-        other = msfx.load(tmp_path / "hub" / "settings.msfx.safetensors", load_model(model), torch.rand(2, 1, 8, 8))
-        other.load_state_dict(state, strict=bool(spec))
-        assert all(torch.equal(value, other.state_dict()[key]) for key, value in state.items())
-    assert state.keys() == other.state_dict().keys()
+        monkeypatch.chdir(tmp_path / "hub")
+        block = Path("README.md").read_text().split("```")[1].removeprefix("python")
+        given = load_model(model)
+        if spec:  # whose weights the folder has
+            for value in given.parameters():
+                torch.nn.init.normal_(value)
+        names = {"model": given, "images": torch.rand(2, 1, 8, 8)}
+        exec(block, names)
+        state = load_file("model.safetensors")
+        assert all(torch.equal(value, names["sparse"].state_dict()[key]) for key, value in state.items())
+    assert state.keys() == names["sparse"].state_dict().keys()
     text, found = (tmp_path / "hub" / "README.md").read_text(), json.loads(report.read_text())
     assert f"| clean | {100 * found['base']['clean']:.1f} | {100 * found['sparse']['clean']:.1f} |" in text
     assert f"{100 * found['gain']['low']:+.1f}, {100 * found['gain']['high']:+.1f}] |" in text

@@ -152,8 +152,8 @@ class Reference:
                 raise CaptureError(
                     f"{type(own).__name__} itself fails on images of shape {list(batch.shape)}, dtype {batch.dtype}, "
                     f"device {batch.device}: {type(error).__name__}: {error}. Pass example images as the model takes "
-                    f"them (on the command line: --input-shape 1x28x28, or --data of such images; files of images are "
-                    f"read as RGB, arrays as they are){hint_of_hooks(own)}"
+                    f"them (on the command line --input-shape 1,28,28, or --data of such images, of which files are "
+                    f"read as RGB and arrays as they are){hint_of_hooks(own)}"
                 ) from error
         self._outputs = tuple(outputs)
         self.activations, self._own_backwards = counter.found()

@@ -7,6 +7,7 @@ What a command runs is imported when it runs: torch takes seconds, and help or a
 from __future__ import annotations
 
 import errno
+import warnings
 from importlib.metadata import version
 from typing import Annotated
 
@@ -31,6 +32,7 @@ class _Commands(TyperGroup):
     """A group that turns the user's errors into one line; bugs keep their traceback."""
 
     def invoke(self, ctx):
+        own, warnings.formatwarning = warnings.formatwarning, _one_line
         try:
             return super().invoke(ctx)
         except (MeanSparseError, OSError) as error:
@@ -42,6 +44,12 @@ class _Commands(TyperGroup):
             console = Console(stderr=True, soft_wrap=True)
             console.print(f"error: {text}", style="red", markup=False, highlight=False)
             raise typer.Exit(2) from error
+        finally:
+            warnings.formatwarning = own
+
+
+def _one_line(message: Warning | str, *place: object) -> str:
+    return f"warning: {message}\n"
 
 
 app = typer.Typer(

@@ -127,6 +127,7 @@ def random_images(options: ModelOptions, net: nn.Module, shape: tuple[int, ...] 
 def estimate(images: ImageSet, batch_size: int, work: Callable[[list[Any]], object], warm: bool = False) -> None:
     """Do one batch and print how long all images would take; ``warm``: what is only done once is done before."""
     first = next(iter(images.loader(batch_size)))
+    say(f"dry run: one batch of {len(first[1])} images, all that would be done to it")
     if warm:
         work([first])
     began = time.monotonic()

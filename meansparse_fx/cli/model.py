@@ -50,6 +50,7 @@ def export(
 ) -> None:
     """Write MODEL for deployment, with its statistics and alpha baked in; the file runs without this package."""
     from .. import export as room
+    from ..report import describe_alpha
     from . import loading
     from .robustness import put_alpha
 
@@ -60,4 +61,7 @@ def export(
     put_alpha(sparse, alpha)
     example = images[[0] * (fixed_batch or len(images))]
     room.export(sparse, example, out, format, dynamic_batch=fixed_batch is None)
-    loading.console().print(f"{format}, {out.stat().st_size / 2**20:.1f} MiB: {out}")
+    words = describe_alpha(msfx.get_alpha(sparse))
+    if msfx.get_alpha(sparse) == 0:
+        words += ", the base itself"
+    loading.console().print(f"{format}, {words}, {out.stat().st_size / 2**20:.1f} MiB: {out}", highlight=False)

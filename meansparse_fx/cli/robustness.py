@@ -13,7 +13,7 @@ import typer
 import meansparse_fx as msfx
 
 from ..arguments import number
-from ..errors import ArtifactError, EvaluationError, StateError
+from ..errors import ArtifactError, StateError
 from ..names import ALPHAS, CLEAN_BUDGET, SEARCH_ATTACKS, VARIANTS
 from . import options, parsing
 from .options import AttackOptions, DataOptions, MeasuredOptions, parsed
@@ -79,6 +79,8 @@ def select(
         found.save(out)
     elif out is not None:
         msfx.save(sparse, out)
+    if out is not None:
+        console.print(f"settings: {out}", highlight=False)
     if report is not None:
         write_folder(report, result_files(found))
         found.save(report / "search.json")
@@ -114,8 +116,6 @@ def evaluate(
     model, group = loading.join_processes(model)
     images, sparse = loading.open_sparse(model, data, attack.logits)
     put_alpha(sparse, alpha)
-    if msfx.get_alpha(sparse) == 0:
-        raise EvaluationError(_nothing(sparse))
     compare: Any = partial(msfx.evaluate, sparse, **asdict(attack))
     if dry_run:  # the checks, which look at a hundred images whatever there are, come on top
         single = partial(compare, sanity_images=0, checkpoint=None, progress=False)
@@ -128,6 +128,8 @@ def evaluate(
     console = loading.console()
     console.print(evaluation.table())
     console.print(headline(evaluation), style="bold", highlight=False)
+    if msfx.get_alpha(sparse) == 0:
+        console.print(_nothing(sparse), highlight=False)
     if report is not None:
         measured = added(sparse).statistics
         assert measured is not None  # `transformed` saw to it

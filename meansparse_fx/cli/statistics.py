@@ -68,12 +68,17 @@ def calibrate(
         file_of_rank(checkpoint, rank, world).unlink(missing_ok=True)
 
 
-def show(file: Annotated[Path, file_argument("Statistics file.")]) -> None:
-    """Show what a statistics file holds."""
+def show(file: Annotated[Path, file_argument("Statistics, or settings of a model.")]) -> None:
+    """Show what a file of statistics or settings holds."""
+    from ..settings import Settings
     from ..statistics.summary import summary_table
     from . import loading
 
-    loading.console().print(summary_table(msfx.Statistics.load(file)))
+    statistics, settings = msfx.Statistics.load_with_settings(file)
+    console = loading.console()
+    console.print(summary_table(statistics))
+    if settings is not None:
+        console.print(Settings.load(file).in_words(), highlight=False)
 
 
 def merge(

@@ -26,7 +26,7 @@ LAYOUTS = (
 Splits = dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageSet(Dataset):
     """Labelled images: a sequence of pairs (image ``[C, H, W]`` float32 in [0, 1], label).
 
@@ -39,6 +39,9 @@ class ImageSet(Dataset):
     images: Any
     labels: Tensor
     description: str
+
+    def __repr__(self) -> str:
+        return f"{self.description}: {len(self)} images"
 
     def __len__(self) -> int:
         return len(self.labels)

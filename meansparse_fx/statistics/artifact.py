@@ -160,7 +160,7 @@ class Statistics(Mapping[str, ChannelStatistics]):
         if fingerprint is not None and self.fingerprint != fingerprint:
             raise StatisticsError(
                 "these statistics were measured on other weights (fingerprints differ): calibrate this model "
-                "(from Python, check_weights=False takes them if it is the same model in another precision)"
+                "(if it is the same model in another precision: set_statistics(model, statistics, check_weights=False))"
             )
         if missing := channels.keys() - self.sites.keys():
             raise StatisticsError(f"statistics lack {len(missing)} site(s) of the model: {some(missing)}")
