@@ -216,7 +216,9 @@ class OperatorState(nn.Module):
             dtype = torch.float64 if new.dtype == torch.float64 else torch.float32
             if new.dtype != dtype:
                 self._buffers[key] = old.to(device=new.device, dtype=dtype)
-        self._refresh()
+        # Writing the same values again would be a change between a forward pass and its backward.
+        if any(self._buffers[key] is not old for key, old in before.items()):
+            self._refresh()
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *rest) -> None:

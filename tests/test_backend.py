@@ -237,6 +237,20 @@ def test_recompilations_share_operators(net, images):
     assert (report.compilations, len(report.graphs), report.operators) == (2, 1, operators)
 
 
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_backward_of_a_call_made_before_a_recompilation(net, images, inner):
+    sparse, stats = calibrated(net, images)
+    msfx.set_alpha(sparse, 0.5)
+    compiled = plug_in(net, statistics=stats, alpha=0.5, inner=inner)
+    batches = images[:1], images  # of one image there is another graph
+    grads = []
+    for model, weight in ((compiled, net.conv1.weight), (sparse, sparse.conv1.weight)):
+        loss = sum(model(batch).square().sum() for batch in batches)
+        grads += torch.autograd.grad(loss, weight)
+    assert compile_report(compiled).compilations == 2
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
 def test_inference_mode_first_then_gradients(net, images):
     sparse, stats = calibrated(net, images)
     msfx.set_alpha(sparse, 0.3)
