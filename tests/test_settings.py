@@ -190,6 +190,21 @@ def test_weights_loaded_without_their_statistics_are_refused_until_calibrated(ne
     assert torch.equal(sparse(images), again(images))
 
 
+def test_weights_loaded_through_a_wrapper_are_refused_too(net, images, sparse):
+    wrapper, other = torch.nn.Sequential(torch.nn.Identity(), sparse), copy.deepcopy(net)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.5)
+
+    def load(weights):
+        wrapper.load_state_dict({f"1.{key}": value for key, value in weights.state_dict().items()}, strict=False)
+
+    load(net)
+    wrapper(images)  # those that were measured
+    load(other)
+    with pytest.raises(StateError, match="measured on other weights: calibrate the model again"):
+        wrapper(images)
+
+
 def pickled(model):
     file = io.BytesIO()
     torch.save(model, file)

@@ -107,7 +107,8 @@ def _fingerprint(model: nn.Module) -> str:
 
 
 def _note_loaded(added: Added, keys: Any) -> None:
-    added.reloaded = any(key.startswith(f"{PREFIX}.") for key in keys.missing_keys)
+    # Loaded as a part of a wrapper, the model has keys behind the wrapper's.
+    added.reloaded = any(PREFIX in key.split(".") for key in keys.missing_keys)
     for owner, name, value in added._watched:
         held = getattr(owner, name.rpartition(".")[2], None)
         if held is not None and not held.is_meta and not torch.equal(held.to(value), value):
