@@ -180,6 +180,7 @@ BRANCHES = {
     "in place": (lambda m, x: x + seven(x).mul_(m.gamma), SCALED),
     "the sum in place": (lambda m, x: (seven(x) * m.gamma).add_(x), SCALED),
     "gamma is indexed": (lambda m, x: x + seven(x) * m.gamma.flatten()[:, None, None], "sum after it"),
+    "moved by keyword": (lambda m, x: x + torch.permute(input=seven(x) * m.gamma, dims=(0, 1, 2, 3)), "sum after it"),
     "rows are scaled": (
         lambda m, x: x[:, :, :6] + seven(x[:, :, :6]) * m.gamma.view(6, 1),
         "sum after it; what it is multiplied by is not one number for each of its channels",

@@ -175,9 +175,9 @@ class Finder:
     def _scale(self, value: fx.Node, operator: MeanSparse) -> Scale | Refusal | None:
         """Return the LayerScale that ``value`` comes from; why it cannot be taken; or None."""
         node, path = value, list[fx.Node]()
-        while self._operators.moves_only(node) and isinstance(node.args[0], fx.Node):
+        while (moved := self._moved(node)) is not None:
             path.append(node)
-            node = node.args[0]
+            node = moved
         if self._operators.op(node).word != "mul" or node.kwargs or len(node.args) != 2:
             return None
         for x, factor in (node.args, node.args[::-1]):
@@ -202,15 +202,20 @@ class Finder:
             return Refusal("what it is multiplied by is not one number for each of its channels", node.name)
         return Scale(node, x, parameter, views, not path)
 
+    def _moved(self, node: fx.Node) -> fx.Node | None:
+        """Return what a call moves, if that is all it does and it takes it without a keyword."""
+        source = node.args[0] if node.args else None
+        return source if isinstance(source, fx.Node) and self._operators.moves_only(node) else None
+
     def _parameter(self, node: Any) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
         """Return the node that reads the parameter which ``node`` is, if it is one, and what shapes it.
 
         The operator gets the parameter without what shapes it, which is the same where all lies along one dimension.
         """
         views = []
-        while isinstance(node, fx.Node) and self._operators.moves_only(node) and node.args:
+        while isinstance(node, fx.Node) and (moved := self._moved(node)) is not None:
             views.append(node)
-            node = node.args[0]
+            node = moved
         found = isinstance(node, fx.Node) and node.op == "get_attr" and self._flow.is_tensor(node)
         if not found or sum(size > 1 for size in self._flow.shape(node)) > 1:
             return None, ()
