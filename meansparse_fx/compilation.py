@@ -21,7 +21,7 @@ from .capture.preconditions import refuse_train_mode
 from .compile_options import Options
 from .errors import CalibrationError, SiteError, StateError, StatisticsError
 from .nn import MeanSparse
-from .operators import OTHER_FUNCTION, alpha_of, answers_differ, set_alpha, set_backward, unknown_sites
+from .operators import OTHER_FUNCTION, alpha_by_site, answers_differ, set_backward, unknown_sites
 from .passes.instrument import Moments
 from .published import published_operator
 from .rewrite import calls_of, operand
@@ -59,7 +59,9 @@ class CompileReport:
         self.transformed = any(isinstance(m, MeanSparse) for m in model.modules()) if model is not None else False
         self.compilations = 0
         self.axes = WeakTensorKeyDictionary()
-        self._alpha = options.alpha
+        self._statistics: Statistics | None = None
+        self._fingerprint = ""
+        self._alpha: dict[str, float] = {}  # of the sites in the statistics, those of graphs yet to come too
         self._moments: dict[str, Moments] = {}
         self._plans: dict[tuple[CodeType, tuple[str, ...]], SitePlan] = {}
         self._starts: dict[tuple[CodeType, str], int] = {}
@@ -72,25 +74,29 @@ class CompileReport:
                     "statistics, alpha and backward by meansparse_fx.set_statistics, set_alpha and set_backward"
                 )
             return
-        modules = list(model.named_modules()) if model is not None else []
-        if holding := [name for name, m in modules if published_operator(m) is not None]:
-            raise StateError(
-                f"the model holds {len(holding)} published operators ({holding[0]}): compile "
-                "meansparse_fx.transform(model, images) instead, which takes them over"
-            )
         if model is not None:
+            _refuse_published(model)
             refuse_train_mode(model, "the model", "before it is compiled")
-        given, self._fingerprint = options.statistics, ""
+        given = options.statistics
         self._statistics = Statistics.load(given) if isinstance(given, str | Path) else given
-        if model is not None and (options.observe or (options.check_weights and self._statistics is not None)):
+        if self._statistics is not None:
+            self._alpha = alpha_by_site(options.alpha, self._statistics, allow_unknown=True)
+        if model is not None:
+            self._check_weights(model)
+
+    def _check_weights(self, model: nn.Module) -> None:
+        """Refuse statistics of another model; note which model is observed."""
+        measured = self._statistics if self.options.check_weights else None
+        if measured is not None or self.options.observe:
             self._fingerprint = fingerprint(model)
-        if self._statistics is not None and self._fingerprint not in ("", self._statistics.fingerprint):
+        if measured is None:
+            return
+        if self._fingerprint != measured.fingerprint:
             raise StatisticsError(
                 "these statistics were measured on other weights (fingerprints differ): calibrate this model, or pass "
                 "option check_weights=False if it is the same model in another precision"
             )
-        checked = model if self._fingerprint else None
-        if checked is not None and self._statistics is not None and answers_differ(checked, self._statistics):
+        if answers_differ(model, measured):
             raise StatisticsError(f"these statistics are of another model; {OTHER_FUNCTION}: calibrate this model")
 
     # What a user asks.
@@ -120,10 +126,14 @@ class CompileReport:
 
         Recompiles nothing.
         """
-        set_alpha(nn.ModuleList(self.operators.values()), alpha)
-        if isinstance(alpha, Mapping):
-            alpha = {name: operator.get_alpha() for name, operator in self.operators.items()}
-        self._alpha = alpha
+        if self.transformed:
+            raise StateError("this model was transformed before it was compiled: give that model to msfx.set_alpha")
+        if self.options.observe:
+            raise StateError("option observe measures the base model, which has no alpha: compile without it")
+        given = alpha_by_site(alpha, self.operators if self._statistics is None else self._statistics)
+        for name in given.keys() & self.operators.keys():
+            self.operators[name].set_alpha(given[name])
+        self._alpha |= given
 
     def statistics(self, images: int = 0, metadata: dict[str, str] | None = None) -> Statistics:
         """Return what the observers saw so far.
@@ -176,11 +186,8 @@ class CompileReport:
             shared = self.operators.setdefault(operator.name, operator)
             shared.to(value.device, torch.float64 if value.dtype == torch.float64 else torch.float32)
             if shared is operator and self._statistics is not None:
-                alpha = self._alpha
-                if isinstance(alpha, Mapping):
-                    alpha = alpha_of(alpha, operator.name, self._statistics) or 0.0
                 operator.set_statistics(self._statistics[operator.name])
-                operator.set_alpha(alpha)
+                operator.set_alpha(self._alpha.get(operator.name, 0.0))
 
     def observe(self, plan: SitePlan, captured: DynamoGraph) -> dict[str, Moments]:
         """Return where each site's moments are accumulated."""
@@ -268,6 +275,14 @@ class CompileReport:
                 f"{reasons}. Pass option allow_missing=True to go on without"
             )
         check_channel_dims(self.options.placement, names)
-        if isinstance(self._alpha, Mapping) and (unknown := unknown_sites(self._alpha, names)):
+        if isinstance(alpha := self.options.alpha, Mapping) and (unknown := unknown_sites(alpha, names)):
             raise StateError(f"option alpha names {unknown[0]!r}, which is no site; sites are {', '.join(names)}")
         self._checked = self.compilations
+
+
+def _refuse_published(model: nn.Module) -> None:
+    if holding := [name for name, m in model.named_modules() if published_operator(m) is not None]:
+        raise StateError(
+            f"the model holds {len(holding)} published operators ({holding[0]}): compile "
+            "meansparse_fx.transform(model, images) instead, which takes them over"
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -110,23 +110,29 @@ def set_alpha(model: nn.Module, alpha: float | Mapping[str, float]) -> None:
         StateError: The model is not transformed, no site has such a name, or a site has no statistics yet.
     """
     found = operators(model)
+    for name, value in alpha_by_site(alpha, found).items():
+        found[name].set_alpha(value)
+
+
+def alpha_by_site(
+    alpha: float | Mapping[str, float], sites: Collection[str], allow_unknown: bool = False
+) -> dict[str, float]:
+    """Return what an alpha as `set_alpha` takes it is at each of the sites, without those that keep theirs.
+
+    Args:
+        allow_unknown: Pass over names and patterns that are no site's.
+
+    Raises:
+        ValueError, StateError: As `set_alpha` raises them.
+    """
     if not isinstance(alpha, Mapping):
-        several = "alpha for all sites (for each its own: a mapping from site name)"
-        alpha = dict.fromkeys(found, number(alpha, several))
+        return dict.fromkeys(sites, number(alpha, "alpha for all sites (for each its own: a mapping from site name)"))
     alpha = {str(key): number(value, f"{key}: alpha") for key, value in alpha.items()}
-    if unknown := unknown_sites(alpha, found):
-        raise StateError(f"no such site: {', '.join(unknown[:3])}; sites are {some(found)}")
-    for name, operator in found.items():
-        if (value := alpha_of(alpha, name, found)) is not None:
-            operator.set_alpha(value)
-
-
-def alpha_of(alpha: Mapping[str, float], site: str, sites: Container[str]) -> float | None:
-    """Return what a mapping as `set_alpha` takes it says of one of the sites; None if nothing."""
-    if site in alpha:
-        return alpha[site]
-    patterns = (key for key in reversed(list(alpha)) if key not in sites)
-    return next((alpha[pattern] for pattern in patterns if _is_found(pattern, site)), None)
+    if (unknown := unknown_sites(alpha, sites)) and not allow_unknown:
+        raise StateError(f"no such site: {', '.join(unknown[:3])}; sites are {some(sites)}")
+    patterns = {key: value for key, value in alpha.items() if key not in sites}
+    matches = {site: value for key, value in patterns.items() for site in sites if _is_found(key, site)}
+    return matches | {key: value for key, value in alpha.items() if key in sites}
 
 
 def unknown_sites(alpha: Mapping[str, float], sites: Collection[str]) -> list[str]:

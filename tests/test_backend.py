@@ -530,7 +530,11 @@ def test_transformed_model_is_only_lowered(net, images):
     msfx.set_alpha(sparse, 0.0)
     with torch.compiler.set_stance("fail_on_recompile"):
         torch.testing.assert_close(compiled(images), net(images), rtol=1e-5, atol=1e-6)
-    assert compile_report(compiled).transformed
+    report = compile_report(compiled)
+    assert report.transformed
+    assert (report.missing, report.graphs, len(report.plan)) == ((), (), 0)
+    with pytest.raises(StateError, match=r"transformed before it was compiled: give that model to msfx\.set_alpha"):
+        report.set_alpha(0.1)
     with pytest.raises(BackendCompilerFailed, match="StateError: this model is transformed already"):
         plug_in(sparse, backward="identity")(images)
 
@@ -959,6 +963,44 @@ def test_alpha_without_statistics(net, images):
     refused("StateError: option observe measures the base model", net, images, alpha=0.2, observe=True)
 
 
+@pytest.mark.parametrize("alpha", ["1/4", {"relu|gelu": "0.25", "slope": torch.tensor(0.25)}])
+def test_alpha_in_every_form_that_set_alpha_takes(net, images, alpha):
+    _, stats = calibrated(net, images)
+    compiled = plug_in(net, statistics=stats, alpha=alpha)
+    compiled(images)
+    assert {o.get_alpha() for o in compile_report(compiled).operators.values()} == {0.25}
+
+
+class Routed(nn.Module):
+    """Two ways, of which each call takes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.stem, self.left, self.right = nn.Conv2d(3, 4, 1), nn.ReLU(), nn.GELU(), nn.SiLU()
+        self.to_left = True
+
+    def forward(self, x):
+        x = self.stem(self.conv(x))
+        return self.left(x) if self.to_left else self.right(x)
+
+
+def test_alpha_set_by_site_leaves_that_of_sites_yet_to_be_compiled(images):
+    model, sites = Routed().eval(), {}
+    for model.to_left in (False, True):
+        _, stats = calibrated(model, images)
+        sites |= stats.sites
+    both = msfx.Statistics(sites, stats.fingerprint, stats.images)
+    compiled = plug_in(model, statistics=both, alpha={"": 0.2}, allow_missing=True)
+    compiled(images)
+    report = compile_report(compiled)
+    report.set_alpha({"stem": 0.1})
+    model.to_left = False
+    compiled(images)
+    assert {name: o.get_alpha() for name, o in report.operators.items()} == {"stem": 0.1, "left": 0.2, "right": 0.2}
+    with pytest.raises(StateError, match="no such site: nope; sites are stem"):
+        report.set_alpha({"nope": 0.1})
+
+
 def test_train_mode(net, images):
     refused(r"StateError: the model is in train mode \(bn\)", (net.bn.train(), net)[1], images)
 
@@ -1027,3 +1069,7 @@ def test_nothing_is_known_of_what_was_not_observed(net, images):
     compiled(images)
     with pytest.raises(CalibrationError, match=r"nothing was observed: compile with options=\{'observe': True\}"):
         compile_report(compiled).statistics()
+    observed = plug_in(net, observe=True)
+    observed(images)
+    with pytest.raises(StateError, match="option observe measures the base model, which has no alpha"):
+        compile_report(observed, {"observe": True, "inner": "eager"}).set_alpha(0.1)
