@@ -27,7 +27,6 @@ from .hooks import has_foreign_hooks
 from .nn import MeanSparse
 from .outputs import flatten
 from .passes import Added
-from .published import split_checkpoint
 from .rewrite import PREFIX
 from .state import kept_buffers
 from .statistics import Answers, Statistics, fingerprint
@@ -75,10 +74,15 @@ def added(model: nn.Module) -> Added:
     Raises:
         StateError: It is not what `transform` returned.
     """
-    found = model._modules.get(PREFIX)
-    if not isinstance(found, Added):
+    if (found := added_if_any(model)) is None:
         raise StateError("this is not the model that transform returned: call meansparse_fx.transform(model, images)")
     return found
+
+
+def added_if_any(model: nn.Module) -> Added | None:
+    """Return the same, or None of any other model: a base, or what wraps a transformed one."""
+    found = model._modules.get(PREFIX)
+    return found if isinstance(found, Added) else None
 
 
 def get_alpha(model: nn.Module, by_site: bool = False) -> float | dict[str, float]:
@@ -189,8 +193,8 @@ def set_statistics(model: nn.Module, statistics: Statistics | str | Path, check_
     """
     if not isinstance(statistics, Statistics):
         statistics = Statistics.load(statistics)
-    found, own = operators(model), model._modules.get(PREFIX)
-    if isinstance(own, Added):
+    found, own = operators(model), added_if_any(model)
+    if own is not None:
         kinds = {*own.placement.kinds, *(site.kind for site in own.plan)}  # a published model's are not its placement's
         statistics = statistics.without(own.plan.left, kinds)
     channels = {name: operator.channels for name, operator in found.items()}
@@ -200,46 +204,10 @@ def set_statistics(model: nn.Module, statistics: Statistics | str | Path, check_
         raise StatisticsError(f"these statistics are of another model; {OTHER_FUNCTION}: calibrate this model")
     for name, operator in found.items():
         operator.set_statistics(statistics[name])
-    if isinstance(own, Added):
+    if own is not None:
         if not check_weights:
             statistics = replace(statistics, fingerprint=fingerprint(model), answers=answers(model, own.shape))
         own.statistics, own.reloaded = statistics, False
-
-
-def load_published(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Load a published MeanSparse checkpoint into a transformed base model: weights, statistics and alpha.
-
-    Args:
-        model: The base architecture, transformed with the checkpoint's placement (``robustbench:wrn`` and the like).
-        state_dict: Of RobustBench's ``Meansparse_*`` architecture.
-
-    Raises:
-        StatisticsError: Its operators are not the model's sites, or its weights not the model's; nothing was changed.
-    """
-    weights, published = split_checkpoint(state_dict)
-    found = operators(model)
-    if differing := sorted(published.keys() ^ found.keys()):
-        raise StatisticsError(
-            f"the checkpoint has operators at {len(published)} sites and the model at {len(found)}; {differing[0]} "
-            "is in one of them only: transform the base with the checkpoint's placement"
-        )
-    own = {key: value for key, value in model.state_dict().items() if key.split(".")[0] != PREFIX}
-    shapes, expected = ({key: tuple(v.shape) for key, v in state.items()} for state in (weights, own))
-    if shapes != expected:
-        differing = sorted(key for key in shapes.keys() | expected if shapes.get(key) != expected.get(key))
-        raise StatisticsError(
-            f"the checkpoint's weights are not this model's: {len(differing)} differ, {differing[0]} first"
-        )
-    for name, operator in found.items():
-        if len(published[name].mean) != operator.channels:
-            raise StatisticsError(
-                f"{name}: the checkpoint has {len(published[name].mean)} channels, the model {operator.channels}"
-            )
-    model.load_state_dict(weights, strict=False)
-    for name, operator in found.items():
-        operator.take_over(published[name])
-    if isinstance(own_parts := model._modules.get(PREFIX), Added):
-        own_parts.statistics = None  # they were of other weights
 
 
 def answers(model: nn.Module, shape: Sequence[int] | None) -> Answers | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +14,17 @@ from torch import Tensor, fx, nn
 
 from .batches import examples
 from .capture import capture
-from .errors import SiteError, StateError
-from .operators import added, operators, set_alpha, set_backward, set_statistics
-from .passes import Added, held_parts, refuse_hooks, restore, sparsify
+from .errors import SiteError, StateError, StatisticsError
+from .operators import added, added_if_any, operators, set_alpha, set_backward, set_statistics
 from .passes import fuse as fuse_all
+from .passes import held_parts, refuse_hooks, restore, sparsify
+from .published import split_checkpoint
 from .rewrite import PREFIX
 from .settings import Settings, save
 from .sites import Placement, SitePlan, find_sites, placement_of
 from .statistics import Statistics
 
-__all__ = ["inspect", "load", "restore", "save", "transform"]
+__all__ = ["inspect", "load", "load_published", "restore", "save", "transform"]
 
 FUSIONS = ("activation", "all")
 _ONE_AT_A_TIME = threading.RLock()
@@ -62,7 +63,7 @@ def inspect(model: nn.Module, images: Tensor | None = None, placement: Placement
         >>> [(s.name, s.activation.name, s.channels) for s in msfx.inspect(net, torch.rand(2, 1, 8, 8))]
         [('1', 'gelu', 4)]
     """
-    if isinstance(own := model._modules.get(PREFIX), Added):
+    if (own := added_if_any(model)) is not None:
         return own.plan
     images = examples(images, model)
     captured = capture(model, images)
@@ -189,3 +190,39 @@ def load(path: str | Path, model: nn.Module, images: Tensor) -> fx.GraphModule:
         (0.2, True)
     """
     return transform(model, images, settings=path)
+
+
+def load_published(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load a published MeanSparse checkpoint into a transformed base model: weights, statistics and alpha.
+
+    Args:
+        model: The base architecture, transformed with the checkpoint's placement (``robustbench:wrn`` and the like).
+        state_dict: Of RobustBench's ``Meansparse_*`` architecture.
+
+    Raises:
+        StatisticsError: Its operators are not the model's sites, or its weights not the model's; nothing was changed.
+    """
+    weights, published = split_checkpoint(state_dict)
+    found = operators(model)
+    if differing := sorted(published.keys() ^ found.keys()):
+        raise StatisticsError(
+            f"the checkpoint has operators at {len(published)} sites and the model at {len(found)}; {differing[0]} "
+            "is in one of them only: transform the base with the checkpoint's placement"
+        )
+    shapes = {key: value.shape for key, value in weights.items()}
+    expected = {key: value.shape for key, value in model.state_dict().items() if key.split(".")[0] != PREFIX}
+    if shapes != expected:
+        differing = sorted(key for key in shapes.keys() | expected if shapes.get(key) != expected.get(key))
+        raise StatisticsError(
+            f"the checkpoint's weights are not this model's: {len(differing)} differ, {differing[0]} first"
+        )
+    for name, operator in found.items():
+        if len(published[name].mean) != operator.channels:
+            raise StatisticsError(
+                f"{name}: the checkpoint has {len(published[name].mean)} channels, the model {operator.channels}"
+            )
+    model.load_state_dict(weights, strict=False)
+    for name, operator in found.items():
+        operator.take_over(published[name])
+    if (own := added_if_any(model)) is not None:
+        own.statistics = None  # they were of other weights

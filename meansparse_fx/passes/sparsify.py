@@ -29,7 +29,7 @@ from ..rewrite import (
 )
 from ..sites import Site, SitePlan
 from ..sites.plan import Place
-from .uncalled import Added
+from .added import Added
 
 
 def sparsify(graph_module: fx.GraphModule, plan: SitePlan) -> None:

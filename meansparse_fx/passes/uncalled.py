@@ -1,121 +1,22 @@
 """Floor 4: the modules that a graph does not call, though the model did: traced into, replaced or taken in.
 
-Requires: a GraphModule. Ensures: hooks registered on them are refused, for they would never run; so are calls of those
-with an activation in them, which would have no operator; and `train` says which of them stay in eval mode, as they were
-traced. Changes no graph.
+Requires: a GraphModule. Ensures: hooks registered on them are refused, for they would never run, and so are calls of
+those with an activation in them, which would have no operator; what cannot refuse to be changed is noted as it is now.
+Changes no graph.
 """
 
 from __future__ import annotations
 
-import sys
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from ..errors import StateError
 from ..held_parts import HeldParts
 from ..hook_refusals import allow_hooks, forbid_hooks
 from ..nn import MeanSparse
 from ..rewrite import PREFIX
-from ..sites import Placement, SitePlan
-from ..statistics import Statistics, fingerprint
-
-_SHOWN = 3
-
-
-class Added(nn.Module):
-    """Holds what was added to a model, and how: here, because copies and pickles of a GraphModule keep its modules.
-
-    Attributes:
-        plan: The model's sites.
-        placement: By which they were chosen, without its predicate, which need not be picklable.
-        fuse: As `transform` was given it.
-        statistics: That the operators were given last; they may have got others since, from a state_dict.
-        choice: Of alpha, by a search: as `AlphaSearch.to_dict` returns it.
-        shape: Of one of the example images, if they were floats.
-        frozen: What stays as it is in eval mode, in words; `train` says so once.
-        held: What has to stay as it was.
-        operators: All of them.
-        reloaded: A state_dict without the operators was loaded since they got their statistics.
-    """
-
-    def __init__(self, plan: SitePlan) -> None:
-        super().__init__()
-        self.plan = plan.without_nodes()
-        self.placement = Placement()
-        self.fuse = "activation"
-        self.statistics: Statistics | None = None
-        self.choice: dict[str, Any] | None = None
-        self.shape: tuple[int, ...] | None = None
-        self.frozen: tuple[str, ...] = ()
-        self.held = HeldParts()
-        self.operators: list[MeanSparse] = []
-        self._writes = 0
-        self.reloaded = False
-        self._watched: tuple[tuple[nn.Module, str, Tensor], ...] = ()  # owner, its parameter's or buffer's name, value
-        self.register_load_state_dict_post_hook(_note_loaded)
-
-    def watch(self, model: nn.Module, names: Iterable[str]) -> None:
-        """Let load_state_dict refuse other values of parameters and buffers whose values answered the model."""
-        owners = ((model.get_submodule(name.rpartition(".")[0]), name) for name in names)
-        self._watched = tuple((m, name, getattr(m, name.rpartition(".")[2]).detach().clone()) for m, name in owners)
-
-    def check(self, model: nn.Module) -> None:
-        """Raise StateError if the model that this belongs to is another than was transformed; every call of it asks."""
-        self.held.check(model)
-        if not torch.compiler.is_compiling() and (writes := self._count_writes()) != self._writes:
-            for operator in self.operators:
-                operator.check_written()
-            self._writes = writes
-        if self.reloaded and (measured := self.statistics) is not None:
-            if torch.compiler.is_compiling() or _fingerprint(model) != measured.fingerprint:
-                raise StateError(
-                    "a state_dict was loaded that lacks the operators' statistics, which were measured on other "
-                    "weights: calibrate the model again"
-                )
-            self.reloaded = False
-
-    def _count_writes(self) -> int:
-        """Return how often all operators' buffers were written to: half a microsecond an operator."""
-        try:
-            counts: list[Any] = [b._version for own in self.operators for b in own._buffers.values() if b is not None]
-            return sum(counts)
-        except RuntimeError:  # inference tensors do not count
-            return -1
-
-    def train(self, mode: bool = True) -> Added:
-        """Set the mode as every module does."""
-        if mode and self.frozen:
-            more = f" and {len(self.frozen) - _SHOWN} more" if len(self.frozen) > _SHOWN else ""
-            warnings.warn(
-                f"the graph was traced in eval mode: dropout, stochastic depth and whatever else depends on train mode "
-                f"stays off in {', '.join(self.frozen[:_SHOWN])}{more}. To train with it, train the base model, and "
-                "transform that afterwards",
-                stacklevel=3,
-            )
-            self.frozen = ()
-        return super().train(mode)
-
-
-def _fingerprint(model: nn.Module) -> str:
-    # Dynamo, which gave up a call of the model, goes on to compile what that calls.
-    return (torch.compiler.disable(fingerprint) if "torch._dynamo" in sys.modules else fingerprint)(model)
-
-
-def _note_loaded(added: Added, keys: Any) -> None:
-    # Loaded as a part of a wrapper, the model has keys behind the wrapper's.
-    added.reloaded = any(PREFIX in key.split(".") for key in keys.missing_keys)
-    for owner, name, value in added._watched:
-        held = getattr(owner, name.rpartition(".")[2], None)
-        if held is not None and not held.is_meta and not torch.equal(held.to(value), value):
-            raise StateError(
-                f"forward makes a number or a branch of {name}, and the graph holds for the value it had: load the "
-                "weights into the base model and transform that"
-            )
 
 
 @dataclass(frozen=True, slots=True)
