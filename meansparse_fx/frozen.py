@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ class FrozenNorm:
             StateError: The norm would use the batch's statistics, or its parameters want gradients; names the site.
         """
         module = self.module
-        parameters, buffers = module._parameters, module._buffers
+        parameters, buffers = module._parameters, module._buffers  # faster than attributes
         found = tuple(
             [parameters[n] if n in parameters else buffers[n] if n in buffers else getattr(module, n) for n in _STATE]
         )
@@ -76,6 +76,15 @@ class FrozenNorm:
         return self._folded, eps
 
 
+class Norms(NamedTuple):
+    """The vectors of an operator's two norms at this moment, all None where there is none; see `records.Vectors`."""
+
+    input: Norm
+    sum: Norm
+    input_eps: float
+    sum_eps: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Prologue:
     """What one call computes before the operator besides sums: u = sum_norm(input_norm(x) * layer_scale + residual).
@@ -95,15 +104,15 @@ class Prologue:
         """The norms that there are."""
         return [norm for norm in (self.input_norm, self.sum_norm) if norm is not None]
 
-    def norms(self, site: str) -> tuple[Norm, Norm, tuple[float, float]]:
-        """Return the vectors of x's norm and of the sum's, None where there is none, and what is added to variances.
+    def norms(self, site: str) -> Norms:
+        """Return what the norms are at this moment.
 
         Raises:
             StateError: As `FrozenNorm.read` raises it.
         """
         first, eps = _NONE if self.input_norm is None else self.input_norm.read(site)
         second, sum_eps = _NONE if self.sum_norm is None else self.sum_norm.read(site)
-        return first, second, (eps, sum_eps)
+        return Norms(first, second, eps, sum_eps)
 
 
 def fused_parts(

@@ -12,10 +12,10 @@ from torch import Tensor, fx
 
 from .activations import ActivationCall
 from .errors import StateError, check_dims
-from .frozen import WANT_GRADIENTS, Prologue
+from .frozen import WANT_GRADIENTS, Norms, Prologue
 from .kernels.lowering import is_followed
 from .kernels.operator import Operator
-from .kernels.records import Norm, Options, Vectors
+from .kernels.records import Options, Vectors
 from .operator_state import OperatorState
 from .rewrite import RecordedCall
 
@@ -40,7 +40,7 @@ class MeanSparse(OperatorState):
         prologue: What a fused call takes in besides its tensors; see `passes.fuse`.
     """
 
-    _bound: dict[tuple, tuple]
+    _bound: dict[tuple, tuple[Operator, Tensor | None]]  # by what their vectors are
 
     def __init__(
         self, name: str, channels: int, channel_dim: int, activation: ActivationCall | None = None,
@@ -92,40 +92,40 @@ class MeanSparse(OperatorState):
             return self._bind(Vectors(centre, threshold, weight), norms, layer_scale, fused)
         key: tuple = id(centre), id(threshold), id(weight)
         if fused:
-            scale = 0 if layer_scale is None else layer_scale.data_ptr()
             # ``norm.half()`` puts others into the same tensors.
-            kinds = [t if t is None else (id(t), t.dtype, t.stride()) for t in norms[0] + norms[1]]
-            key = (*key, *kinds, norms[2], id(layer_scale), scale)
-        bound = self._bound.get(key)
-        if bound is None:
+            kinds = [t if t is None else (id(t), t.dtype, t.stride()) for t in norms.input + norms.sum]
+            place = 0 if layer_scale is None else layer_scale.data_ptr()
+            key = (*key, *kinds, norms.input_eps, norms.sum_eps, id(layer_scale), place)
+        found = self._bound.get(key)
+        if found is None:
             if len(self._bound) > 16:  # of tensors that are gone
                 self._bound.clear()
             operator = self._bind(Vectors(centre, threshold, weight), norms, layer_scale, fused)
-            # What an id stands for lives as long as the id is asked for.
-            bound = self._bound[key] = operator, layer_scale
-        return bound[0]
+            # With what the ids stand for, or another tensor could get one of them: the operator has the others.
+            found = self._bound[key] = operator, layer_scale
+        return found[0]
 
     def _bind(
-        self, vectors: Vectors, norms: tuple[Norm, Norm, tuple[float, float]], layer_scale: Tensor | None, fused: bool,
-        choice: str | None = None,
-    ) -> Operator:  # fmt: skip
-        layer_scale = None if layer_scale is None else layer_scale.detach().flatten()
-        vectors = Vectors(*vectors[:3], *norms[0], layer_scale, *norms[1])
+        self, band: Vectors, norms: Norms, layer_scale: Tensor | None, fused: bool, choice: str | None = None
+    ) -> Operator:
+        """Return the operator of these vectors and the present options; ``choice`` is of the lowering."""
+        flat = None if layer_scale is None else layer_scale.detach().flatten()
+        vectors = Vectors(*band[:3], *norms.input, flat, *norms.sum)
         name, constants = (self.activation.name, self.activation.constants) if self.activation else ("identity", ())
         backward: str = self.backward
-        width: Any = self.backward_steepness
+        steepness: Any = self.backward_steepness
         if choice == "composition" and not torch.compiler._is_exporting_flag:
             # Programs without a gradient are one, whatever the backward, and those of the smooth one are one, too.
-            backward, width = (backward, self.gate_steepness) if torch.is_grad_enabled() else ("exact", 10.0)
+            backward, steepness = (backward, self.gate_steepness) if torch.is_grad_enabled() else ("exact", 10.0)
         options = Options(
             self.channel_dim, name, tuple(map(float, constants)), self.variant, backward, float(self.steepness),
-            width, fused and self.prologue.want_sum, *norms[2],
+            steepness, fused and self.prologue.want_sum, norms.input_eps, norms.sum_eps,
         )  # fmt: skip
         return Operator(vectors, options, choice)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        self.__dict__["_bound"] = {}  # operators by their vectors; whatever changes here makes them other ones
+        self.__dict__["_bound"] = {}  # operators bound before have the former options
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bound": {}}

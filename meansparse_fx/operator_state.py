@@ -22,7 +22,6 @@ from .published import PublishedOperator
 from .statistics import ChannelStatistics
 
 CENTRES = ("channel", "zero", "layer")
-_SWITCHES = ("variant", "centre", "steepness", "strict", "backward", "backward_steepness")
 
 
 class OperatorState(nn.Module):
@@ -117,7 +116,14 @@ class OperatorState(nn.Module):
 
     def switches(self) -> dict[str, Any]:
         """Return all that decides the operator's function besides statistics and alpha, as plain values."""
-        return {name: getattr(self, "centre_mode" if name == "centre" else name) for name in _SWITCHES}
+        return {
+            "variant": self.variant,
+            "centre": self.centre_mode,
+            "steepness": self.steepness,
+            "strict": self.strict,
+            "backward": self.backward,
+            "backward_steepness": self.backward_steepness,
+        }
 
     def set_switches(self, switches: Mapping[str, Any]) -> None:
         """Set what `switches` returned.
@@ -125,15 +131,15 @@ class OperatorState(nn.Module):
         Raises:
             StateError: There are others than this release knows.
         """
-        if switches.keys() != set(_SWITCHES):
-            differing = ", ".join(sorted(switches.keys() ^ set(_SWITCHES)))
+        known = self.switches().keys()
+        if switches.keys() != known:
+            differing = ", ".join(sorted(switches.keys() ^ known))
             raise StateError(
                 f"{self.name}: settings of another release of meansparse_fx ({differing}): load them there"
             )
-        self.set_variant(*(switches[name] for name in ("variant", "centre", "steepness")))
+        self.set_variant(switches["variant"], switches["centre"], switches["steepness"])
         self.set_backward(switches["backward"], switches["backward_steepness"])
         self.strict = bool(switches["strict"])
-        self._refresh()
 
     def get_extra_state(self) -> Tensor:
         written = json.dumps({"alpha": self._given_alpha, **self.switches()})
