@@ -34,7 +34,6 @@ from .sites import Placement, Site
 from .statistics import ChannelStatistics, Statistics, fingerprint, weight_digests
 
 VERSION = "1"
-_CHOOSING = ("kinds", "include", "exclude", "channel_dims")  # of a Placement; its predicate is what it said
 
 
 def save(sparse: fx.GraphModule, path: str | Path) -> None:
@@ -58,10 +57,11 @@ def save(sparse: fx.GraphModule, path: str | Path) -> None:
         )
     own, found = added(sparse), operators(sparse)
     placement = asdict(own.placement)
+    del placement["predicate"]  # its choice is in the sites
     settings = {
         "version": VERSION,
         "sites": [_row(site, found.get(site.name)) for site in own.plan],
-        "placement": {name: placement[name] for name in _CHOOSING},
+        "placement": placement,
         "fuse": own.fuse,
         "weights": weight_digests(sparse),
         "versions": {"meansparse_fx": version("meansparse_fx"), "torch": str(torch.__version__)},
@@ -107,16 +107,19 @@ class Settings:
         with artifacts.parsing(path):
             if held["version"] != VERSION:
                 raise ArtifactError(f"{path}: settings of version {held['version']}; this release reads {VERSION}")
-            taken = {row["name"]: row["taken"] for row in held["sites"]}
+            rows, chosen = held["sites"], held["placement"]
+            taken = {row["name"]: row["taken"] for row in rows}
             # Published operators that a model brings along are its placement, beside which there is no other.
-            brought = any(row.get("published") for row in held["sites"])
+            brought = any(row.get("published") for row in rows)
             placement = Placement(
-                **{name: tuple(held["placement"][name]) for name in _CHOOSING[:3]},
-                channel_dims=held["placement"]["channel_dims"],
+                kinds=tuple(chosen["kinds"]),
+                include=tuple(chosen["include"]),
+                exclude=tuple(chosen["exclude"]),
+                channel_dims=chosen["channel_dims"],
                 predicate=None if brought else lambda site: taken.get(site.name, True),
             )
-            rest = (held[name] for name in ("fuse", "weights", "choice"))
-            return cls(Path(path), statistics, tuple(row for row in held["sites"] if row["taken"]), placement, *rest)
+            sites = tuple(row for row in rows if row["taken"])
+            return cls(Path(path), statistics, sites, placement, held["fuse"], held["weights"], held["choice"])
 
     def put_into(self, sparse: fx.GraphModule) -> None:
         """Make a newly transformed model the one that was saved.
@@ -126,8 +129,8 @@ class Settings:
         """
         with artifacts.parsing(self.path):
             own, found = added(sparse), operators(sparse)
-            active, nothing = [_row(site, None) for site in own.plan.active], dict[str, Any]()
-            for here, there in zip_longest(active, self.sites, fillvalue=nothing):
+            active = [_row(site, None) for site in own.plan.active]
+            for here, there in zip_longest(active, self.sites, fillvalue=dict[str, Any]()):
                 if any(here.get(key) != there.get(key) for key in ("name", *_COMPARED)):
                     raise StateError(
                         f"{self.path}: settings of another model; the first differing site is {_words(there)} in the "
@@ -168,6 +171,7 @@ class Settings:
         operator.set_alpha(row["alpha"])
 
     def _first_other_weight(self, sparse: fx.GraphModule) -> str:
+        """Return in words where a model's weights begin to differ from the file's: by its first site behind that."""
         here = weight_digests(sparse)
         other = sorted(name for name in here | self.weights if here.get(name) != self.weights.get(name))
         first = None
@@ -205,7 +209,8 @@ def _why(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
 
 def _statistics(sparse: fx.GraphModule) -> Statistics:
     """Return what the operators hold, with the counts of the calibration it is of, where that is known."""
-    own, known = added(sparse), added(sparse).statistics
+    own = added(sparse)
+    known = own.statistics
     sites: dict[str, ChannelStatistics] = {}
     for name, operator in operators(sparse).items():
         measured = known[name] if known is not None and name in known else None
