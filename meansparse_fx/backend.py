@@ -61,27 +61,25 @@ def meansparse(
     compile_inner = inner_compiler(asked)
     captured = DynamoGraph.of(graph_module, example_inputs)
     report = _report_of(captured.model, asked)
-    if not report.transformed and inline_checkpoints(graph_module):
+    if report.transformed:
+        return compile_inner(graph_module, example_inputs)
+    if inline_checkpoints(graph_module):
         captured = DynamoGraph.of(graph_module, example_inputs)
     with torch.inference_mode(False), torch.no_grad():  # buffers made in inference mode could never meet autograd
-        if not report.transformed:
-            found = captured.find(
-                asked.placement, partial(report.count, captured.code, captured.first), report.axes.get
-            )
-            plan = report.accept(found.plan)
-            if asked.observe:
-                instrument(graph_module, plan, report.observe(plan, captured))
-            elif plan.active:
-                sparsify(graph_module, plan)
-                report.share(graph_module)
-                write_back(graph_module, [s for s in plan.active if s.name in found.overwriting])
-                lower(graph_module, report.operators, _CALLS.get(asked.inner, ops.composed))
-            graph_module.recompile()
-            report.add(captured, plan)
+        calls_before = partial(report.count, captured.code, captured.first)
+        found = captured.find(asked.placement, calls_before, report.axes.get)
+        plan = report.accept(found.plan)
+        if asked.observe:
+            instrument(graph_module, plan, report.observe(plan, captured))
+        elif plan.active:
+            sparsify(graph_module, plan)
+            report.share(graph_module)
+            write_back(graph_module, [s for s in plan.active if s.name in found.overwriting])
+            lower(graph_module, report.operators, _CALLS.get(asked.inner, ops.composed))
+        graph_module.recompile()
+        report.add(captured, plan)
     compiled = compile_inner(graph_module, example_inputs)
-    if report.transformed or captured.last:
-        return compiled
-    return report.following(compiled, found.output_axes, plan, model_call)
+    return compiled if captured.last else report.following(compiled, found.output_axes, plan, model_call)
 
 
 meansparse.reset = _REPORTS.clear  # type: ignore[attr-defined]  # torch.compiler.reset() calls it

@@ -160,9 +160,11 @@ class CompileReport:
 
     def count(self, code: CodeType, first: bool, calls: Mapping[str, int]) -> dict[str, int]:
         """Return how often other graphs call each path, before this one; a recompilation gets the same answer."""
-        starts = {path: self._starts.setdefault((code, path), 0 if first else self._calls[path]) for path in calls}
-        for path, start in starts.items():
-            self._calls[path] = max(self._calls[path], start + calls[path])
+        starts = {}
+        for path, number in calls.items():
+            before = 0 if first else self._calls[path]
+            starts[path] = self._starts.setdefault((code, path), before)
+            self._calls[path] = max(self._calls[path], starts[path] + number)
         return starts
 
     def accept(self, plan: SitePlan) -> SitePlan:

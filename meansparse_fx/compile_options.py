@@ -63,9 +63,8 @@ class Options:
         asked = cls(**given | {"placement": placement_of(given.get("placement"))})
         if asked.observe and (asked.statistics is not None or asked.alpha != 0):
             raise StateError("option observe measures the base model: leave out statistics and alpha")
-        if asked.statistics is None and (
-            any(asked.alpha.values()) if isinstance(asked.alpha, Mapping) else asked.alpha
-        ):
+        sparsifies = any(asked.alpha.values()) if isinstance(asked.alpha, Mapping) else asked.alpha
+        if sparsifies and asked.statistics is None:
             raise StateError(
                 f"option alpha is {asked.alpha}, but there are no statistics: pass options={{'statistics': ...}}, the "
                 "result of meansparse_fx.calibrate, or measure them with options={'observe': True}"

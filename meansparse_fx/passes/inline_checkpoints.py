@@ -14,8 +14,9 @@ from torch import fx
 
 def inline_checkpoints(graph_module: fx.GraphModule) -> bool:
     """Inline every call of `torch.utils.checkpoint`, nested ones too, in place; return whether there were any."""
-    graph, wrapped, found = graph_module.graph, torch.ops.higher_order.tag_activation_checkpoint, False
-    while call := next((n for n in graph.nodes if n.target is wrapped), None):
+    graph, wrapper = graph_module.graph, torch.ops.higher_order.tag_activation_checkpoint
+    found = False
+    while call := next((n for n in graph.nodes if n.target is wrapper), None):
         attribute, *inputs = call.args
         assert isinstance(attribute, fx.Node)
         body = graph_module.get_submodule(str(attribute.target))

@@ -1,7 +1,7 @@
 """Floor 4: operators as plain functions of tensors, for compilers.
 
-Requires: a graph that calls `MeanSparse` modules. Ensures: it calls `kernels.ops.composed` instead, with
-centre and threshold read from buffers: compilers see aten operators, and values that may change.
+Requires: a graph that calls `MeanSparse` modules. Ensures: it calls a function instead, for compilers
+`kernels.ops.composed`, with centre and threshold read from buffers: they see aten operators, and values that change.
 
 A call of a module would hide its options from AOTAutograd's cache, which takes modules in a graph for torch's own:
 the same graph with another backward would get the first one's code.
@@ -14,14 +14,13 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, fx
 
 from .. import rewrite
-from ..kernels import ops
 from ..nn import MeanSparse
 from ..rewrite import PREFIX
 
 Call = Callable[..., Tensor]
 
 
-def lower(graph_module: fx.GraphModule, shared: Mapping[str, MeanSparse], call: Call = ops.composed) -> None:
+def lower(graph_module: fx.GraphModule, shared: Mapping[str, MeanSparse], call: Call) -> None:
     """Replace each operator's module by ``call``, in place.
 
     Args:

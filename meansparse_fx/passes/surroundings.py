@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import operator as python
 from dataclasses import dataclass
-from functools import reduce
 from itertools import accumulate
 from typing import Any
 
@@ -140,13 +139,11 @@ class Finder:
         reader = sum_norm.node if sum_norm else node
         want_sum = total is not None and any(user is not reader for user in total.node.users)
         epilogue = refusals.keep(self._epilogue(node, branch, want_sum))
-        moved = [part.node for part in (branch.input_norm, branch.scale, total, sum_norm) if part] + list(
-            epilogue or ()
-        )[:1]
-        if any(self._modes[n] != self._modes[node] for n in moved):
+        end, shortcut = epilogue or (None, None)
+        moved = [part.node for part in (branch.input_norm, branch.scale, total, sum_norm) if part]
+        if any(self._modes[n] != self._modes[node] for n in (*moved, end or node)):
             other_mode = Refusal("gradients are turned on or off between it and what stands around it", node.name)
             return Surroundings(Branch(source, None, None), None, None, False, None, None, (other_mode,))
-        end, shortcut = epilogue or (None, None)
         return Surroundings(branch, total, sum_norm, want_sum, end, shortcut, tuple(refusals))
 
     def _branch(self, value: fx.Node, operator: MeanSparse, refusals: _Refusals) -> Branch:
@@ -188,7 +185,8 @@ class Finder:
             return None
         if any(len(n.users) != 1 for n in (node, *path)):
             return Refusal("others read the LayerScale's result, too", node.name)
-        if reduce(getattr, str(parameter.target).split("."), self._graph_module).requires_grad:
+        held = self._operators.tensor(parameter)
+        if held is not None and held.requires_grad:
             return Refusal("the LayerScale's parameter wants gradients", node.name, _FREEZE)
         around = (node, *path, parameter, *views)
         if self._changed(x, node) or any(map(self._changed, around)) or self._read_again(node):
