@@ -5,6 +5,7 @@ Floor 0: torch and nothing else.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -52,15 +53,16 @@ class _MeanSparse(torch.autograd.Function):
                 "alpha, statistics, a norm or a LayerScale were changed between a forward pass and its backward: set "
                 "them before, or run the forward pass again"
             )
-        run = _differentiate if torch.is_grad_enabled() or is_observed(grad, grad_sum) else type(call).backward
+        observed = torch.is_grad_enabled() or is_observed(grad, grad_sum)
+        run = functools.partial(_differentiate, call) if observed else call.backward
         if len(needed) == 2 and grad is not None:
-            return None, run(call, vectors, x, grad, grad_sum, None, _X_ALONE)[0]
+            return None, run(vectors, x, grad, grad_sum, None, _X_ALONE)[0]
         if grad is None:
             grad = torch.zeros_like(x)
         if len(saved) > 1:
             _, residual, weight = saved
             vectors = vectors._replace(weight=weight)
-        return _gradients(needed, grad, vectors, lambda wanted: run(call, vectors, x, grad, grad_sum, residual, wanted))
+        return _gradients(needed, grad, vectors, lambda wanted: run(vectors, x, grad, grad_sum, residual, wanted))
 
 
 def _version(vectors: Vectors) -> int:
@@ -115,12 +117,14 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return what a Function's backward returns, for the inputs operator, x, residual, shortcut and weight."""
     _, want_x, want_residual, want_shortcut, want_weight = *needed, *[False] * (5 - len(needed))
-    grad_x = grad_v = None
-    grad_weight: Sequence[Tensor | None] = ()
+    grad_x = grad_v = grad_weight = None
     if want_x or want_residual or want_weight:
-        grad_x, grad_v, *grad_weight = backward(Wanted(want_residual and vectors.scaled, want_weight))
-    grad_residual = grad_v if vectors.scaled else grad_x
-    found = None, grad_x, grad_residual if want_residual else None, grad if want_shortcut else None, *grad_weight, None
+        grad_x, grad_v, *rest = backward(Wanted(want_residual and vectors.scaled, want_weight))
+        grad_weight = rest[0] if rest else None  # kernels, which compute none, leave its place out
+    grad_residual = None
+    if want_residual:
+        grad_residual = grad_v if vectors.scaled else grad_x
+    found = None, grad_x, grad_residual, grad if want_shortcut else None, grad_weight
     return found[: len(needed)]
 
 

@@ -36,7 +36,7 @@ def channel_moments(x: Tensor, channel_dim: int) -> tuple[int, Tensor, Tensor]:
     assert flat is not None  # `takes` was asked
     if flat.dim() == 2 and len(flat) < ROWS:  # no whole block: Inductor cannot compile a view of none
         flat = flat[:, :, None]
-    # A form of its own for an empty rest, and a rest of one number: Dynamo tells them apart.
+    # Without a rest, or with one of a single number, the traced program is another.
     rest = min(flat.shape[0] % ROWS * flat.shape[1], 2) if flat.dim() == 2 else 0
     mean, m2 = _kernel(flat.dim() == 3, rest)(flat)
     return x.numel() // x.shape[channel_dim], mean, m2
@@ -68,5 +68,6 @@ def _finish(first: Tensor, total: Tensor, squares: Tensor, count: int) -> tuple[
 
 @functools.cache
 def _kernel(spatial: bool, _rest: int) -> Unguarded:
+    """Return the compiled form of one of the two; of another object for each kind of rest, which sizes do not tell."""
     plain = _spatial_moments if spatial else _row_moments
     return Unguarded(plain, plain.__name__)

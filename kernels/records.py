@@ -67,11 +67,11 @@ class Vectors(NamedTuple):
 
     @property
     def gapped(self) -> bool:
-        """Whether one has gaps between its elements."""
+        """Whether a vector has gaps between its elements."""
         return any(v is not None and not v.is_contiguous() for v in self)
 
     def contiguous(self) -> Vectors:
-        """Return them without."""
+        """Return the vectors without such gaps."""
         return Vectors(*[v if v is None else v.contiguous() for v in self])
 
 
