@@ -63,6 +63,10 @@ def test_features_are_what_the_last_layer_reads(sparse, images):
         lambda self, x: F.linear(self.body(x), self.head.weight), body=convolutional, head=nn.Linear(4, 3)
     )
     assert torch.equal(features_of(msfx.transform(functional.eval(), images))(images), convolutional(images))
+    keyword = Functional(lambda self, x: self.head(input=self.body(x)), body=convolutional, head=nn.Linear(4, 3)).eval()
+    named = msfx.transform(keyword, images)
+    assert torch.equal(features_of(named)(images), convolutional(images))
+    assert torch.equal(with_readout(named, keyword.head)(images), keyword(images))
 
 
 ROWS = {  # features that are not one row an image

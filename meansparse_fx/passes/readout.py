@@ -29,7 +29,7 @@ def features_of(model: fx.GraphModule) -> fx.GraphModule:
     copy, linear = _copy(model)
     with rewrite.editing(copy, "features_of") as graph:
         (output,) = graph.find_nodes(op="output")
-        output.args = (linear.args[0],)
+        output.args = (_input_of(linear),)
     return copy
 
 
@@ -38,8 +38,14 @@ def with_readout(model: fx.GraphModule, readout: nn.Module) -> fx.GraphModule:
     copy, linear = _copy(model)
     copy.add_submodule(NAME, readout)
     with rewrite.editing(copy, "with_readout"):
-        rewrite.replace_call(linear, NAME, [rewrite.operand(linear)])
+        rewrite.replace_call(linear, NAME, [_input_of(linear)])
     return copy
+
+
+def _input_of(linear: fx.Node) -> fx.Node:
+    source = linear.args[0] if linear.args else linear.kwargs["input"]
+    assert isinstance(source, fx.Node)
+    return source
 
 
 def _copy(model: fx.GraphModule) -> tuple[fx.GraphModule, fx.Node]:
