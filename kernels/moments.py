@@ -90,7 +90,7 @@ def tiles_of(
     rows, cols = (slab // channels, channels) if channels_last else (channels, inner)
     if slab == count:
         outer_stride = rows * cols
-    elif slab != rows * cols or rows * channels_last == 1:
+    elif slab != rows * cols or (channels_last and rows == 1):
         return None
     vector = 16 // itemsize
     while cols % vector or outer_stride % vector:
@@ -111,7 +111,7 @@ def _block(size: int, candidates: Sequence[int]) -> int:
 
 
 @triton.jit
-def load_channel(ptr, channels, channel_mask):
+def load_vector(ptr, channels, channel_mask):
     """A per-channel vector in float32, broadcastable against the tile."""
     return tl.load(ptr + channels, mask=channel_mask, other=0.0).to(tl.float32)
 
@@ -160,10 +160,10 @@ def moments_kernel(
     channel_block, part = tl.program_id(0) % channel_blocks, tl.program_id(0) // channel_blocks
     channels = channel_block * (BLOCK_COLS if CHANNELS_LAST else BLOCK_ROWS) + lane
     channel_mask = channels < total_channels
-    first = load_channel(x_ptr, channels * first_stride, channel_mask)
+    first = load_vector(x_ptr, channels * first_stride, channel_mask)
     weight = None
     if weight_ptr is not None:
-        weight = load_channel(weight_ptr, channels * WEIGHT_STRIDE, channel_mask)
+        weight = load_vector(weight_ptr, channels * WEIGHT_STRIDE, channel_mask)
     start = part * steps
     offsets, _, mask, length = tile_offsets(
         start, channel_block, walk, rows, cols, outer_stride, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS
