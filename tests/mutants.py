@@ -63,6 +63,7 @@ TESTS = {
     "meansparse_fx/passes/reveal": "adaptive",
     "meansparse_fx/passes/instrument": "backend",
     "meansparse_fx/passes/write_back": "backend",
+    "meansparse_fx/passes/added": "settings transform hooks",
     "meansparse_fx/passes/fuse": "fuse hooks",
     "meansparse_fx/passes/surroundings": "fuse hooks",
     "meansparse_fx/passes": "transform calibrate hooks fuse published",
