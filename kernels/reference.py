@@ -35,6 +35,9 @@ aten = torch.ops.aten
 class Activation:
     """One row of the table: an activation as torch computes it, forward and backward.
 
+    Each row has a Triton function of its name in `device_activations.ACTIVATIONS`. With both, whatever the tables of
+    `meansparse_fx.activations` call by that name is fused.
+
     Attributes:
         forward: ``(s, *parameters) -> y``; parameters are the learned slope, if there is one, and the constants.
         backward: ``(grad_y, s, *parameters) -> grad_s``, torch's own derivative formula.

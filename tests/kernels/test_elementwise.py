@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from meansparse_fx.kernels import layout as layouts
+from meansparse_fx.kernels import reference
 from meansparse_fx.kernels.device_activations import ACTIVATIONS, activation_constexprs
 from meansparse_fx.kernels.records import Options, Vectors
 
@@ -138,8 +139,8 @@ def check(
     return y, grads
 
 
-def test_every_activation_has_an_oracle() -> None:
-    assert list(ACTIVATIONS) == list(ORACLE)
+def test_every_activation_has_a_kernel_and_an_oracle() -> None:
+    assert list(reference.ACTIVATIONS) == list(ACTIVATIONS) == list(ORACLE)
 
 
 @pytest.mark.parametrize("name", ["contiguous", "channels_last"])
