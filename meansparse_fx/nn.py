@@ -101,7 +101,7 @@ class MeanSparse(OperatorState):
             if len(self._bound) > 16:  # of tensors that are gone
                 self._bound.clear()
             operator = self._bind(Vectors(centre, threshold, weight), norms, layer_scale, fused)
-            # With what the ids stand for, or another tensor could get one of them: the operator has the others.
+            # A tensor that is gone would leave its id to another: this one is kept here, the others in the operator.
             found = self._bound[key] = operator, layer_scale
         return found[0]
 
