@@ -210,6 +210,7 @@ AXES = {
     "matmul left": (lambda c, t: c.flatten(2) @ torch.ones(36, 5), 1),
     "attention": (lambda c, t: F.scaled_dot_product_attention(t, t, t), 3),
     "layer_norm": (lambda c, t: F.layer_norm(t.flatten(1), (t.shape[1] * 40,)), 1),
+    "layer_norm over what x.shape tells": (lambda c, t: F.layer_norm(c, c.shape[1:]), 1),
     "group_norm": (lambda c, t: F.group_norm(c, 2), 1),
     "pixel_shuffle": (lambda c, t: F.pixel_shuffle(c, 2), 1),
     "T": (lambda c, t: c.mean((2, 3)).T, 0),
@@ -872,6 +873,19 @@ def test_readers_tell_the_channels_of_what_they_read_as_their_input_alone():
 
     weight, image = sites_of(forward, conv=nn.Conv2d(3, 3, 1), conv2=nn.Conv2d(3, 2, 1))
     assert (weight.channel_dim, image.channel_dim) == (None, None)
+
+
+@pytest.mark.parametrize(("normalized", "expected"), [((6,), 3), ((4, 6, 6), 1), ((6, 6), 1)])
+def test_a_layer_norm_that_reads_them_tells_the_channels_if_it_is_over_one_dimension(normalized, expected):
+    """Over several it leaves that to the convolution behind it."""
+
+    def forward(self, x):
+        shuffled = self.conv(x).view(-1, 2, 2, 6, 6).transpose(1, 2).flatten(1, 2)
+        return self.head(F.layer_norm(self.norm(F.relu(shuffled)), normalized))
+
+    layers = {"conv": nn.Conv2d(3, 4, 3), "norm": nn.LayerNorm(normalized), "head": nn.Conv2d(4, 2, 1)}
+    (site,) = sites_of(forward, **layers)
+    assert site.channel_dim == expected
 
 
 def test_a_pooled_branch_added_to_one_of_its_own_shape_is_no_gate():

@@ -121,9 +121,14 @@ def joined(call: Call) -> int | None:
 
 def normalized(call: Call) -> int | None:
     """A norm over the last dimension alone says that it holds the channels."""
+    return len(call.result) - 1 if _over_last_alone(call) else call.axis
+
+
+def _over_last_alone(call: Call) -> bool:
     given: Any = call.node.args[1] if len(call.node.args) > 1 else call.node.kwargs.get("normalized_shape")
-    shape = getattr(call.operators.module(call.node), "normalized_shape", given)
-    return len(call.result) - 1 if len(shape) == 1 else call.axis
+    if isinstance(given, fx.Node):  # F.layer_norm(x, x.shape[1:])
+        given = call.flow.values[given]
+    return len(getattr(call.operators.module(call.node), "normalized_shape", given)) == 1
 
 
 def regrouped(call: Call) -> int | None:
@@ -178,7 +183,7 @@ def _agreed(axes: Iterable[int]) -> int | None:
 
 
 # Operators whose result has the same dimensions in the same order.
-_KEEPING = (same, elementwise, joined)
+_KEEPING = (same, elementwise, joined, normalized)
 
 
 def channel_axes(
@@ -216,8 +221,11 @@ def expected_axes(graph: fx.Graph, operators: Operators, flow: Flow) -> dict[fx.
         wishes: set[int | None] = set()
         for reader in node.users if shape else ():
             op = operators.op(reader)
-            if op.channels is not None and node is (reader.args[0] if reader.args else reader.kwargs.get("input")):
-                wishes.add(op.channels % len(shape))
+            dim = op.channels
+            if op.carry is normalized and not _over_last_alone(Call(reader, operators, flow, {})):
+                dim = None
+            if dim is not None and node is (reader.args[0] if reader.args else reader.kwargs.get("input")):
+                wishes.add(dim % len(shape))
             elif op.carry in _KEEPING and len(flow.shape(reader)) == len(shape):
                 wishes.add(expected[reader])
         wishes.discard(None)
