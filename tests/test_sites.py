@@ -888,6 +888,17 @@ def test_a_layer_norm_that_reads_them_tells_the_channels_if_it_is_over_one_dimen
     assert site.channel_dim == expected
 
 
+def test_one_example_image_tells_no_other_channels_than_several():
+    """Of one image, [N * C, 1, H, W] has the channels' size and nothing before it."""
+
+    def forward(self, x):
+        return F.relu(self.conv(x).view(-1, 1, 6, 6))
+
+    for rows in (1, 2, 3):
+        (site,) = sites_of(forward, torch.rand(rows, 3, 8, 8), conv=nn.Conv2d(3, 4, 3))
+        assert (site.channel_dim, site.refusal.kind) == (None, "channel axis unknown")
+
+
 def test_a_pooled_branch_added_to_one_of_its_own_shape_is_no_gate():
     def forward(self, x):
         x = self.stem(x)

@@ -5,11 +5,11 @@ The one place that looks at loaders, the layout of their batches, dtypes, ranges
 Imports errors only.
 """
 
-from .intake import Intake, examples, explaining_misfit, labelled
+from .intake import Intake, cycled, examples, explaining_misfit, labelled
 from .labels import class_numbers, out_of_range
 from .loaders import BATCH_SIZE, IMAGE_KEYS, LABEL_KEYS, as_batches, collect_samples, count, length, nothing_in
 
 __all__ = [
     "BATCH_SIZE", "IMAGE_KEYS", "LABEL_KEYS", "Intake", "as_batches", "class_numbers", "collect_samples", "count",
-    "examples", "explaining_misfit", "labelled", "length", "nothing_in", "out_of_range",
+    "cycled", "examples", "explaining_misfit", "labelled", "length", "nothing_in", "out_of_range",
 ]  # fmt: skip

@@ -51,6 +51,11 @@ def examples(images: Any, model: Any) -> Any:
     return Intake(model).cast(images) if images.is_floating_point() else images
 
 
+def cycled(images: Tensor, count: int) -> Tensor:
+    """Return ``count`` of the images, from the first on again where there are too few."""
+    return images[[row % len(images) for row in range(count)]]
+
+
 @contextmanager
 def explaining_misfit(images: Tensor) -> Iterator[None]:
     """Let the error of a model that cannot take images say which images these are, and what to do."""

@@ -21,6 +21,7 @@ from torch.fx import _symbolic_trace
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import TraceError
 
+from ..batches import cycled
 from ..dataless import Dataless, DatalessMode
 from ..sites.ops import is_in_place
 from .derivatives import check_question
@@ -71,10 +72,9 @@ def trace_by_example(model: nn.Module, images: Tensor) -> Traced:
         >>> [node.name for node in trace_by_example(Padding(), torch.rand(2, 3, 5, 5)).graph.nodes]
         ['x', 'expect_size', 'pad', 'relu', 'output']
     """
-    rows = torch.arange(max(SIZES), device=images.device) % len(images)
     options = TraceOptions()
     with torch.random.fork_rng([images.device] if images.is_cuda else []):
-        batches = images[rows[: SIZES[0]]], images[rows]
+        batches = cycled(images, SIZES[0]), cycled(images, SIZES[1])
         if images.is_floating_point():
             # Other pixels in the second batch, so that a size which depends on values differs, too.
             batches = batches[0], batches[1] + torch.randn_like(batches[1])

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..batches import cycled
 from ..copies import copied_leaves, shadow
 from ..dataless import Forms
 from ..errors import CaptureError
@@ -70,7 +71,7 @@ class Reference:
         """Return the reference on two batches, cycling through the rows if there are too few."""
         if len(images) == 0:
             raise CaptureError("the example images are an empty batch: pass at least one image")
-        reference = cls(model, (images[:2], images[[row % len(images) for row in range(3)]]))
+        reference = cls(model, (images[:2], cycled(images, 3)))
         with undone_draws() as drawn:
             try:
                 reference._record()

@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, fx, nn
 
-from ..batches import examples
+from ..batches import cycled, examples
 from ..copies import copied
 from ..frozen import fused_parts
 from ..kernels.records import Options, Vectors
@@ -159,7 +159,7 @@ def cost(model: nn.Module, images: Tensor, placement: Placement | str | None = N
 
     Args:
         model: In eval mode, not transformed; not changed.
-        images: ``[N, ...]``, example inputs; the bytes are those of N images.
+        images: ``[N, ...]``, example inputs; the bytes are those of N images, two at least.
         placement: Which sites to take, as for `transform`.
 
     Raises:
@@ -174,6 +174,7 @@ def cost(model: nn.Module, images: Tensor, placement: Placement | str | None = N
     """
     frozen = copied(model).requires_grad_(False)
     images = examples(images, model)
+    images = cycled(images, max(2, len(images)))
     sparse = transform(frozen, images, placement=placement, fuse="all")
     shapes = {site.name: site.shape for site in run_inspect(sparse)}
     floating = (p.dtype for p in model.parameters() if p.is_floating_point())

@@ -28,9 +28,7 @@ def fuse(graph_module: fx.GraphModule, images: Tensor) -> dict[str, str]:
         images: ``[N, ...]``, example inputs; only their shape matters.
     """
     keep_unfused(graph_module)
-    # Of one image a position embedding [1, C, H, W] would look like a residual.
-    several = images[[row % len(images) for row in range(max(2, len(images)))]]
-    finder = Finder(graph_module, propagate(graph_module, several))
+    finder = Finder(graph_module, propagate(graph_module, images))
     notes = {}
     with rewrite.editing(graph_module, "fuse"):
         for node, operator in rewrite.calls_of(graph_module, MeanSparse):

@@ -60,7 +60,7 @@ class Site:
         activation: The activation the call makes; None for the other kinds.
         channel_dim: Dimension that holds the channels, not negative; None if unknown.
         channels: Number of channels; None if unknown.
-        shape: Shape of the operator's input for the example images, batch included.
+        shape: Shape of the operator's input for the example images, batch included; of one image for two.
         producer: What makes the input, in a word: ``conv``, ``batch_norm``, ``linear``, ``add``, ...
         node: Name of the node in the captured graph: the activation's call, of a written-out one the last; the
             addition; the published operator.

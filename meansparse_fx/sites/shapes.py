@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from ..batches import cycled
 from ..copies import copied_leaves
 from ..dataless import DatalessMode, storage
 from ..errors import CaptureError, SiteError, first_line
@@ -59,7 +60,16 @@ class Flow:
 
 
 def propagate(graph_module: fx.GraphModule, images: Tensor) -> Flow:
-    """Return the flow of ``images`` through a graph, computed only where some operator needs values."""
+    """Return the flow of ``images`` through a graph, computed only where some operator needs values.
+
+    Of one image it is that of two of it, for sizes tell more then: a position embedding [1, C, H, W] is no residual,
+    the first dimension of [N * C, H, W] does not hold the channels.
+    """
+    flow = _run(graph_module, images)
+    return _run(graph_module, cycled(images, 2)) if len(images) == 1 else flow
+
+
+def _run(graph_module: fx.GraphModule, images: Tensor) -> Flow:
     recorder = _Recorder(graph_module)
     with kept_buffers(graph_module):
         try:
