@@ -503,6 +503,71 @@ def test_an_input_that_was_overwritten_before():
     torch.testing.assert_close(sparse(IMAGES), model.last(F.silu(snapped(F.relu(model.conv(IMAGES))))))
 
 
+def doubled_by_a_view(h):
+    gate = torch.sigmoid(h)
+    h[:, :2].mul_(2)
+    return h * gate
+
+
+def doubled_by_an_assignment(h):
+    gate = torch.sigmoid(h)
+    h[:, :2] *= 2
+    return h * gate
+
+
+def doubled_under_a_view(h):
+    flat = h.flatten(2)
+    gate = torch.sigmoid(flat)
+    h.mul_(2)
+    return (flat * gate).view_as(h)
+
+
+@pytest.mark.parametrize("act", [doubled_by_a_view, doubled_by_an_assignment, doubled_under_a_view])
+def test_what_others_overwrite_between_its_readers_is_refused(act):
+    """An operator before the first reader would keep from the second what was written in between."""
+    (site,) = msfx.inspect(Functional(lambda self, x: act(self.conv(x)), conv=nn.Conv2d(3, 4, 3)).eval(), IMAGES)
+    assert site.skipped.endswith("in place: mul overwrites its input between the calls that read it")
+
+
+def filled_by_halves(h):
+    swapped = torch.zeros_like(h)
+    swapped[:, ::2], swapped[:, 1::2] = h[:, 1::2], h[:, ::2]
+    return swapped
+
+
+def filled_by_a_copy(h):
+    other = torch.empty_like(h)
+    other.copy_(h)
+    return other
+
+
+def filled_by_out(h):
+    return torch.mul(h, 2, out=torch.empty_like(h))
+
+
+def doubled_in_part(h):
+    h[:, :2] *= 2
+    return h
+
+
+@pytest.mark.parametrize("fill", [filled_by_halves, filled_by_a_copy, filled_by_out, doubled_in_part])
+def test_an_input_that_was_filled_before(fill):
+    """Zeros that were written to are zeros no more, and no other function of what they are like."""
+
+    def swish(self, x):
+        h = fill(self.conv(x).detach())
+        return self.last(h * torch.sigmoid(h))
+
+    torch.manual_seed(0)
+    model = Functional(swish, conv=nn.Conv2d(3, 4, 3), last=nn.Conv2d(4, 4, 1)).eval()
+    sparse = msfx.transform(model, IMAGES)
+    assert rows_of(msfx.inspect(sparse)) == [("swish", "swish", "")]
+    msfx.calibrate(sparse, [IMAGES], progress=False)
+    msfx.set_alpha(sparse, ALPHA)
+    expected = model.last(F.silu(snapped(fill(model.conv(IMAGES).detach()))))
+    torch.testing.assert_close(sparse(IMAGES), expected)
+
+
 # Beside other kinds of sites.
 
 

@@ -53,10 +53,14 @@ class Overwrites:
         self.order[new] = self.order[old]
         self._hold(new, self.memory[old])
 
+    def writers(self, node: fx.Node) -> list[fx.Node]:
+        """Return the calls that overwrite a node's value."""
+        found = (writer for key in self.memory[node] for writer in self._writers[key])
+        return [writer for writer in found if self.order[writer] > self.order[node]]
+
     def changed(self, node: fx.Node, but: fx.Node | None = None) -> bool:
         """Return whether somebody else overwrites a node's value, so that it must not be read at another time."""
-        writers = (writer for key in self.memory[node] for writer in self._writers[key])
-        return any(writer is not but and self.order[writer] > self.order[node] for writer in writers)
+        return any(writer is not but for writer in self.writers(node))
 
     def read_again(self, node: fx.Node) -> bool:
         """Return whether a call overwrites what others read later under an older name: they mean its result."""

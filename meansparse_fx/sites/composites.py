@@ -16,15 +16,16 @@ from torch import Tensor, fx
 
 from ..activations import ActivationCall
 from ..formulas import FEATURES, POINTS, WEIGHTS, formula_of, is_affine, is_even
-from .ops import Operators, name_of
+from .ops import CALLS, Operators, name_of
 from .plan import Refusal, in_several_steps
-from .pointwise import CASTS, Pieces, is_constant
+from .pointwise import CASTS, Pieces
 from .shapes import Flow
 
 _FARTHEST = 12  # ancestors that a piece is tried from
 _UNKNOWN = "unknown"
 _WEIGHT = "part of a {}, which makes a weight of its input and no feature"
 _SHARED = "others read {} inside of it, so that no operator can stand before the activation alone"
+_OVERWRITTEN = "{} overwrites its input between the calls that read it"
 
 _FEATURE_MAKERS = {"conv", "linear", "batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm", "add"}
 _LAYERS = {"conv", "linear"}
@@ -171,13 +172,21 @@ class CompositeFinder:
         written = any(self._operators.writes(n) and self._flow.memory.get(n, frozenset()) & memory for n in piece)
         if written and not memory & result:
             refusal = in_place
+        source = sources.pop()
+        order = self._pieces.overwrites.order
+        span = range(order[readers[0]], order[readers[-1]])
+        others = [w for w in self._pieces.overwrites.writers(source) if w not in piece and order[w] in span]
+        if others:
+            reason = _OVERWRITTEN.format(self._operators.word(others[0]))
+            refusal = Refusal(reason, piece[-1].name, kind="in place")
         path = self._path(piece[-1], call.name)
-        self._add(Composite(sources.pop(), tuple(piece), readers, replace(call, inplace=written), path, refusal))
+        self._add(Composite(source, tuple(piece), readers, replace(call, inplace=written), path, refusal))
 
     def _given(self, node: fx.Node, value: fx.Node) -> list[fx.Node]:
         """Return the inputs of a call that hold ``value``."""
         names = self._pieces.renamed.get(node, {})
-        return [n for n in node.all_input_nodes if names.get(n, n) is value and not is_constant(n)]
+        constants = self._pieces.constants
+        return [n for n in node.all_input_nodes if names.get(n, n) is value and n not in constants]
 
     def _add(self, composite: Composite) -> None:
         self._taken.update(composite.nodes)
@@ -225,7 +234,7 @@ class CompositeFinder:
         """Return the paths of the modules that make calls besides those of one element-wise function."""
         mixed = {""}
         for node in self._graph.nodes:
-            if node.op in ("placeholder", "get_attr", "output") or node in self._pieces.parents or is_constant(node):
+            if node.op not in CALLS or node in self._pieces.parents or node in self._pieces.constants:
                 continue
             if node in self._data and not self._operators.op(node).passes:
                 path = self._operators.enclosing(node)
@@ -266,7 +275,7 @@ class CompositeFinder:
 
     def _tensors(self, node: fx.Node) -> set[fx.Node]:
         """Return what a call reads that depends on the images."""
-        return {n for n in node.all_input_nodes if n in self._data and not is_constant(n)}
+        return {n for n in node.all_input_nodes if n in self._data and n not in self._pieces.constants}
 
     @functools.cached_property
     def _before_layers(self) -> set[fx.Node]:

@@ -17,13 +17,14 @@ from torch.fx.node import map_arg
 
 from ..formulas import POINTS
 from . import axis
+from .aliases import Overwrites
 from .ops import CALLS, Operators, name_of
 from .shapes import Flow
 
 # They return x, of another type: the numbers here stay as precise as they are.
 CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double", "clone", "contiguous", "detach"}
 _CONSTANTS = {
-    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), 0.0),
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "empty_like", "new_empty"), 0.0),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), 1.0),
 }
 _FILLED = {"full": 1, "full_like": 1, "new_full": 2, "tensor": 0, "scalar_tensor": 0, "as_tensor": 0}
@@ -35,6 +36,8 @@ class Pieces:
     """The trees of one graph.
 
     Attributes:
+        overwrites: Who overwrites what in it.
+        constants: The calls whose result holds the same numbers whatever they are given: zeros like it, for example.
         parents: By node, what it is a function of; roots are in no key.
         operands: By node of a tree, the tensors it reads that depend on the images.
         readers: By node, the calls that read its value.
@@ -43,7 +46,8 @@ class Pieces:
 
     def __init__(self, graph: fx.Graph, operators: Operators, flow: Flow, data: set[fx.Node]) -> None:
         self._operators, self._flow, self._data = operators, flow, data
-        self._order = {node: position for position, node in enumerate(graph.nodes)}
+        self.overwrites = Overwrites(graph, operators, flow)
+        self.constants = {n for n in graph.nodes if _is_constant(n) and not self.overwrites.writers(n)}
         self._depths: dict[fx.Node, int] = defaultdict(int)
         self.parents: dict[fx.Node, fx.Node] = {}
         self.operands: dict[fx.Node, tuple[fx.Node, ...]] = {}
@@ -53,16 +57,17 @@ class Pieces:
         latest: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
             inputs = node.all_input_nodes[: 1 if name_of(node) in CASTS else None]  # type_as(other)
-            given = [n for n in inputs if n in data and not is_constant(n)]
+            given = [n for n in inputs if n in data and n not in self.constants]
             values = [latest.get(first.get(n, n), n) for n in given]
             if values != given:
                 self.renamed[node] = dict(zip(given, values, strict=True))
             if node.op == "output" or flow.is_tensor(node) or operators.writes(node):
                 for value in values:
                     self.readers[value].append(node)
-            if values and not is_constant(node) and self._is_pointwise(node, values):
+            if values and not _is_constant(node) and self._is_pointwise(node, values):
                 self._add_to_tree(node, tuple(dict.fromkeys(values)))
-            if operators.writes(node) and node.args and isinstance(node.args[0], fx.Node):
+            # A statement, x[i] = y, has no result to read in the place of x.
+            if operators.writes(node) and flow.is_tensor(node) and node.args and isinstance(node.args[0], fx.Node):
                 first[node] = first.get(node.args[0], node.args[0])
                 latest[first[node]] = node
 
@@ -74,7 +79,7 @@ class Pieces:
                 if operand is not root and operand not in found:
                     found.add(operand)
                     waiting.append(operand)
-        return sorted(found, key=self._order.__getitem__)
+        return sorted(found, key=self.overwrites.order.__getitem__)
 
     def is_closed(self, piece: Sequence[fx.Node]) -> bool:
         """Return whether nobody else reads what a piece computes on its way."""
@@ -131,7 +136,7 @@ class Pieces:
 
                 def number(n: fx.Node, names: dict[fx.Node, fx.Node] = names) -> Any:
                     n = names.get(n, n)
-                    if n in self._data and n not in found and not is_constant(n):
+                    if n in self._data and n not in found and n not in self.constants:
                         raise ValueError("larger than a piece may be")
                     return found[n] if n in found else self._constant(n)
 
@@ -157,9 +162,9 @@ class Pieces:
                 return _tensor(_SOME_NUMBER)
             flat = tensor.detach().flatten().double()
             return _tensor(float(flat[flat.abs().argmax()]))
-        if name in _CONSTANTS:
+        if name in _CONSTANTS and node in self.constants:
             return _tensor(_CONSTANTS[name])
-        if name in _FILLED:
+        if name in _FILLED and node in self.constants:
             value = node.kwargs.get("fill_value", node.args[_FILLED[name]] if len(node.args) > _FILLED[name] else None)
             return _tensor(float(value) if isinstance(value, int | float) else _SOME_NUMBER)
         if depth > 8 or not self._flow.is_tensor(node):
@@ -172,8 +177,7 @@ class Pieces:
         return self._call(node, args, kwargs)
 
 
-def is_constant(node: fx.Node) -> bool:
-    """Return whether a call gives the same numbers whatever its tensor is: zeros like it, for example."""
+def _is_constant(node: fx.Node) -> bool:
     return node.op in CALLS and (name_of(node) in _CONSTANTS or name_of(node) in _FILLED)
 
 
