@@ -229,6 +229,17 @@ def test_control_flow_in_the_model_names_the_line_and_a_way_out():
     assert message.count("symbolic trace stopped") == 1
 
 
+def test_a_route_that_fails_when_it_is_checked_prints_nothing(capsys):
+    def asking(self, x):
+        try:
+            return F.gelu(x.images)
+        except AttributeError:
+            return F.relu(x)
+
+    assert capture(of(asking), IMAGES).route == "symbolic trace at the example's image size"
+    assert capsys.readouterr().err == ""
+
+
 def test_a_module_that_holds_an_activation_is_never_a_leaf():
     class Holding(Padded):
         def __init__(self):

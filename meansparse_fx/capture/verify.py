@@ -34,6 +34,7 @@ from .recording import Halted, Recording, record
 
 _HERE, _TORCH, _FX = (f"{Path(file).parent}/" for file in (__file__, torch.__file__, fx.__file__))
 _DYNAMO = f"{_TORCH}_dynamo/"  # around everything that is compiled no more
+_call: Callable = nn.Module.__call__  # a GraphModule's own prints a traceback where it fails
 _OWN_BACKWARD = "an activation inside of {}, a torch.autograd.Function, which has its own gradient"
 
 
@@ -136,7 +137,8 @@ class Reference:
 
     def _recorded(self, graph_module: fx.GraphModule, batch: Tensor) -> Recording:
         with copied_leaves(graph_module), _conditions(batch):
-            return record(graph_module, batch, state_of(graph_module, state_of(self.model)), self._forms)
+            state = state_of(graph_module, state_of(self.model))
+            return record(partial(_call, graph_module), batch, state, self._forms)
 
     def _compute(self) -> tuple[Any, ...]:
         """Return the model's outputs, computed once."""
@@ -240,7 +242,7 @@ def _conditions(images: Tensor, wanted: bool = True, seed: int = 0) -> Iterator[
 
 def _run(model: nn.Module, images: Tensor, seed: int = 0) -> Any:
     with _conditions(images, wanted=False, seed=seed):
-        return model(images.clone())
+        return _call(model, images.clone())
 
 
 def _gradients(model: nn.Module, images: Tensor) -> dict[str, Tensor | None] | None:
@@ -250,7 +252,7 @@ def _gradients(model: nn.Module, images: Tensor) -> dict[str, Tensor | None] | N
     wanted = {name: tensor for name, tensor in wanted.items() if tensor.requires_grad}
     try:
         with _conditions(images), without_checkpoints():
-            outputs = flatten(model(wanted.get("the images", images).clone()))[0]
+            outputs = flatten(_call(model, wanted.get("the images", images).clone()))[0]
             outputs = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
             torch.manual_seed(1)
             given = [torch.randn_like(t) for t in outputs]
