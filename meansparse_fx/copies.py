@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from .errors import CaptureError
 from .hooks import STATE, has_hooks, may_keep
+from .outputs import same_values
 
 _ATOMS = frozenset(
     {type(None), bool, int, float, complex, str, bytes, type, types.FunctionType}
@@ -273,4 +274,4 @@ def _same(tensor: Tensor, own: Tensor) -> bool:
     if tensor is own:
         return True
     form, other = ((t.shape, t.dtype, t.device, t.is_leaf and t.requires_grad) for t in (tensor, own))
-    return form == other and (tensor.is_meta or torch.equal(tensor.detach().nan_to_num(), own.detach().nan_to_num()))
+    return form == other and (tensor.is_meta or same_values(tensor.detach(), own.detach()))

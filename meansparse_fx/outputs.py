@@ -69,9 +69,14 @@ def difference(actual: Any, expected: Any) -> str:
                 return f"returns {kind(a)} where the model returns {kind(b)}"
         elif a.shape != b.shape or a.dtype != b.dtype:
             return f"returns {kind(a)} where the model returns {kind(b)}"
-        elif not torch.equal(a.to_dense().nan_to_num(), b.to_dense().nan_to_num()):
+        elif not same_values(a.to_dense(), b.to_dense()):
             return "computes something else than the model"
     return ""
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors of one shape and dtype hold equal values, NaN being equal to NaN alone."""
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def logits_in(output: Any, logits: Logits = None) -> Tensor:

@@ -19,7 +19,7 @@ from meansparse_fx.capture.verify import Reference
 from meansparse_fx.cli import app
 from meansparse_fx.errors import ArtifactError, CaptureError, EvaluationError
 from meansparse_fx.export import export, to_exported_program
-from meansparse_fx.outputs import flatten, logits_in
+from meansparse_fx.outputs import difference, flatten, logits_in
 from meansparse_fx.passes import returning_logits
 from tests.models import Functional
 
@@ -140,6 +140,13 @@ def test_exports_name_what_is_returned_or_say_what_to_register(tmp_path):
         to_exported_program(sparse["dataclass"], IMAGES)
     with pytest.raises(ArtifactError, match="cannot write what the model returns"):
         export(sparse["named tuple"], IMAGES, tmp_path / "model.pt2")
+
+
+def test_only_nan_equals_nan_and_only_inf_equals_inf():
+    values = torch.tensor([torch.nan, torch.inf, 1])
+    assert difference(values, values.clone()) == ""
+    for other in ([0, torch.inf, 1], [torch.nan, torch.finfo().max, 1], [torch.nan, -torch.inf, 1]):
+        assert difference(values, torch.tensor(other)) == "computes something else than the model"
 
 
 @pytest.mark.parametrize("kind", ["dataclass", "ModelOutput"])
