@@ -14,7 +14,9 @@ _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 def items(given: Any) -> tuple[Any, ...]:
     """Return what was given where several are meant: a string or a number is one item, never its letters."""
-    return tuple(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes) else (given,)
+    several = isinstance(given, Iterable) and not isinstance(given, str | bytes)
+    several = several and getattr(given, "ndim", None) != 0  # an array of no dimension is a number
+    return tuple(given) if several else (given,)
 
 
 def number(given: Any, what: str) -> float:
@@ -38,7 +40,8 @@ def whole(given: Any, what: str, least: int | None = None) -> int:
     if not found.is_integer() or (least is not None and found < least):
         from_ = "" if least is None else f" from {least}"
         raise ValueError(f"{what} must be a whole number{from_}, got {given!r}")
-    return int(given) if isinstance(given, int | str) else int(found)
+    digits = isinstance(given, str) and given.lstrip("+-").isdecimal()
+    return int(given) if digits or isinstance(given, int) else int(found)  # all of them: a float holds 15
 
 
 def autocast_dtype(given: Any) -> torch.dtype | None:

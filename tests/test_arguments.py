@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import meansparse_fx as msfx
-from meansparse_fx.arguments import autocast_dtype, number
+from meansparse_fx.arguments import autocast_dtype, items, number, whole
 from meansparse_fx.errors import (
     CalibrationError,
     DataError,
@@ -42,6 +42,15 @@ def test_a_string_is_one_name(net, images, labels):
     found = msfx.select_alpha(sparse, (images, labels), alphas=0.2, variants="edge", **options)
     assert (found.variant, set(found.outcomes)) == ("edge", {0.0, 0.2})
     assert msfx.evaluate(sparse, (images, labels), sanity_images=0, **options).n_test == len(images)
+
+
+def test_an_array_of_no_dimension_is_one_item():
+    assert [items(one) for one in (np.array(4), torch.tensor(4), 4, "4")] == [(4,), (4,), (4,), ("4",)]
+
+
+def test_whole_numbers_in_every_form():
+    assert [whole(one, "steps") for one in ("8/2", "4.0", 4.0, np.int64(4), torch.tensor(4), "4")] == [4] * 6
+    assert whole("12345678901234567891", "seed") == 12345678901234567891
 
 
 def test_placements_that_mean_nothing_are_refused(net, images):
