@@ -27,6 +27,7 @@ from ..sites.ops import is_in_place
 from .derivatives import check_question
 from .functions import values_of
 from .guards import SizeWatch, expect_answer, expect_size
+from .lines import in_words, source_line
 from .proxies import (
     FACTORIES,
     SIZES,
@@ -40,7 +41,6 @@ from .proxies import (
     wrapped,
 )
 from .tracing import ModelTracer, Traced, trace
-from .verify import source_line
 
 # What may answer a question while tracing: a number or a description that both batches agree on.
 _ANSWERS = (bool, int, float, complex, str, torch.Size, torch.device, torch.dtype, torch.layout, torch.memory_format)
@@ -177,9 +177,7 @@ class ExampleTracer(ModelTracer):
 
     def expect(self, number: fx.Node, answer: Any) -> None:
         """Let the graph refuse batches of which ``number`` is not what answered the model."""
-        frame = source_line()
-        line = f"{frame.filename}:{frame.lineno}, `{frame.line}`"
-        self.create_node("call_function", expect_answer, (number, answer, line), {})
+        self.create_node("call_function", expect_answer, (number, answer, in_words(source_line())), {})
 
     def note_read(self, *values: Any) -> None:
         """Remember of which parameters and buffers the values answered the model: those that ``values`` are made of."""

@@ -1,4 +1,4 @@
-"""Floor 2: gradient modes and autocast, which a model enters and leaves, as calls in its graph."""
+"""Floor 2: modes of torch: those that a model enters and leaves, as calls in its graph, and one that hides calls."""
 
 from __future__ import annotations
 
@@ -133,3 +133,14 @@ def _remove_unread(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=_is_grad_enabled):
         if not node.users:
             graph.erase_node(node)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Turn off torch's fused transformer layers, which show no activation and round differently."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

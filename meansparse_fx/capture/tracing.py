@@ -1,17 +1,15 @@
 """Floor 2: symbolic traces of a model, as a function of one tensor.
 
-What cannot be traced into becomes a leaf, unless an activation would vanish in it. timm is looked up, never imported.
+What cannot be traced into becomes a leaf, unless an activation would vanish in it.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass
 from functools import partial
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -19,36 +17,21 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
-from ..activations import match_module, registered_functions
+from ..activations import registered_functions
 from ..copies import shadow
-from ..errors import CaptureError, first_line
+from ..errors import CaptureError
 from ..held_parts import attributes_noted
-from ..hooks import (
-    enter,
-    has_foreign_hooks,
-    has_hooks_of_the_model,
-    has_own_forward,
-    hint_of_hooks,
-    leave,
-    only_own_hooks,
-    parts_like,
-)
+from ..hooks import enter, has_foreign_hooks, hint_of_hooks, leave, only_own_hooks, parts_like
 from ..outputs import flatten, parts
-from ..published import published_operator
 from ..state import kept_parameters, state_of, write_buffers_back
 from .codegen import CapturedCodeGen
-from .derivatives import (
-    ModelProxy,
-    applied_by,
-    check_hook,
-    register_hook,
-    without_checkpoints,
-)
+from .derivatives import ModelProxy, applied_by, check_hook, register_hook, without_checkpoints
 from .functions import as_single_calls, expanded_by_tuples
-from .modes import modes_as_calls, tidy_modes
+from .leaves import hides_activations, is_leaf, timm_registry
+from .lines import where_tracing_stopped
+from .modes import modes_as_calls, plain_attention, tidy_modes
 from .preconditions import input_name
 from .proxies import Retrace
-from .verify import plain_attention, source_line
 
 _CALL = nn.Module.__call__  # taken before a tracer patches it
 _MAX_LEAVES = 16
@@ -56,9 +39,6 @@ _CONTAINERS = {tuple, list, dict, torch.Size}
 # Where functions come from that fx records without being told.
 _SEEN_BY_FX = {"torch", "_operator", "math", "None"}
 _CURE = "return tensors in tuples, lists, dicts, OrderedDicts, named tuples or dataclasses"
-
-# Their fused inference path shows no activation to anyone, so they are traced through or refused, never leaves.
-_HIDING = (nn.Transformer, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +61,6 @@ class Traced:
     attributes_read: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def _timm_registry() -> ModuleType | None:
-    """Return where timm lists what must not be traced into, if a model of it can be about; timm 1.0.9 has it there."""
-    for name in ("timm.layers", "timm.models._features_fx"):
-        if hasattr(module := sys.modules.get(name), "get_notrace_functions"):
-            return module
-    return None
-
-
 class ModelTracer(fx.Tracer):
     """Traces a model as a function of one tensor, into every module that might hide an activation.
 
@@ -100,7 +72,7 @@ class ModelTracer(fx.Tracer):
     """
 
     def __init__(self, leaves: frozenset[type] = frozenset()) -> None:
-        registry = _timm_registry()
+        registry = timm_registry()
         super().__init__(autowrap_functions=tuple(registry.get_notrace_functions()) if registry else ())
         self._leaves = leaves | frozenset(registry.get_notrace_modules() if registry else ())
         self._state_names: dict[int, str] = {}
@@ -131,7 +103,8 @@ class ModelTracer(fx.Tracer):
 
     def _note_read(self, module: nn.Module, name: str, value: Any) -> None:
         path = self.submodule_paths.get(module) if self.submodule_paths else None
-        if not (path is None or self._evaluating or isinstance(value, nn.Module | torch.Tensor | fx.Proxy)):
+        in_graph = isinstance(value, nn.Module | torch.Tensor | fx.Proxy)
+        if path is not None and not self._evaluating and not in_graph:
             self.attributes_read.setdefault(path, {})[name] = value
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -168,14 +141,7 @@ class ModelTracer(fx.Tracer):
         return self._attributes[id(value)]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if has_hooks_of_the_model(m) and type(m) not in self._leaves:
-            return False  # feature extractors read what the hook kept, so it has to see what is traced
-        if any(isinstance(v, fx.Proxy) for held in (vars(m), m._parameters, m._buffers) for v in held.values()):
-            return False  # forward gave it a weight
-        if match_module(m) is not None or published_operator(m) is not None or isinstance(m, torch.jit.ScriptModule):
-            return True
-        whole = super().is_leaf_module(m, module_qualified_name) and not has_own_forward(m)
-        return (type(m) in self._leaves or _asks_for_types(m) or whole) and not _hides_activations(m)
+        return is_leaf(m, self._leaves, super().is_leaf_module(m, module_qualified_name))
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         # A module that the model holds in a list, or shares through its class, has no path: it is traced into.
@@ -209,13 +175,17 @@ class ModelTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, nn.Module):
             return self.create_node("get_attr", self.path_of_module(a), (), {})
-        if type(a) in _CONTAINERS or isinstance(a, fx.Proxy) or (held := parts(a)) is None or hasattr(a, "_fields"):
+        if isinstance(a, np.generic):  # a size that numpy computed
+            a = a.item()
+        # torch.fx knows plain containers and named tuples.
+        known = isinstance(a, fx.Proxy) or type(a) in _CONTAINERS or hasattr(a, "_fields")
+        held = None if known else parts(a)
+        if held is None:
             try:
-                # A size that numpy computed.
-                return super().create_arg(a.item() if isinstance(a, np.generic) else a)
+                return super().create_arg(a)
             except NotImplementedError as error:
                 raise TraceError(f"a graph takes and returns no {type(a).__name__}; {_CURE}") from error
-        # torch.fx would put a plain dict in the place of other mappings, and a dataclass's are its fields.
+        # It would put a plain dict in the place of other mappings. A dataclass is made of its fields.
         args, kwargs = ((), held) if is_dataclass(a) else ((held,), {})
         try:
             same = flatten(type(a)(*args, **kwargs))[1] == flatten(a)[1]
@@ -252,15 +222,6 @@ class ModelTracer(fx.Tracer):
         return next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
 
 
-def _asks_for_types(module: nn.Module) -> bool:
-    """Return whether a module is of `torchvision.transforms`, of which some leave everything but tensors alone."""
-    return any(kind.__module__.startswith("torchvision.transforms.") for kind in type(module).__mro__)
-
-
-def _hides_activations(module: nn.Module) -> bool:
-    return any(match_module(m) is not None or isinstance(m, _HIDING) for m in module.modules())
-
-
 def trace(model: nn.Module, make_tracer: Callable[[frozenset[type]], ModelTracer] = ModelTracer) -> Traced:
     """Return the graph of ``model``.
 
@@ -280,27 +241,21 @@ def trace(model: nn.Module, make_tracer: Callable[[frozenset[type]], ModelTracer
         try:
             with plain_attention(), kept_parameters(root):
                 graph = tracer.trace(root)
-                noted = tuple(tracer.traced_into), tuple(tracer.values_read), tracer.attributes_read
-                return Traced(graph, root, tuple(leaves.values()), *noted)
+            return Traced(
+                graph,
+                root,
+                opaque=tuple(leaves.values()),
+                traced_into=tuple(tracer.traced_into),
+                values_read=tuple(tracer.values_read),
+                attributes_read=tracer.attributes_read,
+            )
         except (CaptureError, Retrace):
             raise
         except Exception as error:
             path = tracer.innermost()
             culprit = root.get_submodule(path)
-            where = _where_tracing_stopped(error, path, culprit) + hint_of_hooks(root)
+            where = where_tracing_stopped(error, path, culprit) + hint_of_hooks(root)
             known = type(culprit) in leaves or len(leaves) >= _MAX_LEAVES
-            if not path or known or _hides_activations(culprit):
+            if not path or known or hides_activations(culprit):
                 raise CaptureError(where) from error
             leaves[type(culprit)] = where
-
-
-def _where_tracing_stopped(error: Exception, path: str, module: nn.Module) -> str:
-    frame = source_line(error)
-    where = f"{path} ({type(module).__name__})" if path else type(module).__name__
-    reason = first_line(error)
-    if any("_functorch" in f.filename for f in traceback.extract_tb(error.__traceback__)):
-        reason = "a transform of torch.func, which no graph holds, inside of forward"
-    return (
-        f"symbolic trace stopped in {where} at {frame.filename}:{frame.lineno}, `{frame.line}`: "
-        f"{type(error).__name__}: {reason}"
-    )

@@ -7,13 +7,10 @@ to images and parameters.
 
 from __future__ import annotations
 
-import contextlib
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,24 +26,13 @@ from ..sites.plan import Refusal
 from ..state import kept_buffers, kept_parameters, state_of
 from .counting import ActivationCounter, WrittenOut, count_activations, hides_an_activation
 from .derivatives import applied_functions, without_checkpoints
+from .lines import TORCH, in_words, source_line
+from .modes import plain_attention
 from .randomness import check_drawn_anew, check_unused, generator_state, undone_draws
 from .recording import Halted, Recording, record
 
-_HERE, _TORCH, _FX = (f"{Path(file).parent}/" for file in (__file__, torch.__file__, fx.__file__))
-_DYNAMO = f"{_TORCH}_dynamo/"  # around everything that is compiled no more
 _call: Callable = nn.Module.__call__  # a GraphModule's own prints a traceback where it fails
 _OWN_BACKWARD = "an activation inside of {}, a torch.autograd.Function, which has its own gradient"
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Turn off torch's fused transformer layers, which show no activation and round differently."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @dataclass(slots=True)
@@ -220,12 +206,11 @@ class Reference:
             with _conditions(batch), kept_parameters(own):
                 record(own, batch, state_of(own, state), self._forms, halt=index)
         except Halted as halted:
-            frame = source_line(halted)
-            if frame.filename.startswith(_TORCH):  # no line of the model's
-                return ""
-            return f": they part at {frame.filename}:{frame.lineno}, `{frame.line}`"
+            line = source_line(halted)
+            if not line.filename.startswith(TORCH):  # else it is no line of the model's
+                return f": they part at {in_words(line)}"
         except Exception:
-            return ""
+            pass
         return ""
 
 
@@ -260,14 +245,6 @@ def _gradients(model: nn.Module, images: Tensor) -> dict[str, Tensor | None] | N
     except Exception:  # the model is not made for gradients
         return None
     return dict(zip(wanted, found, strict=False))
-
-
-def source_line(error: BaseException | None = None) -> traceback.FrameSummary:
-    """Return the line that runs, or that an error came from: the last of the user's or of a library's, or torch's."""
-    everything = list(traceback.extract_tb(error.__traceback__) if error else traceback.extract_stack())
-    frames = [f for f in everything if not f.filename.startswith((_HERE, _FX, _DYNAMO, contextlib.__file__))]
-    frames = frames or everything
-    return ([f for f in frames if not f.filename.startswith(_TORCH)] or frames)[-1]
 
 
 def _same_gradient(actual: Tensor | None, expected: Tensor | None) -> bool:
