@@ -1,10 +1,10 @@
 """Floor 2: the channel dimension of every tensor in a graph, by data flow. Imports `shapes` and floor 1 only.
 
 Forward from the layers that state it, through calls that tell where it goes; where that says nothing, backward from the
-next layer that expects it. A call is asked by running it on the meta device, where nothing is computed: of a view,
-strides tell which dimension came from the channels; of a product or a sum, the sizes of the result do when there are
-twice as many channels. A rule takes a `Call` and returns the dimension of the result that holds the channels, or None
-for unknown.
+next layer that expects it. What a call does is seen by running it on the meta device, where nothing is computed: of a
+view, strides tell which dimension came from the channels; of a product or a sum, the sizes of the result do when there
+are twice as many channels. A rule takes a `Call` and returns the dimension of the result that holds the channels, or
+None for unknown.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class Call:
         """Return which dimensions of the result double if those of its operands do; None if the call fails then."""
 
         def meta(node: fx.Node, shape: Shape) -> Tensor:
-            return torch.empty([n << (dims.get(node) == d) for d, n in enumerate(shape)], device="meta")
+            sizes = [2 * n if dims.get(node) == d else n for d, n in enumerate(shape)]
+            return torch.empty(sizes, device="meta")
 
         found = self.run(meta)
         return None if found is None else [d for d, n in enumerate(found.shape) if n == 2 * self.result[d]]
@@ -140,8 +141,8 @@ def regrouped(call: Call) -> int | None:
     return fits[0] if len(fits) == 1 else None
 
 
-def asked(call: Call) -> int | None:
-    """Any other operator of torch's is asked: where a view has its stride, or what doubles with the channels.
+def by_running(call: Call) -> int | None:
+    """Any other operator of torch's is run: where a view has the channels' stride, or what doubles with them.
 
     Where these are summed over with a weight, its other dimension makes new ones.
     """
@@ -206,7 +207,7 @@ def channel_axes(
 def carried(node: fx.Node, operators: Operators, flow: Flow, axes: Mapping[fx.Node, int | None]) -> int | None:
     """Return the channel dimension of a node's result, from those of what it reads; None is unknown."""
     op, rank = operators.op(node), len(flow.shape(node))
-    if op.channels is not None and op.carry is asked:
+    if op.channels is not None and op.carry is by_running:
         axis: int | None = op.channels + (rank if op.channels < 0 else 0)
     else:
         axis = op.carry(Call(node, operators, flow, axes))

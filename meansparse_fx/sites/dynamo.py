@@ -90,18 +90,24 @@ class DynamoGraph:
     @classmethod
     def of(cls, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoGraph:
         """Return the graph that Dynamo is compiling at this moment, and has passed to the back end calling this."""
-        frame, graph = InstructionTranslator.current_tx().output.root_tx, graph_module.graph
+        graph = graph_module.graph
+        frame = InstructionTranslator.current_tx().output.root_tx
         scope = {"L": frame.f_locals, "G": frame.f_globals}
         stacks = {n: stack for n in graph.nodes if (stack := n.meta.get("nn_module_stack"))}
         sources = {n: next(reversed(stack.values()))[0] for n, stack in stacks.items()}
+        reason: Any = graph_module.compile_subgraph_reason
+        whole = not reason.graph_break
+
+        # The model, and the modules between it and this frame, whose forwards run around it.
         stack_above = _callers()
         running = [m for f in stack_above if isinstance(m := f.f_locals.get("self"), nn.Module)]
         along = (value for source in sources.values() for value in _objects_along(source, scope))
         model = running[-1] if running else next((v for v in along if isinstance(v, nn.Module)), None)
         names = {id(m): path for path, m in model.named_modules()} if model is not None else {}
+        forward = getattr(type(model).forward, "__code__", None) if model is not None else None
+
+        # Which module makes each call, and inside of which activation module it is.
         callers = {n: _path(source, scope, names) for n, source in sources.items()}
-        reason: Any = graph_module.compile_subgraph_reason
-        whole = not reason.graph_break
         owners = _owners(stacks, scope, names)
         if running and _is_traced_activation(running[0]) and (path := names.get(id(running[0]))):
             # Dynamo did not enter it, it is the frame: all of its forward, or what a graph break left of that.
@@ -110,22 +116,31 @@ class DynamoGraph:
         if not running or any(v is running[0] for v in scope["L"].values()):
             here = names.get(id(running[0]), "") if running else ""  # of calls outside of any module Dynamo entered
             callers = {n: here for n in graph.nodes} | callers
-        placeholders = list(zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+
+        # What the placeholders stand for.
+        placeholders = zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+        tensors = {node: value for node, value in placeholders if isinstance(value, Tensor)}
         known = {id(t) for t in (*model.parameters(), *model.buffers())} if model is not None else set()
-        inputs = {
-            node: value
-            for node, value in placeholders
-            if isinstance(value, Tensor) and id(value) not in known and not _belongs_to_module(node, scope)
-        }
-        state = {n: v for n, v in placeholders if isinstance(v, Tensor) and n not in inputs}
-        last = whole and running[:1] in ([], [model])
+        state = {n: v for n, v in tensors.items() if id(v) in known or _belongs_to_module(n, scope)}
+
         _pin(dict.fromkeys(sources.values()), running[:1], scope)
-        forward = getattr(type(model).forward, "__code__", None) if model is not None else None
-        first = not stack_above or frame.f_code is forward
-        by_python = next(_run_by_python(stack_above, names), "")
-        line = reason.user_stack[-1] if "torch.compiler.disable" in reason.reason else None
-        disabled = f"what torch.compiler.disable wraps in `{line.line}` ({line.filename}:{line.lineno})" if line else ""
-        return cls(graph, frame.f_code, model, inputs, state, first, last, callers, owners, by_python, disabled)
+        disabled = ""
+        if "torch.compiler.disable" in reason.reason:
+            line = reason.user_stack[-1]
+            disabled = f"what torch.compiler.disable wraps in `{line.line}` ({line.filename}:{line.lineno})"
+        return cls(
+            graph,
+            code=frame.f_code,
+            model=model,
+            inputs={n: v for n, v in tensors.items() if n not in state},
+            state=state,
+            first=not stack_above or frame.f_code is forward,
+            last=whole and running[:1] in ([], [model]),
+            callers=callers,
+            owners=owners,
+            by_python=next(_run_by_python(stack_above, names), ""),
+            disabled=disabled,
+        )
 
     def find(
         self,

@@ -21,7 +21,7 @@ from .candidates import Candidate, find_candidates
 from .composites import CompositeFinder
 from .gates import gated, reachable
 from .ops import Operators
-from .plan import Placement, Site, SitePlan
+from .plan import Placement, Refusal, Site, SitePlan
 from .shapes import Flow, propagate
 
 
@@ -89,15 +89,18 @@ def plan_sites(
     candidates = find_candidates(graph, operators, flow, data, placement)
     names = _names(candidates, earlier)
     calls = {c.node: names[c] for c in candidates if c.call}
-    sites = []
     candidates = [c for c in candidates if c.call or c.published or c.kind in placement.kinds]
+    sites = []
     for candidate in candidates:
         name, node, source = names[candidate], candidate.node, candidate.source
         shape = tuple(flow.shape(source))
-        known_axes = (known[n] for n in ((node, source) if candidate.kind == "residual_branch" else (source,)))
-        axis = next((a for a in known_axes if a is not None), expected[node if candidate.call else source])
         if name in placement.channel_dims:
-            axis = _given(placement, name, shape)
+            axis: int | None = _given(placement, name, shape)
+        else:
+            told = [known[source], expected[node if candidate.call else source]]
+            if candidate.kind == "residual_branch":
+                told.insert(0, known[node])
+            axis = next((a for a in told if a is not None), None)
         site = Site(
             name=name,
             kind=candidate.kind,
@@ -112,26 +115,41 @@ def plan_sites(
             readers=tuple(n.name for n in operators.readers(node)) if candidate.call else (),
             published=None if candidate.published is None else candidate.published.name,
         )
-        if node not in data:
-            site = site.refused("input-independent", "computed from parameters alone, the same for every image")
-        elif (refusal := gates.get(node) or (operators.refusal(node) if candidate.call else None)) is not None:
-            site = replace(site, refusal=refusal)
-        elif candidate.unpublished:
-            site = site.refused("published", "the checkpoint has no operator here")
-        elif axis is None:
-            cure = f"give it by hand, Placement(channel_dims={{{name!r}: dimension}})"
-            site = site.refused("channel axis unknown", "no layer around it tells", cure)
-        elif site.published is None:
-            site = replace(site, refusal=placement.refusal(site))
-        if site.refusal is not None and site.published is not None:
-            raise SiteError(
-                f"{name}: holds the published operator {site.published} and cannot be taken: {site.refusal}"
-            )
-        sites.append(site)
+        of_graph = gates.get(node) or (operators.refusal(node) if candidate.call else None)
+        sites.append(_judged(site, candidate, of_graph, node in data, placement))
     sites = _covered(candidates, sites)
     inplace = [s for s in sites if s.refusal is None and s.activation and s.activation.inplace]
     check_inplace(graph, operators, flow, inplace)
     return SitePlan(tuple(sites), route)
+
+
+def _judged(
+    site: Site, candidate: Candidate, of_graph: Refusal | None, sees_images: bool, placement: Placement
+) -> Site:
+    """Return a site with the first reason there is to leave it alone.
+
+    Args:
+        of_graph: Why the graph leaves no place for an operator, if so.
+
+    Raises:
+        SiteError: There is a reason, and a published operator stands here.
+    """
+    if not sees_images:
+        site = site.refused("input-independent", "computed from parameters alone, the same for every image")
+    elif of_graph is not None:
+        site = replace(site, refusal=of_graph)
+    elif candidate.unpublished:
+        site = site.refused("published", "the checkpoint has no operator here")
+    elif site.channel_dim is None:
+        cure = f"give it by hand, Placement(channel_dims={{{site.name!r}: dimension}})"
+        site = site.refused("channel axis unknown", "no layer around it tells", cure)
+    elif site.published is None:
+        site = replace(site, refusal=placement.refusal(site))
+    if site.refusal is not None and site.published is not None:
+        raise SiteError(
+            f"{site.name}: holds the published operator {site.published} and cannot be taken: {site.refusal}"
+        )
+    return site
 
 
 def check_channel_dims(placement: Placement, names: set[str]) -> None:

@@ -39,7 +39,7 @@ class Op:
     """
 
     word: str = ""
-    carry: Rule = axis.asked
+    carry: Rule = axis.by_running
     channels: int | None = None
     pools: bool = False
     like: bool = False
@@ -47,7 +47,7 @@ class Op:
     may_alias: bool = False
 
 
-ASKED = Op()
+BY_RUNNING = Op()
 UNKNOWN = Op(carry=axis.unknown)
 PUBLISHED = Op("published", axis.same, passes=True)
 ELEMENTWISE = Op(carry=axis.elementwise)
@@ -123,7 +123,7 @@ FUNCTIONS: dict[Any, Op] = {
     for function in (getattr(namespace, name, None) for namespace in _NAMESPACES)
     if function is not None
 } | {
-    getattr: ASKED,
+    getattr: BY_RUNNING,
     enter: Op("hooks", axis.joined, may_alias=True),
     leave: Op("hooks", axis.unchanged, like=True, may_alias=True),
 }
@@ -148,4 +148,4 @@ def unlisted(target: Callable | str) -> Op:
     packets = (getattr(torch.ops.aten, form, None) for form in forms)
     found = next((p for p in packets if isinstance(p, OpOverloadPacket)), None)
     tags = {tag for overload in (found.overloads() if found else ()) for tag in getattr(found, overload).tags}
-    return ELEMENTWISE if torch.Tag.pointwise in tags else ASKED
+    return ELEMENTWISE if torch.Tag.pointwise in tags else BY_RUNNING

@@ -13,7 +13,7 @@ from ..activations import ActivationCall, match_function, match_module
 from ..hooks import has_hooks, has_own_forward
 from ..published import PublishedOperator, published_operator
 from .op_table import (
-    ASKED,
+    BY_RUNNING,
     ELEMENTWISE,
     FUNCTIONS,
     LIBRARY_FUNCTIONS,
@@ -86,7 +86,7 @@ class Operators:
         row = next((MODULES[base] for base in type(module).__mro__ if base in MODULES), None)
         if row is not None or self.published(node) is not None:
             return row or PUBLISHED
-        return ASKED if type(module).__module__.startswith("torch.nn.") else UNKNOWN
+        return BY_RUNNING if type(module).__module__.startswith("torch.nn.") else UNKNOWN
 
     def published(self, node: fx.Node) -> PublishedOperator | None:
         """Return the published operator a node calls, if it calls one."""
