@@ -109,9 +109,8 @@ class CompositeFinder:
             values = self._pieces.values(root, piece)
             if values is None:
                 return
-            if not (alone or self._is_scaled(piece) or self._must_not_be_negative(node)) and (
-                name := formula_of(values, FEATURES)
-            ):
+            other = alone or self._is_scaled(piece) or self._must_not_be_negative(node)
+            if not other and (name := formula_of(values, FEATURES)):
                 return self._take(root, piece, ActivationCall(name, fused=False))
             if self._pieces.is_closed(piece) and (name := formula_of(values, WEIGHTS)):
                 self._taken.update(piece)
@@ -162,25 +161,35 @@ class CompositeFinder:
         sources = {given for n in piece for given in self._given(n, root)}
         # Also those that read what an earlier step of the piece wrote there: h.clamp_(min=0), then h.clamp_(max=6).
         readers = tuple(n for n in piece if not sources.isdisjoint(n.all_input_nodes))
-        in_place = in_several_steps(piece[-1])
-        refusal = None if len(sources) == 1 else in_place
-        if not self._pieces.is_closed(piece):
-            inside = set(piece)
-            shared = next(n for n in piece if not inside.issuperset(self._pieces.readers[n]))
-            refusal = Refusal(_SHARED.format(self._operators.word(shared)), piece[-1].name, kind="shared")
-        memory, result = (self._flow.memory.get(n, frozenset()) for n in (root, piece[-1]))
-        written = any(self._operators.writes(n) and self._flow.memory.get(n, frozenset()) & memory for n in piece)
-        if written and not memory & result:
-            refusal = in_place
-        source = sources.pop()
-        order = self._pieces.overwrites.order
-        span = range(order[readers[0]], order[readers[-1]])
-        others = [w for w in self._pieces.overwrites.writers(source) if w not in piece and order[w] in span]
-        if others:
-            reason = _OVERWRITTEN.format(self._operators.word(others[0]))
-            refusal = Refusal(reason, piece[-1].name, kind="in place")
+        memory = self._memory(root)
+        written = any(self._operators.writes(n) and self._memory(n) & memory for n in piece)
+        source = min(sources, key=self._pieces.overwrites.order.__getitem__)
+        refusal = self._overwritten(source, piece, readers) or self._shared(piece)
+        if len(sources) > 1 or (written and not memory & self._memory(piece[-1])):
+            refusal = refusal or in_several_steps(piece[-1])
         path = self._path(piece[-1], call.name)
         self._add(Composite(source, tuple(piece), readers, replace(call, inplace=written), path, refusal))
+
+    def _memory(self, node: fx.Node) -> frozenset[int]:
+        return self._flow.memory.get(node, frozenset())
+
+    def _overwritten(self, source: fx.Node, piece: Sequence[fx.Node], readers: Sequence[fx.Node]) -> Refusal | None:
+        """Return who changes the source between its readers: they would all read what the operator made before."""
+        order = self._pieces.overwrites.order
+        span = range(order[readers[0]], order[readers[-1]])
+        for writer in self._pieces.overwrites.writers(source):
+            if writer not in piece and order[writer] in span:
+                reason = _OVERWRITTEN.format(self._operators.word(writer))
+                return Refusal(reason, piece[-1].name, kind="in place")
+        return None
+
+    def _shared(self, piece: Sequence[fx.Node]) -> Refusal | None:
+        """Return what others read of a piece besides its result, if they do."""
+        if self._pieces.is_closed(piece):
+            return None
+        inside = set(piece)
+        shared = next(n for n in piece if not inside.issuperset(self._pieces.readers[n]))
+        return Refusal(_SHARED.format(self._operators.word(shared)), piece[-1].name, kind="shared")
 
     def _given(self, node: fx.Node, value: fx.Node) -> list[fx.Node]:
         """Return the inputs of a call that hold ``value``."""
