@@ -81,7 +81,7 @@ class DatalessMode(TorchDispatchMode):
         (torch.Size([2, 3, 4, 4]), device(type='cpu'))
     """
 
-    kind: type[Dataless] = Dataless
+    tensor_class: type[Dataless] = Dataless  # of what it makes
 
     def __init__(self, forms: Forms | None = None) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class DatalessMode(TorchDispatchMode):
 
     def without_data(self, tensor: Tensor) -> Dataless:
         """Return a tensor of the same form and device."""
-        return self.kind(torch.empty_like(tensor, device="meta"), tensor.device, self)
+        return self.tensor_class(torch.empty_like(tensor, device="meta"), tensor.device, self)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -126,9 +126,13 @@ class DatalessMode(TorchDispatchMode):
         if any(t.shape != t.meta.shape for t in own.values()):
             raise NeedsData(f"{func} resizes what it writes into")
         device = torch.device(kwargs.get("device") or device)
-        results = [
-            own[id(p)] if id(p) in own else self.kind(p, device, self) if isinstance(p, Tensor) else p for p in parts
-        ]
+
+        def presented(part: Any) -> Any:
+            if id(part) in own:  # the stand-in of an operand
+                return own[id(part)]
+            return self.tensor_class(part, device, self) if isinstance(part, Tensor) else part
+
+        results = [presented(part) for part in parts]
         return results[0] if container is None else container(results)
 
     def _parts(self, func: Any, args: tuple, kwargs: dict) -> tuple[type | None, list[Any]]:

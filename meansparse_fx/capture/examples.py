@@ -26,11 +26,10 @@ from ..dataless import Dataless, DatalessMode
 from ..sites.ops import is_in_place
 from .derivatives import check_question
 from .functions import values_of
-from .guards import SizeWatch, expect_answer, expect_size
+from .guards import BATCH_SIZES, SizeWatch, expect_answer, expect_size
 from .lines import in_words, source_line
 from .proxies import (
     FACTORIES,
-    SIZES,
     ExampleProxy,
     NumberProxy,
     Retrace,
@@ -74,13 +73,13 @@ def trace_by_example(model: nn.Module, images: Tensor) -> Traced:
     """
     options = TraceOptions()
     with torch.random.fork_rng([images.device] if images.is_cuda else []):
-        batches = cycled(images, SIZES[0]), cycled(images, SIZES[1])
+        first, second = (cycled(images, size) for size in BATCH_SIZES)
         if images.is_floating_point():
             # Other pixels in the second batch, so that a size which depends on values differs, too.
-            batches = batches[0], batches[1] + torch.randn_like(batches[1])
+            second = second + torch.randn_like(second)
         while True:
             try:
-                traced = trace(model, partial(ExampleTracer, batches=batches, options=options))
+                traced = trace(model, partial(ExampleTracer, batches=(first, second), options=options))
             except Retrace as other:
                 options = other.options
             else:
@@ -151,28 +150,29 @@ class ExampleTracer(ModelTracer):
         """Return the answer to a question; else a new node's proxy, or a tuple, list or dict of its parts' proxies."""
         kind, target, args = self.as_graph_call(kind, target, args)
         examples, depends_on_values = self._examples(kind, target, args, kwargs)
-        first, may_differ = examples[0], _may_differ(_name(target), values_of(ExampleProxy, (args, kwargs)), examples)
+        first, name_of_target = examples[0], _name(target)
+        may_differ = _may_differ(name_of_target, values_of(ExampleProxy, (args, kwargs)), examples)
         if len({type(e) for e in examples}) > 1:
             raise TraceError(f"{target} gives {type(first).__name__} for one batch size and not for another")
         settled = not (depends_on_values and isinstance(first, int | float | torch.Size))
         if settled and isinstance(first, _ANSWERS) and all(e == first for e in examples):
-            sizes = may_differ and type(first) in (int, torch.Size)
-            if len(examples) > 1 and (sizes or any(type(a) is NumberProxy for a in args)):
+            size = may_differ and type(first) in (int, torch.Size)
+            if len(examples) > 1 and (size or any(type(a) is NumberProxy for a in args)):
                 self.expect(self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs)), first)
-            if _name(target) in _READS_VALUES:
+            if name_of_target in _READS_VALUES:
                 self.note_read(*args)
-            self._asked_dtype |= isinstance(first, torch.dtype) or _name(target) in _ASK_DTYPE
+            if isinstance(first, torch.dtype) or name_of_target in _ASK_DTYPE:
+                self._asked_dtype = True
             return first
         if first is None and target is getattr:
             return None
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr)
         if kind == "get_attr" or (target in (operator.getitem, getattr) and not isinstance(first, Tensor)):
             self._pure.append(node)
-        if isinstance(first, tuple | list) and len({len(e) for e in examples}) == 1 < len(examples):
-            dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
-            if may_differ or (_name(target) in _SPLITS and len({e[0].shape[dim] for e in examples}) > 1):
-                whole = ExampleProxy(node, self, examples, depends_on_values, may_differ=True)
-                self.create_proxy("call_function", len, (whole,), {})  # expected: few or many images give another
+        several = isinstance(first, tuple | list) and len(examples) > 1 and len({len(e) for e in examples}) == 1
+        if several and (may_differ or _splits_the_batch(name_of_target, args, kwargs, examples)):
+            whole = ExampleProxy(node, self, examples, depends_on_values, may_differ=True)
+            self.create_proxy("call_function", len, (whole,), {})  # expected: few or many images give another
         return self._present(node, examples, depends_on_values, may_differ)
 
     def expect(self, number: fx.Node, answer: Any) -> None:
@@ -274,6 +274,14 @@ def _may_differ(name: str, given: list[ExampleProxy], examples: tuple) -> bool:
         return True
     before = max((_differing(proxy.examples) for proxy in given), default=0)
     return before > 0 and isinstance(examples[0], Tensor) and (name == "squeeze" or _differing(examples) < before)
+
+
+def _splits_the_batch(name: str, args: tuple, kwargs: dict, examples: tuple) -> bool:
+    """Return whether a call cuts a dimension into parts that is of another size in each batch."""
+    if name not in _SPLITS:
+        return False
+    dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+    return len({example[0].shape[dim] for example in examples}) > 1
 
 
 def _differing(examples: tuple) -> int:

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CaptureError
 
+BATCH_SIZES = (2, 3)  # of the examples: two that differ, and neither is 1, which broadcasts
+
 
 def expect_size(images: Tensor, size: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
     """Raise CaptureError unless ``images`` are ``[N, *size]``, of a dtype that forward asked for.

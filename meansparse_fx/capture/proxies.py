@@ -25,8 +25,7 @@ from torch.fx.proxy import TraceError
 
 from .derivatives import ModelProxy
 from .functions import values_of
-
-SIZES = (2, 3)  # of the example batches: two that differ, and neither is 1, which broadcasts
+from .guards import BATCH_SIZES
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +172,7 @@ class NumberProxy(ExampleProxy):
         if len(set(answers)) == 1:
             self.tracer.expect(self.node, answers[0])
             return answers[0]
-        cases = " and ".join(f"{answer} for {n}" for answer, n in zip(answers, SIZES, strict=True))
+        cases = " and ".join(f"{answer} for {n}" for answer, n in zip(answers, BATCH_SIZES, strict=True))
         raise TraceError(f"a branch depends on the batch size: {cases} images")
 
     def __round__(self, *digits: int) -> Any:

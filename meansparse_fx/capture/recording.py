@@ -117,7 +117,7 @@ class _Symbolic(Dataless):
 
 
 class _Recorder(DatalessMode):
-    kind = _Symbolic
+    tensor_class = _Symbolic
 
     def __init__(self, state: dict[str, Tensor], forms: Forms, halt: int | None) -> None:
         super().__init__(forms)
@@ -160,7 +160,9 @@ class _Recorder(DatalessMode):
         random = draws(func, args, kwargs)
         terms: tuple = ()
         if symbolic or random:
-            terms = self.term(args), self.term(tuple(kwargs.items())), *([drawn(args, kwargs)] if random else [])
+            terms = self.term(args), self.term(tuple(kwargs.items()))
+        if random:
+            terms = *terms, drawn(args, kwargs)
         if not symbolic:
             if random:  # the numbers are the same only if they are drawn in the same order
                 self.note(str(func), *terms)

@@ -26,6 +26,7 @@ from ..sites.plan import Refusal
 from ..state import kept_buffers, kept_parameters, state_of
 from .counting import ActivationCounter, WrittenOut, count_activations, hides_an_activation
 from .derivatives import applied_functions, without_checkpoints
+from .guards import BATCH_SIZES
 from .lines import TORCH, in_words, source_line
 from .modes import plain_attention
 from .randomness import check_drawn_anew, check_unused, generator_state, undone_draws
@@ -58,14 +59,14 @@ class Reference:
         """Return the reference on two batches, cycling through the rows if there are too few."""
         if len(images) == 0:
             raise CaptureError("the example images are an empty batch: pass at least one image")
-        reference = cls(model, (images[:2], cycled(images, 3)))
+        reference = cls(model, tuple(cycled(images, size) for size in BATCH_SIZES))
         with undone_draws() as drawn:
             try:
                 reference._record()
             except Exception:  # values are asked for, an operator needs data, or the model fails: computing tells
                 reference._compute()
             if drawn():
-                check_unused(lambda: _run(shadow(model), images[:2]))
+                check_unused(lambda: _run(shadow(model), reference.batches[0]))
         return reference
 
     def check(self, graph_module: fx.GraphModule) -> str:
