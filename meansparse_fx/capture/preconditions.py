@@ -49,7 +49,7 @@ def check_model(model: nn.Module) -> None:
                 f"{type(model).__name__} is already transformed (it has a module named {path}): "
                 "restore it first, or start from the base model"
             )
-        if (reason := _foreign(module)) is not None:
+        if (reason := _why_no_graph(module)) is not None:
             raise CaptureError(f"{path or 'the model'} ({type(module).__name__}) {reason}")
     refuse_train_mode(model, type(model).__name__, "first")
 
@@ -83,7 +83,7 @@ def _in_train_mode(model: nn.Module) -> list[str]:
     return [name or "the model itself" for name, m in model.named_modules() if m.training]
 
 
-def _foreign(module: nn.Module) -> str | None:
+def _why_no_graph(module: nn.Module) -> str | None:
     """Return why a module is nothing that torch.fx can follow or leave as it is; None if it is no such."""
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):

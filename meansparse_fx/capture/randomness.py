@@ -55,7 +55,7 @@ def _is_random(func: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in func.tags
 
 
-def drawn(args: tuple, kwargs: dict) -> bytes:
+def state_drawn_from(args: tuple, kwargs: dict) -> bytes:
     """Return what the numbers of a random call follow from, and move on: seeding is no operator call."""
     if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
         raise NeedsData("random numbers of a generator of its own")

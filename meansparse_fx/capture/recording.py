@@ -24,7 +24,7 @@ from ..artifacts import tensor_bytes
 from ..dataless import Dataless, DatalessMode, Forms, NeedsData, layout_of, storage, tensors, written_by
 from ..outputs import flatten
 from .derivatives import applied_by, without_checkpoints
-from .randomness import drawn, draws
+from .randomness import draws, state_drawn_from
 
 aten = torch.ops.aten
 
@@ -162,7 +162,7 @@ class _Recorder(DatalessMode):
         if symbolic or random:
             terms = self.term(args), self.term(tuple(kwargs.items()))
         if random:
-            terms = *terms, drawn(args, kwargs)
+            terms = *terms, state_drawn_from(args, kwargs)
         if not symbolic:
             if random:  # the numbers are the same only if they are drawn in the same order
                 self.note(str(func), *terms)

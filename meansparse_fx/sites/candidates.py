@@ -13,7 +13,7 @@ from torch import fx
 from ..activations import ActivationCall
 from ..errors import SiteError, StateError
 from ..rewrite import operand
-from .ops import Operators
+from .ops import Operators, below
 from .plan import Placement
 from .residual import Residual, residuals
 from .shapes import Flow
@@ -74,16 +74,12 @@ def find_candidates(
         total, branch, inside = residual.total, residual.branch, residual.activations
         path, reader = operators.enclosing(total), operators.reader(total)
         found += [
-            Candidate(total, "residual_branch", _below(path, "residual_branch"), branch, inside=inside),
-            Candidate(total, "residual_sum", _below(path, "residual_sum"), total, inside=inside, reader=reader),
+            Candidate(total, "residual_branch", below(path, "residual_branch"), branch, inside=inside),
+            Candidate(total, "residual_sum", below(path, "residual_sum"), total, inside=inside, reader=reader),
         ]
     if published:
         found = _taken_over(published, found, connections, operators)
     return sorted(found, key=lambda c: order[c.node])
-
-
-def _below(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _taken_over(

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from ..activations import ActivationCall
 from ..formulas import FEATURES, POINTS, WEIGHTS, formula_of, is_affine, is_even
-from .ops import CALLS, Operators, name_of
+from .ops import CALLS, Operators, below, name_of
 from .plan import Refusal, in_several_steps
 from .pointwise import CASTS, Pieces
 from .shapes import Flow
@@ -236,7 +236,7 @@ class CompositeFinder:
         path = self._operators.enclosing(node)
         if path not in self._mixed_modules:
             return path
-        return f"{path}.{word}" if path else word
+        return below(path, word)
 
     @functools.cached_property
     def _mixed_modules(self) -> set[str]:

@@ -28,7 +28,7 @@ from .aliases import changed_inputs
 from .axis import channel_axes
 from .find import plan_sites
 from .inlined import ModuleCall, inlined_activations
-from .ops import Operators
+from .ops import Operators, below
 from .plan import Placement, SitePlan
 from .shapes import recorded
 
@@ -212,8 +212,8 @@ def _run_by_python(frames: Sequence[FrameType], names: Mapping[int, str]) -> Ite
             children = own.children() if code.co_name == "forward" and isinstance(own, nn.Module) else ()
             calls &= any(match_module(m) is not None and not _is_traced_activation(m) for m in children)
         if calls:
-            path = names.get(id(own), "")
-            yield f"{path}{'.' * bool(path)}{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
+            name = below(names.get(id(own), ""), code.co_name)
+            yield f"{name} ({code.co_filename}:{code.co_firstlineno})"
 
 
 def _callers() -> list[FrameType]:

@@ -218,7 +218,12 @@ class Operators:
         # Where modules are traced into, the call inside an activation module goes by the module's name.
         if node.op == "call_module" or (path in self.modules and match_module(self.modules[path]) is not None):
             return path
-        return f"{path}.{self.word(node)}" if path else self.word(node)
+        return below(path, self.word(node))
+
+
+def below(path: str, name: str) -> str:
+    """Return the path of what is called ``name`` in the module at ``path``, which is empty for the model itself."""
+    return f"{path}.{name}" if path else name
 
 
 def name_of(node: fx.Node) -> str:
