@@ -163,7 +163,7 @@ class CompositeFinder:
         readers = tuple(n for n in piece if not sources.isdisjoint(n.all_input_nodes))
         memory = self._memory(root)
         written = any(self._operators.writes(n) and self._memory(n) & memory for n in piece)
-        source = min(sources, key=self._pieces.overwrites.order.__getitem__)
+        source = min(sources, key=self._pieces.order.__getitem__)
         refusal = self._overwritten(source, piece, readers) or self._shared(piece)
         if len(sources) > 1 or (written and not memory & self._memory(piece[-1])):
             refusal = refusal or in_several_steps(piece[-1])
@@ -175,7 +175,7 @@ class CompositeFinder:
 
     def _overwritten(self, source: fx.Node, piece: Sequence[fx.Node], readers: Sequence[fx.Node]) -> Refusal | None:
         """Return who changes the source between its readers: they would all read what the operator made before."""
-        order = self._pieces.overwrites.order
+        order = self._pieces.order
         span = range(order[readers[0]], order[readers[-1]])
         for writer in self._pieces.overwrites.writers(source):
             if writer not in piece and order[writer] in span:

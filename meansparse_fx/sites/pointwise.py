@@ -7,6 +7,7 @@ which running it on a few numbers tells. Imports `ops`, `shapes` and `formulas`.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +37,7 @@ class Pieces:
     """The trees of one graph.
 
     Attributes:
-        overwrites: Who overwrites what in it.
+        order: By node, its position in the graph.
         constants: The calls whose result holds the same numbers whatever they are given: zeros like it, for example.
         parents: By node, what it is a function of; roots are in no key.
         operands: By node of a tree, the tensors it reads that depend on the images.
@@ -45,8 +46,8 @@ class Pieces:
     """
 
     def __init__(self, graph: fx.Graph, operators: Operators, flow: Flow, data: set[fx.Node]) -> None:
-        self._operators, self._flow, self._data = operators, flow, data
-        self.overwrites = Overwrites(graph, operators, flow)
+        self._graph, self._operators, self._flow, self._data = graph, operators, flow, data
+        self.order = {node: position for position, node in enumerate(graph.nodes)}
         self.constants = {n for n in graph.nodes if _is_constant(n) and not self.overwrites.writers(n)}
         self._depths: dict[fx.Node, int] = defaultdict(int)
         self.parents: dict[fx.Node, fx.Node] = {}
@@ -71,6 +72,11 @@ class Pieces:
                 first[node] = first.get(node.args[0], node.args[0])
                 latest[first[node]] = node
 
+    @functools.cached_property
+    def overwrites(self) -> Overwrites:
+        """Who overwrites what in the graph; few ask."""
+        return Overwrites(self._graph, self._operators, self._flow)
+
     def between(self, root: fx.Node, node: fx.Node) -> list[fx.Node]:
         """Return the calls that compute ``node`` from its ancestor ``root``, in order."""
         found, waiting = {node}, [node]
@@ -79,7 +85,7 @@ class Pieces:
                 if operand is not root and operand not in found:
                     found.add(operand)
                     waiting.append(operand)
-        return sorted(found, key=self.overwrites.order.__getitem__)
+        return sorted(found, key=self.order.__getitem__)
 
     def is_closed(self, piece: Sequence[fx.Node]) -> bool:
         """Return whether nobody else reads what a piece computes on its way."""
