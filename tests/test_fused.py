@@ -287,11 +287,72 @@ def test_what_belongs_together_is_checked_once_and_by_name():
         Operator(vectors, Options(1, "prelu"))
     with pytest.raises(ValueError, match="silu takes no weight, a learned slope"):
         Operator(vectors._replace(weight=torch.ones(4)), Options(1, "silu"))
+    with pytest.raises(ValueError, match="threshold has 4 elements for 1 channels"):
+        Operator(vectors._replace(centre=torch.ones(1)), Options(1))
+    with pytest.raises(ValueError, match="layer_scale has 1 elements for 4 channels"):
+        Operator(vectors._replace(layer_scale=torch.ones(1)), Options(1))
+    one, four = (Operator(vectors._replace(weight=torch.full((n,), 0.2)), Options(1, "prelu")) for n in (1, 4))
+    assert torch.equal(one(x), four(x)), "a slope is one for all channels, or one each"
     operator_ = Operator(vectors, Options(1))
     with pytest.raises(ValueError, match="x has 3 channels at dim 1, the operator 4"):
         operator_(x[:, :3])
     with pytest.raises(ValueError, match=r"a tensor of shape \[2, 4, 5, 2\] beside one of shape \[3, 4, 5, 2\]"):
         operator_(x, residual[:2])
+
+
+class Particular:
+    """A lowering whose runners take tensors like those that they were made for, and no others: as kernels do."""
+
+    @staticmethod
+    def forward_runner(vectors, options, *made_for):
+        known = [operator._described(t) for t in (*made_for, *vectors)]
+
+        def run(vectors, *tensors):
+            assert [operator._described(t) for t in (*tensors, *vectors)] == known
+            return composition.forward(*tensors, vectors, options)
+
+        return run
+
+    @staticmethod
+    def backward_runner(vectors, options, x, grad, grad_sum, residual, from_sum, wanted):
+        made_for = x, grad, grad_sum, residual
+        known = [operator._described(t) for t in (*made_for, *vectors)]
+
+        def run(vectors, *tensors):
+            assert [operator._described(t) for t in (*tensors, *vectors)] == known
+            return composition.backward(*tensors, vectors, options, from_sum, wanted)
+
+        return run
+
+
+@pytest.mark.parametrize("want_sum", [False, True])
+def test_what_runs_a_call_was_made_for_tensors_like_its_own(want_sum, monkeypatch):
+    """Calls in turns that differ in shapes, layouts, dtypes, what stands beside x, what is read and what was kept."""
+    monkeypatch.setattr(operator, "_fast_lowering", lambda *_: Particular)
+    monkeypatch.setattr(operator, "_RUNNERS", {})
+    (*tensors, vectors), *_ = case(("residual", "shortcut"), (3, 4, 5, 2), torch.float32)
+    options = Options(1, "silu", want_sum=want_sum)
+    spread = Vectors(*(torch.stack([v, v], 1)[:, 0] for v in vectors[:2]))  # with gaps
+    calls = [Operator(vectors, options), Operator(spread, options)]
+    layouts, dtypes, beside = [*LAYOUTS.values()][:2], (torch.float32, torch.float64), [(0, 0), (0, 1), (1, 0), (1, 1)]
+    kinds = [*itertools.product(calls, layouts, layouts, dtypes[:1], (3,), beside)]
+    kinds += itertools.product(calls[:1], layouts[:1], layouts[:1], dtypes, (2, 3), beside)
+    for call, own, other, dtype, rows, which in kinds * 2:
+        laid_out = (layout(t[:rows].to(dtype)) for t, layout in zip(tensors, (own, other, other), strict=True))
+        x, *streams = (t.requires_grad_() for t in laid_out)
+        given = x, *(t if there else None for t, there in zip(streams, which, strict=True))
+        for kept in (*layouts, lambda t: t):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, kept):
+                results = call(*given) if want_sum else (call(*given),)
+            for grads in itertools.product(
+                (own(torch.ones_like(x)), other(torch.ones_like(x)), None), repeat=len(results)
+            ):
+                read = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
+                if read:
+                    leaves = [t for t in given if t is not None]
+                    torch.autograd.grad(
+                        [y for y, _ in read], leaves, [grad for _, grad in read], retain_graph=True, allow_unused=True
+                    )
 
 
 def test_of_ever_new_sizes_few_are_remembered(monkeypatch):

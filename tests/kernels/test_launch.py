@@ -267,3 +267,11 @@ def test_double_precision_is_left_to_torch() -> None:
     vectors = Vectors(torch.zeros(8), torch.ones(8))
     with pytest.raises(TypeError, match=r"take float32, float16 or bfloat16, not torch\.float64"):
         operator_launch.forward_runner(vectors, Options(1), X.double(), None, None)
+
+
+def test_what_no_kernel_can_count_has_no_launch() -> None:
+    x = torch.empty(2**12, 2**12, 2**10, device="meta", dtype=torch.float16)
+    vectors, options = Vectors(*torch.zeros(2, 2**12, device="meta")), Options(1)
+    assert operator_launch.forward_runner(vectors, options, x, None, None) is None
+    assert operator_launch.backward_runner(vectors, options, x, x, None, None, False, Wanted()) is None
+    assert operator_launch.forward_runner(vectors, options, x[:4], None, None) is not None
