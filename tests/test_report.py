@@ -275,12 +275,18 @@ def points(axes, marker: str) -> list[tuple[float, float]]:
     return sorted({tuple(place) for line in found for place in line.round(6).tolist()})
 
 
+def lines(axes) -> tuple[set[float], set[float]]:
+    """Return where an axes' lines from edge to edge are: those up and down, and those across."""
+    found = [np.round(line.get_xydata(), 6) for line in axes.lines if len(line.get_xydata()) == 2]
+    upright = {float(ends[0, 0]) for ends in found if ends[:, 1].tolist() == [0, 1]}
+    return upright, {float(ends[0, 1]) for ends in found if ends[:, 0].tolist() == [0, 1]}
+
+
 def test_alpha_figure_has_a_clean_point_an_alpha_and_the_base_and_its_budget_as_lines():
     figure = early_search().figure()
     top, bottom = figure.axes
     assert points(top, "o") == [(0, 0.9), (0.2, 0.9), (0.3, 0.9), (0.6, 0.85)]
-    lines = [line for axes in figure.axes for line in axes.lines if list(line.get_xdata()) == [0, 1]]
-    assert [list(line.get_ydata()) for line in lines] == [pytest.approx([y, y]) for y in (0.9, 0.897, 0.54)]
+    assert [lines(axes) for axes in (top, bottom)] == [({0.3}, {0.9, 0.897}), ({0.3}, {0.54})]
     legend = {text.get_text() for text in figure.legends[0].get_texts()}
     assert {"clean, 95 % interval", "allowed: 0.3 points less", "worst case, given up early"} <= legend
     # At the edge, 10 points under the base's 54 %, stands only what lies under it: 0.6, with 2 %.
@@ -330,6 +336,9 @@ def test_tradeoff_figure_has_a_point_an_alpha_and_the_base_as_a_cross():
     hollow = [line for line in axes.lines if line.get_marker() == "o" and line.get_markerfacecolor() == "none"]
     # Given up early: 1 of 25 images fewer than the base, so 4 points under the base's 60 %; and the choice's ring.
     assert sorted(line.get_ydata()[0] for line in hollow) == pytest.approx([0.56, 0.7])
+    assert lines(axes) == ({0.897}, {0.6}), "the clean budget, 0.3 points under the base, and the base's worst case"
+    (budget,) = (text for text in axes.texts if text.get_text() == "clean budget")
+    assert budget.xy == pytest.approx((0.897, 0)), "the words stand at the foot of their line"
 
 
 def test_tradeoff_figure_of_a_search_by_site():
@@ -348,6 +357,32 @@ def test_tradeoff_figure_of_a_search_by_site():
 def test_tradeoff_figure_where_the_base_is_the_choice(search):
     words = [text.get_text() for text in AlphaSearch(0.0, search.outcomes, 0.003).figure(tradeoff=True).axes[0].texts]
     assert "base, chosen" in words
+
+
+@pytest.mark.parametrize("cumulative", [False, True])
+def test_evaluation_figure_says_what_its_rows_and_colours_are(cumulative):
+    figure = replace(evaluation(outcome(90, 72, 70), 0.25), cumulative=cumulative).figure()
+    left, right = figure.axes
+    words = figure._suptitle.get_text()
+    assert ("each row: what survives it and all rows above" in words) == cumulative
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["base", "alpha 0.25"]
+    assert [axes.get_title("left") for axes in (left, right)] == ["Accuracy", "Change in points, 95 % interval"]
+    assert lines(right)[0] == {0}, "no change"
+    above, below = left.get_ylim()[::-1]
+    assert above < 0 < 3 < below, "the first row is the highest"
+    assert [right.xaxis.get_major_formatter()(x) for x in (0.05, -0.05)] == ["5", "\N{MINUS SIGN}5"]
+    assert [left.xaxis.get_major_formatter()(x) for x in (0.5, 1)] == ["50 %", "100 %"]
+    marks = [bar.get_segments()[0] for bar in right.collections]
+    assert [sorted(round(float(x), 6) for x in mark[:, 0]) for mark in marks] == [
+        [pytest.approx(change.low, abs=1e-6), pytest.approx(change.high, abs=1e-6)]
+        for *_, change in evaluation(outcome(90, 72, 70)).rows()
+    ]
+
+
+def test_evaluation_figure_of_sound_checks_and_alphas_by_site():
+    figure = replace(evaluation(outcome(90, 72, 70)), alpha={"relu": 0.1}, checks=()).figure()
+    assert "checks failed" not in figure._suptitle.get_text()
+    assert figure.legends[0].get_texts()[1].get_text() == "MeanSparse, alphas by site"
 
 
 def test_evaluation_figure_has_both_models_and_the_change_with_its_interval(tmp_path):
