@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import meansparse_fx as msfx
+from meansparse_fx import progress
+from meansparse_fx.calibrate import run
 from meansparse_fx.calibrate.checkpoint import PassState
 from meansparse_fx.calibrate.convergence import Groups, Precision, precision
 from meansparse_fx.calibrate.source import Source
@@ -332,6 +334,36 @@ def test_non_finite_values_keep_the_checkpoint_before_them(net, images, tmp_path
         msfx.calibrate(sparse, Failing(bad.split(3), 99), **keeping)
     mended = msfx.calibrate(sparse, Failing(images.split(3), 99), **keeping)
     assert moments(mended) == moments(msfx.calibrate(sparse, images.split(3), progress=False))
+
+
+def test_a_long_pass_ends_soon_after_nan(net, images, monkeypatch):
+    """Not only at its end: it is looked for every few seconds."""
+    monkeypatch.setattr(run, "LOOK_SECONDS", -1)
+    bad, drawn = images.clone(), []
+    bad[3] = torch.nan
+    batches = (drawn.append(batch) or batch for batch in bad.split(3))
+    with pytest.raises(CalibrationError, match=r"relu: NaN or inf .* batch 1"):
+        msfx.calibrate(msfx.transform(net, images), batches, progress=False)
+    assert len(drawn) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"progress": False}], ids=str)
+def test_the_bar_is_shown_unless_it_is_not_wanted_and_counts_every_image(net, images, tmp_path, monkeypatch, options):
+    displays, keeping = [], {"checkpoint": tmp_path / "c", "every": 0}
+    monkeypatch.setattr(run, "bar", lambda enabled: displays.append(progress.bar(enabled)) or displays[-1])
+    sparse = msfx.transform(net, images)
+    with pytest.raises(Interrupted):
+        msfx.calibrate(sparse, Failing(images.split(5), 1), **keeping, **options)
+    (tmp_path / "c").unlink()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images), batch_size=5)
+    for _ in range(2):  # the second goes on from the end of the first
+        msfx.calibrate(sparse, loader, **keeping, **options)
+    assert [display.disable for display in displays] == [bool(options)] * 3
+    assert [(task.completed, task.total) for display in displays for task in display.tasks] == [
+        (5, None),
+        (12, 12),
+        (12, 12),
+    ]
 
 
 # Stopping by itself

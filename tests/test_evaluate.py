@@ -183,12 +183,21 @@ def test_a_net_change_is_as_rare_as_among_the_likeliest_shares(gained, lost, dif
     assert _at_most(gained, lost, n, difference) == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_progress_bar_ends_at_its_end(sparse, test_set, monkeypatch):
-    displays = []
-    run = sys.modules["meansparse_fx.evaluate.run"]
+def bars(monkeypatch) -> list[progress.Progress]:
+    """Return a list that every bar of `evaluate` will be in."""
+    displays: list[progress.Progress] = []
     monkeypatch.setattr(run, "bar", lambda enabled: displays.append(progress.bar(enabled)) or displays[-1])
-    msfx.evaluate(sparse, test_set, eps=0.05, steps=2, attacks=("pgd",), sanity_images=0)
-    assert [task.finished for task in displays[0].tasks] == [True]
+    return displays
+
+
+def test_the_progress_bar_is_shown_by_default_and_ends_at_its_end(sparse, test_set, monkeypatch):
+    displays = bars(monkeypatch)
+    options = {"eps": 0.05, "steps": 2, "attacks": ("pgd",), "sanity_images": 0, "batch_size": 5}
+    for own in ({}, {"progress": False}):
+        msfx.evaluate(sparse, test_set, **options, **own)
+    assert [display.disable for display in displays] == [False, True]
+    # Three batches, two gradients, two models.
+    assert [(task.completed, task.total) for display in displays for task in display.tasks] == [(12, 12)] * 2
 
 
 def test_interval_and_test_are_right_whatever_the_truth():
@@ -834,8 +843,10 @@ class Pair:
 
 def test_two_processes_find_what_one_finds(sparse, test_set, tmp_path, monkeypatch):
     options = QUICK | {"attacks": ("pgd", "square"), "queries": 10, "batch_size": 5, "sanity_images": 7}
+    options |= {"save_adversarial": tmp_path / "whole", "progress": True}
     whole = msfx.evaluate(sparse, test_set, **options)
-    parts = []
+    parts, displays = [], bars(monkeypatch)
+    options |= {"save_adversarial": tmp_path / "together"}
 
     class Alone:
         """It has found what it can, and the other process is gone."""
@@ -852,10 +863,19 @@ def test_two_processes_find_what_one_finds(sparse, test_set, tmp_path, monkeypat
     for rank in range(2):
         with pytest.raises(EvaluationError, match="lost another process"):
             msfx.evaluate(sparse, test_set, group=Pair(rank), checkpoint=path, **options)
-    assert {file.name for file in tmp_path.iterdir()} == {"c.rank0-of-2", "c.rank1-of-2"}
+    assert {file.name for file in tmp_path.iterdir()} == {"c.rank0-of-2", "c.rank1-of-2", "whole"}
+    assert [display.disable for display in displays] == [False, True], "one bar for both"
+    # Of three batches, three runs and two models: two batches are the first process's.
+    assert [(task.completed, task.total) for display in displays for task in display.tasks] == [(12, 12), (6, 12)]
+    parts = [(*part[:3], seconds) for part, seconds in zip(parts, (1000.0, 2000.0), strict=True)]
     monkeypatch.setattr(Alone, "gather", lambda *_: parts)
     made = count_attacks(monkeypatch)
-    assert numbers(msfx.evaluate(sparse, test_set, group=Pair(1), checkpoint=path, **options)) == numbers(whole)
+    found = msfx.evaluate(sparse, test_set, group=Pair(1), checkpoint=path, **options)
+    assert numbers(found) == numbers(whole)
+    assert found.seconds == 2000, "the slower one's"
+    assert not (tmp_path / "together").exists(), "the first process writes"
+    msfx.evaluate(sparse, test_set, group=Pair(0), checkpoint=path, **options)
+    assert (tmp_path / "together").read_bytes() == (tmp_path / "whole").read_bytes()
     assert not made, "each goes on from its own file"
     with pytest.raises(ArtifactError, match="a checkpoint of 2 process"):
         msfx.evaluate(sparse, test_set, checkpoint=path, **options)

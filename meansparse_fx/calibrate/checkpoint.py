@@ -165,7 +165,8 @@ class Checkpoint:
         return time.monotonic() - self._last_write >= self._every
 
     def write(self, state: PassState, images: Tensor) -> None:
-        """Replace the file by what was measured so far; ``images`` is the latest batch."""
+        """Replace the file by what was measured so far, NaN and inf refused; ``images`` is the latest batch."""
+        state.refuse_non_finite()
         groups, totals = state.groups, [state.totals]
         if groups is not None:
             totals += [groups.open, *groups.closed]

@@ -32,7 +32,7 @@ from .convergence import MIN_GROUPS, Precision, precision
 from .source import Source
 from .totals import Totals, gather_totals, merge_all
 
-LOOK_SECONDS = 10.0  # between two looks for NaN on a GPU, each of which waits for it
+LOOK_SECONDS = 10.0  # between two looks for NaN, each of which waits for a GPU
 
 
 def calibrate(
@@ -183,13 +183,12 @@ class _Pass:
             batch, latest = self._measure(images), images
             rate = (state.images - already) / max(time.monotonic() - began, 1e-9)
             display.update(task, completed=state.images, note=f"{rate:,.0f} images/s")
-            due = kept is not None and kept.due()
-            if due or self._device.type == "cpu" or time.monotonic() - looked > LOOK_SECONDS:
+            if time.monotonic() - looked > LOOK_SECONDS:
                 looked = time.monotonic()
                 state.refuse_non_finite()
             if state.groups is not None and state.groups.add(batch):
                 self._look_at_precision()
-            if kept is not None and due:
+            if kept is not None and kept.due():
                 kept.write(state, images)
             if self._settled:
                 break

@@ -207,8 +207,6 @@ def _evidence(
 
 def _unite(comparison: Comparison, identity: dict[str, Any], seen: list[str], seconds: float, group: Any) -> float:
     """Give every process what all of them found, and return the seconds that the slowest of them took."""
-    if group is None:
-        return seconds
     parts = Ranks(group, error=EvaluationError).gather((identity, seen, comparison.found, seconds), "end")
     for rank, part in enumerate(parts):
         if part[:2] != (identity, seen):
