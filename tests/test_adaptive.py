@@ -182,6 +182,28 @@ def test_targeted_attacks_take_the_classes_there_are():
         assert attack(name, model, x, model(x).argmax(1), AttackSettings(eps=0.01, steps=2)).shape == x.shape
 
 
+@pytest.mark.parametrize("name", [name for name in ATTACKS if not attack_kind(name).reads_graph])
+def test_an_attack_takes_as_few_classes_as_its_loss_does(name):
+    """The loss itself, which sorts the logits, fails with fewer."""
+    x, row = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(0)), attack_kind(name)
+    starts = x if row.started else None
+    for classes in (2, 3, 4):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(108, classes)).eval()
+        labels, settings = model(x).argmax(1), AttackSettings(0.01, steps=2, queries=2, target_classes=classes - 1)
+        try:
+            built = row.build(model, settings)
+            built.perturb_from(x, x, labels) if row.started else built.perturb(x, labels)
+            fits = True
+        except IndexError:
+            fits = False
+        if fits:
+            assert len(attack(name, model, x, labels, settings, None, starts)) == 4
+        else:
+            with pytest.raises(EvaluationError, match=rf"{name} needs at least \d classes"):
+                attack(name, model, x, labels, settings, None, starts)
+
+
 class MeanOfPixels(nn.Module):
     """Two classes: the mean of an image against a half; keeps the means of what it was asked a gradient of."""
 

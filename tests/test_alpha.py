@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import meansparse_fx as msfx
+from meansparse_fx import progress
 from meansparse_fx.alpha import halving
 from meansparse_fx.alpha.halving import Candidate, rung_sizes
 from meansparse_fx.alpha.result import AlphaSearch, Move, Refinement, better, choose
@@ -127,6 +128,19 @@ def test_each_rung_leaves_the_better_half_and_the_bar_counts_its_attacks(sparse,
     assert bar.add_task.call_args.kwargs["total"] == bar.advance.call_count
 
 
+def test_bars_are_shown_by_default_and_end_at_their_ends(sparse, held_out, monkeypatch):
+    displays = []
+    monkeypatch.setattr(
+        "meansparse_fx.alpha.run.bar", lambda enabled: displays.append(progress.bar(enabled)) or displays[-1]
+    )
+    options = {"alphas": (0.2,), "attacks": ("pgd/exact",), "steps": 1, "rungs": 1, "per_site": True}
+    for own in ({}, {"progress": False}):
+        msfx.select_alpha(sparse, held_out, **options, **own)
+    assert [display.disable for display in displays] == [False, True]
+    # The base and one alpha, each in one batch; then each of four sites at the other of the two.
+    assert [(task.completed, task.total) for display in displays for task in display.tasks] == [(2, 2), (4, 4)] * 2
+
+
 def test_clean_is_measured_on_all_images_and_robust_on_those_attacked(sparse, held_out):
     options = {"alphas": (0.2,), "batch_size": 5, "rungs": 1, **QUICK}
     search = msfx.select_alpha(sparse, held_out, attacked=7, **options)
@@ -192,6 +206,8 @@ def test_interrupted_it_ends_the_same(sparse, held_out, tmp_path, monkeypatch):
     assert len(calls) == done
     with pytest.raises(EvaluationError, match="attack settings differ"):
         msfx.select_alpha(sparse, held_out, checkpoint=tmp_path / "c", **options | {"eps": 0.1})
+    with pytest.raises(EvaluationError, match="a checkpoint of more images, 1 batches of it did not come again"):
+        msfx.select_alpha(sparse, [part[:18] for part in held_out], checkpoint=tmp_path / "c", **options)
     # The model's own alpha is no part of it; more candidates may join.
     msfx.set_alpha(sparse, 0.1)
     more = msfx.select_alpha(sparse, held_out, checkpoint=tmp_path / "c", **options | {"alphas": (0.2, 0.3, 0.4, 0.6)})

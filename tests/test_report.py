@@ -461,6 +461,16 @@ def test_results_come_back_from_their_files(tmp_path):
     assert str(again) == str(result)
 
 
+@pytest.mark.parametrize("kind", [AlphaSearch, Evaluation])
+def test_a_results_file_is_of_the_schema_that_others_read(kind, tmp_path):
+    """Its name and number are in every file written so far: another number is for another schema."""
+    result = early_search() if kind is AlphaSearch else evaluation(outcome(90, 72, 70))
+    name = "search" if kind is AlphaSearch else "evaluation"
+    result.save(tmp_path / "r.json")
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert (found["format"], found["version"]) == (f"meansparse_fx.{name}", 1)
+
+
 def test_results_of_another_schema_are_refused_with_the_cure(tmp_path):
     path = tmp_path / "e.json"
     result = evaluation(outcome(90, 72, 70))

@@ -117,7 +117,7 @@ def fitting(
     named = {name.partition("/")[0] for name in map(str, items(attacks))}
     images = images[:2].to(next(itertools.chain(model.parameters(), model.buffers()), images).device)
     with torch.no_grad():
-        logits = logits_of(model, images, labels[:2])
+        logits = logits_of(model, images, labels)
     misfits = {run: run.kind.misfit(images, logits, settings.norm) for run in runs}
     for run, misfit in misfits.items():
         if misfit is not None and (run.attack in named or all(misfits.values())):
