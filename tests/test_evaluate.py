@@ -595,6 +595,15 @@ def test_an_attack_that_cannot_look_for_planted_examples_may_be_alone(name, spar
     assert "planted examples, base" not in names
 
 
+def test_checks_look_at_as_many_images_as_are_asked_for(sparse, test_set):
+    """At the first ones, whichever batches they are in."""
+    for count in (3, 5, 7, 12, 99):
+        result = msfx.evaluate(sparse, test_set, **QUICK | {"steps": 1, "batch_size": 5, "sanity_images": count})
+        for which, outcome in (("base", result.base), ("with MeanSparse", result.sparse)):
+            (check,) = (check for check in result.checks if check.name == f"repeatable outputs, {which}")
+            assert f"0 of {int(outcome.clean[:count].sum())} images" in check.finding
+
+
 def test_checks_can_be_left_out(sparse, test_set, monkeypatch):
     made = count_attacks(monkeypatch)
     result = msfx.evaluate(sparse, test_set, sanity_images=0, **QUICK)

@@ -235,6 +235,20 @@ def test_damaged_bytes(make, tmp_path, model):
             raise AssertionError(f"file {number}, {len(raw)} bytes: {type(error).__name__}: {error}") from error
 
 
+FORMATS = {"statistics": "2", "settings": "2", "calibration": "3", "ledger": "3", "adversarial": "2"}
+
+
+@pytest.mark.parametrize("make", READERS[:5], ids=lambda make: make.__name__)
+def test_a_file_is_of_the_format_that_others_read(make, tmp_path, model):
+    """A number that changes refuses every file written before, so it does where the format does."""
+    _, whole, _ = prepared(make, tmp_path, model)
+    (entry,) = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])["__metadata__"].values()
+    header = json.loads(entry)
+    assert header["format_version"] == FORMATS[make.__name__]
+    if make is settings:
+        assert header["settings"]["version"] == "1"
+
+
 STRANGE = (None, -1, 1.5, 10**30, "x", [], {}, [[]], True, {"a": 1}, float("nan"))
 
 

@@ -330,6 +330,31 @@ def test_moments_of_another_form_are_no_statistics(tmp_path, what, bad):
         Statistics.load(tmp_path / "s")
 
 
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [
+        ("fingerprint", 7),
+        ("images", "20"),
+        ("metadata", ["noise"]),
+        ("graph", None),
+        ("table", [["relu"]]),
+        ("table", {"a": "relu"}),
+        ("counts", {"a": -1}),
+        ("counts", {"a": 1.0}),
+        ("answers", {"shape": 3, "values": [], "exact": True}),
+    ],
+)
+def test_a_fact_of_another_type_is_refused_by_whoever_reads_the_file(tmp_path, fact, value):
+    """Where it is read, not where somebody prints or merges it."""
+    facts = {"fingerprint": "f", "images": 1, "metadata": {}, "graph": "", "table": {}, "counts": {"a": 1}}
+    moments = {f"a:{part}": torch.zeros(2).double() for part in ("mean", "m2")}
+    artifacts.write(tmp_path / "s", FORMAT, "2", facts, moments)
+    assert Statistics.load(tmp_path / "s").images == 1
+    artifacts.write(tmp_path / "s", FORMAT, "2", facts | {fact: value}, moments)
+    with pytest.raises(ArtifactError, match="damaged, or not written by this package"):
+        Statistics.load(tmp_path / "s")
+
+
 def test_statistics_without_histograms_say_so():
     with pytest.raises(StatisticsError, match=r"^no histograms in the statistics \(a merge has none\): calibrate"):
         some().histogram()
