@@ -163,6 +163,35 @@ def test_a_step_that_leaves_the_images_range_raises_nothing(value, label, rises)
     assert _gradients(model, right, plan_runs(["pgd"], ["exact"], 0), SETTINGS)["rises"].tolist() == [rises]
 
 
+@pytest.mark.parametrize(("norm", "moved"), [("Linf", 0.005), ("L2", 0.0025)])
+def test_a_step_along_the_gradient_is_a_tenth_of_the_radius(norm, moved):
+    """The margin is highest where all four pixels are brighter by a bit more, or a bit less, than half of the step."""
+    for peak, rises in ((0.55 * moved, True), (0.45 * moved, False)):
+        model = Apply(
+            lambda x, peak=peak: torch.stack([0 * x.sum((1, 2, 3)), -(x.mean((1, 2, 3)) - 0.5 - peak).abs()], 1)
+        )
+        right = Probed(torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]))
+        found = _gradients(model, right, plan_runs(["pgd"], ["exact"], 0), AttackSettings(eps=0.05, norm=norm))
+        assert found["rises"].tolist() == [rises]
+
+
+def test_a_tiny_change_is_a_thousandth_of_the_radius():
+    """Inputs rounded to a step are as they were after a change of less than half of it."""
+    settings, x = AttackSettings(eps=0.05), torch.full((2, 1, 2, 2), 0.5)
+    for step, follows in ((0.8e-4, True), (1.2e-4, False)):
+        model = Apply(lambda x, step=step: step * ((x.double() - 0.5) / step).round().flatten(1))
+        assert outputs(model, Probed(x, torch.zeros(2).long()), settings)["continuous"].tolist() == [follows] * 2
+
+
+def test_two_passes_may_differ_by_rounding():
+    """By a ten thousandth of the largest logit."""
+    for by, repeatable in ((0.9e-4, True), (1.1e-4, False)):
+        calls: list[int] = []
+        model = Apply(lambda x, by=by, calls=calls: x.flatten(1) + by * 8 * (calls.append(1) or len(calls) == 2))
+        found = outputs(model, Probed(torch.full((2, 1, 2, 2), 8.0), torch.zeros(2).long()), SETTINGS)
+        assert found["repeatable"].tolist() == [repeatable] * 2
+
+
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_what_is_planted_is_there(sparse, images, norm):
     eps = 0.05 if norm == "Linf" else 0.5

@@ -121,8 +121,6 @@ def _gradients(model: nn.Module, right: Probed, runs: Sequence[Run], settings: A
 
 def _longer_run(attacked: Attacked, left: Probed, run: Run) -> dict[str, Tensor]:
     """Return which images survive one more run of twice the steps, and of which it returned all that it had broken."""
-    if not len(left.images):
-        return {}
     settings, target = attacked.plan.settings, attacked.target_of(run)
     watched = target if run.kind.reads_graph else _Watched(target, left)
     again, longer = replace(run, seed=run.seed + 1000), replace(settings, steps=2 * settings.steps)
