@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import meansparse_fx as msfx
 from meansparse_fx import seen
-from meansparse_fx.errors import StatisticsError
+from meansparse_fx.errors import EvaluationError, StatisticsError
+from meansparse_fx.evaluate.attacks import AttackSettings
+from meansparse_fx.evaluate.provenance import (
+    check_calibration,
+    check_distinct,
+    checks_of_choice,
+    hexadecimal,
+    require_units,
+)
+from meansparse_fx.operators import added
 from meansparse_fx.statistics import Statistics
 
 QUICK: dict = {"steps": 1, "attacks": "pgd/exact", "progress": False}
@@ -136,3 +147,54 @@ def test_a_resumed_calibration_knows_its_first_images(net, images, tmp_path):
     again = msfx.calibrate(sparse, iter(images.split(4)), checkpoint=kept, every=0, progress=False)
     assert torch.equal(again.marks, whole.marks)
     assert len(whole.marks) == 12
+
+
+@pytest.mark.parametrize(("of", "passed"), [(200, True), (199, False)])
+def test_one_image_in_two_hundred_may_be_the_same(sparse, images, of, passed):
+    """As another of its set, as one that was calibrated on, as one that alpha was chosen by."""
+    marks = torch.arange(of)
+    assert check_distinct(torch.cat([marks[1:], marks[1:2]])).passed == passed
+    settings = AttackSettings(0.1)
+    choice = {"threat": {"norm": "Linf", "eps": 0.1}, "marks": hexadecimal(torch.tensor([3, 10**9]))}
+    threat, unseen = checks_of_choice(choice, settings, marks)
+    assert (threat.passed, unseen.passed) == (True, passed)
+    added(sparse).statistics = replace(added(sparse).statistics, marks=torch.tensor([3, 10**9]))
+    (check,) = check_calibration(sparse, images, marks)
+    assert check.passed == passed
+    assert "1 of these images were calibrated on" in check.finding
+
+
+def written(sparse, text):
+    known = added(sparse).statistics
+    added(sparse).statistics = replace(known, metadata=known.metadata | {"input_range": text})
+
+
+@pytest.mark.parametrize(
+    ("ranges", "units"),
+    [
+        ("0 to 1", True),
+        ("-0.0009 to 1.0009", True),
+        ("0 to 1.002", False),
+        ("-0.002 to 1", False),
+        ("0 to 255", False),
+        ("-2 to 2", False),
+        ("0 to 1 + 0 to 255", False),
+        ("0 to 1 + -2 to 1", False),
+        ("", True),
+    ],
+)
+def test_statistics_of_other_units_are_refused(sparse, ranges, units):
+    written(sparse, ranges)
+    if units:
+        require_units(sparse)
+    else:
+        with pytest.raises(EvaluationError, match="calibrate on images in"):
+            require_units(sparse)
+
+
+@pytest.mark.parametrize(("greatest", "passed"), [("1", True), ("0.25", True), ("0.24", False), ("0.003", False)])
+def test_images_four_times_as_bright_as_those_of_calibration_were_divided_twice(sparse, greatest, passed):
+    written(sparse, f"0 to {greatest}")
+    (check,) = check_calibration(sparse, torch.ones(2, 3, 9, 9), torch.arange(2) + 10**9)
+    assert check.passed == passed
+    assert ("divided twice" in check.finding) != passed
