@@ -606,6 +606,47 @@ def test_a_registered_class_is_what_it_was_registered_as():
     assert msfx.inspect(network(Own()), IMAGES).sites[0].activation.fused
 
 
+class Clipped(nn.Module):
+    """A class of the user's own, which is called as a whole once it is registered."""
+
+    def forward(self, x):
+        return x.clamp(0, 6)
+
+
+@pytest.mark.parametrize("inner", [nn.ReLU6(), Clipped()], ids=["torch's", "registered"])
+def test_a_known_module_inside_of_an_activation_is_a_part_of_it(inner):
+    msfx.register_activation(Clipped, "relu6")
+    hard = Functional(lambda self, x: x * self.inner(x + 3) / 6, inner=inner)
+    assert rows(network(hard)) == [("1", "hardswish", "")]
+    assert rows(network(Functional(lambda self, x: self.inner(x), inner=inner))) == [("1.inner", "relu6", "")]
+
+
+@pytest.mark.parametrize("conv", ["conv", "full", "ones", "max"])
+@pytest.mark.parametrize("clip", ["clip", "detach", "clone", "round", "zeros"])
+def test_a_modules_name_says_nothing_of_what_it_computes(conv, clip):
+    def forward(self, x):
+        h = getattr(self, conv)(x)
+        return self.last(h * getattr(self, clip)(h + 3) / 6)
+
+    parts = {conv: nn.Conv2d(3, 4, 3), clip: nn.ReLU6(), "last": nn.Conv2d(4, 4, 1)}
+    assert rows(Functional(forward, **parts)) == [("hardswish", "hardswish", "")]
+
+
+@pytest.mark.parametrize("inner", [nn.PReLU(), nn.RReLU()], ids=["learned", "random"])
+def test_a_module_that_is_no_function_of_a_number_is_part_of_none(inner):
+    leaky = Functional(lambda self, x: torch.maximum(self.inner(x), 0.1 * x), inner=inner)
+    assert [name for name, *_ in rows(network(leaky))] == ["1.inner"]
+
+
+def test_a_value_that_an_activation_reads_by_two_names_cannot_be_replaced_before_it():
+    def forward(self, x):
+        h = self.conv(x)
+        positive = F.relu_(h)
+        return self.last(h * torch.sigmoid(positive))
+
+    assert names_in(forward) == [("relu", "relu", ""), ("swish", "swish", "in place")]
+
+
 def test_an_activation_that_is_copied_for_several_readers_is_one_site():
     def forward(self, x):
         y = self.stem(x).clamp(0, 6)

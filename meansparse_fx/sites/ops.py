@@ -227,8 +227,8 @@ def below(path: str, name: str) -> str:
 
 
 def name_of(node: fx.Node) -> str:
-    """Return the bare name of what a node calls."""
-    return getattr(node.target, "__name__", str(node.target))
+    """Return the bare name of the function or the method that a node calls; empty for a module, whatever its path."""
+    return "" if node.op == "call_module" else getattr(node.target, "__name__", str(node.target))
 
 
 def is_in_place(name: str) -> bool:

@@ -107,16 +107,14 @@ class Pieces:
             return False
         call, op = self._operators.activation(node), self._operators.op(node)
         module = self._operators.module(node)
-        if module is not None:
-            elementwise = call is not None or op.carry is axis.elementwise
-            own = type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, nn.RReLU)
-            return elementwise and own and not any(True for _ in module.parameters())
-        if call is not None:
-            return call.weight is None and call.name != "rrelu"
+        if call is not None and (call.weight is not None or call.name == "rrelu"):
+            return False
+        if module is not None and any(True for _ in module.parameters()):
+            return False
         name = name_of(node)
         if name in ("max", "min"):
             return isinstance(node.kwargs.get("other", (*node.args, None)[1]), fx.Node)
-        return op.carry is axis.elementwise or name in CASTS
+        return call is not None or op.carry is axis.elementwise or name in CASTS
 
     def _add_to_tree(self, node: fx.Node, operands: tuple[fx.Node, ...]) -> None:
         parent: fx.Node | None = operands[0]
