@@ -28,7 +28,7 @@ from .nn import MeanSparse
 from .outputs import flatten
 from .passes import Added
 from .rewrite import PREFIX
-from .state import kept_buffers
+from .state import kept_buffers, kept_random_state
 from .statistics import Answers, Statistics, fingerprint
 
 OTHER_FUNCTION = (
@@ -230,7 +230,7 @@ def answers(model: nn.Module, shape: Sequence[int] | None) -> Answers | None:
                 set_alpha(model, 0.0)
             else:
                 model = shadow(model)
-            with torch.random.fork_rng([place] if place.type == "cuda" else []):
+            with kept_random_state(place):
                 before = generator_state(place)
                 outputs = flatten(model(images))[0]
                 drew = generator_state(place) != before

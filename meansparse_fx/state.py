@@ -1,9 +1,9 @@
-"""Floor 1: parameters and buffers, and what running a model does to them. Imports torch only."""
+"""Floor 1: parameters, buffers and random numbers, and what running a model does to them. Imports torch only."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, fx, nn
@@ -50,6 +50,11 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
             for holder, name, buffer, value in before:
                 _in_memory(buffer).copy_(value)
                 holder[name] = buffer
+
+
+def kept_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Undo what is drawn of torch's random numbers, of the CPU and of ``device``."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _in_memory(tensor: Tensor) -> Tensor:

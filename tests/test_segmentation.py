@@ -136,6 +136,18 @@ def test_both_models_side_by_side(sparse, images, maps):
     assert f"the commonest label alone gets {100 * share:.1f} %" in result.checks[0].finding
 
 
+@pytest.mark.parametrize(
+    ("count", "above", "passed"), [(10, 0, True), (10, -0.2, False), (60, 0, False), (60, 0.2, True)]
+)
+def test_few_maps_must_be_below_chance_to_convict_and_many_above_it_to_pass(count, above, passed):
+    """Of every ten pixels six have the commonest label; the base has that share right, by 5 points more or less."""
+    labelled = torch.tensor([[6, 4, 0]]).repeat(count, 1)
+    clean = 0.6 + above + 0.05 * (torch.arange(count).double() % 2 * 2 - 1)
+    (check,) = segmentation.PixelBatch.check_labels({"labelled": labelled}, clean)
+    assert check.passed == passed
+    assert f"{100 * (0.6 + above):.1f} % of the pixels right; the commonest label alone gets 60.0 %" in check.finding
+
+
 def test_prints_and_is_kept(sparse, images, maps, tmp_path):
     result = msfx.evaluate(sparse, (images, maps), sanity_images=0, **QUICK)
     assert "pixel accuracy in %" in str(result)

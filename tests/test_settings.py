@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,7 @@ import meansparse_fx as msfx
 from meansparse_fx import settings
 from meansparse_fx.errors import ArtifactError, EvaluationError, StateError, StatisticsError
 from meansparse_fx.export import export
-from meansparse_fx.operators import added
+from meansparse_fx.operators import added, answers
 
 
 @pytest.fixture
@@ -513,6 +514,19 @@ def test_settings_of_another_function_with_the_same_weights_are_refused(other, t
         BackendCompilerFailed, match=r"these statistics are of another model; .* same weights and sites"
     ):
         torch.compile(Scaled(**other).eval(), backend="meansparse", options=options)(images)
+
+
+@pytest.mark.parametrize(("outputs", "step"), [(640, 20), (33, 1), (63, 1), (65, 2)])
+def test_answers_are_some_64_of_the_outputs_for_a_fixed_pattern(outputs, step):
+    """As every release asks a model, and every file has kept: pixel k of two images is the fraction of k / 1.3247."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, outputs), torch.nn.ReLU()).eval()
+    pattern = np.arange(96) * 0.7548776662466927 % 1
+    with torch.no_grad():
+        expected = model(torch.tensor(pattern, dtype=torch.float32).view(2, 3, 4, 4)).flatten()[::step]
+    found = answers(model, (3, 4, 4))
+    assert (found.shape, found.exact) == ((3, 4, 4), True)
+    assert found.values == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-6)
 
 
 def test_what_a_random_or_changing_model_answers_is_kept_for_nothing(tmp_path):

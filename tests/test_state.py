@@ -12,6 +12,7 @@ from torch import nn
 import meansparse_fx as msfx
 from meansparse_fx.capture import capture
 from meansparse_fx.errors import CaptureError
+from meansparse_fx.state import kept_random_state
 from tests.models import Functional
 
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -147,6 +148,18 @@ def test_buffers_that_are_not_one_value_a_place_are_left_alone(buffer):
     sparse = msfx.transform(model, IMAGES)
     assert torch.equal(sparse(IMAGES), model(IMAGES))
     assert torch.equal(sparse.own.to_dense(), buffer.to_dense())
+
+
+@pytest.mark.parametrize(("device", "kept"), [("cpu", []), ("cuda:1", [torch.device("cuda:1")])])
+def test_random_numbers_are_put_back_where_the_images_are(device, kept, monkeypatch):
+    """Those of the CPU always; of all GPUs that one's, for asking the others would take their memory."""
+    asked, fork = [], torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: asked.append(devices) or fork([]))
+    before = torch.get_rng_state()
+    with kept_random_state(torch.device(device)):
+        torch.rand(3)
+    assert asked == [kept]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_model_that_nobody_holds_is_freed():

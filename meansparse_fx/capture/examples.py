@@ -24,6 +24,7 @@ from torch.fx.proxy import TraceError
 from ..batches import cycled
 from ..dataless import Dataless, DatalessMode
 from ..sites.ops import is_in_place
+from ..state import kept_random_state
 from .derivatives import check_question
 from .functions import values_of
 from .guards import BATCH_SIZES, SizeWatch, expect_answer, expect_size
@@ -72,7 +73,7 @@ def trace_by_example(model: nn.Module, images: Tensor) -> Traced:
         ['x', 'expect_size', 'pad', 'relu', 'output']
     """
     options = TraceOptions()
-    with torch.random.fork_rng([images.device] if images.is_cuda else []):
+    with kept_random_state(images.device):
         first, second = (cycled(images, size) for size in BATCH_SIZES)
         if images.is_floating_point():
             # Other pixels in the second batch, so that a size which depends on values differs, too.

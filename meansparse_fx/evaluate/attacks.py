@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..arguments import items
 from ..errors import EvaluationError
 from ..outputs import logits_of
+from ..state import kept_random_state
 from .descent import PGD, PIXEL_LOSSES, Adaptive, Margin, Nearest, PixelPGD
 from .surrogates import WithSurrogate, surrogate, switch_backward
 from .threat import AttackSettings
@@ -239,8 +240,7 @@ def attack(
             switch_backward(model, *chosen.modes[0])
         else:
             raise EvaluationError(f"{name} reads the model's graph and takes one backward mode, not {backward}")
-    devices = [images.device] if images.is_cuda else []
-    with torch.random.fork_rng(devices=devices):
+    with kept_random_state(images.device):
         built = row.build(model, settings)
         if row.started:
             assert isinstance(built, Margin)

@@ -18,7 +18,7 @@ from ..copies import copied_leaves
 from ..dataless import DatalessMode, storage
 from ..errors import CaptureError, SiteError, first_line
 from ..hooks import entering
-from ..state import kept_buffers
+from ..state import kept_buffers, kept_random_state
 
 _UNKNOWN_SIZE = 8191  # stands for a size that depends on values; a prime, so that no other sizes multiply to it
 
@@ -78,7 +78,7 @@ def _run(graph_module: fx.GraphModule, images: Tensor) -> Flow:
         except Exception:
             # Some operator needs values. The model has run on these images before: run it.
             try:
-                with torch.random.fork_rng([images.device] if images.is_cuda else []):
+                with kept_random_state(images.device):
                     return _Recorder(graph_module).record(images.clone())
             except CaptureError:  # the graph takes no batch of this size
                 raise
