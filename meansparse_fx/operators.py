@@ -220,7 +220,7 @@ def answers(model: nn.Module, shape: Sequence[int] | None) -> Answers | None:
     """
     found = _find(model)
     place = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
-    if shape is None or place.type == "meta" or any(map(has_foreign_hooks, model.modules())):
+    if shape is None or any(map(has_foreign_hooks, model.modules())):
         return None
     pattern = torch.arange(2.0 * math.prod(shape), dtype=torch.float64).mul(0.7548776662466927).frac()
     images = examples(pattern.reshape(2, *shape), model).to(place)
@@ -234,7 +234,7 @@ def answers(model: nn.Module, shape: Sequence[int] | None) -> Answers | None:
                 before = generator_state(place)
                 outputs = flatten(model(images))[0]
                 drew = generator_state(place) != before
-    except Exception:  # the graph does not hold for images of that size
+    except Exception:  # the graph does not hold for images of that size, or the model is on the meta device
         return None
     floats = [t.flatten().double().cpu() for t in outputs if isinstance(t, Tensor) and t.is_floating_point()]
     values = torch.cat([torch.zeros(0), *floats])

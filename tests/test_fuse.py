@@ -392,6 +392,42 @@ def test_a_layer_scale_in_new_memory_counts(images):
     torch.testing.assert_close(fused(images), plain(images), rtol=1e-9, atol=1e-11)
 
 
+class Written(nn.Module):
+    """A norm, a LayerScale that is reshaped, and a sum, called by a function of theirs."""
+
+    def __init__(self, call):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.call = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), call
+        self.gamma, self.act, self.last = nn.Parameter(torch.rand(6, 1, 1)), nn.ReLU(), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x):
+        h = self.conv(x)
+        return self.last(self.act(self.call(self, h)))
+
+
+def normed(self, h):
+    norm = self.norm
+    return {"input": h, "running_mean": norm.running_mean, "running_var": norm.running_var, "weight": norm.weight}
+
+
+BY_KEYWORD = {
+    "reshape": lambda self, h: h + torch.reshape(input=self.gamma * h.sin(), shape=h.shape),
+    "mul": lambda self, h: h + torch.mul(input=h.sin(), other=self.gamma),
+    "add": lambda self, h: torch.add(input=h, other=self.gamma * h.sin()),
+    "batch_norm": lambda self, h: F.batch_norm(**normed(self, h)),
+    "module": lambda self, h: self.norm(input=h),
+}
+
+
+@pytest.mark.parametrize("name", BY_KEYWORD)
+def test_calls_by_keyword_are_fused_or_left_alone(name, images):
+    model = Written(BY_KEYWORD[name]).double().eval().requires_grad_(False)
+    model.norm.running_mean.normal_()
+    fused, plain = calibrated(model, images, fuse="all"), calibrated(model, images)
+    torch.testing.assert_close(fused(images), plain(images), rtol=1e-9, atol=1e-11)
+
+
 def test_copies_and_pickles(model, images):
     fused = calibrated(model, images, fuse="all")
     expected = fused(images)

@@ -529,6 +529,18 @@ def test_answers_are_some_64_of_the_outputs_for_a_fixed_pattern(outputs, step):
     assert found.values == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["mean", "std", "alpha", "threshold"])
+def test_what_is_written_past_torchs_counting_is_noticed_before_it_is_saved(name, tmp_path):
+    images = torch.rand(4, 1, 9, 9, generator=torch.Generator().manual_seed(0))
+    sparse = msfx.transform(Scaled().eval(), images)
+    msfx.calibrate(sparse, [images], progress=False)
+    msfx.set_alpha(sparse, 0.3)
+    sparse(images)
+    next(iter(msfx.operators(sparse).values())).get_buffer(name).data.add_(0.25)
+    with pytest.raises(StateError, match="its buffers were written to"):
+        msfx.save(sparse, tmp_path / "s")
+
+
 def test_what_a_random_or_changing_model_answers_is_kept_for_nothing(tmp_path):
     images = torch.rand(4, 1, 9, 9, generator=torch.Generator().manual_seed(0))
 

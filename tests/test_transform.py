@@ -407,3 +407,11 @@ def test_an_operator_is_one_call_to_whoever_traces_a_transformed_model(images, f
         assert torch.equal(torch.autograd.grad(other(leaf).sum(), leaf)[0], expected)
     msfx.set_alpha(sparse, 0.0)
     assert torch.equal(traced(images), model(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_operators_hold_single_precision_or_that_of_a_double_model(net, images, dtype):
+    sparse = msfx.transform(net.to(dtype), images.to(dtype))
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {m.get_buffer(name).dtype for m in msfx.operators(sparse).values() for name in ("mean", "std")} == {expected}
+    assert sparse(images.to(dtype)).dtype == dtype
