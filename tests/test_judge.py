@@ -425,6 +425,7 @@ def test_the_unbounded_attack_may_reach_any_image_under_any_backward(net, images
     black, white = torch.zeros_like(images[0]), torch.ones_like(images[0])
     largest = max(ball.eps for ball in balls)
     assert largest == pytest.approx(float((white - black).norm()) if norm == "L2" else 1.0)
+    assert {(ball.eps, ball.steps) for ball in balls} == {(largest, 2), (0.05, 4)}, "and once more, twice the steps"
 
 
 class Under(nn.Module):

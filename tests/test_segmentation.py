@@ -170,10 +170,10 @@ def test_steps_shrink_from_half_the_radius_to_nothing():
 
 @pytest.mark.parametrize(("norm", "reach"), [("Linf", 1.0), ("L2", math.sqrt(3 * 8 * 8))])
 def test_the_unbounded_attack_reaches_every_image(sparse, images, maps, monkeypatch, norm, reach):
-    radii, perturbed = set(), plan.perturbed
-    monkeypatch.setattr(plan, "perturbed", lambda *args: radii.add(args[-1].eps) or perturbed(*args))
+    found, perturbed = set(), plan.perturbed
+    monkeypatch.setattr(plan, "perturbed", lambda *args: found.add((args[-1].eps, args[-1].steps)) or perturbed(*args))
     msfx.evaluate(sparse, (images, maps), norm=norm, attacks=("pgd-masked/exact",), sanity_images=2, **QUICK)
-    assert radii == {0.05, reach}
+    assert found == {(0.05, 6), (reach, 6), (0.05, 12)}, "the attack, the unbounded one, and twice the steps"
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
