@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .arguments import half_widths
 from .errors import StateError
 from .sites import Placement, placement_of
 from .statistics import Statistics
@@ -60,7 +61,8 @@ class Options:
                 f"the meansparse back end has no option {unknown[0]!r}; it knows {', '.join(known)}. Options of the "
                 "inner back end go into inner_options"
             )
-        asked = cls(**given | {"placement": placement_of(given.get("placement"))})
+        checked = {"placement": placement_of(given.get("placement")), "alpha": half_widths(given.get("alpha", 0.0))}
+        asked = cls(**given | checked)
         if asked.observe and (asked.statistics is not None or asked.alpha != 0):
             raise StateError("option observe measures the base model: leave out statistics and alpha")
         sparsifies = any(asked.alpha.values()) if isinstance(asked.alpha, Mapping) else asked.alpha

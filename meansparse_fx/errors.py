@@ -54,6 +54,10 @@ class DataError(CalibrationError, EvaluationError):
     """
 
 
+class ArgumentError(MeanSparseError, ValueError):
+    """An argument has a value, or a form, that is not taken."""
+
+
 class ModelError(MeanSparseError):
     """A model cannot be built as asked: unknown name, file without the function, weights that do not fit."""
 

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
-from .arguments import number
-from .errors import SiteError, StateError
-from .kernels.lowering import is_followed
+from .arguments import half_width, number
+from .errors import ArgumentError, SiteError, StateError
 from .kernels.reference import BACKWARDS, VARIANTS
 from .published import PublishedOperator
 from .statistics import ChannelStatistics
 
+_VECTORS = ("mean", "std", "alpha", "centre", "threshold")
 CENTRES = ("channel", "zero", "layer")
 
 
@@ -99,12 +100,11 @@ class OperatorState(nn.Module):
 
     def set_alpha(self, alpha: float) -> None:
         """Set the half width of the band in standard deviations; 0 switches the operator off."""
-        if not (math.isfinite(alpha) and alpha >= 0):
-            raise ValueError(f"{self.name}: alpha must be finite and not negative, got {alpha}")
+        alpha = half_width(alpha, f"{self.name}: alpha")
         if alpha > 0 and not self.calibrated:
             raise StateError(f"{self.name}: alpha {alpha} asked for, but the site has no statistics: calibrate first")
         self.alpha.fill_(alpha)
-        self._given_alpha = float(alpha)
+        self._given_alpha = alpha
         self._refresh()
 
     def get_alpha(self) -> float:
@@ -156,7 +156,7 @@ class OperatorState(nn.Module):
     def set_backward(self, mode: str, steepness: float) -> None:
         """Choose the gradient: ``exact``, ``identity`` or ``smooth``; forward values do not change."""
         if mode not in BACKWARDS:
-            raise ValueError(f"backward must be one of {', '.join(BACKWARDS)}, got {mode!r}")
+            raise ArgumentError(f"backward must be one of {', '.join(BACKWARDS)}, got {mode!r}")
         if (mode, steepness) != (self.backward, self.backward_steepness):  # attacks switch at every step
             self.backward, self.backward_steepness = mode, _positive("steepness", steepness)
             self.gate_steepness.fill_(self.backward_steepness)
@@ -166,9 +166,9 @@ class OperatorState(nn.Module):
         centre = self.centre_mode if centre is None else centre
         steepness = self.steepness if steepness is None else steepness
         if variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+            raise ArgumentError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         if centre not in CENTRES:
-            raise ValueError(f"centre must be one of {', '.join(CENTRES)}, got {centre!r}")
+            raise ArgumentError(f"centre must be one of {', '.join(CENTRES)}, got {centre!r}")
         self.variant, self.centre_mode, self.steepness = variant, centre, _positive("steepness", steepness)
 
     def _refresh(self) -> None:
@@ -195,18 +195,24 @@ class OperatorState(nn.Module):
         held: Any = self._buffers
         if held["mean"].is_inference():  # such tensors do not count
             return -1
-        return sum([held[name]._version for name in ("mean", "std", "alpha", "centre", "threshold")])
+        return sum([id(held[name]) + held[name]._version + held[name].requires_grad for name in _VECTORS])
 
     def check_written(self, values: bool = False) -> None:
-        """Raise StateError if statistics, alpha or what follows from them were written to past what sets them.
+        """Raise StateError if statistics, alpha or what follows from them were written to past what sets them, or want
+        gradients.
 
         Args:
             values: Compare them in any case, and not only where torch counted a write: ``.data`` counts none.
         """
         held: Any = self._buffers
         writes = self._writes()
-        if (values or writes != self._written) and not (is_followed() or held["mean"].is_meta):
-            if not all(map(torch.equal, self._derived(), (held["centre"], held["threshold"]))):
+        if (values or writes != self._written) and not (torch.jit.is_tracing() or held["mean"].is_meta):
+            if wanting := [name for name in _VECTORS if held[name].requires_grad]:
+                raise StateError(f"{self.name}: no gradient reaches {wanting[0]}: call its requires_grad_(False)")
+            given = {is_functorch_wrapped_tensor(held[name]) for name in _VECTORS}  # all of them: an ensemble's
+            if given == {False, True} or not (
+                given == {True} or all(map(torch.equal, self._derived(), (held["centre"], held["threshold"])))
+            ):
                 raise StateError(
                     f"{self.name}: its buffers were written to, of which some follow from others: call "
                     "meansparse_fx.set_alpha or set_statistics, or give all sites theirs by load_state_dict"
@@ -241,5 +247,5 @@ class OperatorState(nn.Module):
 def _positive(name: str, value: float) -> float:
     value = number(value, name)
     if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be finite and positive, got {value}")
+        raise ArgumentError(f"{name} must be finite and positive, got {value}")
     return value

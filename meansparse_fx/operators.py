@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from .arguments import number, some
+from .arguments import half_widths, some
 from .batches import examples
 from .capture.codegen import refuse_changes
 from .capture.preconditions import refuse_train_mode
@@ -110,7 +110,7 @@ def set_alpha(model: nn.Module, alpha: float | Mapping[str, float]) -> None:
             earlier one.
 
     Raises:
-        ValueError: alpha is no number, negative, NaN or infinite.
+        ArgumentError: alpha is no number, negative, NaN or infinite; a ValueError, too.
         StateError: The model is not transformed, no site has such a name, or a site has no statistics yet.
     """
     found = operators(model)
@@ -127,16 +127,16 @@ def alpha_by_site(
         allow_unknown: Pass over names and patterns that are no site's.
 
     Raises:
-        ValueError, StateError: As `set_alpha` raises them.
+        ArgumentError, StateError: As `set_alpha` raises them.
     """
-    if not isinstance(alpha, Mapping):
-        return dict.fromkeys(sites, number(alpha, "alpha for all sites (for each its own: a mapping from site name)"))
-    alpha = {str(key): number(value, f"{key}: alpha") for key, value in alpha.items()}
-    if (unknown := unknown_sites(alpha, sites)) and not allow_unknown:
+    given = half_widths(alpha)
+    if not isinstance(given, dict):
+        return dict.fromkeys(sites, given)
+    if (unknown := unknown_sites(given, sites)) and not allow_unknown:
         raise StateError(f"no such site: {', '.join(unknown[:3])}; sites are {some(sites)}")
-    patterns = {key: value for key, value in alpha.items() if key not in sites}
+    patterns = {key: value for key, value in given.items() if key not in sites}
     matches = {site: value for key, value in patterns.items() for site in sites if _is_found(key, site)}
-    return matches | {key: value for key, value in alpha.items() if key in sites}
+    return matches | {key: value for key, value in given.items() if key in sites}
 
 
 def unknown_sites(alpha: Mapping[str, float], sites: Collection[str]) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 import meansparse_fx as msfx
 from meansparse_fx.arguments import autocast_dtype, items, number, whole
 from meansparse_fx.errors import (
+    ArgumentError,
     CalibrationError,
     DataError,
     EvaluationError,
@@ -86,6 +87,28 @@ def test_alphas_that_are_no_number(net, images, wrong):
         with pytest.raises(ValueError, match=r"alpha.* must be a number"):
             msfx.set_alpha(sparse, given)
     assert msfx.get_alpha(sparse) == 0
+
+
+@pytest.mark.parametrize(
+    "wrong", [1e39, "1e39", -1, float("nan"), float("inf"), "x", torch.tensor(0.3, requires_grad=True)]
+)
+def test_alphas_that_no_operator_can_have(net, images, labels, wrong):
+    sparse = msfx.transform(net, images)
+    statistics = msfx.calibrate(sparse, images, progress=False)
+    data, quick = (images, labels), {"attacks": "pgd", "steps": 1, "progress": False}
+    compiled = torch.compile(net, backend="meansparse", options={"statistics": statistics, "alpha": wrong})
+    for refused in (
+        lambda: msfx.set_alpha(sparse, wrong),
+        lambda: msfx.set_alpha(sparse, {"relu": 0.1, "slope": wrong}),
+        lambda: msfx.transform(net, images, statistics=statistics, alpha=wrong),
+        lambda: msfx.select_alpha(sparse, data, alphas=[0.1, wrong], **quick),
+        lambda: msfx.select_alpha(sparse, data, alphas=0.1, per_site=True, site_alphas=[wrong], **quick),
+    ):
+        with pytest.raises(ArgumentError, match=r"alpha.* (must be finite and not negative|must be a number)"):
+            refused()
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"ArgumentError: alpha.* must be"):
+        compiled(images)
+    assert msfx.get_alpha(sparse) == 0  # of the mapping nothing was set
 
 
 @pytest.mark.parametrize("number", [0.25, "0.25", "1/4", np.float32(0.25), torch.tensor(0.25)])

@@ -7,11 +7,12 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 
 import meansparse_fx as msfx
 from meansparse_fx.capture import capture
-from meansparse_fx.errors import CaptureError
+from meansparse_fx.errors import CaptureError, StateError
 from meansparse_fx.state import kept_random_state
 from tests.models import Functional
 
@@ -160,6 +161,62 @@ def test_random_numbers_are_put_back_where_the_images_are(device, kept, monkeypa
         torch.rand(3)
     assert asked == [kept]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def sparse_at(alpha):
+    torch.manual_seed(0)
+    sparse = msfx.transform(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), IMAGES)
+    msfx.calibrate(sparse, IMAGES, progress=False)
+    msfx.set_alpha(sparse, alpha)
+    return sparse
+
+
+@pytest.mark.parametrize("name", ["mean", "std", "alpha", "centre", "threshold"])
+def test_buffers_of_operators_that_want_gradients_are_refused(name):
+    sparse = sparse_at(0.4)
+    sparse(IMAGES)
+    wanting = getattr(msfx.operators(sparse)["1"], name).requires_grad_()
+    for call in (lambda: msfx.save(sparse, "nowhere"), lambda: sparse(IMAGES)) if name == "alpha" else ():
+        with pytest.raises(StateError, match="1: no gradient reaches alpha"):
+            call()
+    with pytest.raises(StateError, match=f"1: no gradient reaches {name}: call its requires_grad_"):
+        msfx.select_alpha(sparse, (IMAGES, [0] * 4), progress=False)
+    wanting.requires_grad_(False)
+    sparse(IMAGES)
+
+
+def test_operators_called_with_anothers_state():
+    here, there = sparse_at(0.0), sparse_at(0.9)  # as often written to: torch counts the same
+    state = {
+        key: value
+        for key, value in there.state_dict().items()
+        if isinstance(value, Tensor) and value.dtype != torch.uint8
+    }
+    alpha = {"meansparse.1.alpha": torch.tensor(0.9)}
+
+    def call(state, x):
+        return functional_call(here, state, (x,))
+
+    for refused in (
+        lambda: call(state, IMAGES),
+        lambda: call(alpha, IMAGES),
+        lambda: vmap(lambda x: call(state, x[None])[0])(IMAGES),
+        lambda: vmap(lambda a: call({"meansparse.1.alpha": a}, IMAGES))(torch.tensor([0.0, 0.9])),
+        lambda: vmap(call, (0, None))({key: torch.stack([value] * 2) for key, value in state.items()}, IMAGES),
+    ):
+        with pytest.raises(StateError, match="1: its buffers were written to, of which some follow from others"):
+            refused()
+    with pytest.raises(StateError, match="no gradient reaches alpha"):
+        grad(lambda a: call({"meansparse.1.alpha": a}, IMAGES).sum())(torch.tensor(0.9))
+    everything = dict(there.named_buffers()) | dict(there.named_parameters())
+    assert torch.equal(call(everything, IMAGES), there(IMAGES))
+    ensemble = {
+        key: torch.stack([value, everything[key]]) for key, value in (*here.named_buffers(), *here.named_parameters())
+    }
+    assert torch.allclose(
+        vmap(call, (0, None))(ensemble, IMAGES), torch.stack([here(IMAGES), there(IMAGES)]), atol=1e-6
+    )
+    assert not torch.allclose(here(IMAGES), there(IMAGES), atol=1e-3)
 
 
 def test_a_model_that_nobody_holds_is_freed():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, fx
 
-from ..arguments import autocast_dtype, items, number, whole
+from ..arguments import autocast_dtype, half_width, items, number, whole
 from ..batches import labelled
 from ..errors import EvaluationError
 from ..evaluate.ledger import Ledger, model_identity
@@ -106,8 +105,8 @@ def select_alpha(
     variants = items(variants)
     if unknown := [variant for variant in variants or [None] if variant not in VARIANTS]:
         raise EvaluationError(f"variants must be of {', '.join(VARIANTS)}, got {unknown[0]!r}")
-    grid = sorted({0.0, *_alphas(alphas, "each of alphas")})
-    own_grid = None if site_alphas is None else _alphas(site_alphas, "each of site_alphas")
+    grid = sorted({0.0, *(half_width(alpha, "each of alphas") for alpha in items(alphas))})
+    own_grid = None if site_alphas is None else [half_width(a, "each of site_alphas") for a in items(site_alphas)]
     clean_budget, significance = number(clean_budget, "clean_budget"), number(significance, "significance")
     if not (0 <= clean_budget <= 1 and 0 < significance < 1):
         raise EvaluationError(
@@ -160,13 +159,6 @@ def select_alpha(
             search = replace(search, alpha=chosen, refinement=moves)
     added(sparse).choice = search.to_dict()  # whichever alpha is set from now on, these images were looked at
     return search
-
-
-def _alphas(given: Any, what: str) -> list[float]:
-    found = [number(alpha, what) for alpha in items(given)]
-    if wrong := [alpha for alpha in found if not (math.isfinite(alpha) and alpha >= 0)]:
-        raise EvaluationError(f"{what} must be finite and not negative, got {wrong[0]}")
-    return found
 
 
 def _groups(sparse: fx.GraphModule, per_site: Any) -> dict[str, list[str]]:
