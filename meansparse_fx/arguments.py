@@ -23,7 +23,7 @@ def items(given: Any) -> tuple[Any, ...]:
 
 
 def number(given: Any, what: str) -> float:
-    """Return a number as Python, NumPy or torch have it, or as ``0.1`` or ``8/255``; else ArgumentError, of ``what``."""
+    """Return a number as Python, NumPy or torch have it, or as ``0.1`` or ``8/255``; else ArgumentError of ``what``."""
     if getattr(given, "requires_grad", False):
         raise ArgumentError(f"{what} must be a number, and no gradient would reach this tensor: give its .item()")
     try:
