@@ -87,6 +87,8 @@ class MeanSparse(OperatorState):
             if layer_scale is not None and layer_scale.requires_grad and torch.is_grad_enabled():
                 raise StateError(f"{self.name}: the numbers of the LayerScale fused into it {WANT_GRADIENTS}")
         if torch.compiler.is_compiling():
+            if not torch.compiler._is_exporting_flag:  # compiled programs see whoever writes to what these follow from
+                centre, threshold = self._derived()
             return self._bind(Vectors(centre, threshold, weight), norms, layer_scale, fused, "composition")
         if fused and is_followed():  # vectors are others at each call, and may have no memory
             return self._bind(Vectors(centre, threshold, weight), norms, layer_scale, fused)

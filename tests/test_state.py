@@ -219,6 +219,22 @@ def test_operators_called_with_anothers_state():
     assert not torch.allclose(here(IMAGES), there(IMAGES), atol=1e-3)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_compiled_operators_are_what_is_written_into_them(strict):
+    torch._dynamo.reset()
+    expected, other, written = sparse_at(0.9), sparse_at(0.4), sparse_at(0.4)
+    for model in (expected, other, written):
+        msfx.operators(model)["1"].strict = strict
+    compiled = torch.compile(written, backend="aot_eager")
+    assert torch.allclose(compiled(IMAGES), other(IMAGES), atol=1e-6)
+    msfx.operators(written)["1"].alpha.fill_(0.9)  # eager calls refuse it
+    assert torch.allclose(compiled(IMAGES), expected(IMAGES), atol=1e-6)
+    state = {key: value for key, value in expected.state_dict().items() if value.dtype != torch.uint8}
+    called = torch.compile(lambda x: functional_call(other, state, (x,)), backend="aot_eager")
+    assert torch.allclose(called(IMAGES), expected(IMAGES), atol=1e-6)
+    assert not torch.allclose(other(IMAGES), expected(IMAGES), atol=1e-3)
+
+
 def test_a_model_that_nobody_holds_is_freed():
     for kept in (torch.overrides.get_ignored_functions, torch.overrides._get_overridable_functions):
         kept.cache_clear()  # as in a process that captures its first model
