@@ -24,7 +24,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import meansparse_fx as msfx
 from meansparse_fx import progress
 from meansparse_fx.data import load_images
-from meansparse_fx.errors import ArtifactError, EvaluationError, StateError, WriteError
+from meansparse_fx.errors import ArtifactError, EvaluationError, MeanSparseError, StateError, WriteError
 from meansparse_fx.evaluate import (
     Evidence,
     ModelOutcome,
@@ -986,6 +986,36 @@ ONE_STEP: dict = {"attacks": "pgd", "backwards": "exact", "steps": 1, "sanity_im
 def calibration_check(sparse, test):
     (found,) = [c for c in msfx.evaluate(sparse, test, **ONE_STEP).checks if c.name == "calibration data"]
     return found
+
+
+@pytest.mark.parametrize("change", ["eps", "hook"])
+def test_a_checkpoint_of_the_same_weights_in_another_function_is_refused(net, images, labels, tmp_path, change):
+    def sparse():
+        made = msfx.transform(net, images)
+        msfx.set_statistics(made, statistics, check_weights=False)
+        msfx.set_alpha(made, 0.2)
+        return made
+
+    first = msfx.transform(net, images)
+    statistics = msfx.calibrate(first, images.flip(3).split(4), checkpoint=tmp_path / "c", progress=False)
+    data, search = (images, labels), {"attacks": "pgd", "steps": 1, "alphas": 0.2, "progress": False}
+    msfx.evaluate(sparse(), data, checkpoint=tmp_path / "e", **ONE_STEP)
+    msfx.select_alpha(sparse(), data, checkpoint=tmp_path / "s", **search)
+    assert torch.equal(
+        msfx.calibrate(sparse(), images.flip(3).split(4), checkpoint=tmp_path / "c", progress=False)["relu"].mean,
+        statistics["relu"].mean,
+    )
+    if change == "eps":
+        net.bn.eps = 0.5
+    else:
+        net.head.register_forward_hook(lambda module, inputs, output: -output)
+    for call in (
+        lambda: msfx.evaluate(sparse(), data, checkpoint=tmp_path / "e", **ONE_STEP),
+        lambda: msfx.select_alpha(sparse(), data, checkpoint=tmp_path / "s", **search),
+        lambda: msfx.calibrate(sparse(), images.flip(3).split(4), checkpoint=tmp_path / "c", progress=False),
+    ):
+        with pytest.raises(MeanSparseError, match=r"a checkpoint of another model; it has the same weights"):
+            call()
 
 
 def test_images_are_compared_with_those_of_calibration(net, images, labels):

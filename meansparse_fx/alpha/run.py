@@ -23,7 +23,7 @@ from ..evaluate.provenance import check_calibration, check_distinct, hexadecimal
 from ..evaluate.sanity import checks_of_labels
 from ..evaluate.threat import AttackSettings
 from ..names import ALPHAS, CLEAN_BUDGET, SEARCH_ATTACKS, VARIANTS
-from ..operators import added, operators, require_transformed, switched
+from ..operators import added, answers, operators, require_transformed, switched
 from ..outputs import Logits, in_words
 from ..passes import returning_logits
 from ..progress import bar, say_resumed
@@ -127,7 +127,8 @@ def select_alpha(
     first = next(batches)
     require_units(sparse)
     plan = AttackPlan(fitting(planned, attacks, settings, model, *first), settings, full_rows, compile, amp)
-    ledger = Ledger(checkpoint, model_identity(sparse, alpha=False) | plan.identity() | {"logits": in_words(logits)})
+    identity = model_identity(sparse, alpha=False) | plan.identity() | {"logits": in_words(logits)}
+    ledger = Ledger(checkpoint, identity, None if checkpoint is None else answers(sparse, added(sparse).shape))
     with bar(progress) as display, switched(sparse), ledger:
         data = [first, *batches]
         settings.warn_if_wide(first[0])

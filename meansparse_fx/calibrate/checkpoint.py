@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor
 from .. import artifacts
 from ..errors import CalibrationError
 from ..observer import ChannelMoments
+from ..operators import OTHER_FUNCTION
 from ..seen import image_marks, least_marks
 from ..shards import file_of_rank
+from ..statistics import Answers
 from ..statistics.moments import BINS, ChannelHistogram
 from .convergence import Groups
 from .totals import Totals
@@ -90,15 +93,18 @@ class Checkpoint:
         path: Of one process; several have ``PATH.rank0-of-2`` and so on.
         every: Seconds between two writings.
         identity: What must be the same for a pass to go on, by what it is in words.
+        function: What the model computes, where that is known.
 
     Raises:
         CalibrationError: From any method, if the file is of another calibration.
         ArtifactError: It is of another number of processes, or cannot be written (WriteError).
     """
 
-    def __init__(self, path: str | Path, every: float, identity: dict[str, Any], rank: int, world: int) -> None:
+    def __init__(
+        self, path: str | Path, every: float, identity: dict[str, Any], function: Answers | None, rank: int, world: int
+    ) -> None:
         self.path = file_of_rank(Path(path), rank, world)
-        self._every, self._identity = every, identity
+        self._every, self._identity, self._function = every, identity, function
         self._last_write = time.monotonic()
         self._digests: dict[int, str] = {}
         self._first = ""
@@ -117,6 +123,11 @@ class Checkpoint:
                         f"{self.path}: a checkpoint of another calibration, its {what} differs: remove it to start "
                         "from the beginning"
                     )
+            if "function" in header and not Answers.same(header["function"], self._function):
+                raise CalibrationError(
+                    f"{self.path}: a checkpoint of another model; {OTHER_FUNCTION}, or hooks came or went: remove it "
+                    "to start from the beginning"
+                )
             device, sizes = state.totals.mean.device, state.totals.sizes
             tensors = {name: value.to(device) for name, value in tensors.items()}
 
@@ -180,6 +191,7 @@ class Checkpoint:
             tensors["histograms"] = torch.cat([h.counts for h in found])
         header = {
             "identity": self._identity,
+            "function": self._function and asdict(self._function),
             "batches": state.batches,
             "images": state.images,
             "counts": [t.counts for t in totals],

@@ -127,7 +127,7 @@ class _Pass:
         amp: torch.dtype | None,
         channels_last: bool,
     ) -> None:
-        self._plan = added(sparse).plan
+        self._sparse, self._plan = sparse, added(sparse).plan
         self._device = next(iter(operators(sparse).values())).get_buffer("mean").device
         lowering = ops.lowering()
         # One read of each tensor for the moments and the activation, where one kernel does both.
@@ -156,7 +156,9 @@ class _Pass:
             "choice of histograms": self._histograms,
             "precision or layout": [str(self._amp), self._channels_last],
         }
-        self._checkpoint = Checkpoint(path, every, identity, self._ranks.rank, self._ranks.world)
+        with torch.inference_mode(False):
+            function = answers(self._sparse, added(self._sparse).shape)
+        self._checkpoint = Checkpoint(path, every, identity, function, self._ranks.rank, self._ranks.world)
         self._checkpoint.resume(self._state)
         self._look_at_precision()
 

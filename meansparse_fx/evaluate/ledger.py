@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 from .. import artifacts
 from ..errors import EvaluationError
-from ..operators import get_alpha, operators
-from ..statistics import fingerprint
+from ..operators import OTHER_FUNCTION, get_alpha, operators
+from ..statistics import Answers, fingerprint
 
 FORMAT, VERSION = "meansparse_fx.attacked", "3"
 # Seconds between two writings, and how many times as long as the last one took: a piece of work that takes longer is on
@@ -34,15 +35,16 @@ class Ledger:
     Args:
         path: None keeps nothing on disk.
         identity: What must be the same for the file to be of this run, by what it is in words.
+        function: What the model computes, where that is known.
 
     Raises:
         EvaluationError: The file is of another run.
         ArtifactError: It is not a ledger at all, or cannot be written (WriteError).
     """
 
-    def __init__(self, path: str | Path | None, identity: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | Path | None, identity: Mapping[str, Any], function: Answers | None = None) -> None:
         self._path = None if path is None else Path(path)
-        self._identity = dict(identity)
+        self._identity, self._function = dict(identity), function
         self._masks: dict[str, dict[str, Tensor]] = {}
         self._digests: dict[str, str] = {}
         self._before = 0.0
@@ -113,6 +115,7 @@ class Ledger:
         began = time.monotonic()
         header = {
             "identity": self._identity,
+            "function": self._function and asdict(self._function),
             "digests": self._digests,
             "pieces": {piece: list(masks) for piece, masks in self._masks.items()},
             "seconds": self.seconds,
@@ -132,6 +135,11 @@ class Ledger:
                         f"{path}: a checkpoint of another run, its {what} differ{_words(there, here)}: give it the "
                         f"same {what}, or remove it to start from the beginning"
                     )
+            if "function" in header and not Answers.same(header["function"], self._function):
+                raise EvaluationError(
+                    f"{path}: a checkpoint of another model; {OTHER_FUNCTION}, or hooks came or went: remove it "
+                    "to start from the beginning"
+                )
             self._digests, self._before = dict(header["digests"]), float(header["seconds"])
             self._masks = {
                 piece: {name: tensors[f"{piece}:{name}"] for name in names} for piece, names in header["pieces"].items()

@@ -16,7 +16,7 @@ from ..artifacts import digest
 from ..batches import as_batches, labelled, length
 from ..errors import EvaluationError, StateError
 from ..names import DEFAULT_ATTACKS
-from ..operators import added, get_alpha, operators, require_transformed
+from ..operators import added, answers, get_alpha, operators, require_transformed
 from ..outputs import Logits, in_words
 from ..passes import restore, returning_logits
 from ..progress import bar, say_resumed
@@ -147,7 +147,8 @@ def evaluate(
     }  # fmt: skip
     rank, world = rank_and_world(group)
     batches = length(as_batches(test, batch_size, pair=True))  # None where the data does not say
-    ledger = Ledger(None if checkpoint is None else file_of_rank(Path(checkpoint), rank, world), identity)
+    path = None if checkpoint is None else file_of_rank(Path(checkpoint), rank, world)
+    ledger = Ledger(path, identity, None if path is None else answers(sparse, added(sparse).shape))
     comparison = Comparison(models, plan, ledger, PixelBatch if maps else Batch, keep)
     with bar(progress and rank == 0) as display, ledger:
         if ledger.batches:
