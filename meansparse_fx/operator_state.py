@@ -61,12 +61,13 @@ class OperatorState(nn.Module):
         self.variant, self.centre_mode, self.backward = "mean", "channel", "exact"
         self.steepness = self.backward_steepness = 10.0
         self._given_alpha = 0.0  # as the caller wrote it, which the buffer rounds to float32
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("std", torch.full((channels,), math.nan))
-        self.register_buffer("alpha", torch.zeros(()))
-        self.register_buffer("centre", torch.zeros(channels), persistent=False)
-        self.register_buffer("threshold", torch.full((channels,), -1.0), persistent=False)
-        self.register_buffer("gate_steepness", torch.full((), 10.0), persistent=False)
+        zeros = torch.zeros(channels, dtype=torch.float32, device="cpu")  # whatever the defaults are
+        self.register_buffer("mean", zeros)
+        self.register_buffer("std", zeros.new_full((channels,), math.nan))
+        self.register_buffer("alpha", zeros.new_zeros(()))
+        self.register_buffer("centre", zeros.clone(), persistent=False)
+        self.register_buffer("threshold", zeros.new_full((channels,), -1.0), persistent=False)
+        self.register_buffer("gate_steepness", zeros.new_full((), 10.0), persistent=False)
         self._refresh()
 
     def __setattr__(self, name: str, value: Any) -> None:

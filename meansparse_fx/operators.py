@@ -222,7 +222,7 @@ def answers(model: nn.Module, shape: Sequence[int] | None) -> Answers | None:
     place = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
     if shape is None or any(map(has_foreign_hooks, model.modules())):
         return None
-    pattern = torch.arange(2.0 * math.prod(shape), dtype=torch.float64).mul(0.7548776662466927).frac()
+    pattern = torch.arange(2.0 * math.prod(shape), dtype=torch.float64, device="cpu").mul(0.7548776662466927).frac()
     images = examples(pattern.reshape(2, *shape), model).to(place)
     try:
         with switched(model), kept_buffers(model), torch.no_grad(), torch.autocast(place.type, enabled=False):
@@ -237,7 +237,7 @@ def answers(model: nn.Module, shape: Sequence[int] | None) -> Answers | None:
     except Exception:  # the graph does not hold for images of that size, or the model is on the meta device
         return None
     floats = [t.flatten().double().cpu() for t in outputs if isinstance(t, Tensor) and t.is_floating_point()]
-    values = torch.cat([torch.zeros(0), *floats])
+    values = torch.cat([torch.zeros(0, device="cpu"), *floats])
     values = values[:: max(1, len(values) // 64)]
     if drew or not len(values) or not values.isfinite().all():
         return None

@@ -35,7 +35,9 @@ def image_marks(images: Tensor) -> Tensor:
 
 def least_marks(parts: Sequence[Tensor]) -> Tensor:
     """Return the `MOST_MARKS` least of the marks of images, each once, sorted, on the CPU."""
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *(part.cpu() for part in parts)]).unique()[:MOST_MARKS]
+    return torch.cat([torch.zeros(0, dtype=torch.int64, device="cpu"), *(part.cpu() for part in parts)]).unique()[
+        :MOST_MARKS
+    ]
 
 
 def known_share(known: Tensor, marks: Tensor) -> float:

@@ -12,7 +12,8 @@ from torch.func import functional_call, grad, vmap
 
 import meansparse_fx as msfx
 from meansparse_fx.capture import capture
-from meansparse_fx.errors import CaptureError, StateError
+from meansparse_fx.errors import CaptureError, EvaluationError, StateError
+from meansparse_fx.settings import Settings
 from meansparse_fx.state import kept_random_state
 from tests.models import Functional
 
@@ -233,6 +234,39 @@ def test_compiled_operators_are_what_is_written_into_them(strict):
     called = torch.compile(lambda x: functional_call(other, state, (x,)), backend="aot_eager")
     assert torch.allclose(called(IMAGES), expected(IMAGES), atol=1e-6)
     assert not torch.allclose(other(IMAGES), expected(IMAGES), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("default", "back"),
+    [
+        (lambda: torch.set_default_device("meta"), lambda: torch.set_default_device(None)),
+        (lambda: torch.set_default_dtype(torch.float64), lambda: torch.set_default_dtype(torch.float32)),
+        (lambda: torch.set_default_dtype(torch.bfloat16), lambda: torch.set_default_dtype(torch.float32)),
+    ],
+    ids=["meta", "float64", "bfloat16"],
+)
+def test_torchs_defaults_change_nothing(default, back, tmp_path):
+    expected, labels = sparse_at(0.9), torch.zeros(4, dtype=torch.int64)
+    base = msfx.restore(expected)
+    msfx.save(expected, tmp_path / "before")
+    default()
+    try:
+        sparse = msfx.transform(base, IMAGES)
+        msfx.calibrate(sparse, IMAGES, progress=False)
+        msfx.set_alpha(sparse, 0.9)
+        msfx.save(sparse, tmp_path / "after")
+        loaded = msfx.load(tmp_path / "before", base, IMAGES)
+        alone = Settings.load(tmp_path / "before").state_dict()
+        for verb in (msfx.evaluate, msfx.select_alpha):
+            with pytest.raises(EvaluationError, match="attacks compute in float32 and draw on the CPU"):
+                verb(sparse, (IMAGES, labels), logits=lambda maps: maps.mean((2, 3)), progress=False)
+    finally:
+        back()
+    assert torch.equal(sparse(IMAGES), expected(IMAGES))
+    assert torch.equal(loaded(IMAGES), expected(IMAGES))
+    state = expected.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in alone.items())
+    assert (tmp_path / "after").read_bytes() == (tmp_path / "before").read_bytes()
 
 
 def test_a_model_that_nobody_holds_is_freed():

@@ -47,13 +47,14 @@ class Totals:
         """Return the totals of both samples together."""
         counts = tuple(a + b for a, b in zip(self.counts, other.counts, strict=True))
         shares = [b / max(n, 1) for b, n in zip(other.counts, counts, strict=True)]
-        factors = torch.tensor([shares, [a * s for a, s in zip(self.counts, shares, strict=True)]], dtype=torch.float64)
+        pairs = [shares, [a * s for a, s in zip(self.counts, shares, strict=True)]]
+        factors = torch.tensor(pairs, dtype=torch.float64, device="cpu")
         share, between = self._per_channel(factors)
         return Totals(counts, *merged(self.mean, self.m2, other.mean, other.m2, share, between), self.sizes)
 
     def count_per_channel(self) -> Tensor:
         """Return ``[K]`` float64."""
-        return self._per_channel(torch.tensor([self.counts], dtype=torch.float64))[0]
+        return self._per_channel(torch.tensor([self.counts], dtype=torch.float64, device="cpu"))[0]
 
     def by_site(self) -> list[ChannelStatistics]:
         """Return the moments of each site, copied: of ordinary tensors wherever these were made."""

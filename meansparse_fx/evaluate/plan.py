@@ -112,8 +112,13 @@ def fitting(
         labels: Theirs; only their being maps matters.
 
     Raises:
-        EvaluationError: A named one cannot, or none can.
+        EvaluationError: A named one cannot, or none can; or torch's defaults are others than the attacks'.
     """
+    if (torch.get_default_dtype(), torch.get_default_device().type) != (torch.float32, "cpu"):
+        raise EvaluationError(
+            "attacks compute in float32 and draw on the CPU: torch.set_default_dtype(torch.float32) and "
+            "torch.set_default_device(None) before this, and give model and images their device by .to(device)"
+        )
     named = {name.partition("/")[0] for name in map(str, items(attacks))}
     images = images[:2].to(next(itertools.chain(model.parameters(), model.buffers()), images).device)
     with torch.no_grad():
