@@ -214,7 +214,7 @@ def _statistics(sparse: fx.GraphModule) -> Statistics:
     sites: dict[str, ChannelStatistics] = {}
     for name, operator in operators(sparse).items():
         measured = known[name] if known is not None and name in known else None
-        if measured is None or not _holds(operator, measured):  # a published operator's, or a state_dict's
+        if measured is None or not operator.holds(measured):  # a published operator's, or a state_dict's
             std = operator.std.double().cpu()
             measured = ChannelStatistics(0, operator.mean.double().cpu(), std.square())  # whose root is exact
         sites[name] = measured
@@ -222,8 +222,3 @@ def _statistics(sparse: fx.GraphModule) -> Statistics:
     if known is None or not all(known.get(name) is measured for name, measured in sites.items()):
         return Statistics(sites, fingerprint(sparse), 0, {}, "", table)
     return replace(known, sites=sites, fingerprint=fingerprint(sparse), table=table)
-
-
-def _holds(operator: MeanSparse, statistics: ChannelStatistics) -> bool:
-    pairs = ((operator.mean, statistics.mean), (operator.std, statistics.std))
-    return all(torch.equal(own.cpu(), given.cpu().to(own.dtype)) for own, given in pairs)

@@ -225,4 +225,4 @@ def load_published(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     for name, operator in found.items():
         operator.take_over(published[name])
     if (own := added_if_any(model)) is not None:
-        own.statistics = None  # they were of other weights
+        own.statistics, own.reloaded = None, False  # they were of other weights

@@ -269,6 +269,27 @@ def test_torchs_defaults_change_nothing(default, back, tmp_path):
     assert (tmp_path / "after").read_bytes() == (tmp_path / "before").read_bytes()
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_base_weights_loaded_after_statistics_that_a_state_dict_brought(calibrated):
+    there = sparse_at(0.9)
+    other = {key: value + 0.1 for key, value in msfx.restore(there).state_dict().items()}
+    torch.manual_seed(1)
+    base = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    here = msfx.transform(base, IMAGES)
+    if calibrated:
+        msfx.calibrate(here, IMAGES, progress=False)
+    here.load_state_dict(there.state_dict())
+    assert torch.equal(here(IMAGES), there(IMAGES))
+    here.load_state_dict(base.state_dict() if calibrated else other, strict=False)
+    with pytest.raises(StateError, match="lacks the operators' statistics, which were measured on other weights"):
+        here(IMAGES)
+    msfx.calibrate(here, IMAGES, progress=False)
+    here(IMAGES)
+    fresh = msfx.transform(base, IMAGES)
+    fresh.load_state_dict(other, strict=False)  # nothing is measured yet
+    fresh(IMAGES)
+
+
 def test_a_model_that_nobody_holds_is_freed():
     for kept in (torch.overrides.get_ignored_functions, torch.overrides._get_overridable_functions):
         kept.cache_clear()  # as in a process that captures its first model

@@ -21,7 +21,7 @@ from ..batches import explaining_misfit
 from ..capture.modes import GRAD_MODE_CALLS
 from ..errors import CalibrationError, DataError, WriteError
 from ..kernels import ops
-from ..operators import added, operators, require_transformed, set_statistics
+from ..operators import added, answers, operators, require_transformed, set_statistics
 from ..passes import observe
 from ..progress import bar, say_resumed
 from ..seen import least_marks

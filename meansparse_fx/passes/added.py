@@ -64,13 +64,20 @@ class Added(nn.Module):
         self.held.check(model)
         if not torch.compiler.is_compiling():  # which would compile anew for each count
             self._check_writes()
-        if self.reloaded and self.statistics is not None:
-            if torch.compiler.is_compiling() or _fingerprint(model) != self.statistics.fingerprint:
+        if self.reloaded and any(own.calibrated for own in self.operators):
+            if torch.compiler.is_compiling() or self._measured_on() != _fingerprint(model):
                 raise StateError(
                     "a state_dict was loaded that lacks the operators' statistics, which were measured on other "
                     "weights: calibrate the model again"
                 )
             self.reloaded = False
+
+    def _measured_on(self) -> str | None:
+        """Return the fingerprint of the weights that the statistics are of; None if a state_dict brought them."""
+        known = self.statistics
+        if known is None or not all(own.name in known and own.holds(known[own.name]) for own in self.operators):
+            return None
+        return known.fingerprint
 
     def _check_writes(self) -> None:
         """Raise StateError if an operator's buffers were written to past what sets them."""
