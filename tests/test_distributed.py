@@ -226,6 +226,25 @@ def test_a_rank_that_fails_is_known_to_the_others(threads) -> None:
     assert all("failed: " in error and error.endswith("no luck") for error in (first, third))
 
 
+def test_a_rank_that_failed_stays_until_the_others_know(threads) -> None:
+    """What they read it from may live in its process."""
+    ended = {}
+
+    def work(group):
+        began = time.monotonic()
+        try:
+            with Ranks(group, timeout=60) as own:
+                if own.rank == 1:
+                    raise CalibrationError("no luck")
+                time.sleep(0.5)
+                own.gather(0, "end")
+        finally:
+            ended[group.rank()] = time.monotonic() - began
+
+    assert threads(2, work) == ["rank 1 failed: no luck", "no luck"]
+    assert ended[1] > 0.45
+
+
 def test_groups_do_not_hear_each_other(threads, monkeypatch) -> None:
     """Two pairs work at the same time; where a rank of one fails, the other goes on."""
     members = {}
