@@ -51,7 +51,7 @@ def half_widths(given: Any) -> float | dict[str, float]:
     """Return what `half_width` makes of the one alpha of all sites, or of each value of a mapping."""
     if isinstance(given, Mapping):
         return {str(key): half_width(value, f"{key}: alpha") for key, value in given.items()}
-    return half_width(given, "alpha for all sites (for each its own: a mapping from site name)")
+    return half_width(number(given, "alpha for all sites (for each its own: a mapping from site name)"), "alpha")
 
 
 def whole(given: Any, what: str, least: int | None = None) -> int:

@@ -997,7 +997,7 @@ def test_alpha_set_by_site_leaves_that_of_sites_yet_to_be_compiled(images):
     model.to_left = False
     compiled(images)
     assert {name: o.get_alpha() for name, o in report.operators.items()} == {"stem": 0.1, "left": 0.2, "right": 0.2}
-    with pytest.raises(StateError, match="no such site: nope; sites are stem"):
+    with pytest.raises(StateError, match="no such site: nope; sites are left, right, stem"):
         report.set_alpha({"nope": 0.1})
 
 
