@@ -154,7 +154,10 @@ class CompileReport:
         return Statistics(sites, self._fingerprint, images, {"torch": torch.__version__} | (metadata or {}))
 
     def __repr__(self) -> str:
-        return "transformed before it was compiled: nothing inserted" if self.transformed else str(self.plan)
+        if self.transformed:
+            return "transformed before it was compiled: nothing inserted"
+        alphas = {f"{operator.get_alpha():g}" for operator in self.operators.values()}
+        return f"{self.plan}\nalpha: {', '.join(sorted(alphas)) or 'none, the base model is observed'}"
 
     # What the back end tells it, graph by graph.
 

@@ -87,16 +87,20 @@ class Added(nn.Module):
             self._writes = writes
 
     def _count_writes(self) -> int:
-        """Return what changes where operators' buffers are written to or others, or an alpha wants gradients.
+        """Return what changes where operators' buffers are written to or replaced, or an alpha wants gradients.
 
-        0.8 microseconds an operator.
+        0.6 microseconds an operator, of which every call has as many as there are sites: so written out.
         """
+        total = 0
         try:
-            buffers: list[Any] = [b for own in self.operators for b in own._buffers.values()]
-            wants: list[bool] = [own._buffers["alpha"].requires_grad for own in self.operators]  # type: ignore[union-attr]
-            return sum(map(id, buffers)) + sum([b._version for b in buffers]) + sum(wants)
+            for operator in self.operators:
+                held: Any = operator._buffers
+                mean, std, alpha = held["mean"], held["std"], held["alpha"]
+                total += id(mean) + id(std) + id(alpha) + mean._version + std._version + alpha._version
+                total += held["centre"]._version + held["threshold"]._version + alpha.requires_grad
         except RuntimeError:  # inference tensors do not count
             return -1
+        return total
 
     def train(self, mode: bool = True) -> Added:
         """Set the mode as every module does."""
