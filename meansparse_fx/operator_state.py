@@ -210,7 +210,7 @@ class OperatorState(nn.Module):
             )
         except RuntimeError:  # inference tensors do not count
             return -1
-        return writes + id(mean) + id(std) + id(alpha) + alpha.requires_grad
+        return writes + id(mean) + id(std) + id(alpha) + int(alpha.requires_grad)
 
     def check_written(self, values: bool = False) -> None:
         """Raise StateError if statistics, alpha or what follows from them were written to past what sets them, or want
