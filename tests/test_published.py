@@ -278,6 +278,32 @@ def test_an_operator_at_no_known_place_is_taken_where_it_stands():
     assert torch.equal(sparse(IMAGES), model(IMAGES))
 
 
+@pytest.mark.parametrize(
+    ("read", "names"),
+    [
+        (lambda m, y: m.left(m.a(y)) + m.left(m.b(y)), ["residual_sum", "b"]),
+        (lambda m, y: torch.cat((m.a(z := y.flatten(2)), z)), ["a"]),  # of `residual_sum` on the base, z would be too
+    ],
+    ids=["two read it", "one reads a view that others read"],
+)
+def test_each_operator_that_reads_a_residual_sum_is_taken(read, names):
+    """Its alpha reaches all of them, and nothing else."""
+
+    def forward(m, x):
+        h = m.conv(x)
+        return read(m, h + m.left(m.act(h)))
+
+    torch.manual_seed(0)
+    layers = {"conv": nn.Conv2d(3, 4, 1), "left": nn.Conv2d(4, 4, 1), "act": nn.ReLU()}
+    model = Functional(forward, **layers, a=Published(4), b=Published(4)).double().eval()
+    base = Functional(forward, **layers, a=nn.Identity(), b=nn.Identity()).double().eval()
+    sparse = msfx.transform(model, IMAGES)
+    assert list(msfx.operators(sparse)) == names
+    assert torch.equal(sparse(IMAGES), model(IMAGES))
+    msfx.set_alpha(sparse, 0.0)
+    assert torch.equal(sparse(IMAGES), base(IMAGES))
+
+
 def test_not_calibrated_is_not_a_measurement():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Published(4), nn.ReLU()).double().eval()
     for key in ("running_mean", "running_var", "threshold"):
