@@ -285,8 +285,11 @@ def test_an_input_of_the_graph_is_overwritten_all_the_same(act):
 # What is none, or cannot be one.
 
 
-def test_part_of_a_hard_sigmoid_is_no_site():
-    (site,) = msfx.inspect(network(HardSigmoid()), IMAGES)
+@pytest.mark.parametrize(
+    "act", [HardSigmoid(), Written(lambda x: F.hardtanh(torch.add(0.5, x, alpha=1 / 6), 0.0, 1.0))]
+)
+def test_part_of_a_hard_sigmoid_is_no_site(act):
+    (site,) = msfx.inspect(network(act), IMAGES)
     assert site.skipped == "gate: part of a hardsigmoid, which makes a weight of its input and no feature"
 
 
@@ -371,6 +374,7 @@ KNOWN = {  # next to other element-wise calls they stay what they are, fused and
     "there and back": lambda h: F.relu(h * 2) / 2,
     "in another type": lambda h: F.relu(h.float()).type_as(h),
     "of a multiple": lambda h: F.relu(h * 2) / 6,
+    "there and back by a tensor": lambda h: F.relu(h * torch.tensor(2.0)) / torch.tensor(2.0),
 }
 
 
