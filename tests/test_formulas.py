@@ -672,6 +672,11 @@ def clamped_under_another_name(h):
     below.clamp_(max=6)
 
 
+def clamped_by_keyword(h):
+    torch.clamp_(input=h, min=0)
+    torch.clamp_(max=6, input=h)
+
+
 def masked_twice(h):
     h.masked_fill_(h <= 0, 0.0)
     h.masked_fill_(h > 6, 6.0)
@@ -693,6 +698,7 @@ def multiplied(h):
 STATEMENTS = {
     clamped_twice: "relu6",
     clamped_under_another_name: "relu6",
+    clamped_by_keyword: "relu6",
     masked_twice: "relu6",
     assigned_twice: "relu6",
     assigned: "relu",

@@ -68,8 +68,9 @@ class Pieces:
             if values and not _is_constant(node) and self._is_pointwise(node, values):
                 self._add_to_tree(node, tuple(dict.fromkeys(values)))
             # A statement, x[i] = y, has no result to read in the place of x.
-            if operators.writes(node) and flow.is_tensor(node) and node.args and isinstance(node.args[0], fx.Node):
-                first[node] = first.get(node.args[0], node.args[0])
+            written = (*node.args, node.kwargs.get("input"))[0]
+            if operators.writes(node) and flow.is_tensor(node) and isinstance(written, fx.Node):
+                first[node] = first.get(written, written)
                 latest[first[node]] = node
 
     @functools.cached_property
