@@ -269,6 +269,24 @@ def test_gamma_activations(function, overwrites, inplace):
     assert torch.equal(msfx.transform(model, IMAGES)(IMAGES), model(IMAGES))
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("function", ["silu", "gelu"])
+def test_what_ignores_inplace_overwrites_nothing_for_others(function, inplace):
+    """Between the readers of a Swish, timm's GELU leaves their input what it is; its SiLU makes the whole no Swish."""
+    pytest.importorskip("timm")
+
+    def forward(self, x):
+        h = self.conv(x)
+        gate = torch.sigmoid(h)
+        return self.act(h) + h * gate
+
+    act = importlib.import_module("timm.models.nfnet").GammaAct(function, gamma=1.7, inplace=inplace)
+    model = Functional(forward, conv=nn.Conv2d(3, 4, 1), act=act).eval()
+    sparse = msfx.transform(model, IMAGES)
+    assert ("swish" in msfx.operators(sparse)) == (function == "gelu" or not inplace)
+    assert torch.equal(sparse(IMAGES), model(IMAGES))
+
+
 ROBUSTBENCH = [
     ("dm_wide_resnet", "Swish"),
     ("dm_rn", "Swish"),

@@ -515,6 +515,7 @@ def test_an_activation_inside_of_a_function_is_left_to_it(function, others):
     sparse = msfx.transform(model, IMAGES)
     guided, act = sparse.meta["plan"]
     assert act.skipped is None
+    assert not guided.activation.fused
     assert guided.skipped == (
         f"own backward: an activation inside of {function.__name__}, "
         "a torch.autograd.Function, which has its own gradient"

@@ -128,8 +128,6 @@ class Operators:
 
     def writes(self, node: fx.Node) -> bool:
         """Return whether a call writes into its first argument, as far as its name and its arguments tell."""
-        if node.op not in CALLS:
-            return False
         idle = self.op(node).passes  # in eval mode: dropout writes nothing then
         activation, module = self.activation(node), self.module(node)
         if module is not None:
