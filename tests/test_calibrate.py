@@ -144,9 +144,12 @@ def test_the_record(net, images, sites):
     assert stats.metadata["input_range"] == f"{float(images.min()) / 2:g} to {float(images.max()) / 2:g}"
     assert stats.metadata["torch"] == torch.__version__
     assert stats.metadata["data"] == "noise"
+    assert stats.metadata["image_shape"] == "3x9x9"
     assert stats.table["gelu"]["channel_dim"] == 3
     assert stats.table["gelu"]["activation"] == "gelu"
     assert len(stats.graph) == len(stats.fingerprint) == 32
+    with pytest.raises(CalibrationError, match="metadata must be a mapping of facts by name, got 'noise'"):
+        msfx.calibrate(msfx.transform(net, images), [images], progress=False, metadata="noise")
 
 
 def test_equal_weights_before_another_activation_are_refused(net, images):
