@@ -84,7 +84,7 @@ def inner_compiler(asked: Options) -> Callable:
         raise StateError(f"mode={asked.mode!r} is for Inductor, and option inner is {inner!r}: leave one of them out")
     if isinstance(inner, str):
         if inner not in torch.compiler.list_backends(exclude_tags=()) or inner == _OWN_NAME:
-            known = ", ".join(torch.compiler.list_backends())
+            known = ", ".join(name for name in torch.compiler.list_backends(exclude_tags=()) if name != _OWN_NAME)
             raise StateError(f"option inner is {inner!r}, which is no inner back end; there are {known}")
         inner = torch._dynamo.lookup_backend(inner)
     return partial(inner, options=inner_options) if inner_options else inner

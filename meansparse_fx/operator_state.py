@@ -162,7 +162,10 @@ class OperatorState(nn.Module):
     def set_backward(self, mode: str, steepness: float) -> None:
         """Choose the gradient: ``exact``, ``identity`` or ``smooth``; forward values do not change."""
         if mode not in BACKWARDS:
-            raise ArgumentError(f"backward must be one of {', '.join(BACKWARDS)}, got {mode!r}")
+            raise ArgumentError(
+                f"backward must be one of {', '.join(BACKWARDS)}, got {mode!r} (smooth-3 is set_backward(model, "
+                '"smooth", 3.0); annealed, which evaluate has, is smooth with 3, 5, 9, 17 and 30 by turns)'
+            )
         if (mode, steepness) != (self.backward, self.backward_steepness):  # attacks switch at every step
             self.backward, self.backward_steepness = mode, _positive("steepness", steepness)
             self.gate_steepness.fill_(self.backward_steepness)

@@ -233,6 +233,12 @@ def test_select(tmp_path, model, data, statistics):
     (tmp_path / "binary").write_bytes(b"\xff" * 5000)
     refused = [run("figures", tmp_path / "binary")]
     refused += [run("export", model, "--statistics", statistics, "--alpha", tmp_path / "binary", "--out", "a.pt2")]
+    for alpha, reason in (
+        ("1e39", "alpha must be finite and not negative, in float32"),
+        ("abc", "abc: no such file"),
+    ):
+        done = run("export", model, "--statistics", statistics, "--alpha", alpha, "--out", tmp_path / "a.pt2")
+        check_error(done, reason)
     for done in refused:
         check_error(done, "UnicodeDecodeError")
         assert len(done.stderr) < 1000  # and not the whole file
@@ -378,7 +384,9 @@ def test_settings_are_enough(tmp_path, model, data, chosen):
     evaluate = ("evaluate", model, "--data", data, "--settings", chosen, *ATTACK)
     done = run(*evaluate, "--skip", 10)
     assert done.exit_code == 0, done.output
-    assert "has nothing to compare. To compare what looked best: --alpha 0.2" in " ".join(done.stdout.split())
+    printed = " ".join(done.stdout.split())
+    assert "Nothing compared: alpha is 0, so the model is its base." in printed
+    assert "To compare what looked best: --alpha 0.2" in printed
     done = run(*evaluate, "--skip", 10, "--alpha", "leader", "--eps", 0.1, "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -442,6 +450,9 @@ def test_card(tmp_path, model, data, chosen, monkeypatch):
     assert json.loads((tmp_path / "hub" / "config.json").read_text())["sites"][0]["alpha"] == 0.3
     (report.parent / "settings.msfx.safetensors").unlink()
     check_error(run("card", *hub), "no settings")
+    assert run("evaluate", model, "--data", data, "--settings", chosen, *ATTACK, "--out", report.parent).exit_code == 0
+    assert run("card", *hub).exit_code == 0
+    assert " test images, not attacked; " in Path("README.md").read_text()
 
 
 def test_alpha_as_it_is_typed(tmp_path, model, data, statistics):

@@ -96,8 +96,12 @@ def test_npz_splits(tmp_path, pictures):
     assert len(load_images(path, "b")) == 2
     with pytest.raises(ArtifactError, match="several splits; choose one of a, b"):
         load_images(path)
-    with pytest.raises(ArtifactError, match="no split 'c'"):
+    with pytest.raises(ArtifactError, match="no split 'c'; choose one of a, b"):
         load_images(path, "c")
+    single = npz(tmp_path / "b.npz", images=pictures, labels=labels)
+    assert len(load_images(single)) == 7
+    with pytest.raises(ArtifactError, match="no split 'test'; its images are one split without a name: leave the name"):
+        load_images(single, "test")
 
 
 def test_image_folder(folder):

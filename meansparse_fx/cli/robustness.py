@@ -74,7 +74,8 @@ def select(
     console.print(f"{chosen}{variant}", style="bold", highlight=False)
     found.apply(sparse)
     if msfx.get_alpha(sparse) == 0:
-        console.print(_nothing(sparse), highlight=False)
+        text = "Alpha is 0, so the model is its base, and evaluate has nothing to compare."
+        console.print(f"{text} {_another_alpha(sparse)}", highlight=False)
     if out is not None and out.suffix == ".json":
         found.save(out)
     elif out is not None:
@@ -129,7 +130,7 @@ def evaluate(
     console.print(evaluation.table())
     console.print(headline(evaluation), style="bold", highlight=False)
     if msfx.get_alpha(sparse) == 0:
-        console.print(_nothing(sparse), highlight=False)
+        console.print(_another_alpha(sparse), highlight=False)
     if report is not None:
         measured = added(sparse).statistics
         assert measured is not None  # `transformed` saw to it
@@ -208,17 +209,17 @@ def put_alpha(sparse: fx.GraphModule, written: str | None) -> None:
             added(sparse).choice = found
     else:
         try:
-            msfx.set_alpha(sparse, number(written, "alpha"))
+            value = number(written, "alpha")
         except ValueError as error:
             raise ArtifactError(f"{written}: no such file, and no number from 0 such as 0.1 or 8/255") from error
+        msfx.set_alpha(sparse, value)
 
 
-def _nothing(sparse: fx.GraphModule) -> str:
-    """Say that alpha is 0, and what evaluate can do about it."""
+def _another_alpha(sparse: fx.GraphModule) -> str:
+    """Return how evaluate compares a model whose alpha is 0 at another one."""
     from ..operators import added
 
     choice = added(sparse).choice
-    text = "Alpha is 0, so the model is its base, and evaluate has nothing to compare."
     if not choice or not choice["leader"]:
-        return f"{text} Set another by --alpha."
-    return f"{text} To compare what looked best: --alpha {choice['leader']:g} (with --settings also --alpha leader)."
+        return "Set another by --alpha."
+    return f"To compare what looked best: --alpha {choice['leader']:g} (with --settings also --alpha leader)."

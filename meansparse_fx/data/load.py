@@ -107,4 +107,6 @@ def _choose(path: Path, split: str | None, splits: Splits) -> ImageSet:
     if not splits:
         raise ArtifactError(f"{path}: no images and labels in it; expected {LAYOUTS}")
     problem = "holds several splits" if split is None else f"has no split {split!r}"
-    raise ArtifactError(f"{path}: {problem}; choose one of {', '.join(name or 'none' for name in sorted(splits))}")
+    names = ", ".join(sorted(filter(None, splits)))
+    cure = f"choose one of {names}" if names else "its images are one split without a name: leave the name out"
+    raise ArtifactError(f"{path}: {problem}; {cure}")

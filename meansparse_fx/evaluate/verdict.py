@@ -103,7 +103,7 @@ class Evaluation(Tabled):
 
     def _conclusion(self) -> str:
         if not self.sparse.robust:  # `evaluate` attacks nothing then
-            return "Nothing compared: alpha is 0, so the model is its base; set_alpha gives it another."
+            return "Nothing compared: alpha is 0, so the model is its base."
         gain, exact, masked = self.gain, self.exact_gain, self.masked
         if not any("/" in name and not name.endswith("/exact") for name in self.sparse.robust):
             return (
