@@ -155,7 +155,9 @@ def measure(name: str) -> Row:
             gradient=_difference(_gradient(sparse, images), _gradient(model, images)),
         )
     except Exception as error:  # a row with its error, whatever it is
-        return row.but(error=re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:600])
+        text = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")
+        # Paths of one machine mean nothing on another.
+        return row.but(error=re.sub(r"/\S*/(?:site-packages|lib/python[\d.]+)/", "", text)[:600])
 
 
 def _first_forward(model: nn.Module) -> tuple[Tensor, Any, float]:

@@ -6,7 +6,6 @@
 Nothing is measured here. What no file has is "not measured" on the page. Templates are in benchmarks/page/.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -64,8 +63,7 @@ def _total(rows: Sequence[Row], column: str) -> str:
 
 
 def _cell(text: str) -> str:
-    # Paths of one machine mean nothing on another.
-    return re.sub(r"/\S*/(?:site-packages|lib/python[\d.]+)/", "", text).replace("|", "\\|")
+    return text.replace("|", "\\|")
 
 
 COUNTED = ("WRN-16-4", "WRN-28-10", "RaWRN-small", "ResNet-50", "ConvNeXt-T", "Swin-T")
