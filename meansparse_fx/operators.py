@@ -36,6 +36,9 @@ OTHER_FUNCTION = (
     "connection is another"
 )
 
+OTHER_CHECKPOINT = (
+    f"a checkpoint of another model; {OTHER_FUNCTION}, or hooks came or went: remove it to start from the beginning"
+)
 TRAINED = "the weights are not those that the statistics were measured on"
 
 

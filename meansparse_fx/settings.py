@@ -104,6 +104,11 @@ class Settings:
             raise ArtifactError(
                 f"{path}: holds statistics and no settings: give it as statistics, or save the model by msfx.save"
             )
+        return cls.of(path, statistics, held)
+
+    @classmethod
+    def of(cls, path: str | Path, statistics: Statistics, held: Mapping[str, Any]) -> Settings:
+        """Return what `Statistics.load_with_settings` read of a file with settings; errors as of `load`."""
         with artifacts.parsing(path):
             if held["version"] != VERSION:
                 raise ArtifactError(f"{path}: settings of version {held['version']}; this release reads {VERSION}")

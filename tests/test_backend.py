@@ -961,6 +961,8 @@ def test_options_that_do_not_exist(net, images):
 def test_alpha_without_statistics(net, images):
     refused("StateError: option alpha is 0.2, but there are no statistics: .*calibrate", net, images, alpha=0.2)
     refused("StateError: option observe measures the base model", net, images, alpha=0.2, observe=True)
+    for nothing in ("0", {"relu": "0.0"}):
+        assert torch.equal(plug_in(net, alpha=nothing)(images), net(images))
 
 
 @pytest.mark.parametrize("alpha", ["1/4", {"relu|gelu": "0.25", "slope": torch.tensor(0.25)}])

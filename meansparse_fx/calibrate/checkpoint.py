@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import artifacts
 from ..errors import CalibrationError
 from ..observer import ChannelMoments
-from ..operators import OTHER_FUNCTION
+from ..operators import OTHER_CHECKPOINT
 from ..seen import image_marks, least_marks
 from ..shards import file_of_rank
 from ..statistics import Answers
@@ -124,10 +124,7 @@ class Checkpoint:
                         "from the beginning"
                     )
             if "function" in header and not Answers.same(header["function"], self._function):
-                raise CalibrationError(
-                    f"{self.path}: a checkpoint of another model; {OTHER_FUNCTION}, or hooks came or went: remove it "
-                    "to start from the beginning"
-                )
+                raise CalibrationError(f"{self.path}: {OTHER_CHECKPOINT}")
             device, sizes = state.totals.mean.device, state.totals.sizes
             tensors = {name: value.to(device) for name, value in tensors.items()}
 

@@ -74,11 +74,11 @@ def show(file: Annotated[Path, file_argument("Statistics, or settings of a model
     from ..statistics.summary import summary_table
     from . import loading
 
-    statistics, settings = msfx.Statistics.load_with_settings(file)
+    statistics, held = msfx.Statistics.load_with_settings(file)
     console = loading.console()
     console.print(summary_table(statistics))
-    if settings is not None:
-        console.print(Settings.load(file).in_words(), highlight=False)
+    if held is not None:
+        console.print(Settings.of(file, statistics, held).in_words(), highlight=False)
 
 
 def merge(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import artifacts
 from ..errors import EvaluationError
-from ..operators import OTHER_FUNCTION, get_alpha, operators
+from ..operators import OTHER_CHECKPOINT, get_alpha, operators
 from ..statistics import Answers, fingerprint
 
 FORMAT, VERSION = "meansparse_fx.attacked", "3"
@@ -136,10 +136,7 @@ class Ledger:
                         f"same {what}, or remove it to start from the beginning"
                     )
             if "function" in header and not Answers.same(header["function"], self._function):
-                raise EvaluationError(
-                    f"{path}: a checkpoint of another model; {OTHER_FUNCTION}, or hooks came or went: remove it "
-                    "to start from the beginning"
-                )
+                raise EvaluationError(f"{path}: {OTHER_CHECKPOINT}")
             self._digests, self._before = dict(header["digests"]), float(header["seconds"])
             self._masks = {
                 piece: {name: tensors[f"{piece}:{name}"] for name in names} for piece, names in header["pieces"].items()

@@ -65,7 +65,7 @@ def propagate(graph_module: fx.GraphModule, images: Tensor) -> Flow:
     Of one image it is that of two of it, for sizes tell more then: a position embedding [1, C, H, W] is no residual,
     the first dimension of [N * C, H, W] does not hold the channels.
     """
-    flow = _run(graph_module, images)
+    flow = _run(graph_module, images)  # also of one image, which the graph may refuse
     return _run(graph_module, cycled(images, 2)) if len(images) == 1 else flow
 
 
