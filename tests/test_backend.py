@@ -971,6 +971,7 @@ def test_alpha_in_every_form_that_set_alpha_takes(net, images, alpha):
     compiled = plug_in(net, statistics=stats, alpha=alpha)
     compiled(images)
     assert {o.get_alpha() for o in compile_report(compiled).operators.values()} == {0.25}
+    assert str(compile_report(compiled)).endswith("\nalpha: 0.25")
 
 
 class Routed(nn.Module):
